@@ -1,0 +1,114 @@
+"""Runs the source models over calibration data, in lockstep, and gathers the statistics of every space."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, fx, nn
+
+from lightning_zipit.errors import CalibrationError
+from lightning_zipit.graph import MergeGraph
+from lightning_zipit.statistics import FeatureStatistics, Moments
+
+
+class Lockstep:
+    """Runs the trunks of N networks of one architecture side by side, one node of the graph at a time.
+
+    Every activation is dropped after its last use, so that the peak memory is that of N plain forwards.
+
+    Args:
+        graph: the merge graph of the networks.
+        networks: the networks, each in the mode and on the device that it shall run in.
+    """
+
+    def __init__(self, graph: MergeGraph, networks: Sequence[nn.Module]) -> None:
+        self.nodes = list(graph.trunk_graph())
+        self.interpreters = [fx.Interpreter(network, graph=graph.fx_graph) for network in networks]
+        last_use = {source: node for node in self.nodes for source in (node, *node.all_input_nodes)}
+        self.finished: dict[fx.Node, list[fx.Node]] = defaultdict(list)
+        for source, node in last_use.items():
+            self.finished[node].append(source)
+
+    def run(self, x: Tensor, observe: Callable[[str, list[Tensor]], None]) -> None:
+        """Run all networks on one input.
+
+        Args:
+            x: the input.
+            observe: called after each node with its name and its value in every network.
+        """
+        try:
+            for node in self.nodes:
+                for interpreter in self.interpreters:
+                    # A clone: an operator that works in place must not change what the next network sees.
+                    value = x.clone() if node.op == "placeholder" else interpreter.run_node(node)
+                    interpreter.env[node] = value
+                observe(node.name, [interpreter.env[node] for interpreter in self.interpreters])
+                for interpreter in self.interpreters:
+                    for source in self.finished[node]:
+                        del interpreter.env[source]
+        finally:
+            for interpreter in self.interpreters:
+                interpreter.env.clear()
+
+
+class Calibration:
+    """Statistics of every space of a merge graph.
+
+    Args:
+        graph: the merge graph of the networks.
+        networks: the source networks by task, in eval mode.
+        dtype: the type of the Gram matrices of a batch; see :class:`~lightning_zipit.FeatureStatistics`.
+    """
+
+    def __init__(
+        self, graph: MergeGraph, networks: Mapping[str, nn.Module], dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.tasks = list(networks)
+        self.lockstep = Lockstep(graph, list(networks.values()))
+        self.taps = {name: space.tap for name, space in graph.spaces.items() if space.tap is not None}
+        self.at_node: dict[str, list[str]] = defaultdict(list)
+        for name, tap in self.taps.items():
+            self.at_node[tap.node].append(name)
+        self.statistics = {
+            name: FeatureStatistics([graph.spaces[name].size] * len(networks), dtype) for name in self.taps
+        }
+
+    def update(self, x: Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            x: an input of the networks.
+        """
+        self.lockstep.run(x, self._observe)
+
+    def _observe(self, node: str, values: list[Tensor]) -> None:
+        for space in self.at_node.get(node, ()):
+            statistics = self.statistics[space].to(values[0].device)
+            statistics.update([self.taps[space].samples(value) for value in values])
+
+    def check_finite(self) -> None:
+        """Look for NaN and Inf in what was gathered so far.
+
+        Raises:
+            CalibrationError: naming the first space and the tasks whose activations are not finite.
+        """
+        for name, statistics in self.statistics.items():
+            means = (statistics.origin + statistics.offset).chunk(len(self.tasks))
+            spread = statistics.comoment.diagonal().chunk(len(self.tasks))
+            bad = [
+                task
+                for task, mean, power in zip(self.tasks, means, spread, strict=True)
+                if not (mean.isfinite().all() and power.isfinite().all())
+            ]
+            if bad:
+                raise CalibrationError(
+                    f"NaN or Inf in the activations of task {', '.join(map(repr, bad))} at feature space {name!r} (read by "
+                    f"`{self.taps[name].reader}`). Look at that model's weights and at the calibration data for NaN or Inf; "
+                    "under 16-bit precision an overflow is likely: calibrate with precision='32-true'."
+                )
+
+    def compute(self) -> dict[str, Moments]:
+        """Moments of every space over the batches of all processes."""
+        return {name: statistics.compute() for name, statistics in self.statistics.items()}

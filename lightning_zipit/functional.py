@@ -1,0 +1,290 @@
+"""The mathematics of merging, as pure functions: tensor in, tensor out.
+
+Features of N models with C features each are numbered side by side: feature ``c`` of model ``m`` is ``m * C + c``.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+__all__ = ["average", "correlation", "greedy_zip", "merge_matrices", "permute"]
+
+
+def correlation(covariance: Tensor) -> Tensor:
+    """Pearson correlation from a covariance matrix.
+
+    A dead feature (variance zero) has no correlation: its row and column, diagonal included, are 0.
+
+    Args:
+        covariance: symmetric, ``(n, n)``.
+
+    Returns:
+        Correlations in [-1, 1], ``(n, n)``, of the dtype of ``covariance``.
+
+    Raises:
+        ValueError: if ``covariance`` is not a square matrix.
+
+    Example:
+        >>> correlation(torch.tensor([[4.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 0.0]]))
+        tensor([[1.0000, 0.5000, 0.0000],
+                [0.5000, 1.0000, 0.0000],
+                [0.0000, 0.0000, 0.0000]])
+    """
+    _check_square(covariance, "covariance")
+    variance = covariance.diagonal()
+    alive = variance > 0
+    inverse_deviation = torch.where(alive, variance.where(alive, torch.ones_like(variance)).rsqrt(), 0.0)
+    scaled = covariance * inverse_deviation[:, None]
+    scaled.mul_(inverse_deviation[None, :]).clamp_(-1.0, 1.0)
+    scaled.diagonal().copy_(alive.to(scaled.dtype))
+    return scaled
+
+
+def greedy_zip(similarity: Tensor, num_models: int, width: int, alpha: float = 0.1, beta: float = 1.0) -> Tensor:
+    """Match features within and across models, the most similar pair first (ZipIt!, section 4.1 and appendix).
+
+    Starts with one cluster per feature and merges the most similar allowed pair until ``width`` clusters are left.
+    Ties go to the lowest (row, column). A merged cluster's similarity to any other is ``alpha`` times the smaller of
+    its two parts', and the two may merge only where both parts might have. A cluster originates in the model of its
+    lowest-numbered feature. Model m has ``floor((n - width) // num_models * beta)`` merges of two clusters that both
+    originate in m, after which no two clusters of origin m may merge. Where no allowed pair is left before ``width``
+    is reached, every remaining pair is allowed from then on.
+
+    Each row remembers an upper bound of its best similarity to a later row, and is searched again only when that
+    bound is the highest of all and out of date: O(n²) operations in typical use, against O(n³) for a search of the
+    whole matrix at each merge.
+
+    Args:
+        similarity: symmetric and finite, ``(n, n)`` with ``n`` a multiple of ``num_models``; the diagonal is ignored.
+        num_models: how many models the features come from.
+        width: how many clusters to leave, 1 to n.
+        alpha: what the similarity of a merged cluster is multiplied with, 0 to 1; low values favour pairs over
+            large clusters.
+        beta: the share of each model's merges that may happen inside the model, 0 to 1.
+
+    Returns:
+        int64 labels ``(n,)`` on the CPU: the cluster of each feature, clusters numbered by their lowest feature.
+
+    Raises:
+        ValueError: if an argument is out of range, or ``similarity`` is not square or not finite.
+
+    Example:
+        >>> similarity = torch.tensor([[1.0, 0.1, 0.2, 0.9], [0.1, 1.0, 0.8, 0.3], [0.2, 0.8, 1.0, 0.0],
+        ...                            [0.9, 0.3, 0.0, 1.0]])
+        >>> greedy_zip(similarity, num_models=2, width=2)
+        tensor([0, 1, 1, 0])
+    """
+    _check_matching(similarity, num_models, width)
+    if not 0.0 <= alpha <= 1.0:
+        raise ValueError(f"`alpha` must lie between 0 and 1, got {alpha}.")
+    if not 0.0 <= beta <= 1.0:
+        raise ValueError(f"`beta` must lie between 0 and 1, got {beta}.")
+    working = similarity.detach().cpu()
+    if working.dtype in (torch.float16, torch.bfloat16):
+        working = working.float()
+    original = working.numpy()
+    if not np.isfinite(original).all():
+        raise ValueError("`similarity` holds NaN or Inf; similarities must be finite.")
+    n = len(original)
+    budget = np.full(num_models, math.floor((n - width) // num_models * beta))
+    return torch.from_numpy(_GreedyZip(original, num_models, alpha, budget).run(width))
+
+
+class _GreedyZip:
+    """The state of one greedy matching; a cluster is known by its lowest feature, its row in ``pairs``."""
+
+    def __init__(self, similarity: np.ndarray, num_models: int, alpha: float, budget: np.ndarray) -> None:
+        self.similarity = similarity
+        self.alpha = similarity.dtype.type(alpha)
+        self.size = len(similarity)
+        self.origin = np.repeat(np.arange(num_models), self.size // num_models)
+        self.budget = budget
+        self.alive = np.ones(self.size, dtype=bool)
+        self.merges: list[tuple[int, int]] = []
+        self.limited = True  # while budgets and forbidden pairs hold
+        self._start(similarity.copy())
+        for model in np.flatnonzero(budget <= 0):
+            self._forbid(model)
+
+    def _start(self, pairs: np.ndarray) -> None:
+        """Take ``pairs`` as the similarities; a pair that may not merge is -inf."""
+        np.fill_diagonal(pairs, -np.inf)
+        self.pairs = pairs
+        self.bound = np.full(self.size, np.inf, dtype=pairs.dtype)  # of each row's best similarity to a later row
+        self.bound[~self.alive] = -np.inf
+        self.best = np.full(self.size, -1)  # the column that gives it, -1 where a search is due
+        self.gone = np.where(self.alive, 0, -np.inf).astype(pairs.dtype)
+
+    def run(self, width: int) -> np.ndarray:
+        clusters = self.size
+        while clusters > width:
+            row, column = self._most_similar()
+            self._merge(row, column)
+            clusters -= 1
+        return self._labels()
+
+    def _most_similar(self) -> tuple[int, int]:
+        while True:
+            row = int(self.bound.argmax())
+            if self.bound[row] == -np.inf:
+                self._allow_all()
+            elif self.best[row] >= 0:
+                return row, int(self.best[row])
+            else:
+                self._search(row)
+
+    def _search(self, row: int) -> None:
+        later = self.pairs[row, row + 1 :] + self.gone[row + 1 :]
+        if not len(later):
+            self.bound[row] = -np.inf
+            return
+        column = int(later.argmax())
+        self.bound[row], self.best[row] = later[column], row + 1 + column
+
+    def _merge(self, row: int, column: int) -> None:
+        merged = self.pairs[row]
+        _join(merged, self.pairs[column], self.alpha)
+        merged[row] = -np.inf
+        self.pairs[:, row] = merged
+        self.merges.append((row, column))
+        self.alive[column] = False
+        self.gone[column] = self.bound[column] = -np.inf
+        self.best[(self.best == row) | (self.best == column)] = -1
+        self.best[row], self.bound[row] = -1, np.inf
+        # A negative similarity grows when alpha scales it, so that earlier rows may find a better partner in `row`.
+        earlier = np.flatnonzero((merged[:row] >= self.bound[:row]) & self.alive[:row])
+        self.bound[earlier], self.best[earlier] = merged[earlier], -1
+        if self.limited and self.origin[row] == self.origin[column]:
+            model = self.origin[row]
+            self.budget[model] -= 1
+            if self.budget[model] <= 0:
+                self._forbid(model)
+
+    def _forbid(self, model: int) -> None:
+        """No two clusters that originate in ``model`` may merge any more."""
+        members = np.flatnonzero(self.alive & (self.origin == model))
+        self.pairs[np.ix_(members, members)] = -np.inf
+        self.best[members] = -1
+
+    def _allow_all(self) -> None:
+        """Every remaining pair is allowed: the similarities as they would be had nothing been forbidden."""
+        self.limited = False
+        pairs = self.similarity.copy()
+        for row, column in self.merges:
+            _join(pairs[row], pairs[column], self.alpha)
+            pairs[:, row] = pairs[row]
+        self._start(pairs)
+
+    def _labels(self) -> np.ndarray:
+        parent = np.arange(self.size)
+        for row, column in reversed(self.merges):  # the last merges first: a row's own parent is then final
+            parent[column] = parent[row]
+        return np.unique(parent, return_inverse=True)[1].astype(np.int64)
+
+
+def _join(row: np.ndarray, other: np.ndarray, alpha: np.floating) -> None:
+    """The similarities of two merged clusters, in place of the first's; alpha = 0 keeps -inf forbidden."""
+    np.minimum(row, other, out=row)
+    if alpha:
+        np.multiply(row, alpha, out=row)
+    else:
+        row[row != -np.inf] = 0
+
+
+def permute(similarity: Tensor, num_models: int) -> Tensor:
+    """Match each model to the first, one feature to one, so that the total similarity is the highest.
+
+    The assignment problem of Git Re-Basin (arXiv 2209.04836, section 3.1), solved exactly by scipy.
+
+    Args:
+        similarity: symmetric and finite, ``(n, n)`` with ``n`` a multiple of ``num_models``.
+        num_models: how many models the features come from.
+
+    Returns:
+        int64 labels ``(n,)`` on the CPU, with ``n / num_models`` clusters.
+
+    Raises:
+        ValueError: if ``similarity`` is not square, or its size not a multiple of ``num_models``.
+
+    Example:
+        >>> permute(torch.tensor([[1.0, 0.1, 0.2, 0.9], [0.1, 1.0, 0.8, 0.3], [0.2, 0.8, 1.0, 0.0],
+        ...                       [0.9, 0.3, 0.0, 1.0]]), num_models=2)
+        tensor([0, 1, 1, 0])
+    """
+    width = len(similarity) // num_models
+    _check_matching(similarity, num_models, width)
+    labels = [torch.arange(width)]
+    for model in range(1, num_models):
+        block = similarity[:width, model * width : (model + 1) * width].detach().double().cpu().numpy()
+        first, own = linear_sum_assignment(block, maximize=True)
+        matched = torch.empty(width, dtype=torch.int64)
+        matched[torch.from_numpy(own)] = torch.from_numpy(first)
+        labels.append(matched)
+    return torch.cat(labels)
+
+
+def average(num_features: int, num_models: int) -> Tensor:
+    """Match feature ``c`` of every model to feature ``c`` of the first: merging is then plain weight averaging.
+
+    Args:
+        num_features: of all models together, a multiple of ``num_models``.
+        num_models: how many models the features come from.
+
+    Returns:
+        int64 labels ``(num_features,)``.
+
+    Example:
+        >>> average(6, num_models=2)
+        tensor([0, 1, 2, 0, 1, 2])
+    """
+    return torch.arange(num_features // num_models).repeat(num_models)
+
+
+def merge_matrices(labels: Tensor, num_models: int) -> tuple[list[Tensor], list[Tensor]]:
+    """The merge and unmerge matrices of a matching (ZipIt!, equations 3 and 4).
+
+    Args:
+        labels: int64 ``(n,)``, the merged feature that each source feature becomes.
+        num_models: how many models the features come from.
+
+    Returns:
+        The merge matrices M_i ``(W, C)``, which average each cluster: the rows of ``[M_1 … M_N]`` sum to 1; and the
+        unmerge matrices U_i ``(C, W)``, which copy it back.
+
+    Raises:
+        ValueError: if ``labels`` is not a vector whose length is a multiple of ``num_models``.
+
+    Example:
+        >>> merge, unmerge = merge_matrices(torch.tensor([0, 1, 1, 0]), num_models=2)
+        >>> merge[1]
+        tensor([[0.0000, 0.5000],
+                [0.5000, 0.0000]])
+        >>> unmerge[1]
+        tensor([[0., 1.],
+                [1., 0.]])
+    """
+    if labels.ndim != 1 or num_models < 1 or len(labels) % num_models:
+        raise ValueError(
+            f"`labels` must be a vector whose length is a multiple of num_models={num_models}, got {tuple(labels.shape)}."
+        )
+    one_hot = torch.nn.functional.one_hot(labels).to(torch.get_default_dtype())  # (n, W)
+    averaging = (one_hot / one_hot.sum(0)).T  # (W, n)
+    return list(averaging.chunk(num_models, dim=1)), list(one_hot.chunk(num_models, dim=0))
+
+
+def _check_square(matrix: Tensor, name: str) -> None:
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+        raise ValueError(f"`{name}` must be a square matrix, got shape {tuple(matrix.shape)}.")
+
+
+def _check_matching(similarity: Tensor, num_models: int, width: int) -> None:
+    _check_square(similarity, "similarity")
+    if num_models < 1 or len(similarity) % num_models:
+        raise ValueError(f"`num_models` must divide the {len(similarity)} features, got {num_models}.")
+    if not 1 <= width <= max(len(similarity), 1):
+        raise ValueError(f"`width` must lie between 1 and {len(similarity)}, got {width}.")

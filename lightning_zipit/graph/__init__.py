@@ -1,0 +1,26 @@
+"""What is tied to what: from a network to its feature spaces."""
+
+import lightning_zipit.graph.rules  # noqa: F401  (fills the registry)
+from lightning_zipit.graph.interpret import Context, register_rule
+from lightning_zipit.graph.spaces import AxisRef, Block, Crossing, FeatureSpace, MergeGraph, Tap
+from lightning_zipit.graph.trace import trace
+from lightning_zipit.graph.values import BATCH, Features, Parameter, Plain
+from lightning_zipit.graph.verify import permute_spaces, verify_graph
+
+__all__ = [
+    "BATCH",
+    "AxisRef",
+    "Block",
+    "Context",
+    "Crossing",
+    "FeatureSpace",
+    "Features",
+    "MergeGraph",
+    "Parameter",
+    "Plain",
+    "Tap",
+    "permute_spaces",
+    "register_rule",
+    "trace",
+    "verify_graph",
+]

@@ -1,0 +1,204 @@
+"""The declarative table that tracing produces and everything downstream works from."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, fx
+
+Role = Literal["producer", "consumer"]
+
+
+@dataclass(frozen=True)
+class Block:
+    """The entries of an axis that hold one feature space, feature after feature.
+
+    Attributes:
+        space: name of the feature space.
+        starts: the first entry of each feature, ``range`` where they are evenly spaced.
+        repeat: how many neighbouring entries each feature has (H·W after a flatten, else 1).
+    """
+
+    space: str
+    starts: range | tuple[int, ...]
+    repeat: int = 1
+
+    def entries(self) -> Tensor:
+        """Indices along the axis, ``(features, repeat)``."""
+        return torch.as_tensor(self.starts, dtype=torch.int64)[:, None] + torch.arange(self.repeat)
+
+    def __str__(self) -> str:
+        if isinstance(self.starts, range) and self.starts.step == self.repeat:
+            where = f"[{self.starts.start}:{self.starts.stop}]"
+        elif isinstance(self.starts, range):
+            where = f"[{self.starts.start}:{self.starts.stop}:{self.starts.step}]"
+        else:
+            where = "[permuted]"
+        return f"{self.space}{where}" + (f"×{self.repeat}" if self.repeat > 1 else "")
+
+
+@dataclass(frozen=True)
+class AxisRef:
+    """What one axis of a parameter, or of a measured tensor, holds.
+
+    Attributes:
+        blocks: the spaces along the axis; entries outside all blocks hold no feature that is merged.
+        role: whether the axis writes the spaces or reads them.
+        size: the length of the axis.
+    """
+
+    blocks: tuple[Block, ...]
+    role: Role
+    size: int
+
+    @property
+    def whole(self) -> bool:
+        """Whether the axis is one space, entry by entry in order."""
+        return len(self.blocks) == 1 and self.blocks[0].starts == range(self.size) and self.blocks[0].repeat == 1
+
+    @property
+    def spaces(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(block.space for block in self.blocks))
+
+    def index(self, tables: Mapping[str, Tensor]) -> Tensor:
+        """Per entry of the axis, the entry that a per-space index table sends it to, ``(size,)``.
+
+        Args:
+            tables: per space an int64 vector ``(features,)`` with values among the features.
+        """
+        index = torch.arange(self.size)
+        for block in self.blocks:
+            entries = block.entries()
+            index[entries] = entries[tables[block.space]]
+        return index
+
+    def __str__(self) -> str:
+        arrow = "→" if self.role == "producer" else "←"
+        names = self.blocks[0].space if self.whole else " + ".join(map(str, self.blocks))
+        return f"{arrow} {names}"
+
+
+@dataclass(frozen=True)
+class Tap:
+    """Where the activations of a space are measured.
+
+    Attributes:
+        node: name of the graph node whose output is measured.
+        axis: the axis that holds the features.
+        block: the entries of that axis that are this space.
+        reader: for people: the module that reads the tensor there.
+    """
+
+    node: str
+    axis: int
+    block: Block
+    reader: str
+
+    def samples(self, value: Tensor) -> Tensor:
+        """The measured tensor as ``(batch × positions, features)``."""
+        channels_last = value.movedim(self.axis, -1)
+        if self.block.starts == range(channels_last.shape[-1]) and self.block.repeat == 1:
+            return channels_last.reshape(-1, channels_last.shape[-1])
+        chosen = channels_last[..., self.block.entries().to(value.device)]  # (…, features, repeat)
+        return chosen.movedim(-1, -2).reshape(-1, chosen.shape[-2])
+
+
+@dataclass(frozen=True)
+class FeatureSpace:
+    """A set of axes that must be merged together.
+
+    Attributes:
+        name: the module that writes it first.
+        size: how many features it has.
+        producers: parameter and axis of everything that writes it.
+        consumers: parameter and axis of everything that reads it.
+        tap: where it is measured; ``None`` where nothing reads it.
+        pinned: its features mean the same in all models (they are tied to the network's input or output), and are
+            matched by their index.
+    """
+
+    name: str
+    size: int
+    producers: tuple[tuple[str, int], ...]
+    consumers: tuple[tuple[str, int], ...]
+    tap: Tap | None
+    pinned: bool = False
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """A value that passes from the trunk to the heads.
+
+    Attributes:
+        node: name of the graph node that makes it.
+        axis: which of its axes holds features; ``None`` where it holds none.
+        ref: the spaces along that axis.
+        absorbed: whether the head's first layers read it through their weights; else the head starts by unmerging it.
+    """
+
+    node: str
+    axis: int | None = None
+    ref: AxisRef | None = None
+    absorbed: bool = False
+
+
+@dataclass(frozen=True)
+class MergeGraph:
+    """A traced backbone: its feature spaces, its table of axes, and where trunk ends and heads begin.
+
+    Attributes:
+        spaces: the feature spaces of the trunk by name.
+        axes: for each parameter and buffer, per axis, the spaces that it writes or reads; ``None`` leaves the axis
+            alone. Head parameters have entries where they read a space of the trunk.
+        crossings: what the heads take from the trunk, in order.
+        trunk_nodes: names of the graph nodes of the trunk.
+        stop_at: the module that was asked for as the trunk's last; ``None`` zips down to the last layer.
+        module: the traced backbone.
+        fx_graph: its graph, as torch.fx recorded it.
+    """
+
+    spaces: dict[str, FeatureSpace]
+    axes: dict[str, tuple[AxisRef | None, ...]]
+    crossings: tuple[Crossing, ...]
+    trunk_nodes: frozenset[str]
+    stop_at: str | None
+    module: torch.nn.Module = field(repr=False)
+    fx_graph: fx.Graph = field(repr=False)
+
+    def to_table(self) -> Table:
+        """The table of axes for people: one row a parameter, one column an axis (``→`` writes, ``←`` reads)."""
+        rank = max((len(refs) for refs in self.axes.values()), default=0)
+        table = Table(title=f"{len(self.spaces)} feature spaces")
+        for heading in ("parameter", *(f"axis {axis}" for axis in range(rank))):
+            table.add_column(heading, overflow="fold")
+        for name, refs in self.axes.items():
+            if any(refs):
+                table.add_row(name, *(str(ref) if ref else "·" for ref in refs))
+        return table
+
+    def __str__(self) -> str:
+        buffer = io.StringIO()
+        Console(file=buffer, width=200).print(self.to_table())
+        return buffer.getvalue()
+
+    def trunk_graph(self) -> Iterator[fx.Node]:
+        """The nodes of the trunk in order of execution."""
+        return (node for node in self.fx_graph.nodes if node.name in self.trunk_nodes)
+
+
+def as_starts(positions: np.ndarray) -> range | tuple[int, ...]:
+    """Positions as a range where they are evenly spaced upwards."""
+    if len(positions) == 1:
+        return range(int(positions[0]), int(positions[0]) + 1)
+    steps = np.diff(positions)
+    step = int(steps[0])
+    if step > 0 and (steps == step).all():
+        return range(int(positions[0]), int(positions[0]) + step * len(positions), step)
+    return tuple(int(position) for position in positions)

@@ -1,0 +1,142 @@
+"""Proves a merge graph: permuting any of its spaces must not change what the network computes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, fx, nn
+
+from lightning_zipit.errors import VerificationError
+from lightning_zipit.graph.spaces import AxisRef, MergeGraph
+from lightning_zipit.graph.values import leaves
+
+SAMPLES = 8
+
+
+def random_permutations(graph: MergeGraph, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+    """A permutation for every space of the trunk; pinned spaces keep their order."""
+    return {
+        name: torch.arange(space.size) if space.pinned else torch.randperm(space.size, generator=generator)
+        for name, space in graph.spaces.items()
+    }
+
+
+def permute_spaces(module: nn.Module, graph: MergeGraph, permutations: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of a network whose feature spaces are in another order; it computes the same function.
+
+    Only for graphs whose every crossing into the heads is absorbed by weights, as with ``stop_at=None``.
+
+    Args:
+        module: the traced network, or another of the same architecture.
+        graph: its merge graph.
+        permutations: per space a permutation ``(features,)``; spaces that are left out keep their order.
+
+    Returns:
+        The permuted copy.
+    """
+    module = copy.deepcopy(module)
+    tensors = dict((*module.named_parameters(), *module.named_buffers()))
+    with torch.no_grad():
+        for name, refs in graph.axes.items():
+            for axis, ref in enumerate(refs):
+                if ref is not None:
+                    index = _index(ref, graph, permutations).to(tensors[name].device)
+                    tensors[name].copy_(tensors[name].index_select(axis, index))
+    return module
+
+
+def _index(ref: AxisRef, graph: MergeGraph, permutations: Mapping[str, Tensor]) -> Tensor:
+    return ref.index(
+        {space: permutations.get(space, torch.arange(graph.spaces[space].size)) for space in ref.spaces}
+    )
+
+
+def verify_graph(backbone: nn.Module, graph: MergeGraph, batch: Tensor) -> None:
+    """Permute every space at random in a copy and compare what crosses into the heads.
+
+    Args:
+        backbone: the traced network.
+        graph: its merge graph.
+        batch: an input; its first 8 samples are used.
+
+    Raises:
+        VerificationError: naming every space whose permutation changes the result.
+    """
+    generator = torch.Generator().manual_seed(0)
+    permutations = random_permutations(graph, generator)
+    exact = batch.device.type != "mps"
+    reference = copy.deepcopy(backbone).eval()
+    example = batch[:SAMPLES].detach().clone()
+    if exact:
+        reference = reference.double()
+        example = example.double() if example.is_floating_point() else example
+    tolerance = 1e-6 if exact else 1e-3
+    expected = _crossing_values(reference, graph, example)
+    if _agree(graph, reference, permutations, example, expected, tolerance):
+        return
+    wrong = [
+        name
+        for name, permutation in permutations.items()
+        if not _agree(graph, reference, {name: permutation}, example, expected, tolerance)
+    ]
+    parameters = {name: [parameter for parameter, _ in graph.spaces[name].producers][:3] for name in wrong}
+    raise VerificationError(
+        "Permuting these feature spaces changes what the network computes, so merging them would be wrong: "
+        f"{', '.join(f'{name} (written by {written})' for name, written in parameters.items()) or 'all together'}. A rule "
+        "for an operator that they pass through is wrong, or the network uses the number of a feature: stop before it with "
+        "`stop_at`, or register another rule."
+    )
+
+
+def _agree(
+    graph: MergeGraph,
+    reference: nn.Module,
+    permutations: Mapping[str, Tensor],
+    example: Tensor,
+    expected: list[Tensor],
+    tolerance: float,
+) -> bool:
+    permuted = permute_spaces(reference, graph, permutations)
+    found = _crossing_values(permuted, graph, example)
+    for crossing, value, other in zip(_tensor_crossings(graph), expected, found, strict=True):
+        if crossing.ref is not None and crossing.axis is not None:
+            entries = crossing.ref.size or value.shape[crossing.axis]
+            index = _entry_index(crossing.ref, graph, permutations, value.shape[crossing.axis], entries)
+            value = value.index_select(crossing.axis, index.to(value.device))
+        scale = value.abs().max().clamp(min=torch.finfo(value.dtype).tiny)
+        if not (value - other).abs().max() <= tolerance * scale:
+            return False
+    return True
+
+
+def _entry_index(
+    ref: AxisRef, graph: MergeGraph, permutations: Mapping[str, Tensor], length: int, entries: int
+) -> Tensor:
+    """The permutation of a crossing axis; where a flatten's positions were unknown in tracing, of each feature's."""
+    index = _index(ref, graph, permutations)
+    repeat = length // entries
+    return (index[:, None] * repeat + torch.arange(repeat)).flatten() if repeat > 1 else index
+
+
+def _tensor_crossings(graph: MergeGraph) -> list:
+    return [crossing for crossing in graph.crossings if crossing.axis is not None]
+
+
+def _crossing_values(module: nn.Module, graph: MergeGraph, example: Tensor) -> list[Tensor]:
+    """What the trunk hands over for an input."""
+    interpreter = fx.Interpreter(module, graph=graph.fx_graph)
+    kept: dict[str, Tensor] = {}
+    names = {crossing.node for crossing in _tensor_crossings(graph)}
+    with torch.inference_mode(False), torch.no_grad():
+        for node in graph.trunk_graph():
+            interpreter.env[node] = example if node.op == "placeholder" else interpreter.run_node(node)
+            if node.name in names:
+                kept[node.name] = interpreter.env[node].clone()
+            for finished in interpreter.user_to_last_uses.get(node, ()):
+                interpreter.env.pop(finished, None)
+    return [kept[crossing.node] for crossing in _tensor_crossings(graph)]
+
+
+__all__ = ["leaves", "permute_spaces", "random_permutations", "verify_graph"]

@@ -1,0 +1,98 @@
+"""Matchers: from the similarity of a feature space to the labels that say what is merged with what."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_zipit import functional as F
+
+OWN_MODEL_HANDICAP = 1e-6
+
+__all__ = ["Average", "GreedyZip", "Matcher", "Permute"]
+
+
+class Matcher(ABC):
+    """Decides which features of N models become one; subclass it to bring your own."""
+
+    @abstractmethod
+    def __call__(self, similarity: Tensor, num_models: int) -> Tensor:
+        """Match the features of one space.
+
+        Args:
+            similarity: float64 ``(N·C, N·C)``, the models side by side; dead features have zeros only.
+            num_models: N.
+
+        Returns:
+            int64 labels ``(N·C,)`` with C clusters: the merged feature that each source feature becomes.
+        """
+
+
+@dataclass(frozen=True)
+class GreedyZip(Matcher):
+    """Zip features across and within models, the most similar pair first (ZipIt!, section 4.1).
+
+    Dead features (constant on the calibration data) are set aside first, one of each model to a cluster, as far as
+    every model has some: as they have similarity 0 to everything, the greedy search would else leave them alone and
+    merge live features in their place. Where the data cannot tell features apart (few samples, or features that are
+    active on the same few), a partner in another model goes first: similarities are compared in float32, and those
+    within a model are lowered by a millionth.
+
+    Args:
+        alpha: what the similarity of a merged cluster is multiplied with, 0 to 1; see
+            :func:`~lightning_zipit.functional.greedy_zip`.
+        beta: the share of each model's merges that may happen inside the model, 0 to 1.
+
+    Raises:
+        ValueError: if ``alpha`` or ``beta`` lies outside 0 to 1.
+
+    Example:
+        >>> similarity = torch.tensor([[1.0, 0.1, 0.2, 0.9], [0.1, 1.0, 0.8, 0.3], [0.2, 0.8, 1.0, 0.0],
+        ...                            [0.9, 0.3, 0.0, 1.0]])
+        >>> GreedyZip(alpha=0.1, beta=1.0)(similarity, num_models=2)
+        tensor([0, 1, 1, 0])
+    """
+
+    alpha: float = 0.1
+    beta: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("alpha", "beta"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"`{name}` must lie between 0 and 1, got {getattr(self, name)}.")
+
+    def __call__(self, similarity: Tensor, num_models: int) -> Tensor:
+        size = len(similarity) // num_models
+        dead = (similarity.diagonal() == 0).reshape(num_models, size)
+        paired = int(dead.sum(1).min())
+        aside = dead & (dead.cumsum(1) <= paired)
+        live = (~aside).flatten().nonzero().flatten()
+        labels = torch.empty(len(similarity), dtype=torch.int64)
+        if len(live):
+            compared = similarity[live][:, live].float()
+            for own in range(num_models):
+                block = slice(own * (size - paired), (own + 1) * (size - paired))
+                compared[block, block] -= compared[block, block].abs() * OWN_MODEL_HANDICAP
+            zipped = F.greedy_zip(compared, num_models, size - paired, self.alpha, self.beta)
+            labels[live.cpu()] = zipped
+        labels[aside.flatten().cpu()] = torch.arange(size - paired, size).repeat(num_models)
+        return labels
+
+
+@dataclass(frozen=True)
+class Permute(Matcher):
+    """Match every model to the first, one feature to one, by assignment (Git Re-Basin, arXiv 2209.04836)."""
+
+    def __call__(self, similarity: Tensor, num_models: int) -> Tensor:
+        return F.permute(similarity, num_models)
+
+
+@dataclass(frozen=True)
+class Average(Matcher):
+    """Match features by their number: plain weight averaging."""
+
+    def __call__(self, similarity: Tensor, num_models: int) -> Tensor:
+        return F.average(len(similarity), num_models)

@@ -1,0 +1,159 @@
+"""From labels to merged weights: one generic loop over the table of axes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lightning_zipit import functional as F
+from lightning_zipit.graph import AxisRef, MergeGraph
+from lightning_zipit.matchers import Matcher
+from lightning_zipit.statistics import Moments
+
+
+@dataclass(frozen=True)
+class SpaceMap:
+    """The matching of one space, from which its merge and unmerge matrices follow.
+
+    They are applied as sums over indices rather than as matrices: each source feature has one label.
+
+    Attributes:
+        labels: int64 ``(N·C,)``, the merged feature that each source feature becomes.
+        num_models: N.
+    """
+
+    labels: Tensor
+    num_models: int
+
+    def targets(self, source: int) -> Tensor:
+        """The merged feature of each feature of one source model, ``(C,)``: U_i as indices."""
+        return self.labels.chunk(self.num_models)[source]
+
+    def shares(self, source: int) -> Tensor:
+        """What each feature of one source model contributes to its cluster, ``(C,)``: the entries of M_i."""
+        return self.labels.bincount().double().reciprocal()[self.targets(source)]
+
+
+def match(
+    graph: MergeGraph, moments: Mapping[str, Moments], matcher: Matcher, num_models: int
+) -> tuple[dict[str, SpaceMap], dict[str, Tensor]]:
+    """Match the features of every space.
+
+    Args:
+        graph: the merge graph.
+        moments: per measured space, the moments of its features, models side by side.
+        matcher: similarity → labels.
+        num_models: N.
+
+    Returns:
+        The maps of all spaces (those that are pinned or not measured are matched by number), and the similarities of
+        those that were measured.
+    """
+    maps, similarities = {}, {}
+    for name, space in graph.spaces.items():
+        if name in moments:
+            similarities[name] = F.correlation(moments[name].covariance)
+            labels = matcher(similarities[name], num_models)
+        else:
+            labels = F.average(num_models * space.size, num_models)
+        maps[name] = SpaceMap(labels.cpu(), num_models)
+    return maps, similarities
+
+
+def contract(weight: Tensor, axes: Sequence[AxisRef | None], maps: Mapping[str, SpaceMap], source: int) -> Tensor:
+    """M_i W_i U_i over the axes of one source model's parameter (ZipIt!, equation 5).
+
+    Args:
+        weight: the parameter.
+        axes: per axis, the spaces that it writes or reads; ``None`` leaves the axis alone.
+        maps: the matching of each space.
+        source: the number i of the source model.
+
+    Returns:
+        float64, of the shape of ``weight``.
+    """
+    weight = weight.detach().cpu().double()
+    for axis, ref in enumerate(axes):
+        if ref is None:
+            continue
+        index = ref.index({space: maps[space].targets(source) for space in ref.spaces})
+        if ref.role == "producer":
+            shares = torch.ones(ref.size, dtype=torch.float64)
+            for block in ref.blocks:
+                shares[block.entries()] = maps[block.space].shares(source)[:, None]
+            weight = weight * shares.reshape(-1, *[1] * (weight.ndim - axis - 1))
+        weight = torch.zeros_like(weight).index_add_(axis, index, weight)
+    return weight
+
+
+def merge_parameter(copies: Sequence[Tensor], axes: Sequence[AxisRef | None], maps: Mapping[str, SpaceMap]) -> Tensor:
+    """Merge one parameter of N source models: Σ_i M_i W_i U_i over its axes (ZipIt!, equation 5).
+
+    A parameter that writes no space is averaged; whole numbers and equal copies are taken over.
+
+    Args:
+        copies: the parameter in each source model, all of one shape.
+        axes: per axis, the spaces that it writes or reads; ``None`` leaves the axis alone.
+        maps: the matching of each space.
+
+    Returns:
+        The merged parameter, of the type of the first copy, on the CPU.
+    """
+    first = copies[0].detach()
+    untouched = not any(axes)
+    if not first.is_floating_point() or (untouched and all(torch.equal(first.cpu(), copy.cpu()) for copy in copies)):
+        return first.cpu().clone()
+    merged = torch.stack([contract(copy, axes, maps, source) for source, copy in enumerate(copies)]).sum(0)
+    if not any(ref is not None and ref.role == "producer" for ref in axes):
+        merged /= len(copies)
+    return merged.to(first.dtype)
+
+
+def merge_into(
+    target: nn.Module,
+    sources: Sequence[nn.Module],
+    axes: Mapping[str, tuple[AxisRef | None, ...]],
+    maps: Mapping[str, SpaceMap],
+) -> None:
+    """Write the merged parameters and buffers into a trunk.
+
+    Args:
+        target: a module with parameters under the names that they have in the sources.
+        sources: the source networks.
+        axes: the table of axes.
+        maps: the matching of each space.
+    """
+    with torch.no_grad():
+        for name, tensor in _tensors(target):
+            copies = [_tensor(source, name) for source in sources]
+            tensor.copy_(merge_parameter(copies, axes.get(name, (None,) * tensor.ndim), maps))
+
+
+def unmerge_into(
+    target: nn.Module, axes: Mapping[str, tuple[AxisRef | None, ...]], maps: Mapping[str, SpaceMap], source: int
+) -> None:
+    """Let the first layers of one head read the merged features: W_i U_i.
+
+    Args:
+        target: the head of one source model, with that model's parameters.
+        axes: the table of axes.
+        maps: the matching of each space.
+        source: the number i of the source model.
+    """
+    with torch.no_grad():
+        for name, tensor in _tensors(target):
+            refs = axes.get(name, ())
+            if any(refs):
+                tensor.copy_(contract(tensor, refs, maps, source))
+
+
+def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*module.named_parameters(), *module.named_buffers()]
+
+
+def _tensor(module: nn.Module, name: str) -> Tensor:
+    owner, _, leaf = name.rpartition(".")
+    return getattr(module.get_submodule(owner), leaf)

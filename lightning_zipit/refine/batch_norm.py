@@ -1,0 +1,68 @@
+"""Re-estimates the running statistics of batch norm, which merging invalidates (ZipIt!, section 4.3, after REPAIR)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_zipit.errors import CalibrationError
+from lightning_zipit.statistics import all_reduce_sum
+
+
+class BatchNormEstimator:
+    """One cumulative average (momentum ``None``) over batches for the batch norms of some modules.
+
+    Args:
+        modules: the modules whose running statistics shall be estimated, by the name that an error gives them.
+    """
+
+    def __init__(self, **modules: nn.Module) -> None:
+        self.norms: dict[str, _BatchNorm] = {
+            f"{prefix}.{name}": norm
+            for prefix, module in modules.items()
+            for name, norm in module.named_modules()
+            if isinstance(norm, _BatchNorm) and norm.track_running_stats
+        }
+        for norm in self.norms.values():
+            norm.reset_running_stats()
+
+    @contextmanager
+    def collecting(self, module: nn.Module) -> Iterator[None]:
+        """Inside, a forward of ``module`` adds its batch to the statistics; all else stays in eval mode."""
+        norms = [norm for norm in module.modules() if isinstance(norm, _BatchNorm) and norm.track_running_stats]
+        momenta = [norm.momentum for norm in norms]
+        try:
+            for norm in norms:
+                norm.training, norm.momentum = True, None
+            yield
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.training, norm.momentum = False, momentum
+
+    def finish(self) -> None:
+        """Average over the batches of all processes: a few collectives, the same on every rank.
+
+        Raises:
+            CalibrationError: naming the norms that no batch of two or more samples has reached.
+        """
+        if dist.is_available() and dist.is_initialized():
+            for norm in self.norms.values():
+                _average_over_ranks(norm)
+        empty = [name for name, norm in self.norms.items() if not norm.num_batches_tracked]
+        if empty:
+            raise CalibrationError(
+                f"No batch of two or more samples reached batch norm {', '.join(empty[:5])}, so that its statistics cannot "
+                "be re-estimated. Use a larger batch size, or refine=None to keep the merged statistics."
+            )
+
+
+def _average_over_ranks(norm: _BatchNorm) -> None:
+    batches: Tensor = norm.num_batches_tracked
+    total = all_reduce_sum(batches)
+    for statistic in (norm.running_mean, norm.running_var):
+        statistic.copy_(all_reduce_sum(statistic.double() * batches) / total.clamp(min=1))
+    batches.copy_(total)

@@ -1,0 +1,216 @@
+"""Means and covariances of features, gathered batch by batch, device by device or site by site."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torchmetrics import Metric
+
+ROWS_AT_ONCE = 65_536
+"""Samples that are centred and multiplied at a time: bounds the memory of one update."""
+
+
+class Moments(NamedTuple):
+    """What :class:`FeatureStatistics` computes.
+
+    Attributes:
+        count: number of samples.
+        mean: float64 ``(n,)``.
+        covariance: float64 ``(n, n)``, symmetric, with Bessel's correction (divided by ``count - 1``).
+    """
+
+    count: int
+    mean: Tensor
+    covariance: Tensor
+
+
+class FeatureStatistics(Metric):
+    """Mean and covariance of the features of N models, side by side.
+
+    Every update centres its samples by their own mean, takes their Gram matrix in ``gram_dtype`` and adds it to a
+    float64 co-moment with the exact correction for the two means (Chan, Golub and LeVeque 1983), so that neither a
+    large mean nor the split into batches costs precision. Across processes the co-moments are brought to the common
+    mean and summed: one all-reduce each for count, mean and co-moment.
+
+    Args:
+        sizes: how many features each model has.
+        gram_dtype: the type in which Gram matrices of one batch are taken, ``torch.float32`` or ``torch.float64``.
+            Features of a wider type keep theirs. Also accepted under the name ``dtype``.
+        kwargs: see :class:`torchmetrics.Metric`.
+
+    Raises:
+        ValueError: if ``sizes`` is empty or holds a number below 1, or ``gram_dtype`` is neither of the two.
+
+    Example:
+        >>> statistics = FeatureStatistics([1, 1])
+        >>> statistics.update([torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([[2.0], [4.0], [6.0]])])
+        >>> statistics.compute().covariance
+        tensor([[1., 2.],
+                [2., 4.]], dtype=torch.float64)
+    """
+
+    full_state_update = False
+    higher_is_better = None
+    is_differentiable = False
+    count: Tensor
+    origin: Tensor  # near the first samples' mean: what is added to it stays small, so that no digit of it is lost
+    offset: Tensor  # of the mean from the origin
+    comoment: Tensor
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        gram_dtype: torch.dtype = torch.float32,
+        *,
+        dtype: torch.dtype | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        gram_dtype = dtype or gram_dtype
+        if not sizes or any(size < 1 for size in sizes):
+            raise ValueError(f"`sizes` must list at least one positive number of features, got {list(sizes)}.")
+        if gram_dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"`dtype` must be torch.float32 or torch.float64, got {gram_dtype}.")
+        self.sizes = tuple(sizes)
+        self.gram_dtype = gram_dtype
+        total = sum(sizes)
+        self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum", persistent=True)
+        self.add_state("origin", torch.zeros(total, dtype=torch.float64), dist_reduce_fx="sum", persistent=True)
+        self.add_state("offset", torch.zeros(total, dtype=torch.float64), dist_reduce_fx="sum", persistent=True)
+        self.add_state(
+            "comoment", torch.zeros(total, total, dtype=torch.float64), dist_reduce_fx="sum", persistent=True
+        )
+
+    def update(self, features: Sequence[Tensor]) -> None:
+        """Add samples.
+
+        Args:
+            features: of each model ``(samples, C_i)``, the same samples in the same order.
+
+        Raises:
+            ValueError: if the shapes are not those of ``sizes``, or the numbers of samples differ.
+        """
+        shapes = [tuple(feature.shape) for feature in features]
+        samples = shapes[0][0] if shapes else 0
+        if shapes != [(samples, size) for size in self.sizes]:
+            raise ValueError(
+                f"`features` must be {len(self.sizes)} tensors of shapes (samples, C) with C in {list(self.sizes)} "
+                f"and equal samples, got shapes {shapes}."
+            )
+        with torch.no_grad(), full_precision(features[0].device.type):
+            for rows in zip(*(feature.split(ROWS_AT_ONCE) for feature in features), strict=True):
+                if len(rows[0]):
+                    self._add(*batch_moments(torch.cat(rows, dim=1), self.gram_dtype))
+
+    def _add(self, count: Tensor, origin: Tensor, offset: Tensor, comoment: Tensor) -> None:
+        # In place: states that were made outside inference mode stay usable there and after.
+        self.origin.copy_(torch.where(self.count == 0, origin, self.origin))
+        offset = offset + (origin - self.origin)
+        total = self.count + count
+        apart = (offset - self.offset) * (self.count * count / total).sqrt()
+        self.comoment.add_(comoment).addmm_(apart[:, None], apart[None, :])
+        self.offset.lerp_(offset, count / total)
+        self.count.copy_(total)
+
+    def compute(self) -> Moments:
+        """Moments of all samples of all processes.
+
+        Raises:
+            ValueError: if no sample was added.
+        """
+        count = int(self.count.item())
+        if not count:
+            raise ValueError("No sample was added to these statistics: call `update` first.")
+        covariance = (self.comoment + self.comoment.T) / (2 * max(count - 1, 1))
+        return Moments(count, self.origin + self.offset, covariance)
+
+    def __add__(self, other: FeatureStatistics) -> FeatureStatistics:  # type: ignore[override]
+        """Statistics of the samples of both, for example of two sites."""
+        if not isinstance(other, FeatureStatistics) or other.sizes != self.sizes:
+            raise ValueError("Only statistics of the same sizes can be added to each other.")
+        joint = FeatureStatistics(self.sizes, self.gram_dtype).to(self.comoment.device)
+        joint.merge_state(self)
+        joint.merge_state(other)
+        return joint
+
+    def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
+        """Add the samples of another instance, or of its states, to this one, in place."""
+        if isinstance(incoming_state, Metric):
+            if not isinstance(incoming_state, FeatureStatistics) or incoming_state.sizes != self.sizes:
+                raise ValueError("Only statistics of the same sizes can be added to each other.")
+            incoming_state = incoming_state.metric_state
+        self._computed = None
+        if incoming_state["count"] > 0:
+            self._update_count += 1
+            self._add(*(incoming_state[name] for name in ("count", "origin", "offset", "comoment")))
+
+    def _sync_dist(self, dist_sync_fn: Any = None, process_group: Any = None) -> None:
+        """True all-reduces instead of the default gathering of all states on all ranks."""
+        group = process_group or self.process_group
+        has_data = (self.count > 0).double()
+        ranks, count, origins = all_reduce_sum(torch.cat([has_data[None], self.count[None], self.origin * has_data]), group).split(
+            [1, 1, len(self.origin)]
+        )
+        origin = origins / ranks.clamp(min=1)
+        own_offset = (self.offset + (self.origin - origin)) * has_data
+        offset = all_reduce_sum(own_offset * self.count, group) / count.clamp(min=1)
+        apart = (own_offset - offset) * self.count.sqrt()
+        comoment = all_reduce_sum(torch.addr(self.comoment, apart, apart), group)
+        self.count, self.origin, self.offset, self.comoment = count[0], origin, offset, comoment
+
+    def set_dtype(self, dst_type: str | torch.dtype) -> FeatureStatistics:
+        """Keep the states in float64, whatever type the surrounding module is cast to."""
+        return self
+
+
+def batch_moments(features: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Count, mean (as origin and offset) and co-moment of one batch.
+
+    The batch is shifted by its mean as rounded to its own type: that subtraction is exact where values lie close
+    together, and what the rounding leaves is corrected in float64.
+
+    Args:
+        features: ``(samples, n)``, at least one sample.
+        dtype: the type of the Gram matrix, unless that of ``features`` is wider.
+
+    Returns:
+        All float64: the count, an origin ``(n,)`` near the mean, the offset of the mean from it ``(n,)``, and the
+        co-moment Σ (x - mean)(x - mean)ᵀ ``(n, n)``.
+    """
+    # Fewer samples than features: copies of a feature are told apart from near copies by the last digits, and the
+    # product is cheap.
+    dtype = torch.float64 if len(features) <= features.shape[1] else dtype
+    features = features.to(torch.promote_types(features.dtype, dtype))
+    count = torch.tensor(len(features), dtype=torch.float64, device=features.device)
+    origin = features.mean(0, dtype=torch.float64).to(features.dtype)
+    shifted = features - origin
+    offset = shifted.mean(0, dtype=torch.float64)  # (n,)
+    gram = shifted.T @ shifted  # (n, n)
+    if gram.dtype != torch.float64:  # else what rounding the mean has left is below the digits of the Gram matrix
+        apart = offset * count.sqrt()
+        gram = gram.double().addmm_(apart[:, None], apart[None, :], alpha=-1)
+    return count, origin.double(), offset, gram
+
+
+def all_reduce_sum(tensor: Tensor, group: Any = None) -> Tensor:
+    """The sum of ``tensor`` over all processes of ``group``, identical on each."""
+    total = tensor.clone()
+    dist.all_reduce(total, group=group)
+    return total
+
+
+@contextmanager
+def full_precision(device_type: str) -> Iterator[None]:
+    """No autocast and no TF32, whatever the Trainer's precision is: a correlation needs the digits."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device_type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
