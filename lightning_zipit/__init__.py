@@ -1,0 +1,36 @@
+"""Merge trained LightningModules, each with its own task and initialisation, into one multi-head module.
+
+The method is ZipIt! (arXiv 2305.03053): features of the models are matched by how they correlate on a few hundred
+samples, and matched features become one. Nothing is trained.
+"""
+
+from lightning_zipit import functional
+from lightning_zipit.callback import ZipItCallback
+from lightning_zipit.driver import ZipIt
+from lightning_zipit.graph import MergeGraph, register_rule, trace
+from lightning_zipit.metrics import JointAccuracy
+from lightning_zipit.module import ZipItModule
+from lightning_zipit.multihead import Ensemble, MultiHeadModule
+from lightning_zipit.report import MergeReport
+from lightning_zipit.session import MergeSettings, merge_backbones
+from lightning_zipit.statistics import FeatureStatistics, Moments
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Ensemble",
+    "FeatureStatistics",
+    "JointAccuracy",
+    "MergeGraph",
+    "MergeReport",
+    "MergeSettings",
+    "Moments",
+    "MultiHeadModule",
+    "ZipIt",
+    "ZipItCallback",
+    "ZipItModule",
+    "functional",
+    "merge_backbones",
+    "register_rule",
+    "trace",
+]

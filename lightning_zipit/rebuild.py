@@ -82,11 +82,33 @@ def build_head(graph: MergeGraph) -> fx.GraphModule:
         if crossing.ref is not None and crossing.axis is not None and not crossing.absorbed:
             unmerges[crossing.node] = Unmerge(crossing.ref.size, crossing.axis)
             value = head.call_module(f"{UNMERGE}.{crossing.node}", (value,))
+        elif _changed_in_place(by_name[crossing.node], graph):
+            value = head.call_method("clone", (value,))  # the other heads read it too
         built[by_name[crossing.node]] = value
     for node in graph.fx_graph.nodes:
         if node.name not in graph.trunk_nodes and node.op != "placeholder":
             built[node] = head.node_copy(node, built.__getitem__)
     return _module(root, head, "Head")
+
+
+VIEWS = {
+    *("view", "reshape", "flatten", "squeeze", "unsqueeze", "permute", "transpose", "contiguous", "detach", "chunk"),
+    *("split", "getitem", "to", "float", "dropout", "Flatten", "Identity", "Dropout", "Dropout2d"),
+}
+"""Operators whose result can share memory with their input."""
+
+
+def _changed_in_place(node: fx.Node, graph: MergeGraph) -> bool:
+    """Whether the head writes into a value of the trunk."""
+    for user in node.users:
+        if user.name in graph.trunk_nodes or user.op == "output":
+            continue
+        module = graph.module.get_submodule(str(user.target)) if user.op == "call_module" else None
+        name = type(module).__name__ if module else getattr(user.target, "__name__", str(user.target))
+        in_place = getattr(module, "inplace", False) or user.kwargs.get("inplace") or name.endswith("_")
+        if in_place or name in ("iadd", "isub", "imul", "itruediv") or (name in VIEWS and _changed_in_place(user, graph)):
+            return True
+    return False
 
 
 def set_unmerges(head: nn.Module, graph: MergeGraph, maps: Mapping[str, SpaceMap], source: int) -> None:

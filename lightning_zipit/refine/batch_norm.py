@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch.distributed as dist
@@ -20,7 +20,7 @@ class BatchNormEstimator:
         modules: the modules whose running statistics shall be estimated, by the name that an error gives them.
     """
 
-    def __init__(self, **modules: nn.Module) -> None:
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         self.norms: dict[str, _BatchNorm] = {
             f"{prefix}.{name}": norm
             for prefix, module in modules.items()

@@ -1,0 +1,67 @@
+"""Merging as a callback, on a Trainer that the user already has."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+from lightning.pytorch.utilities.seed import isolate_rng
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+
+from lightning_zipit._lightning import unsupported_strategy
+from lightning_zipit.matchers import GreedyZip, Matcher
+from lightning_zipit.module import ZipItModule
+from lightning_zipit.session import MergeSettings, Refine
+
+
+class ZipItCallback(Callback):
+    """Merges the models of a :class:`~lightning_zipit.ZipItModule` while ``trainer.predict`` runs over it.
+
+    Any other module is left alone. The random state is as before when ``trainer.predict`` returns or fails.
+
+    Args:
+        stop_at: dotted name inside the backbone of the trunk's last module; ``None`` zips everything down to the last
+            layer, which stays a head per task.
+        matcher: similarity → labels; ``GreedyZip()`` by default.
+        refine: ``"batch_norm"`` re-estimates running statistics in a second pass, ``None`` does nothing.
+        merge_heads: merge the last layer too, for models that share one output space.
+        verify: prove the table of axes on the first calibration batch.
+
+    Raises:
+        ConfigurationError: if an argument is not one of those there are.
+    """
+
+    def __init__(
+        self,
+        stop_at: str | None = None,
+        matcher: Matcher | None = None,
+        refine: Refine | None = "batch_norm",
+        merge_heads: bool = False,
+        verify: bool = True,
+    ) -> None:
+        self.settings = MergeSettings(stop_at, matcher or GreedyZip(), refine, merge_heads, verify)
+        self._undo = ExitStack()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "predict" or not isinstance(pl_module, ZipItModule):
+            return
+        problem = unsupported_strategy(trainer)
+        pl_module.prepare(self.settings, [problem] if problem else [])
+        self._undo.enter_context(isolate_rng())
+        self._undo.callback(pl_module.release)
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if isinstance(pl_module, ZipItModule):
+            pl_module.finish()
+            report = pl_module.merged.report
+            rank_zero_info(f"Merged {', '.join(pl_module.models)}: {report.summary() if report else ''}")
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._undo.close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._undo.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}

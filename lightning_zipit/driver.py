@@ -1,0 +1,83 @@
+"""Merging in one call, in the manner of Lightning's ``Tuner(trainer)``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from torch import Tensor
+
+from lightning_zipit.callback import ZipItCallback
+from lightning_zipit.errors import CalibrationError, ConfigurationError
+from lightning_zipit.matchers import Matcher
+from lightning_zipit.module import ZipItModule
+from lightning_zipit.multihead import MultiHeadModule
+from lightning_zipit.session import Refine
+from lightning_zipit.sources import find_input
+
+
+class ZipIt:
+    """Merges trained modules with the devices, precision and loggers of a Trainer.
+
+    Args:
+        trainer: the Trainer; its callbacks are as before after a merge.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+
+    def merge(
+        self,
+        models: Mapping[str, LightningModule] | Sequence[LightningModule],
+        dataloaders: Any = None,
+        datamodule: LightningDataModule | None = None,
+        backbone: str = "",
+        stop_at: str | None = None,
+        matcher: Matcher | None = None,
+        refine: Refine | None = "batch_norm",
+        merge_heads: bool = False,
+        verify: bool = True,
+        get_input: Callable[[Any], Tensor] = find_input,
+    ) -> MultiHeadModule:
+        """Merge N trained modules into one with a head per task, without training.
+
+        Args:
+            models: the source modules by task, or a sequence of them (tasks are then ``task_0``, ``task_1``, …). They and
+                the random state are left exactly as they were.
+            dataloaders: calibration data: one loader per task in a sequence or dict, or a single loader for all tasks.
+                A few hundred samples are enough; labels are never used.
+            datamodule: where the loaders come from instead: its ``calibration_dataloader()``, else its
+                ``train_dataloader()`` in a fixed order.
+            backbone: dotted name of the part to merge, the same in each module; ``""`` for the whole ``forward``.
+            stop_at: dotted name inside the backbone of the trunk's last module; ``None`` zips everything down to the last
+                layer, which stays a head per task.
+            matcher: similarity → labels; ``GreedyZip()`` by default.
+            refine: ``"batch_norm"`` re-estimates running statistics in a second pass, ``None`` does nothing.
+            merge_heads: merge the last layer too, for models that share one output space.
+            verify: prove the table of axes on the first calibration batch.
+            get_input: from a batch to the backbone's input; by default the batch, its first item, or a well-known key.
+
+        Returns:
+            The merged module, in eval mode; it is also attached to the Trainer, so that ``trainer.save_checkpoint``
+            saves it.
+
+        Raises:
+            ConfigurationError: with every problem that is known before any data is touched.
+            TraceError: if the backbone cannot be traced, or its table of axes proves wrong.
+            CalibrationError: if the calibration data cannot be used.
+        """
+        module = ZipItModule(models, backbone, dataloaders, datamodule, get_input)
+        if dataloaders is None and datamodule is None:
+            raise ConfigurationError("There is no calibration data: pass `dataloaders` or `datamodule`.")
+        callback = ZipItCallback(stop_at, matcher, refine, merge_heads, verify)
+        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+        callbacks.append(callback)
+        try:
+            self.trainer.predict(module, return_predictions=False)
+        finally:
+            callbacks.remove(callback)
+        if not module._merged:
+            raise CalibrationError("trainer.predict stopped before the merge was complete.")
+        self.trainer.strategy.connect(module.merged)
+        return module.merged

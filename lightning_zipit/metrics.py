@@ -1,0 +1,81 @@
+"""How good several classifiers are together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+
+class JointAccuracy(Metric):
+    """Accuracy over the classes of all tasks at once, without being told which task a sample belongs to.
+
+    Softmax inside each head, then the argmax over all heads' classes, against the global label (ZipIt!, section 5).
+    Beside it the accuracy of each head on the samples of its own classes, and the mean of those.
+
+    Args:
+        classes: per task, the global label of each output of its head.
+        kwargs: see :class:`torchmetrics.Metric`.
+
+    Raises:
+        ValueError: if ``classes`` is empty.
+
+    Example:
+        >>> metric = JointAccuracy({"animals": [0, 2], "vehicles": [1]})
+        >>> outputs = {"animals": torch.tensor([[2.0, 0.0], [0.0, 0.1]]), "vehicles": torch.tensor([[5.0], [5.0]])}
+        >>> metric.update(outputs, torch.tensor([0, 2]))
+        >>> {name: round(value.item(), 2) for name, value in metric.compute().items()}
+        {'joint': 0.0, 'animals': 1.0, 'vehicles': 0.0, 'mean': 1.0}
+    """
+
+    full_state_update = False
+    higher_is_better = True
+    is_differentiable = False
+    correct: Tensor
+    total: Tensor
+
+    def __init__(self, classes: Mapping[str, Sequence[int]], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if not classes:
+            raise ValueError("`classes` must name the classes of at least one task.")
+        self.classes = {task: torch.as_tensor(labels, dtype=torch.int64) for task, labels in classes.items()}
+        for name in ("correct", "total"):
+            self.add_state(name, torch.zeros(1 + len(classes), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, outputs: Mapping[str, Tensor], target: Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            outputs: logits by task, each ``(samples, classes of the task)``.
+            target: global labels ``(samples,)``.
+
+        Raises:
+            ValueError: if a task's logits are missing or not as many as its classes.
+        """
+        for task, labels in self.classes.items():
+            if task not in outputs or outputs[task].shape[-1] != len(labels):
+                shape = tuple(outputs[task].shape) if task in outputs else None
+                raise ValueError(f"Task {task!r} needs logits of {len(labels)} classes, got shape {shape}.")
+        tasks = list(self.classes)
+        global_labels = torch.cat([self.classes[task] for task in tasks]).to(target.device)
+        probabilities = torch.cat([outputs[task].float().softmax(-1) for task in tasks], dim=-1)
+        self._count(0, global_labels[probabilities.argmax(-1)], target)
+        for index, task in enumerate(tasks, 1):
+            labels = self.classes[task].to(target.device)
+            own = torch.isin(target, labels)
+            self._count(index, labels[outputs[task].argmax(-1)][own], target[own])
+
+    def _count(self, index: int, predicted: Tensor, target: Tensor) -> None:
+        self.correct[index] += (predicted == target).sum()
+        self.total[index] += len(target)
+
+    def compute(self) -> dict[str, Tensor]:
+        """``{"joint", one entry per task, "mean"}``; tasks without a sample count 0 and do not enter the mean."""
+        accuracy = self.correct / self.total.clamp(min=1)
+        per_task = dict(zip(self.classes, accuracy[1:], strict=True))
+        seen = accuracy[1:][self.total[1:] > 0]
+        mean = seen.mean() if len(seen) else accuracy.new_zeros(())
+        return {"joint": accuracy[0], **per_task, "mean": mean}

@@ -1,0 +1,251 @@
+"""The module that ``trainer.predict`` runs over the calibration data."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, RandomSampler
+
+from lightning_zipit._lightning import predict_loaders
+from lightning_zipit.errors import CalibrationError, ConfigurationError
+from lightning_zipit.multihead import MultiHeadModule
+from lightning_zipit.session import MergeSession, MergeSettings
+from lightning_zipit.sources import find_input, find_problems, get_backbone, name_tasks
+
+
+class ZipItModule(LightningModule):
+    """N source modules on their way to be merged by ``trainer.predict`` and a :class:`~lightning_zipit.ZipItCallback`.
+
+    The sources are copied for the time of the calibration: they are not moved, cast or changed.
+
+    Args:
+        models: the source modules by task, or a sequence of them.
+        backbone: dotted name of the part to merge, the same in each; ``""`` for the whole ``forward``.
+        dataloaders: calibration data: one loader per task (a sequence in the order of the tasks, or a dict), or a single
+            loader for all. Labels are never used.
+        datamodule: where the loaders come from instead: its ``calibration_dataloader()``, else its
+            ``train_dataloader()`` in a fixed order.
+        get_input: from a batch to the backbone's input; by default the batch, its first item, or a well-known key.
+
+    Attributes:
+        merged: the merged module, once ``trainer.predict`` has run.
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, LightningModule] | Sequence[LightningModule],
+        backbone: str = "",
+        dataloaders: Any = None,
+        datamodule: LightningDataModule | None = None,
+        get_input: Callable[[Any], Tensor] = find_input,
+    ) -> None:
+        super().__init__()
+        # In a tuple, so that the user's modules are no submodules: nothing that moves or casts this one reaches them.
+        self._originals = (name_tasks(models),)
+        self.backbone = backbone
+        self.dataloaders = dataloaders
+        self.datamodule = datamodule
+        self.get_input = get_input
+        self.session: MergeSession | None = None
+        self.copies = nn.ModuleDict()
+        self._merged: tuple[MultiHeadModule, ...] = ()
+
+    @property
+    def models(self) -> dict[str, LightningModule]:
+        """The source modules by task."""
+        return self._originals[0]
+
+    @property
+    def merged(self) -> MultiHeadModule:
+        if not self._merged:
+            raise ConfigurationError("There is no merged module yet: run trainer.predict with a ZipItCallback first.")
+        return self._merged[0]
+
+    def prepare(self, settings: MergeSettings, problems: Sequence[str] = ()) -> None:
+        """Start a merge: look for everything that stands in its way, trace, and copy the sources.
+
+        Raises:
+            ConfigurationError: with all problems that were found.
+        """
+        self._merged = ()
+        found = [*problems, *find_problems(self.models, self.backbone), *self._loader_problems()]
+        if len(self.models) == 1:
+            found.append("One model alone cannot be merged: give at least two.")
+        if not found or (self.models and not find_problems(self.models, self.backbone)):
+            networks = {task: get_backbone(model, self.backbone) for task, model in self.models.items()}
+            try:
+                self.session = MergeSession(networks, settings)
+            except ConfigurationError as error:
+                found.append(str(error))
+        if found:
+            raise ConfigurationError.collect(found)
+        self.copies = nn.ModuleDict({task: copy.deepcopy(model) for task, model in self.models.items()})
+        self.copies.eval().requires_grad_(False)
+
+    def release(self) -> None:
+        """Drop the copies of the sources."""
+        self.copies = nn.ModuleDict()
+        self.session = None
+
+    # Data
+
+    def prepare_data(self) -> None:
+        if self.datamodule is not None:
+            self.datamodule.prepare_data()
+
+    def setup(self, stage: str) -> None:
+        if self.datamodule is not None:
+            self.datamodule.trainer = self.trainer
+            self.datamodule.setup("fit")
+
+    def predict_dataloader(self) -> Any:
+        """The calibration loaders, listed once for every pass."""
+        if self.session is None:
+            raise ConfigurationError("A ZipItModule is run by a Trainer with a ZipItCallback: Trainer(callbacks=[ZipItCallback()]).")
+        loaders = self._calibration_loaders()
+        if loaders is None:
+            raise ConfigurationError("There is no calibration data: pass `dataloaders` or `datamodule` to ZipItModule.")
+        return [loader for _ in range(self.session.passes) for loader in loaders]
+
+    def _calibration_loaders(self) -> list[Any] | None:
+        loaders = self.dataloaders
+        if self.datamodule is not None:
+            own = getattr(self.datamodule, "calibration_dataloader", None)
+            loaders = own() if own else _in_fixed_order(self.datamodule.train_dataloader())
+        if isinstance(loaders, Mapping):
+            return [loaders[task] for task in self.models]
+        if loaders is None or isinstance(loaders, (list, tuple)):
+            return None if loaders is None else list(loaders)
+        return [loaders]
+
+    def _loader_problems(self) -> list[str]:
+        if self.dataloaders is None:
+            return []
+        if self.datamodule is not None:
+            return ["Both `dataloaders` and `datamodule` were given: give one of them."]
+        if isinstance(self.dataloaders, Mapping):
+            if set(self.dataloaders) != set(self.models):
+                return [f"`dataloaders` has the keys {list(self.dataloaders)}, but the tasks are {list(self.models)}."]
+            named = {f"of task {task!r}": loader for task, loader in self.dataloaders.items()}
+        elif isinstance(self.dataloaders, (list, tuple)):
+            if len(self.dataloaders) != len(self.models):
+                return [
+                    f"`dataloaders` lists {len(self.dataloaders)} loaders for {len(self.models)} tasks: give one per task in "
+                    f"the order {list(self.models)}, or a single loader (not in a list) for all."
+                ]
+            named = {f"of task {task!r}": loader for task, loader in zip(self.models, self.dataloaders, strict=True)}
+        else:
+            named = {"": self.dataloaders}
+        problems = [f"The dataloader {where} is empty." for where, loader in named.items() if _is_empty(loader)]
+        if self._trainer is not None and self.trainer.world_size > 1:
+            problems += [
+                f"The dataloader {where} shuffles: each process would draw its own order, and samples would be counted twice "
+                "or not at all. Use shuffle=False."
+                for where, loader in named.items()
+                if isinstance(getattr(loader, "sampler", None), RandomSampler)
+            ]
+        return problems
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return self._transfer("on_before_batch_transfer", dataloader_idx, batch)
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        return self._transfer("transfer_batch_to_device", dataloader_idx, batch, device)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return self._transfer("on_after_batch_transfer", dataloader_idx, batch)
+
+    def _transfer(self, hook: str, dataloader_idx: int, *args: Any) -> Any:
+        """The data module's own way to move a batch, else that of the source that the loader belongs to."""
+        owner: Any = self.copies[self._tasks_of(dataloader_idx)[0]]
+        if self.datamodule is not None and getattr(type(self.datamodule), hook) is not getattr(LightningDataModule, hook):
+            owner = self.datamodule
+        before, owner.trainer = owner.trainer if owner is self.datamodule else None, self.trainer
+        try:
+            return getattr(owner, hook)(*args, 0)
+        finally:
+            owner.trainer = before
+
+    def _tasks_of(self, dataloader_idx: int) -> list[str]:
+        tasks = list(self.models)
+        count = self._loaders_per_pass()
+        return tasks if count == 1 else [tasks[dataloader_idx % count]]
+
+    def _loaders_per_pass(self) -> int:
+        assert self.session is not None
+        count = len(predict_loaders(self.trainer)) // self.session.passes
+        if count not in (1, len(self.models)) or count * self.session.passes != len(predict_loaders(self.trainer)):
+            raise ConfigurationError(
+                f"trainer.predict was given {len(predict_loaders(self.trainer))} loaders, but the calibration of "
+                f"{len(self.models)} tasks takes {self.session.passes} passes over them. Give the loaders to "
+                "ZipItModule(dataloaders=…) instead of trainer.predict, which lists them once for every pass."
+            )
+        return count
+
+    # Calibration
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> int:
+        """Add a batch to the statistics (first pass) or to the re-estimated batch norm (second pass).
+
+        Returns:
+            The number of samples.
+        """
+        assert self.session is not None
+        x = self.get_input(batch)
+        if not isinstance(x, Tensor) or x.ndim == 0:
+            raise CalibrationError(f"`get_input` must return a tensor with a batch axis, got {type(x).__name__}.")
+        if dataloader_idx < self._loaders_per_pass():
+            networks = {task: get_backbone(model, self.backbone) for task, model in self.copies.items()}
+            self.session.calibrate(x, networks)
+        else:
+            if self.session.merged is None:
+                self.session.merge()
+                parameter = next(self.copies.parameters())
+                self.session.start_refining(x.device, parameter.dtype)
+            self.session.refine(x, self._tasks_of(dataloader_idx))
+        return len(x)
+
+    def finish(self) -> None:
+        """After the last batch: complete the merge and build the merged module."""
+        assert self.session is not None
+        if self.session.passes == 1:
+            self.session.merge()
+        elif self.session.merged is None:
+            raise CalibrationError("No calibration batch was seen: the dataloaders are empty, or limited to no batches.")
+        else:
+            self.session.finish_refining()
+        with torch.inference_mode(False):
+            merged = MultiHeadModule(self.models, self.backbone, self.session.settings, self.session.merged)
+        self._merged = (merged,)
+
+
+def _is_empty(loader: Any) -> bool:
+    try:
+        return len(loader) == 0
+    except TypeError:
+        return False  # an iterable of unknown length
+
+
+def _in_fixed_order(loaders: Any) -> Any:
+    """Training loaders without their shuffling, everything else as it is."""
+    if isinstance(loaders, Mapping):
+        return {key: _in_fixed_order(loader) for key, loader in loaders.items()}
+    if isinstance(loaders, (list, tuple)):
+        return [_in_fixed_order(loader) for loader in loaders]
+    if not isinstance(loaders, DataLoader) or not isinstance(loaders.sampler, RandomSampler):
+        return loaders
+    return DataLoader(
+        loaders.dataset,
+        batch_size=loaders.batch_size,
+        num_workers=loaders.num_workers,
+        collate_fn=loaders.collate_fn,
+        pin_memory=loaders.pin_memory,
+        timeout=loaders.timeout,
+        worker_init_fn=loaders.worker_init_fn,
+        multiprocessing_context=loaders.multiprocessing_context,
+    )

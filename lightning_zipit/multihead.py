@@ -1,0 +1,388 @@
+"""Modules with one output per task, which run each source module's own steps."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from lightning_zipit.errors import CheckpointError, ConfigurationError
+from lightning_zipit.rebuild import build_head, build_trunk
+from lightning_zipit.report import MergeReport
+from lightning_zipit.session import MergedBackbone, MergeSettings, trace_all
+from lightning_zipit.sources import describe_source, find_problems, get_backbone, make_shell, make_source, name_tasks
+
+CHECKPOINT_KEY = "lightning_zipit"
+FORMAT = 1
+
+
+class MergedPath(nn.Module):
+    """Trunk and one head in a row, in place of a source module's backbone.
+
+    Both are held in a tuple: they belong to the module around, and are no submodules of this one.
+    """
+
+    def __init__(self, trunk: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.parts = (trunk, head)
+
+    def forward(self, x: Tensor) -> Any:
+        trunk, head = self.parts
+        return head(*trunk(x))
+
+
+class PassOn(nn.Module):
+    """A trunk that shares nothing."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        return (x,)
+
+
+class MultiTaskModule(LightningModule):
+    """One trunk, a head per task, and each task's own steps around them.
+
+    ``validation_step``, ``test_step`` and ``predict_step`` run the source module's own step for the task that the
+    dataloader belongs to: the i-th of a sequence of loaders belongs to the i-th task, one of a dict to the task of its
+    key. What a step logs is logged as ``{task}/{name}``.
+
+    Args:
+        trunk: from an input to a tuple of what the heads take.
+        heads: per task, the rest of its network.
+        models: the source modules by task; they are copied without their backbones.
+        backbone: the part of them that trunk and head stand for.
+        used: for the backbone ``""``, what a source's ``forward`` uses, by task.
+    """
+
+    trunk: nn.Module
+    heads: nn.ModuleDict
+    sources: nn.ModuleDict
+
+    def __init__(
+        self,
+        trunk: nn.Module,
+        heads: Mapping[str, nn.Module],
+        models: Mapping[str, LightningModule],
+        backbone: str,
+        used: Mapping[str, Sequence[str]],
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.trunk = trunk
+        self.heads = nn.ModuleDict(heads)
+        self.sources = nn.ModuleDict(
+            {
+                task: make_shell(model, backbone, MergedPath(trunk, heads[task]), used[task])
+                for task, model in models.items()
+            }
+        )
+        self._loader_tasks: list[str] = list(models)
+        self.eval()
+
+    @property
+    def tasks(self) -> list[str]:
+        """The names of the tasks, in the order of their heads."""
+        return list(self.heads)
+
+    def forward(self, x: Tensor, task: str | None = None) -> Any:
+        """All outputs, with one pass of the trunk; or the output of one task.
+
+        Args:
+            x: an input of the backbone.
+            task: the one head to run.
+
+        Returns:
+            A dict from task to output, or one task's output.
+        """
+        crossing = self.trunk(x)
+        if task is not None:
+            return self.heads[task](*crossing)
+        return {name: head(*crossing) for name, head in self.heads.items()}
+
+    # The sources' own steps
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        return self._step("validation_step", batch, batch_idx, dataloader_idx)
+
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        return self._step("test_step", batch, batch_idx, dataloader_idx)
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        return self._step("predict_step", batch, batch_idx, dataloader_idx)
+
+    def _step(self, name: str, batch: Any, batch_idx: int, dataloader_idx: int) -> Any:
+        with self._speaking(self._loader_tasks[dataloader_idx]) as source:
+            step = getattr(source, name)
+            takes_loader = "dataloader_idx" in inspect.signature(step).parameters
+            return step(batch, batch_idx, **({"dataloader_idx": 0} if takes_loader else {}))
+
+    @contextmanager
+    def _speaking(self, task: str) -> Iterator[LightningModule]:
+        """Inside, a source module has this module's trainer, and logs through it under its task's name."""
+        source = self.sources[task]
+        assert isinstance(source, LightningModule)
+
+        def log(name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+            kwargs["add_dataloader_idx"] = False
+            self.log(f"{task}/{name}", value, *args, **kwargs)
+
+        source.trainer = self._trainer
+        source.__dict__["log"] = log
+        try:
+            yield source
+        finally:
+            del source.__dict__["log"]
+            source.trainer = None
+
+    def _each(self, hook: str, *args: Any) -> None:
+        for task in self._loader_tasks:
+            with self._speaking(task) as source:
+                getattr(source, hook)(*args)
+
+    def setup(self, stage: str) -> None:
+        self._each_unlogged("setup", stage)
+
+    def teardown(self, stage: str) -> None:
+        self._each_unlogged("teardown", stage)
+        self._loader_tasks = self.tasks
+
+    def configure_model(self) -> None:
+        self._each_unlogged("configure_model")
+
+    def _each_unlogged(self, hook: str, *args: Any) -> None:
+        """Run a hook that may rebuild the source's network, and put the merged one back."""
+        for task in self.tasks:
+            with self._speaking(task) as source:
+                path = _path_of(source, self.backbone)
+                getattr(source, hook)(*args)
+                _set_path(source, self.backbone, path)
+
+    def on_validation_start(self) -> None:
+        self._assign_loaders("validate", self.trainer.val_dataloaders)
+        self._each("on_validation_start")
+
+    def on_test_start(self) -> None:
+        self._assign_loaders("test", self.trainer.test_dataloaders)
+        self._each("on_test_start")
+
+    def on_predict_start(self) -> None:
+        self._assign_loaders("predict", self.trainer.predict_dataloaders)
+        self._each("on_predict_start")
+
+    def _assign_loaders(self, verb: str, loaders: Any) -> None:
+        if isinstance(loaders, Mapping):
+            unknown = [task for task in loaders if task not in self.heads]
+            if unknown:
+                raise ConfigurationError(
+                    f"trainer.{verb} got loaders for {', '.join(map(repr, unknown))}, but the tasks are {self.tasks}."
+                )
+            self._loader_tasks = list(loaders)
+            return
+        count = len(loaders) if isinstance(loaders, (list, tuple)) else 1
+        if count != len(self.tasks):
+            raise ConfigurationError(
+                f"trainer.{verb} got {count} dataloader{'s' * (count != 1)} for {len(self.tasks)} tasks: give one per task in "
+                f"the order {self.tasks}, or a dict from task to loader."
+            )
+        self._loader_tasks = self.tasks
+
+    # Moving a batch is the business of the source that the loader belongs to
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return self._transfer("on_before_batch_transfer", dataloader_idx, batch)
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        return self._transfer("transfer_batch_to_device", dataloader_idx, batch, device)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return self._transfer("on_after_batch_transfer", dataloader_idx, batch)
+
+    def _transfer(self, hook: str, dataloader_idx: int, *args: Any) -> Any:
+        with self._speaking(self._loader_tasks[dataloader_idx]) as source:
+            return getattr(source, hook)(*args, 0)
+
+
+def _delegated(hook: str) -> Callable[..., None]:
+    def run(self: MultiTaskModule) -> None:
+        self._each(hook)
+
+    run.__name__ = run.__qualname__ = hook
+    run.__doc__ = f"Runs ``{hook}`` of every source module."
+    return run
+
+
+for _stage in ("validation", "test", "predict"):
+    for _moment in ("epoch_start", "epoch_end", "end"):
+        _hook = f"on_{_stage}_{_moment}"
+        setattr(MultiTaskModule, _hook, _delegated(_hook))
+
+
+def _path_of(source: LightningModule, backbone: str) -> nn.Module:
+    return get_backbone(source, backbone) if backbone else source.__dict__["forward"]
+
+
+def _set_path(source: LightningModule, backbone: str, path: nn.Module) -> None:
+    if not backbone:
+        source.__dict__["forward"] = path
+        return
+    owner, _, name = backbone.rpartition(".")
+    setattr(source.get_submodule(owner), name, path)
+
+
+class Ensemble(MultiTaskModule):
+    """The source networks side by side, unmerged, behind the interface of the merged module.
+
+    Args:
+        models: the source modules by task, or a sequence of them; they are copied.
+        backbone: the part of them that is run.
+
+    Raises:
+        ConfigurationError: if there are no models, or they have no such backbone.
+    """
+
+    def __init__(self, models: Mapping[str, LightningModule] | Sequence[LightningModule], backbone: str = "") -> None:
+        models = name_tasks(models)
+        problems = find_problems(models, backbone)
+        if problems:
+            raise ConfigurationError.collect(problems)
+        heads = {task: copy.deepcopy(get_backbone(model, backbone)) for task, model in models.items()}
+        everything = [name for model in models.values() for name, _ in model.named_parameters()]
+        used = dict.fromkeys(models, [] if backbone else everything)
+        super().__init__(PassOn(), heads, models, backbone, used)
+
+
+class MultiHeadModule(MultiTaskModule):
+    """A merged network: the trunk that all tasks share, and a head per task.
+
+    It is made by :class:`~lightning_zipit.ZipIt` or :class:`~lightning_zipit.ZipItCallback`, saved by
+    ``trainer.save_checkpoint`` and read back by :meth:`load_from_checkpoint`. Made by hand, it has the structure of a
+    merge and the first model's weights in its trunk.
+
+    Args:
+        models: the source modules by task.
+        backbone: dotted name of the merged part in each, ``""`` for the whole ``forward``.
+        settings: where the trunk ends.
+        merged: trunk, heads and report of a merge.
+        input_shape: the shape of one input of the backbone, where its reshapes need it.
+
+    Raises:
+        ConfigurationError: if the models cannot be merged.
+
+    Attributes:
+        trunk: the shared part.
+        heads: the rest of each task's network, a ``ModuleDict`` by task.
+        sources: copies of the source modules, which run their own steps on trunk and head.
+        report: what the merge did.
+    """
+
+    report: MergeReport | None
+
+    def __init__(
+        self,
+        models: Mapping[str, LightningModule] | Sequence[LightningModule],
+        backbone: str = "",
+        settings: MergeSettings | None = None,
+        merged: MergedBackbone | None = None,
+        input_shape: Sequence[int] | None = None,
+    ) -> None:
+        models = name_tasks(models)
+        settings = settings or MergeSettings()
+        networks = {task: get_backbone(model, backbone) for task, model in models.items()}
+        example = torch.zeros(2, *input_shape) if input_shape is not None else None
+        graphs = trace_all(networks, settings, example)
+        if merged is None:
+            trunk: nn.Module = build_trunk(next(iter(graphs.values())))
+            heads: Mapping[str, nn.Module] = {task: build_head(graph) for task, graph in graphs.items()}
+        else:
+            trunk, heads = merged.trunk, merged.heads
+        used = {
+            task: [str(node.target) for node in graph.fx_graph.nodes if node.op in ("call_module", "get_attr")]
+            for task, graph in graphs.items()
+        }
+        super().__init__(trunk, heads, models, backbone, used)
+        self.report = merged.report if merged is not None else None
+        self._record = {
+            "format": FORMAT,
+            "sources": {task: describe_source(model) for task, model in models.items()},
+            "backbone": backbone,
+            "stop_at": settings.stop_at,
+            "merge_heads": settings.merge_heads,
+            "input_shape": list(merged.input_shape if merged is not None else input_shape or ()) or None,
+        }
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint[CHECKPOINT_KEY] = {**self._record, "report": self.report.to_dict() if self.report else None}
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls,
+        checkpoint_path: str | Path | IO[bytes],
+        map_location: Any = None,
+        models: Mapping[str, LightningModule] | Sequence[LightningModule] | None = None,
+        **kwargs: Any,
+    ) -> MultiHeadModule:
+        """Read a merged module back, from its sources' class paths and hyperparameters.
+
+        Nothing but tensors and primitives is read: the file is loaded with ``weights_only=True``. The modules that define
+        the source classes are imported.
+
+        Args:
+            checkpoint_path: a file written by ``trainer.save_checkpoint``.
+            map_location: where tensors go; see :func:`torch.load`.
+            models: modules of the source classes by task (their weights are not used), for classes that cannot be
+                imported or did not save their hyperparameters.
+            kwargs: accepted for the signature of :class:`~lightning.pytorch.LightningModule`; must be empty.
+
+        Returns:
+            The merged module, in eval mode.
+
+        Raises:
+            CheckpointError: if the file is no checkpoint of a merged module, or a source module cannot be made.
+        """
+        if unknown := set(kwargs) - {"strict", "weights_only"}:
+            raise TypeError(f"load_from_checkpoint got unexpected arguments {sorted(unknown)}.")
+        checkpoint = read_checkpoint(checkpoint_path, map_location)
+        record = checkpoint.get(CHECKPOINT_KEY)
+        if not isinstance(record, dict) or record.get("format") != FORMAT:
+            raise CheckpointError(f"{checkpoint_path} is not a checkpoint of a merged module (format {FORMAT}).")
+        given = name_tasks(models) if models is not None else {}
+        if unknown := set(given) - set(record["sources"]):
+            raise CheckpointError(f"models= names {sorted(unknown)}, but the tasks are {list(record['sources'])}.")
+        sources = {
+            task: given[task] if task in given else make_source(task, description)
+            for task, description in record["sources"].items()
+        }
+        settings = MergeSettings(stop_at=record["stop_at"], merge_heads=record["merge_heads"])
+        module = cls(sources, record["backbone"], settings, input_shape=record["input_shape"])
+        try:
+            module.load_state_dict(checkpoint["state_dict"])
+        except (RuntimeError, KeyError) as error:
+            raise CheckpointError(
+                f"The weights in {checkpoint_path} do not fit the network that its source classes make now: {error}"
+            ) from error
+        module._record["sources"] = record["sources"]
+        module.report = MergeReport.from_dict(record["report"]) if record["report"] else None
+        return module.to(next(iter(checkpoint["state_dict"].values())).device)
+
+
+def read_checkpoint(path: str | Path | IO[bytes], map_location: Any = None) -> dict[str, Any]:
+    """A checkpoint's content, tensors and primitives only.
+
+    Raises:
+        CheckpointError: if the file is missing, damaged, or holds anything else.
+    """
+    try:
+        content = torch.load(path, map_location=map_location, weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"There is no checkpoint at {path}.") from None
+    except Exception as error:
+        raise CheckpointError(f"{path} cannot be read as a checkpoint of tensors and primitives: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__} instead of a checkpoint.")
+    return content

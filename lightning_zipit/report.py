@@ -1,0 +1,171 @@
+"""What a merge did, in numbers: per space the matching, per network the cost."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from lightning_zipit.graph import MergeGraph
+from lightning_zipit.merging import SpaceMap
+
+
+@dataclass(frozen=True)
+class SpaceReport:
+    """The matching of one feature space.
+
+    Attributes:
+        name: the module that writes the space first.
+        tap: the module that reads it where it was measured, "the cut", or "" where it was matched by number.
+        size: features of one model.
+        within: clusters of two or more features that lie within one model.
+        across: clusters with features of several models.
+        similarity: mean similarity of the pairs of features that share a cluster; NaN where there are none or the
+            space was not measured.
+    """
+
+    name: str
+    tap: str
+    size: int
+    within: int
+    across: int
+    similarity: float
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a network costs.
+
+    Attributes:
+        flops: floating point operations of one sample's forward (a multiply-add counts as two).
+        parameters: number of parameters.
+    """
+
+    flops: int
+    parameters: int
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.flops + other.flops, self.parameters + other.parameters)
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did.
+
+    Attributes:
+        spaces: one entry per feature space, in the order of the network.
+        sources: the cost of each source network by task.
+        merged: the cost of the merged network for all tasks together.
+    """
+
+    spaces: tuple[SpaceReport, ...]
+    sources: dict[str, Cost]
+    merged: Cost
+
+    @property
+    def ensemble(self) -> Cost:
+        """The cost of running all source networks."""
+        return sum(self.sources.values(), Cost(0, 0))
+
+    def to_table(self) -> Table:
+        """The matching of every space, for people."""
+        table = Table(title=self.summary(), title_justify="left")
+        for heading in ("space", "read by", "features", "within", "across", "similarity"):
+            table.add_column(heading, justify="left" if heading in ("space", "read by") else "right")
+        for space in self.spaces:
+            similarity = f"{space.similarity:.3f}" if space.similarity == space.similarity else "–"
+            table.add_row(
+                space.name, space.tap, str(space.size), str(space.within), str(space.across), similarity
+            )
+        return table
+
+    def summary(self) -> str:
+        """One line: what the merged network costs beside one source and the ensemble."""
+        one = next(iter(self.sources.values()))
+        return (
+            f"merged {_millions(self.merged.flops)} FLOPs, {_millions(self.merged.parameters)} parameters; "
+            f"one source {_millions(one.flops)}, {_millions(one.parameters)}; "
+            f"ensemble {_millions(self.ensemble.flops)}, {_millions(self.ensemble.parameters)}"
+        )
+
+    def __str__(self) -> str:
+        buffer = io.StringIO()
+        Console(file=buffer, width=140).print(self.to_table())
+        return buffer.getvalue()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as dicts, lists and numbers."""
+        return asdict(self) | {"spaces": [asdict(space) for space in self.spaces]}
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> MergeReport:
+        """The report that :meth:`to_dict` wrote."""
+        return cls(
+            spaces=tuple(SpaceReport(**space) for space in content["spaces"]),
+            sources={task: Cost(**cost) for task, cost in content["sources"].items()},
+            merged=Cost(**content["merged"]),
+        )
+
+
+def _millions(number: int) -> str:
+    return f"{number / 1e6:.2f} M"
+
+
+def report_spaces(
+    graph: MergeGraph, maps: Mapping[str, SpaceMap], similarities: Mapping[str, Tensor]
+) -> tuple[SpaceReport, ...]:
+    """Count the clusters of every space.
+
+    Args:
+        graph: the merge graph.
+        maps: the matching of each space.
+        similarities: the similarities of the spaces that were measured.
+
+    Returns:
+        One entry per space.
+    """
+    return tuple(
+        _report_space(space.name, space.tap.reader if space.tap else "", maps[space.name], similarities.get(space.name))
+        for space in graph.spaces.values()
+    )
+
+
+def _report_space(name: str, tap: str, space_map: SpaceMap, similarity: Tensor | None) -> SpaceReport:
+    labels, num_models = space_map.labels, space_map.num_models
+    size = len(labels) // num_models
+    members = torch.zeros(num_models, int(labels.max()) + 1)  # features of each model in each cluster
+    for model in range(num_models):
+        members[model].index_add_(0, space_map.targets(model), torch.ones(size))
+    models = (members > 0).sum(0)
+    pairs = float((members.sum(0) * (members.sum(0) - 1)).sum())
+    mean = float("nan")
+    if similarity is not None and pairs:
+        similarity = similarity.cpu()
+        indicator = torch.zeros(len(labels), members.shape[1], dtype=similarity.dtype)
+        indicator[torch.arange(len(labels)), labels] = 1
+        inside = ((similarity @ indicator) * indicator).sum() - similarity.diagonal().sum()
+        mean = float(inside / pairs)
+    within = int(((models == 1) & (members.sum(0) > 1)).sum())
+    return SpaceReport(name, tap, size, within, int((models > 1).sum()), mean)
+
+
+def measure_cost(module: nn.Module, x: Tensor) -> Cost:
+    """Count the FLOPs of one forward and the parameters of a network.
+
+    Args:
+        module: a network in eval mode.
+        x: an input of one sample, on its device.
+
+    Returns:
+        FLOPs (by :class:`torch.utils.flop_counter.FlopCounterMode`) and parameters.
+    """
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        module(x)
+    return Cost(counter.get_total_flops(), sum(parameter.numel() for parameter in module.parameters()))

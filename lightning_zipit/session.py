@@ -1,0 +1,382 @@
+"""One merge from first batch to finished network, without a Trainer: what driver, callback and CLI drive."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_zipit.calibration import Calibration
+from lightning_zipit.errors import (
+    ArchitectureMismatchError,
+    CalibrationError,
+    ConfigurationError,
+    UnknownShapeError,
+    ZipItError,
+)
+from lightning_zipit.graph import MergeGraph, trace, verify_graph
+from lightning_zipit.matchers import GreedyZip, Matcher
+from lightning_zipit.merging import match, merge_into, unmerge_into
+from lightning_zipit.rebuild import build_head, build_trunk, set_unmerges
+from lightning_zipit.refine import BatchNormEstimator
+from lightning_zipit.report import Cost, MergeReport, measure_cost, report_spaces
+
+Refine = Literal["batch_norm"]
+
+
+@dataclass(frozen=True)
+class MergeSettings:
+    """What a merge is asked to do.
+
+    Attributes:
+        stop_at: dotted name inside the backbone of the trunk's last module; ``None`` zips everything down to the last
+            layer, which stays a head per task.
+        matcher: similarity → labels.
+        refine: what follows merging: ``"batch_norm"`` re-estimates running statistics, ``None`` does nothing.
+        merge_heads: merge the last layer too, for models that share one output space.
+        verify: prove the table of axes on the first calibration batch.
+
+    Raises:
+        ConfigurationError: if ``refine`` or ``matcher`` is not one of those there are.
+    """
+
+    stop_at: str | None = None
+    matcher: Matcher = field(default_factory=GreedyZip)
+    refine: Refine | None = "batch_norm"
+    merge_heads: bool = False
+    verify: bool = True
+
+    def __post_init__(self) -> None:
+        if self.refine not in (None, *get_args(Refine)):
+            raise ConfigurationError(f"`refine` must be None or one of {list(get_args(Refine))}, got {self.refine!r}.")
+        if not isinstance(self.matcher, Matcher):
+            raise ConfigurationError(f"`matcher` must be a Matcher such as GreedyZip(), got {self.matcher!r}.")
+
+
+@dataclass(frozen=True)
+class MergedBackbone:
+    """The networks that a merge made.
+
+    Attributes:
+        trunk: from the input to a tuple of what the heads take.
+        heads: per task, from what the trunk hands over to the network's output.
+        report: what the merge did.
+        input_shape: the shape of one calibration sample, without the batch.
+    """
+
+    trunk: nn.Module
+    heads: dict[str, nn.Module]
+    report: MergeReport
+    input_shape: tuple[int, ...]
+
+
+class MergeSession:
+    """Gathers, matches, merges and refines; its methods are called in that order, batch by batch.
+
+    Args:
+        backbones: the source networks by task; they are read, never changed.
+        settings: what to do.
+
+    Raises:
+        ConfigurationError: with every problem that can be known before any data is seen.
+    """
+
+    def __init__(self, backbones: Mapping[str, nn.Module], settings: MergeSettings) -> None:
+        self.backbones = dict(backbones)
+        self.settings = settings
+        self.graphs: dict[str, MergeGraph] = {}
+        self.merged: MergedBackbone | None = None
+        self._calibration: Calibration | None = None
+        self._working: dict[str, nn.Module] = {}
+        try:
+            self.graphs = trace_all(self.backbones, settings)
+        except UnknownShapeError:
+            pass  # traced again on the first batch, whose sizes say what its reshapes mean
+
+    @property
+    def passes(self) -> int:
+        """How often the calibration data is gone through."""
+        refining = self.settings.refine == "batch_norm" and any(map(has_batch_norm, self.backbones.values()))
+        return 2 if refining else 1
+
+    def working_copies(self) -> dict[str, nn.Module]:
+        """Copies of the source networks in eval mode, to be moved and cast as the calibration needs."""
+        return {task: copy.deepcopy(network).eval() for task, network in self.backbones.items()}
+
+    def calibrate(self, x: Tensor, networks: Mapping[str, nn.Module]) -> None:
+        """First pass: add a batch to the statistics of every space.
+
+        Args:
+            x: an input of the backbones.
+            networks: copies of the source networks, in eval mode, where ``x`` is.
+
+        Raises:
+            CalibrationError: if the first batch gives NaN or Inf.
+            VerificationError: if the table of axes proves wrong.
+        """
+        first = self._calibration is None
+        if self._calibration is None:
+            self._calibration = self._start(x, networks)
+        self._calibration.update(x)
+        if first:
+            self._calibration.check_finite()
+
+    def _start(self, x: Tensor, networks: Mapping[str, nn.Module]) -> Calibration:
+        self._input_shape = tuple(x.shape[1:])
+        example = x[:8].detach()
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            if not self.graphs:
+                self.graphs = trace_all(self.backbones, self.settings, _like(example, self._first))
+            task = next(iter(networks))
+            if self.settings.verify:
+                verify_graph(networks[task], self.graphs[task], example.clone())
+        return Calibration(self.graphs[task], networks)
+
+    @property
+    def _first(self) -> nn.Module:
+        return next(iter(self.backbones.values()))
+
+    def merge(self) -> MergedBackbone:
+        """Match and merge, from the statistics of all processes.
+
+        Returns:
+            The merged networks, on the device and of the type of the source networks; batch norm is merged, and not yet
+            re-estimated.
+
+        Raises:
+            CalibrationError: if there were no batches, or activations are NaN or Inf.
+        """
+        if self._calibration is None:
+            raise CalibrationError(
+                "No calibration batch was seen: the dataloaders are empty. Merging needs a few hundred samples."
+            )
+        with torch.inference_mode(False), torch.no_grad():
+            self._calibration.check_finite()
+            tasks = list(self.backbones)
+            graph = self.graphs[tasks[0]]
+            maps, similarities = match(graph, self._calibration.compute(), self.settings.matcher, len(tasks))
+            trunk = build_trunk(graph).eval()
+            merge_into(trunk, list(self.backbones.values()), graph.axes, maps)
+            heads: dict[str, nn.Module] = {}
+            for source, task in enumerate(tasks):
+                heads[task] = build_head(self.graphs[task]).eval()
+                unmerge_into(heads[task], self.graphs[task].axes, maps, source)
+                set_unmerges(heads[task], self.graphs[task], maps, source)
+            report = MergeReport(report_spaces(graph, maps, similarities), *self._costs(trunk, heads))
+        self._calibration = None  # the statistics have served
+        self.merged = MergedBackbone(trunk, heads, report, self._input_shape)
+        return self.merged
+
+    def _costs(self, trunk: nn.Module, heads: Mapping[str, nn.Module]) -> tuple[dict[str, Cost], Cost]:
+        x = _like(torch.zeros(1, *self._input_shape), self._first)
+        copies = {task: copy.deepcopy(network).eval() for task, network in self.backbones.items()}
+        sources = {task: measure_cost(network, x) for task, network in copies.items()}
+        merged = measure_cost(AllHeads(trunk, heads), x)
+        return sources, merged
+
+    def start_refining(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Between the passes: make a copy of the merged networks that runs where the calibration does.
+
+        Args:
+            device: where the batches are.
+            dtype: the type that the networks run in.
+        """
+        assert self.merged is not None
+        with torch.inference_mode(False):
+            self._working = {
+                name: copy.deepcopy(module).to(device=device, dtype=dtype).eval()
+                for name, module in {"trunk": self.merged.trunk, **_prefixed(self.merged.heads)}.items()
+            }
+            self._estimator = BatchNormEstimator(self._working)
+
+    def refine(self, x: Tensor, tasks: Iterable[str]) -> None:
+        """Second pass: add a batch to the running statistics of the trunk and of the heads of ``tasks``.
+
+        Args:
+            x: an input of the backbones.
+            tasks: the tasks that the batch belongs to.
+        """
+        if len(x) == 1:
+            return  # a single sample has no variance
+        trunk = self._working["trunk"]
+        with self._estimator.collecting(trunk):
+            crossing = trunk(x)
+        for task in tasks:
+            head = self._working[f"heads.{task}"]
+            with self._estimator.collecting(head):
+                head(*crossing)
+
+    def finish_refining(self) -> None:
+        """After the second pass: take the running statistics over into the merged networks.
+
+        Raises:
+            CalibrationError: if a batch norm has seen no batch.
+        """
+        assert self.merged is not None
+        with torch.inference_mode(False), torch.no_grad():
+            self._estimator.finish()
+            for name, module in {"trunk": self.merged.trunk, **_prefixed(self.merged.heads)}.items():
+                estimated = dict(self._working[name].named_buffers())
+                for buffer_name, buffer in module.named_buffers():
+                    buffer.copy_(estimated[buffer_name])
+        self._working = {}
+
+
+class AllHeads(nn.Module):
+    """Trunk and heads as one network: all outputs of one input.
+
+    Args:
+        trunk: from the input to a tuple of what the heads take.
+        heads: per task, the rest of the network.
+    """
+
+    def __init__(self, trunk: nn.Module, heads: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.heads = nn.ModuleDict(heads)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        crossing = self.trunk(x)
+        return {task: head(*crossing) for task, head in self.heads.items()}
+
+
+def merge_backbones(
+    backbones: Mapping[str, nn.Module],
+    batches: Sequence[Iterable[Tensor]] | Iterable[Tensor],
+    settings: MergeSettings | None = None,
+) -> MergedBackbone:
+    """Merge plain networks, without a Trainer.
+
+    Args:
+        backbones: the source networks by task, on one device; they are left as they are.
+        batches: inputs, to be gone through twice: a list with one iterable per task, or one iterable for all.
+        settings: what to do; by default everything down to the last layer is zipped.
+
+    Returns:
+        The merged networks.
+
+    Raises:
+        ConfigurationError: if the networks cannot be merged.
+        CalibrationError: if the data cannot be used.
+
+    Example:
+        >>> def network():
+        ...     return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 2))
+        >>> merged = merge_backbones({"a": network(), "b": network()}, [torch.randn(16, 1, 8, 8)])
+        >>> merged.heads["b"](*merged.trunk(torch.randn(5, 1, 8, 8))).shape
+        torch.Size([5, 2])
+    """
+    session = MergeSession(backbones, settings or MergeSettings())
+    per_task = isinstance(batches, (list, tuple)) and batches and not isinstance(batches[0], Tensor)
+    loaders: list[Iterable[Tensor]] = list(batches) if per_task else [batches]  # type: ignore[list-item,arg-type]
+    if per_task and len(loaders) != len(backbones):
+        raise ConfigurationError(f"{len(loaders)} sets of batches were given for {len(backbones)} tasks: give one each.")
+    tasks = list(backbones)
+    networks = session.working_copies()
+    with torch.no_grad():
+        for loader in loaders:
+            for x in loader:
+                session.calibrate(x, networks)
+        merged = session.merge()
+        if session.passes == 2:
+            parameter = next(session._first.parameters())
+            session.start_refining(parameter.device, parameter.dtype)
+            for index, loader in enumerate(loaders):
+                for x in loader:
+                    session.refine(x, [tasks[index]] if per_task else tasks)
+            session.finish_refining()
+    return merged
+
+
+def has_batch_norm(module: nn.Module) -> bool:
+    """Whether a network has batch norm with running statistics."""
+    return any(isinstance(child, _BatchNorm) and child.track_running_stats for child in module.modules())
+
+
+def trace_all(
+    backbones: Mapping[str, nn.Module], settings: MergeSettings, example: Tensor | None = None
+) -> dict[str, MergeGraph]:
+    """Trace all source networks and make sure that their trunks are the same network.
+
+    Args:
+        backbones: the source networks by task.
+        settings: where to cut them.
+        example: an input of the networks, where their reshapes need one.
+
+    Returns:
+        The merge graph of each.
+
+    Raises:
+        ConfigurationError: with all differences.
+        TraceError: if a network cannot be traced.
+    """
+    graphs: dict[str, MergeGraph] = {}
+    problems: list[str] = []
+    for task, backbone in backbones.items():
+        try:
+            graphs[task] = trace(
+                backbone, settings.stop_at, example_input=example, merge_heads=settings.merge_heads
+            )
+        except ZipItError as error:
+            if not graphs:
+                raise
+            problems.append(f"Task {task!r}: {error}")
+            continue
+        reference = next(iter(graphs))
+        difference = first_difference(graphs[reference], graphs[task])
+        if difference:
+            problems.append(f"The networks of tasks {reference!r} and {task!r} differ: {difference}.")
+    if problems:
+        raise ArchitectureMismatchError.collect(problems)
+    return graphs
+
+
+def first_difference(first: MergeGraph, second: MergeGraph) -> str | None:
+    """Where the trunks of two networks part, for people; ``None`` where they are the same network.
+
+    The heads may differ: they are not merged.
+    """
+    nodes, others = list(first.trunk_graph()), list(second.trunk_graph())
+    shapes, other_shapes = _trunk_shapes(first), _trunk_shapes(second)
+    for name in (*shapes, *other_shapes):
+        if shapes.get(name) != other_shapes.get(name):
+            return f"parameter `{name}` has shape {shapes.get(name)} in the first and {other_shapes.get(name)} in the second"
+    for node, other in zip(nodes, others, strict=False):
+        operator, other_operator = (_operator(graph, item) for graph, item in ((first, node), (second, other)))
+        if operator != other_operator:
+            return f"node `{node.name}` is {operator} in the first and {other_operator} in the second"
+    if len(nodes) != len(others):
+        return f"one trunk has {len(nodes)} nodes and the other {len(others)}"
+    if [crossing.node for crossing in first.crossings] != [crossing.node for crossing in second.crossings]:
+        return "their heads read different values of the trunk"
+    return None
+
+
+def _trunk_shapes(graph: MergeGraph) -> dict[str, tuple[int, ...]]:
+    targets = {str(node.target) for node in graph.trunk_graph() if node.op in ("call_module", "get_attr")}
+    return {
+        name: tuple(tensor.shape)
+        for name, tensor in (*graph.module.named_parameters(), *graph.module.named_buffers())
+        if name in targets or any(name.startswith(f"{target}.") for target in targets)
+    }
+
+
+def _operator(graph: MergeGraph, node: torch.fx.Node) -> str:
+    if node.op == "call_module":
+        return f"{graph.module.get_submodule(str(node.target))} with {node.args} {node.kwargs}"
+    return f"{getattr(node.target, '__name__', node.target)} with {node.args} {node.kwargs}"
+
+
+def _like(x: Tensor, module: nn.Module) -> Tensor:
+    """An input as a network takes it: on its device, and of its type where it is not whole numbers."""
+    parameter = next(module.parameters())
+    return x.to(parameter.device, parameter.dtype if x.is_floating_point() else None)
+
+
+def _prefixed(heads: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    return {f"heads.{task}": head for task, head in heads.items()}

@@ -1,0 +1,194 @@
+"""The user's models: what they are called, whether they can be merged, and how another process can make them again."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import inspect
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from lightning_zipit.errors import CalibrationError, CheckpointError, ConfigurationError
+
+INPUT_KEYS = ("x", "image", "images", "img", "input", "inputs", "pixel_values", "data", "features")
+"""Where a batch that is a dict is looked into for the network's input."""
+
+RESERVED = frozenset(dir(nn.ModuleDict()))
+
+
+def name_tasks(models: Mapping[str, LightningModule] | Sequence[LightningModule]) -> dict[str, LightningModule]:
+    """The models by task; those of a sequence become ``task_0``, ``task_1``, …"""
+    if isinstance(models, Mapping):
+        return dict(models)
+    if not isinstance(models, Sequence):
+        raise ConfigurationError(f"`models` must be a mapping from task to model, or a sequence of models, got {models!r}.")
+    return {f"task_{index}": model for index, model in enumerate(models)}
+
+
+def find_problems(models: Mapping[str, Any], backbone: str) -> list[str]:
+    """Everything about the models that stands in the way of a merge and is known without tracing them."""
+    if not models:
+        return ["No models were given: name at least two, as in {'animals': a, 'vehicles': b}."]
+    problems = []
+    seen: dict[int, str] = {}
+    for task, model in models.items():
+        if not isinstance(task, str) or not task or "." in task or "/" in task or task in RESERVED:
+            problems.append(f"Task name {task!r} cannot name a head: use a plain word without '.' or '/'.")
+        if not isinstance(model, LightningModule):
+            problems.append(f"Task {task!r}: a LightningModule is needed, got {type(model).__name__}.")
+            continue
+        try:
+            part = get_backbone(model, backbone)
+        except ConfigurationError as error:
+            problems.append(f"Task {task!r}: {error}")
+            continue
+        if id(part) in seen:
+            problems.append(
+                f"Tasks {seen[id(part)]!r} and {task!r} are one and the same model: give a model per task (a copy from "
+                "copy.deepcopy, to merge a model with itself)."
+            )
+        seen.setdefault(id(part), task)
+        if not any(True for _ in part.parameters()):
+            problems.append(f"Task {task!r}: backbone {backbone!r} has no parameters.")
+    return problems
+
+
+def get_backbone(model: nn.Module, backbone: str) -> nn.Module:
+    """The part of a source model that is merged.
+
+    Raises:
+        ConfigurationError: if the model has no module of that name.
+    """
+    try:
+        return model.get_submodule(backbone)
+    except AttributeError:
+        children = [name for name, _ in model.named_children()]
+        raise ConfigurationError(
+            f"backbone={backbone!r} is no module of {type(model).__name__}; its modules are {', '.join(children)}."
+        ) from None
+
+
+def find_input(batch: Any) -> Tensor:
+    """The network's input in a batch: the batch itself, its first item, or a well-known key.
+
+    Raises:
+        CalibrationError: if there is none; it says how to name it.
+    """
+    if isinstance(batch, Tensor):
+        return batch
+    if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], Tensor):
+        return batch[0]
+    if isinstance(batch, Mapping):
+        for key in INPUT_KEYS:
+            if isinstance(batch.get(key), Tensor):
+                return batch[key]
+    content = f" with keys {list(batch)}" if isinstance(batch, Mapping) else ""
+    raise CalibrationError(
+        f"Cannot tell which part of a calibration batch is the network's input: it is a {type(batch).__name__}{content}. Say it "
+        "with `get_input`, for example get_input=lambda batch: batch['pixels']."
+    )
+
+
+def describe_source(model: LightningModule) -> dict[str, Any]:
+    """How to make a module of this class again, in strings and primitives.
+
+    Returns:
+        ``class_path`` (``None`` where the class cannot be imported), ``hyperparameters`` and ``hparams_name``.
+    """
+    hyperparameters = {key: value for key, value in dict(model.hparams).items() if not key.startswith("_")}
+    safe = {key: value for key, value in hyperparameters.items() if _is_primitive(value)}
+    return {
+        "class_path": _import_path(type(model)),
+        "hyperparameters": safe,
+        "hparams_name": getattr(model, "_hparams_name", None),
+    }
+
+
+def make_source(task: str, description: Mapping[str, Any]) -> LightningModule:
+    """An untrained module of the class and hyperparameters that :func:`describe_source` wrote down.
+
+    Raises:
+        CheckpointError: if that cannot be done; it says to pass ``models=``.
+    """
+    way_out = f"Pass models={{{task!r}: <a module of that class>, …}} to `MultiHeadModule.load_from_checkpoint`."
+    path = description.get("class_path")
+    if not path:
+        raise CheckpointError(f"The class of task {task!r} was not defined in a module that can be imported. {way_out}")
+    module_name, _, qualname = path.partition(":")
+    try:
+        found: Any = importlib.import_module(module_name)
+        for part in qualname.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise CheckpointError(f"The class {path!r} of task {task!r} cannot be imported ({error}). {way_out}") from error
+    if not (isinstance(found, type) and issubclass(found, LightningModule)):
+        raise CheckpointError(f"{path!r} of task {task!r} is not a LightningModule class. {way_out}")
+    try:
+        return found(**_arguments(found, description["hyperparameters"], description.get("hparams_name")))
+    except Exception as error:
+        raise CheckpointError(
+            f"{path!r} of task {task!r} cannot be made from its saved hyperparameters "
+            f"{dict(description['hyperparameters'])}: {error}. Call `self.save_hyperparameters()` in its __init__ before "
+            f"training. {way_out}"
+        ) from error
+
+
+def _arguments(cls: type, hyperparameters: Mapping[str, Any], hparams_name: str | None) -> dict[str, Any]:
+    parameters = inspect.signature(cls).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return dict(hyperparameters)
+    own = {key: value for key, value in hyperparameters.items() if key in parameters}
+    if hparams_name in parameters and hparams_name not in own:
+        own[hparams_name] = dict(hyperparameters)
+    return own
+
+
+def _import_path(cls: type) -> str | None:
+    """``module:Class``; for a class of the script that was run, the name by which another process can import it."""
+    if "<locals>" in cls.__qualname__:
+        return None
+    module = cls.__module__
+    if module == "__main__":
+        main = sys.modules["__main__"]
+        spec, file = getattr(main, "__spec__", None), getattr(main, "__file__", None)
+        if spec is not None:
+            module = spec.name.removesuffix(".__main__")
+        elif file is not None:
+            module = Path(file).stem
+        else:
+            return None
+    return f"{module}:{cls.__qualname__}"
+
+
+def _is_primitive(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return type(value) in (list, tuple) and all(map(_is_primitive, value))
+    if isinstance(value, dict):
+        return type(value) is dict and all(isinstance(key, str) and _is_primitive(item) for key, item in value.items())
+    return value is None or type(value) in (bool, int, float, str)
+
+
+def make_shell(model: LightningModule, backbone: str, path: nn.Module, used: Sequence[str]) -> LightningModule:
+    """A copy of a source model whose backbone is another network: its steps, metrics and losses are its own.
+
+    Args:
+        model: the source model.
+        backbone: its merged part.
+        path: the network to run in its place.
+        used: for a backbone that is the whole ``forward``, the names of the modules and parameters that it uses.
+    """
+    if backbone:
+        return copy.deepcopy(model, {id(get_backbone(model, backbone)): path})
+    shell = copy.deepcopy(model)
+    for name in used:
+        owner_name, _, leaf = name.rpartition(".")
+        owner = shell.get_submodule(owner_name)
+        for registry in (owner._modules, owner._parameters, owner._buffers):
+            registry.pop(leaf, None)
+    shell.__dict__["forward"] = path
+    return shell
