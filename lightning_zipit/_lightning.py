@@ -15,12 +15,14 @@ def unsupported_strategy(trainer: Trainer) -> str | None:
     strategy = trainer.strategy
     if isinstance(strategy, SHARDING):
         return (
-            f"{type(strategy).__name__} shards parameters, and merging needs whole ones: merge with strategy='ddp' or on one "
+            f"{type(strategy).__name__} shards parameters, and merging needs whole ones: merge with "
+            f"strategy='ddp' or on one "
             "device, then train or test the merged module under any strategy."
         )
     if type(strategy.launcher).__name__ == "_MultiProcessingLauncher":
         return (
-            "A strategy that spawns or forks processes loses the merged module with them: use strategy='ddp' from a script, "
+            "A strategy that spawns or forks processes loses the merged module with them: use strategy='ddp' "
+            "from a script, "
             "or one device."
         )
     return None

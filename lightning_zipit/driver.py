@@ -43,15 +43,15 @@ class ZipIt:
         """Merge N trained modules into one with a head per task, without training.
 
         Args:
-            models: the source modules by task, or a sequence of them (tasks are then ``task_0``, ``task_1``, …). They and
-                the random state are left exactly as they were.
+            models: the source modules by task, or a sequence of them (tasks are then ``task_0``, ``task_1``, …). They
+                and the random state are left exactly as they were.
             dataloaders: calibration data: one loader per task in a sequence or dict, or a single loader for all tasks.
                 A few hundred samples are enough; labels are never used.
             datamodule: where the loaders come from instead: its ``calibration_dataloader()``, else its
                 ``train_dataloader()`` in a fixed order.
             backbone: dotted name of the part to merge, the same in each module; ``""`` for the whole ``forward``.
-            stop_at: dotted name inside the backbone of the trunk's last module; ``None`` zips everything down to the last
-                layer, which stays a head per task.
+            stop_at: dotted name inside the backbone of the trunk's last module; ``None`` zips everything down to the
+                last layer, which stays a head per task.
             matcher: similarity → labels; ``GreedyZip()`` by default.
             refine: ``"batch_norm"`` re-estimates running statistics in a second pass, ``None`` does nothing.
             merge_heads: merge the last layer too, for models that share one output space.

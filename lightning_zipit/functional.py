@@ -109,7 +109,7 @@ class _GreedyZip:
         self.limited = True  # while budgets and forbidden pairs hold
         self._start(similarity.copy())
         for model in np.flatnonzero(budget <= 0):
-            self._forbid(model)
+            self._forbid(int(model))
 
     def _start(self, pairs: np.ndarray) -> None:
         """Take ``pairs`` as the similarities; a pair that may not merge is -inf."""
@@ -270,7 +270,8 @@ def merge_matrices(labels: Tensor, num_models: int) -> tuple[list[Tensor], list[
     """
     if labels.ndim != 1 or num_models < 1 or len(labels) % num_models:
         raise ValueError(
-            f"`labels` must be a vector whose length is a multiple of num_models={num_models}, got {tuple(labels.shape)}."
+            f"`labels` must be a vector whose length is a multiple of num_models={num_models}, got "
+            f"{tuple(labels.shape)}."
         )
     one_hot = torch.nn.functional.one_hot(labels).to(torch.get_default_dtype())  # (n, W)
     averaging = (one_hot / one_hot.sum(0)).T  # (W, n)

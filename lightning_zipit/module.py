@@ -26,8 +26,8 @@ class ZipItModule(LightningModule):
     Args:
         models: the source modules by task, or a sequence of them.
         backbone: dotted name of the part to merge, the same in each; ``""`` for the whole ``forward``.
-        dataloaders: calibration data: one loader per task (a sequence in the order of the tasks, or a dict), or a single
-            loader for all. Labels are never used.
+        dataloaders: calibration data: one loader per task (a sequence in the order of the tasks, or a dict), or a
+            single loader for all. Labels are never used.
         datamodule: where the loaders come from instead: its ``calibration_dataloader()``, else its
             ``train_dataloader()`` in a fixed order.
         get_input: from a batch to the backbone's input; by default the batch, its first item, or a well-known key.
@@ -106,7 +106,9 @@ class ZipItModule(LightningModule):
     def predict_dataloader(self) -> Any:
         """The calibration loaders, listed once for every pass."""
         if self.session is None:
-            raise ConfigurationError("A ZipItModule is run by a Trainer with a ZipItCallback: Trainer(callbacks=[ZipItCallback()]).")
+            raise ConfigurationError(
+                "A ZipItModule is run by a Trainer with a ZipItCallback: Trainer(callbacks=[ZipItCallback()])."
+            )
         loaders = self._calibration_loaders()
         if loaders is None:
             raise ConfigurationError("There is no calibration data: pass `dataloaders` or `datamodule` to ZipItModule.")
@@ -135,7 +137,8 @@ class ZipItModule(LightningModule):
         elif isinstance(self.dataloaders, (list, tuple)):
             if len(self.dataloaders) != len(self.models):
                 return [
-                    f"`dataloaders` lists {len(self.dataloaders)} loaders for {len(self.models)} tasks: give one per task in "
+                    f"`dataloaders` lists {len(self.dataloaders)} loaders for {len(self.models)} tasks: give "
+                    f"one per task in "
                     f"the order {list(self.models)}, or a single loader (not in a list) for all."
                 ]
             named = {f"of task {task!r}": loader for task, loader in zip(self.models, self.dataloaders, strict=True)}
@@ -144,7 +147,8 @@ class ZipItModule(LightningModule):
         problems = [f"The dataloader {where} is empty." for where, loader in named.items() if _is_empty(loader)]
         if self._trainer is not None and self.trainer.world_size > 1:
             problems += [
-                f"The dataloader {where} shuffles: each process would draw its own order, and samples would be counted twice "
+                f"The dataloader {where} shuffles: each process would draw its own order, and samples would be "
+                f"counted twice "
                 "or not at all. Use shuffle=False."
                 for where, loader in named.items()
                 if isinstance(getattr(loader, "sampler", None), RandomSampler)
@@ -163,13 +167,11 @@ class ZipItModule(LightningModule):
     def _transfer(self, hook: str, dataloader_idx: int, *args: Any) -> Any:
         """The data module's own way to move a batch, else that of the source that the loader belongs to."""
         owner: Any = self.copies[self._tasks_of(dataloader_idx)[0]]
-        if self.datamodule is not None and getattr(type(self.datamodule), hook) is not getattr(LightningDataModule, hook):
-            owner = self.datamodule
-        before, owner.trainer = owner.trainer if owner is self.datamodule else None, self.trainer
-        try:
-            return getattr(owner, hook)(*args, 0)
-        finally:
-            owner.trainer = before
+        if self.datamodule is not None:  # its trainer was set in `setup`
+            own = getattr(type(self.datamodule), hook) is not getattr(LightningDataModule, hook)
+            owner = self.datamodule if own else owner
+        owner.trainer = self.trainer
+        return getattr(owner, hook)(*args, 0)
 
     def _tasks_of(self, dataloader_idx: int) -> list[str]:
         tasks = list(self.models)
@@ -216,7 +218,9 @@ class ZipItModule(LightningModule):
         if self.session.passes == 1:
             self.session.merge()
         elif self.session.merged is None:
-            raise CalibrationError("No calibration batch was seen: the dataloaders are empty, or limited to no batches.")
+            raise CalibrationError(
+                "No calibration batch was seen: the dataloaders are empty, or limited to no batches."
+            )
         else:
             self.session.finish_refining()
         with torch.inference_mode(False):

@@ -187,7 +187,8 @@ class MultiTaskModule(LightningModule):
         count = len(loaders) if isinstance(loaders, (list, tuple)) else 1
         if count != len(self.tasks):
             raise ConfigurationError(
-                f"trainer.{verb} got {count} dataloader{'s' * (count != 1)} for {len(self.tasks)} tasks: give one per task in "
+                f"trainer.{verb} got {count} dataloader{'s' * (count != 1)} for {len(self.tasks)} tasks: give "
+                f"one per task in "
                 f"the order {self.tasks}, or a dict from task to loader."
             )
         self._loader_tasks = self.tasks
@@ -329,8 +330,8 @@ class MultiHeadModule(MultiTaskModule):
     ) -> MultiHeadModule:
         """Read a merged module back, from its sources' class paths and hyperparameters.
 
-        Nothing but tensors and primitives is read: the file is loaded with ``weights_only=True``. The modules that define
-        the source classes are imported.
+        Nothing but tensors and primitives is read: the file is loaded with ``weights_only=True``. The modules that
+        define the source classes are imported.
 
         Args:
             checkpoint_path: a file written by ``trainer.save_checkpoint``.

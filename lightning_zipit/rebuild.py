@@ -106,7 +106,11 @@ def _changed_in_place(node: fx.Node, graph: MergeGraph) -> bool:
         module = graph.module.get_submodule(str(user.target)) if user.op == "call_module" else None
         name = type(module).__name__ if module else getattr(user.target, "__name__", str(user.target))
         in_place = getattr(module, "inplace", False) or user.kwargs.get("inplace") or name.endswith("_")
-        if in_place or name in ("iadd", "isub", "imul", "itruediv") or (name in VIEWS and _changed_in_place(user, graph)):
+        if (
+            in_place
+            or name in ("iadd", "isub", "imul", "itruediv")
+            or (name in VIEWS and _changed_in_place(user, graph))
+        ):
             return True
     return False
 

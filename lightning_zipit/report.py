@@ -81,9 +81,7 @@ class MergeReport:
             table.add_column(heading, justify="left" if heading in ("space", "read by") else "right")
         for space in self.spaces:
             similarity = f"{space.similarity:.3f}" if space.similarity == space.similarity else "–"
-            table.add_row(
-                space.name, space.tap, str(space.size), str(space.within), str(space.across), similarity
-            )
+            table.add_row(space.name, space.tap, str(space.size), str(space.within), str(space.across), similarity)
         return table
 
     def summary(self) -> str:

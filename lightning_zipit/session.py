@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -93,10 +94,8 @@ class MergeSession:
         self.merged: MergedBackbone | None = None
         self._calibration: Calibration | None = None
         self._working: dict[str, nn.Module] = {}
-        try:
+        with suppress(UnknownShapeError):  # traced again on the first batch, whose sizes say what its reshapes mean
             self.graphs = trace_all(self.backbones, settings)
-        except UnknownShapeError:
-            pass  # traced again on the first batch, whose sizes say what its reshapes mean
 
     @property
     def passes(self) -> int:
@@ -273,9 +272,11 @@ def merge_backbones(
     """
     session = MergeSession(backbones, settings or MergeSettings())
     per_task = isinstance(batches, (list, tuple)) and batches and not isinstance(batches[0], Tensor)
-    loaders: list[Iterable[Tensor]] = list(batches) if per_task else [batches]  # type: ignore[list-item,arg-type]
+    loaders: list[Iterable[Tensor]] = list(batches) if per_task else [batches]  # type: ignore[list-item]
     if per_task and len(loaders) != len(backbones):
-        raise ConfigurationError(f"{len(loaders)} sets of batches were given for {len(backbones)} tasks: give one each.")
+        raise ConfigurationError(
+            f"{len(loaders)} sets of batches were given for {len(backbones)} tasks: give one each."
+        )
     tasks = list(backbones)
     networks = session.working_copies()
     with torch.no_grad():
@@ -319,9 +320,7 @@ def trace_all(
     problems: list[str] = []
     for task, backbone in backbones.items():
         try:
-            graphs[task] = trace(
-                backbone, settings.stop_at, example_input=example, merge_heads=settings.merge_heads
-            )
+            graphs[task] = trace(backbone, settings.stop_at, example_input=example, merge_heads=settings.merge_heads)
         except ZipItError as error:
             if not graphs:
                 raise
@@ -345,7 +344,8 @@ def first_difference(first: MergeGraph, second: MergeGraph) -> str | None:
     shapes, other_shapes = _trunk_shapes(first), _trunk_shapes(second)
     for name in (*shapes, *other_shapes):
         if shapes.get(name) != other_shapes.get(name):
-            return f"parameter `{name}` has shape {shapes.get(name)} in the first and {other_shapes.get(name)} in the second"
+            pair = f"{shapes.get(name)} in the first and {other_shapes.get(name)} in the second"
+            return f"parameter `{name}` has shape {pair}"
     for node, other in zip(nodes, others, strict=False):
         operator, other_operator = (_operator(graph, item) for graph, item in ((first, node), (second, other)))
         if operator != other_operator:

@@ -26,7 +26,9 @@ def name_tasks(models: Mapping[str, LightningModule] | Sequence[LightningModule]
     if isinstance(models, Mapping):
         return dict(models)
     if not isinstance(models, Sequence):
-        raise ConfigurationError(f"`models` must be a mapping from task to model, or a sequence of models, got {models!r}.")
+        raise ConfigurationError(
+            f"`models` must be a mapping from task to model, or a sequence of models, got {models!r}."
+        )
     return {f"task_{index}": model for index, model in enumerate(models)}
 
 
@@ -89,7 +91,8 @@ def find_input(batch: Any) -> Tensor:
                 return batch[key]
     content = f" with keys {list(batch)}" if isinstance(batch, Mapping) else ""
     raise CalibrationError(
-        f"Cannot tell which part of a calibration batch is the network's input: it is a {type(batch).__name__}{content}. Say it "
+        f"Cannot tell which part of a calibration batch is the network's input: it is a "
+        f"{type(batch).__name__}{content}. Say it "
         "with `get_input`, for example get_input=lambda batch: batch['pixels']."
     )
 
@@ -133,7 +136,8 @@ def make_source(task: str, description: Mapping[str, Any]) -> LightningModule:
     except Exception as error:
         raise CheckpointError(
             f"{path!r} of task {task!r} cannot be made from its saved hyperparameters "
-            f"{dict(description['hyperparameters'])}: {error}. Call `self.save_hyperparameters()` in its __init__ before "
+            f"{dict(description['hyperparameters'])}: {error}. Call `self.save_hyperparameters()` in its "
+            f"__init__ before "
             f"training. {way_out}"
         ) from error
 
@@ -143,7 +147,7 @@ def _arguments(cls: type, hyperparameters: Mapping[str, Any], hparams_name: str 
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         return dict(hyperparameters)
     own = {key: value for key, value in hyperparameters.items() if key in parameters}
-    if hparams_name in parameters and hparams_name not in own:
+    if hparams_name is not None and hparams_name in parameters and hparams_name not in own:
         own[hparams_name] = dict(hyperparameters)
     return own
 

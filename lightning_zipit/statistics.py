@@ -24,7 +24,7 @@ class Moments(NamedTuple):
         covariance: float64 ``(n, n)``, symmetric, with Bessel's correction (divided by ``count - 1``).
     """
 
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple.count
     mean: Tensor
     covariance: Tensor
 
@@ -144,18 +144,18 @@ class FeatureStatistics(Metric):
             if not isinstance(incoming_state, FeatureStatistics) or incoming_state.sizes != self.sizes:
                 raise ValueError("Only statistics of the same sizes can be added to each other.")
             incoming_state = incoming_state.metric_state
+        count, *rest = (torch.as_tensor(incoming_state[name]) for name in ("count", "origin", "offset", "comoment"))
         self._computed = None
-        if incoming_state["count"] > 0:
+        if count > 0:
             self._update_count += 1
-            self._add(*(incoming_state[name] for name in ("count", "origin", "offset", "comoment")))
+            self._add(count, *rest)
 
     def _sync_dist(self, dist_sync_fn: Any = None, process_group: Any = None) -> None:
         """True all-reduces instead of the default gathering of all states on all ranks."""
         group = process_group or self.process_group
         has_data = (self.count > 0).double()
-        ranks, count, origins = all_reduce_sum(torch.cat([has_data[None], self.count[None], self.origin * has_data]), group).split(
-            [1, 1, len(self.origin)]
-        )
+        packed = torch.cat([has_data[None], self.count[None], self.origin * has_data])
+        ranks, count, origins = all_reduce_sum(packed, group).split([1, 1, len(self.origin)])
         origin = origins / ranks.clamp(min=1)
         own_offset = (self.offset + (self.origin - origin)) * has_data
         offset = all_reduce_sum(own_offset * self.count, group) / count.clamp(min=1)

@@ -177,7 +177,9 @@ class Context:
         if isinstance(value, Features):
             shape = self.shapes.get(node.name)
             if shape is not None and len(shape) == value.rank:
-                value = value.with_shape(*(BATCH if known is BATCH else size for size, known in zip(shape, value.shape, strict=True)))
+                value = value.with_shape(
+                    *(BATCH if known is BATCH else size for size, known in zip(shape, value.shape, strict=True))
+                )
             return replace(value, node=node)
         if isinstance(value, Plain) and value.shape is None and node.name in self.shapes:
             return Plain((BATCH, *self.shapes[node.name][1:]))
@@ -193,7 +195,7 @@ class Context:
         if node.op == "output":
             return args[0]
         if node.op == "call_module":
-            args = (self.module.get_submodule(str(node.target)), *args)
+            args = (self.module.get_submodule(str(node.target)), *args)  # type: ignore[arg-type]
         return self._apply(find_rule(node, self.module), args, kwargs)
 
     def _apply(self, rule: Rule | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

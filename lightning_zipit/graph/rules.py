@@ -162,7 +162,6 @@ def _weight(ctx: Context) -> Parameter:
     *("relu", "relu_", "sigmoid", "sigmoid_", "tanh", "tanh_", "abs", "exp", "log", "sqrt", "rsqrt", "square", "neg"),
     *("clamp", "clamp_", "clip", "pow", "contiguous", "clone", "detach", "to", "float", "half", "double", "bfloat16"),
     *("type", "type_as", "cpu", "cuda", "requires_grad_"),
-    *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout),
 )
 def elementwise(ctx: Context, input: Value, *args: Any, **kwargs: Any) -> Value:
     """Each entry by itself: the features stay what they are."""
@@ -171,11 +170,23 @@ def elementwise(ctx: Context, input: Value, *args: Any, **kwargs: Any) -> Value:
     return input
 
 
+@rule(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
+def unchanged(ctx: Context, input: Value, *args: Any, **kwargs: Any) -> Value:
+    """Does nothing in eval mode."""
+    return input
+
+
 @module_rule(
-    *(nn.Identity, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish),
+    *(nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+)
+def unchanged_module(ctx: Context, module: nn.Module, x: Value) -> Value:
+    return x
+
+
+@module_rule(
+    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish),
     *(nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Sigmoid, nn.Tanh, nn.Softplus, nn.Softsign, nn.LogSigmoid),
     *(nn.Tanhshrink, nn.Softshrink, nn.Hardshrink, nn.Threshold),
-    *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout),
 )
 def elementwise_module(ctx: Context, module: nn.Module, x: Value) -> Value:
     return x
@@ -336,7 +347,9 @@ def cat(ctx: Context, tensors: Sequence[Value], dim: int = 0, **kwargs: Any) -> 
         return first.with_shape(*(None if axis == dim % first.rank else size for axis, size in enumerate(first.shape)))
     if any(value.repeat != first.repeat for value in features):
         if any(value.repeat is None for value in features):
-            raise ctx.error("it concatenates flattened tensors of unknown sizes; pass `example_input`", UnknownShapeError)
+            raise ctx.error(
+                "it concatenates flattened tensors of unknown sizes; pass `example_input`", UnknownShapeError
+            )
         first = Features(first.entries(), first.axis, first.shape)
         return first.with_ids(np.concatenate([value.entries() for value in features]))
     return first.with_ids(np.concatenate([value.ids for value in features]))
@@ -358,9 +371,8 @@ def split(ctx: Context, tensor: Value, split_size_or_sections: Any, dim: int = 0
         raise ctx.error("only a split of the feature axis is understood")
     sizes = split_size_or_sections
     if isinstance(sizes, int):
-        bounds = list(range(sizes, len(tensor.ids), sizes))
-    else:
-        bounds = np.cumsum(sizes)[:-1].tolist()
+        sizes = [sizes] * math.ceil(len(tensor.ids) / sizes)
+    bounds = np.cumsum(sizes)[:-1].tolist()
     return tuple(tensor.with_ids(ids) for ids in np.split(tensor.ids, bounds))
 
 
@@ -379,8 +391,8 @@ def getitem(ctx: Context, container: Any, index: Any) -> Any:
         index = (*index[:at], *rest, *index[at + 1 :])
     else:
         index = (*index, *rest)
-    axis, shape, output = 0, [], container
-    feature_axis = -1
+    axis, feature_axis, output = 0, -1, container
+    shape: list[Dim] = []
     for item in index:
         if item is None:
             shape.append(1)
@@ -429,7 +441,9 @@ def squeeze(ctx: Context, input: Value, dim: Any = None) -> Value:
     if not isinstance(input, Features):
         return Plain()
     if dim is None and None in input.positions:
-        raise ctx.error("which axes it drops depends on the input: name its `dim`, or pass `example_input`", UnknownShapeError)
+        raise ctx.error(
+            "which axes it drops depends on the input: name its `dim`, or pass `example_input`", UnknownShapeError
+        )
     ones = {axis for axis, size in enumerate(input.shape) if size == 1} if dim is None else _axes(input, dim)
     return _drop(input, ones - {input.axis}, keep=False)
 
@@ -517,3 +531,10 @@ def _sizes(sizes: Sequence[Any]) -> tuple[Dim, ...]:
 
 def _show(shape: Sequence[Any]) -> str:
     return f"({', '.join('?' if size is None else str(size) for size in shape)})"
+
+
+POOLING = {
+    *(unchanged, unchanged_module, adaptive_pool, adaptive_pool_module, resample, resample_module, reduce),
+    *(flatten, flatten_module, reshape, squeeze),
+}
+"""Rules of operators that may stand between the positions of a feature and a layer that reads their average."""

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from lightning_zipit.errors import ConfigurationError, TraceError
-from lightning_zipit.graph.interpret import RULES, Context, Event, describe, location
+from lightning_zipit.graph.interpret import RULES, Context, Event, describe, find_rule, location
+from lightning_zipit.graph.rules import POOLING
 from lightning_zipit.graph.spaces import AxisRef, Block, Crossing, FeatureSpace, MergeGraph, Tap, as_starts
-from lightning_zipit.graph.values import Features, Ids, Opaque, leaves
+from lightning_zipit.graph.values import Features, Ids, Opaque, leaves, product
 
 
 class Tracer(fx.Tracer):
@@ -73,7 +74,8 @@ def trace(
     merge_graph = _Analysis(backbone, graph, shapes, trunk, stop_at).result()
     if not any(space.tap for space in merge_graph.spaces.values()):
         raise ConfigurationError(
-            f"stop_at={stop_at!r} leaves no layer with weights in the trunk, so there is nothing to merge: name a later "
+            f"stop_at={stop_at!r} leaves no layer with weights in the trunk, so there is nothing to merge: name "
+            f"a later "
             "module."
             if stop_at
             else "The backbone has no layer with weights before its last, so there is nothing to merge."
@@ -98,7 +100,8 @@ def _record(backbone: nn.Module) -> fx.Graph:
     inputs = [node.name for node in graph.nodes if node.op == "placeholder" and (node.users or not node.args)]
     if len(inputs) != 1:
         raise TraceError(
-            f"{type(backbone).__name__}.forward takes {len(inputs)} inputs ({', '.join(inputs)}); a backbone takes one. "
+            f"{type(backbone).__name__}.forward takes {len(inputs)} inputs ({', '.join(inputs)}); a backbone "
+            f"takes one. "
             "Name a submodule with one input as `backbone`."
         )
     for node in list(graph.nodes):
@@ -126,7 +129,8 @@ def _cannot_follow(backbone: nn.Module, error: Exception) -> str:
     own = [frame for frame in frames if "torch/nn" not in frame.filename and not frame.filename.startswith("<")]
     line = f' at {own[-1].filename}:{own[-1].lineno}, in {own[-1].name}: "{own[-1].line}"' if own else ""
     return (
-        f"torch.fx cannot follow {type(backbone).__name__}.forward{line}: {error}\nName a submodule without that line as "
+        f"torch.fx cannot follow {type(backbone).__name__}.forward{line}: {error}\nName a submodule without "
+        f"that line as "
         "`backbone`, or hide the block behind a leaf module with `lightning_zipit.graph.register_rule`."
     )
 
@@ -175,10 +179,10 @@ def _trunk(
     if not inside:
         raise ConfigurationError(_no_such_module(backbone, nodes, stop_at))
     trunk = _ancestors(set(inside), nodes)
-    # What only passes a module's input on belongs to it too, but the output must stay for the heads to start from.
     if not whole and trunk & _last_layers(backbone, nodes, shapes):
         raise ConfigurationError(
-            f"stop_at={stop_at!r} cuts nothing: the last layer would be in the trunk. Use stop_at=None to zip everything "
+            f"stop_at={stop_at!r} cuts nothing: the last layer would be in the trunk. Use stop_at=None to zip "
+            f"everything "
             "down to the last layer, or merge_heads=True if all models share one output space."
         )
     return trunk
@@ -248,7 +252,7 @@ class _Analysis:
         self.trunk = trunk
         self.ctx = Context(backbone, shapes)
         self.position = {node: index for index, node in enumerate(self.nodes)}
-        values = self.ctx.run([node for node in self.nodes if node in trunk], {}, tolerant=())
+        values = self.values = self.ctx.run([node for node in self.nodes if node in trunk], {}, tolerant=())
         self.crossing_nodes = [
             node for node in self.nodes if node in trunk and any(user not in trunk for user in node.users)
         ]
@@ -257,23 +261,18 @@ class _Analysis:
             self.ctx.node = node
             if isinstance(values[node], Features):
                 self.ctx.cross(values[node])
-                if self.graph_returns(node):
+                if any(user.op == "output" for user in node.users):
                     self.ctx.pin(values[node])  # a merged output: what it means is the same in all models
         self.trunk_events = [event for events in self.ctx.events.values() for event in events]
         self.head_values = self._interpret_heads(values)
-
-    def graph_returns(self, node: fx.Node) -> bool:
-        return any(user.op == "output" for user in node.users)
 
     def _interpret_heads(self, values: dict[fx.Node, Any]) -> dict[fx.Node, Features]:
         """Run the heads on features of their own, so that nothing in a head ties spaces of the trunk."""
         own = {}
         for node, value in self.trunk_values.items():
             if isinstance(value, Features):
-                repeat = value.repeat or 1
                 ids = self.ctx.fresh(len(value.ids))
                 own[node] = Features(ids, value.axis, value.shape, value.repeat, node)
-                assert repeat
         self.ctx.events = {}
         heads = [node for node in self.nodes if node not in self.trunk]
         known = {**values, **own}
@@ -309,8 +308,8 @@ class _Analysis:
         self.space_of: dict[int, str] = {}
         self.rank_of: dict[int, int] = {}
         self.members: dict[str, list[int]] = {}
-        for where, features in members.items():
-            name = self._name(where)
+        for key, features in members.items():
+            name = self._name(key)
             self.members[name] = features
             for rank, feature in enumerate(features):
                 self.space_of[feature], self.rank_of[feature] = name, rank
@@ -346,9 +345,7 @@ class _Analysis:
         own = self.component[self.head_values[node].ids]
         others = [self.component[event.entries] for event in head_events if event.role == "producer"]
         others += [self.component[ids] for ids in (*self.ctx.pinned, *self.ctx.opaque, *self.returned)]
-        others += [
-            self.component[other.ids] for source, other in self.head_values.items() if source is not node
-        ]
+        others += [self.component[other.ids] for source, other in self.head_values.items() if source is not node]
         absorbed = not any(np.isin(own, other).any() for other in others) and len(set(own.tolist())) == len(own)
         return Crossing(node.name, value.axis, self._ref(value.entries(), None), absorbed)
 
@@ -399,11 +396,22 @@ class _Analysis:
         return spaces
 
     def _tap(self, space: str, event: Event) -> Tap:
-        assert event.value.node is not None
-        ref = self._ref(event.entries, None)
+        value = self._before_pooling(event.value)
+        assert value.node is not None
+        ref = self._ref(event.entries if value is event.value else value.entries(), None)
         block = next(block for block in ref.blocks if block.space == space)
         reader = str(event.node.target) if event.node.op == "call_module" else location(event.node)
-        return Tap(event.value.node.name, event.value.axis, block, "the cut" if event.role is None else reader)
+        return Tap(value.node.name, value.axis, block, "the cut" if event.role is None else reader)
+
+    def _before_pooling(self, value: Features) -> Features:
+        """What a global pooling reads: every position is a sample, while its average is but one per input."""
+        node, found = value.node, value
+        while node is not None and product(found.positions) == 1 and found.repeat == 1:
+            inputs = [self.values[source] for source in node.all_input_nodes if source in self.values]
+            if find_rule(node, self.backbone) not in POOLING or len(inputs) != 1 or not isinstance(inputs[0], Features):
+                return value
+            found, node = inputs[0], inputs[0].node
+        return found
 
 
 def _common_repeat(features: list[int]) -> int:

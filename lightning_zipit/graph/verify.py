@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from lightning_zipit.errors import VerificationError
-from lightning_zipit.graph.spaces import AxisRef, MergeGraph
-from lightning_zipit.graph.values import leaves
+from lightning_zipit.graph.spaces import AxisRef, Crossing, MergeGraph
 
 SAMPLES = 8
 
@@ -48,9 +47,7 @@ def permute_spaces(module: nn.Module, graph: MergeGraph, permutations: Mapping[s
 
 
 def _index(ref: AxisRef, graph: MergeGraph, permutations: Mapping[str, Tensor]) -> Tensor:
-    return ref.index(
-        {space: permutations.get(space, torch.arange(graph.spaces[space].size)) for space in ref.spaces}
-    )
+    return ref.index({space: permutations.get(space, torch.arange(graph.spaces[space].size)) for space in ref.spaces})
 
 
 def verify_graph(backbone: nn.Module, graph: MergeGraph, batch: Tensor) -> None:
@@ -81,12 +78,12 @@ def verify_graph(backbone: nn.Module, graph: MergeGraph, batch: Tensor) -> None:
         for name, permutation in permutations.items()
         if not _agree(graph, reference, {name: permutation}, example, expected, tolerance)
     ]
-    parameters = {name: [parameter for parameter, _ in graph.spaces[name].producers][:3] for name in wrong}
+    written = {name: ", ".join(parameter for parameter, _ in graph.spaces[name].producers[:3]) for name in wrong}
+    named = "; ".join(f"{name} (written by {parameters})" for name, parameters in written.items())
     raise VerificationError(
-        "Permuting these feature spaces changes what the network computes, so merging them would be wrong: "
-        f"{', '.join(f'{name} (written by {written})' for name, written in parameters.items()) or 'all together'}. A rule "
-        "for an operator that they pass through is wrong, or the network uses the number of a feature: stop before it with "
-        "`stop_at`, or register another rule."
+        f"Permuting these feature spaces changes what the network computes, so merging them would be wrong: "
+        f"{named or 'all together'}. A rule for an operator that they pass through is wrong, or the network uses the "
+        "number of a feature: stop before it with `stop_at`, or register another rule."
     )
 
 
@@ -102,8 +99,7 @@ def _agree(
     found = _crossing_values(permuted, graph, example)
     for crossing, value, other in zip(_tensor_crossings(graph), expected, found, strict=True):
         if crossing.ref is not None and crossing.axis is not None:
-            entries = crossing.ref.size or value.shape[crossing.axis]
-            index = _entry_index(crossing.ref, graph, permutations, value.shape[crossing.axis], entries)
+            index = _entry_index(_index(crossing.ref, graph, permutations), value.shape[crossing.axis])
             value = value.index_select(crossing.axis, index.to(value.device))
         scale = value.abs().max().clamp(min=torch.finfo(value.dtype).tiny)
         if not (value - other).abs().max() <= tolerance * scale:
@@ -111,16 +107,13 @@ def _agree(
     return True
 
 
-def _entry_index(
-    ref: AxisRef, graph: MergeGraph, permutations: Mapping[str, Tensor], length: int, entries: int
-) -> Tensor:
-    """The permutation of a crossing axis; where a flatten's positions were unknown in tracing, of each feature's."""
-    index = _index(ref, graph, permutations)
-    repeat = length // entries
+def _entry_index(index: Tensor, length: int) -> Tensor:
+    """The permutation of an axis; after a flatten whose positions tracing did not know, that of each block."""
+    repeat = length // len(index)
     return (index[:, None] * repeat + torch.arange(repeat)).flatten() if repeat > 1 else index
 
 
-def _tensor_crossings(graph: MergeGraph) -> list:
+def _tensor_crossings(graph: MergeGraph) -> list[Crossing]:
     return [crossing for crossing in graph.crossings if crossing.axis is not None]
 
 
@@ -137,6 +130,3 @@ def _crossing_values(module: nn.Module, graph: MergeGraph, example: Tensor) -> l
             for finished in interpreter.user_to_last_uses.get(node, ()):
                 interpreter.env.pop(finished, None)
     return [kept[crossing.node] for crossing in _tensor_crossings(graph)]
-
-
-__all__ = ["leaves", "permute_spaces", "random_permutations", "verify_graph"]

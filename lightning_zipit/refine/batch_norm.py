@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_zipit.errors import CalibrationError
@@ -55,14 +55,15 @@ class BatchNormEstimator:
         empty = [name for name, norm in self.norms.items() if not norm.num_batches_tracked]
         if empty:
             raise CalibrationError(
-                f"No batch of two or more samples reached batch norm {', '.join(empty[:5])}, so that its statistics cannot "
+                f"No batch of two or more samples reached batch norm {', '.join(empty[:5])}, so that its "
+                f"statistics cannot "
                 "be re-estimated. Use a larger batch size, or refine=None to keep the merged statistics."
             )
 
 
 def _average_over_ranks(norm: _BatchNorm) -> None:
-    batches: Tensor = norm.num_batches_tracked
+    batches = norm.get_buffer("num_batches_tracked")
     total = all_reduce_sum(batches)
-    for statistic in (norm.running_mean, norm.running_var):
+    for statistic in (norm.get_buffer("running_mean"), norm.get_buffer("running_var")):
         statistic.copy_(all_reduce_sum(statistic.double() * batches) / total.clamp(min=1))
     batches.copy_(total)

@@ -1,0 +1,130 @@
+"""Compares ways to make one network of several: the table and the plot that the examples show."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from lightning_zipit import Ensemble, JointAccuracy, ZipIt
+from lightning_zipit.matchers import Matcher
+
+
+@dataclass(frozen=True)
+class Row:
+    """One network: its accuracies in percent ("joint", one per task, "mean") and its FLOPs for one sample."""
+
+    name: str
+    accuracy: dict[str, float]
+    flops: int
+
+
+def quiet_trainer(**arguments: Any) -> Trainer:
+    """A Trainer on the CPU that prints nothing and writes nothing."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")
+    defaults = {
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    return Trainer(**(defaults | arguments))
+
+
+def evaluate(
+    network: LightningModule, classes: Mapping[str, Sequence[int]], batches: Iterable[tuple[Tensor, Tensor]]
+) -> dict[str, float]:
+    """Joint and per-task accuracy in percent over batches with global labels."""
+    metric = JointAccuracy(classes)
+    with torch.no_grad():
+        for images, labels in batches:
+            metric.update(network(images), labels)
+    return {name: 100 * value.item() for name, value in metric.compute().items()}
+
+
+def compare(
+    models: Mapping[str, LightningModule],
+    classes: Mapping[str, Sequence[int]],
+    merges: Mapping[str, tuple[Matcher, str | None]],
+    calibration: Any,
+    test: Iterable[tuple[Tensor, Tensor]],
+    backbone: str,
+) -> list[Row]:
+    """Evaluate every model by itself, every merge, and the ensemble.
+
+    Args:
+        models: the trained modules by task.
+        classes: the global labels of each task's outputs.
+        merges: by row name, a matcher and where the trunk stops.
+        calibration: the dataloaders of the merge.
+        test: test batches with global labels.
+        backbone: the merged part of the modules.
+
+    Returns:
+        The rows, in that order.
+    """
+    rows = []
+    for task, model in models.items():
+        alone = Ensemble({task: model}, backbone).eval()
+        rows.append(Row(f"model {task}", evaluate(alone, {task: classes[task]}, test), 0))
+    report = None
+    for name, (matcher, stop_at) in merges.items():
+        merged = ZipIt(quiet_trainer()).merge(
+            models, dataloaders=calibration, backbone=backbone, stop_at=stop_at, matcher=matcher
+        )
+        report = merged.report
+        assert report is not None
+        rows.append(Row(name, evaluate(merged, classes, test), report.merged.flops))
+    ensemble = Ensemble(models, backbone).eval()
+    assert report is not None
+    rows.append(Row("ensemble", evaluate(ensemble, classes, test), report.ensemble.flops))
+    singles = list(report.sources.values())
+    return [Row(row.name, row.accuracy, singles[i].flops) if i < len(models) else row for i, row in enumerate(rows)]
+
+
+def print_table(title: str, rows: Sequence[Row], tasks: Sequence[str]) -> None:
+    """The rows as a table: accuracies in percent, FLOPs for one sample."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("network")
+    for heading in ("joint", *tasks, "mean", "MFLOPs"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        cells = [f"{row.accuracy[name]:.1f}" if name in row.accuracy else "–" for name in ("joint", *tasks, "mean")]
+        table.add_row(row.name, *cells, f"{row.flops / 1e6:.2f}")
+    Console(width=110).print(table)
+
+
+def plot(title: str, rows: Sequence[Row], path: Path) -> None:
+    """Joint accuracy over cost, one point a network."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    colours = {
+        "model": "tab:gray",
+        "average": "tab:red",
+        "permute": "tab:orange",
+        "zip": "tab:blue",
+        "ensemble": "tab:green",
+    }
+    for row in rows:
+        kind = next((kind for kind in colours if kind in row.name), "zip")
+        axes.scatter(row.flops / 1e6, row.accuracy["joint"], color=colours[kind], s=40)
+        axes.annotate(
+            row.name, (row.flops / 1e6, row.accuracy["joint"]), xytext=(5, 4), textcoords="offset points", fontsize=8
+        )
+    axes.set(xlabel="MFLOPs for one sample", ylabel="joint accuracy in %", title=title)
+    axes.margins(x=0.2)
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
