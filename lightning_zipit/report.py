@@ -146,9 +146,8 @@ def _report_space(name: str, tap: str, space_map: SpaceMap, similarity: Tensor |
     mean = float("nan")
     if similarity is not None and pairs:
         similarity = similarity.cpu()
-        indicator = torch.zeros(len(labels), members.shape[1], dtype=similarity.dtype)
-        indicator[torch.arange(len(labels)), labels] = 1
-        inside = ((similarity @ indicator) * indicator).sum() - similarity.diagonal().sum()
+        of_cluster = similarity.new_zeros(members.shape[1], len(labels)).index_add_(0, labels, similarity)
+        inside = of_cluster[labels, torch.arange(len(labels))].sum() - similarity.diagonal().sum()
         mean = float(inside / pairs)
     within = int(((models == 1) & (members.sum(0) > 1)).sum())
     return SpaceReport(name, tap, size, within, int((models > 1).sum()), mean)

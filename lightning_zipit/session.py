@@ -20,7 +20,7 @@ from lightning_zipit.errors import (
     UnknownShapeError,
     ZipItError,
 )
-from lightning_zipit.graph import MergeGraph, trace, verify_graph
+from lightning_zipit.graph import MergeGraph, evaluating, trace, verify_graph
 from lightning_zipit.matchers import GreedyZip, Matcher
 from lightning_zipit.merging import match, merge_into, unmerge_into
 from lightning_zipit.rebuild import build_head, build_trunk, set_unmerges
@@ -173,8 +173,10 @@ class MergeSession:
 
     def _costs(self, trunk: nn.Module, heads: Mapping[str, nn.Module]) -> tuple[dict[str, Cost], Cost]:
         x = _like(torch.zeros(1, *self._input_shape), self._first)
-        copies = {task: copy.deepcopy(network).eval() for task, network in self.backbones.items()}
-        sources = {task: measure_cost(network, x) for task, network in copies.items()}
+        sources = {}
+        for task, network in self.backbones.items():
+            with evaluating(network):
+                sources[task] = measure_cost(network, x)
         merged = measure_cost(AllHeads(trunk, heads), x)
         return sources, merged
 

@@ -126,7 +126,7 @@ class FeatureStatistics(Metric):
         count = int(self.count.item())
         if not count:
             raise ValueError("No sample was added to these statistics: call `update` first.")
-        covariance = (self.comoment + self.comoment.T) / (2 * max(count - 1, 1))
+        covariance = (self.comoment + self.comoment.T).div_(2 * max(count - 1, 1))
         return Moments(count, self.origin + self.offset, covariance)
 
     def __add__(self, other: FeatureStatistics) -> FeatureStatistics:  # type: ignore[override]

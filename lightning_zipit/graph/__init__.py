@@ -3,7 +3,7 @@
 import lightning_zipit.graph.rules  # noqa: F401  (fills the registry)
 from lightning_zipit.graph.interpret import Context, register_rule
 from lightning_zipit.graph.spaces import AxisRef, Block, Crossing, FeatureSpace, MergeGraph, Tap
-from lightning_zipit.graph.trace import trace
+from lightning_zipit.graph.trace import evaluating, trace
 from lightning_zipit.graph.values import BATCH, Features, Parameter, Plain
 from lightning_zipit.graph.verify import permute_spaces, verify_graph
 
@@ -19,6 +19,7 @@ __all__ = [
     "Parameter",
     "Plain",
     "Tap",
+    "evaluating",
     "permute_spaces",
     "register_rule",
     "trace",

@@ -225,6 +225,7 @@ def _tie(ctx: Context, first: Features, second: Features) -> Features:
     if first.axis - first.rank != second.axis - second.rank:
         raise ctx.error("the features of its two inputs are not on the same axis")
     if len(second.ids) == 1 and len(first.ids) > 1:
+        ctx.pin(second)  # that one feature, wherever it was taken from, may not become another
         return first
     if first.repeat is not None and second.repeat is not None and first.repeat != second.repeat:
         raise ctx.error("its two inputs were flattened over different numbers of positions")

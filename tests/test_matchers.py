@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers.features import correlations, mixed_features, shuffled_copies
+
+from lightning_zipit import FeatureStatistics
+from lightning_zipit import functional as F
+from lightning_zipit.matchers import Average, GreedyZip, Matcher, Permute
+
+SIZE = 24
+
+
+def dead(features):
+    features[:, ::4] = 0
+    return features
+
+
+def duplicated(features):
+    features[:, 8:16] = features[:, :8]
+    features[:, 16:20] = features[:, :4]
+    return features
+
+
+MODELS = {
+    "generic": lambda: mixed_features(300, SIZE),
+    "dead": lambda: dead(mixed_features(300, SIZE)),
+    "few_samples": lambda: mixed_features(10, SIZE),
+    "hardly_active": lambda: mixed_features(10, SIZE).sub(2).relu(),
+    "duplicated": lambda: duplicated(mixed_features(300, SIZE)),
+    "all_of_it": lambda: dead(duplicated(mixed_features(10, SIZE).sub(1).relu())),
+    "nothing_active": lambda: torch.zeros(10, SIZE),
+}
+
+
+def measured(features, num_models):
+    """The similarity that a merge would see: of single precision features, gathered in batches."""
+    statistics = FeatureStatistics([SIZE] * num_models)
+    for rows in features.float().split(100):
+        statistics.update(rows.chunk(num_models, dim=1))
+    return F.correlation(statistics.compute().covariance)
+
+
+def assert_one_of_each_model(labels, num_models):
+    for own in labels.chunk(num_models):
+        assert sorted(own.tolist()) == list(range(len(own)))
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    "matcher, num_models",
+    [(GreedyZip(), 2), (GreedyZip(alpha=0.3, beta=0.5), 2), (GreedyZip(alpha=1.0), 3), (GreedyZip(beta=0.0), 3)],
+    ids=str,
+)
+@pytest.mark.parametrize("model", MODELS)
+def test_greedy_zip_pairs_features_up_with_their_copies(model, matcher, num_models, seed):
+    features, _ = shuffled_copies(MODELS[model](), num_models, seed)
+    labels = matcher(measured(features, num_models), num_models)
+    assert_one_of_each_model(labels, num_models)
+    first = features[:, labels[:SIZE].argsort()]  # the first model's feature of every cluster
+    assert torch.equal(first[:, labels], features)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("num_models", [2, 3])
+@pytest.mark.parametrize(
+    "matcher",
+    [GreedyZip(), GreedyZip(alpha=0.5, beta=0.125), GreedyZip(alpha=1.0, beta=0.5), GreedyZip(alpha=0.0)],
+    ids=str,
+)
+def test_greedy_zip_is_the_function_where_features_are_told_apart(matcher, num_models, seed):
+    similarity = correlations(mixed_features(200, num_models * SIZE, seed))
+    expected = F.greedy_zip(similarity, num_models, SIZE, matcher.alpha, matcher.beta)
+    assert torch.equal(matcher(similarity, num_models), expected)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_greedy_zip_leaves_the_width_of_one_model_whatever_is_dead(seed):
+    generator = torch.Generator().manual_seed(seed)
+    features = mixed_features(50, 3 * SIZE, seed) * (torch.rand(3 * SIZE, generator=generator) > seed / 9)
+    labels = GreedyZip()(correlations(features), 3)
+    assert labels.dtype == torch.int64
+    assert labels.unique().tolist() == list(range(SIZE))
+
+
+def test_greedy_zip_does_not_merge_live_features_for_the_sake_of_dead_ones():
+    features = mixed_features(50, 2 * SIZE)
+    features[:, [1, 5, SIZE, SIZE + 2, SIZE + 3]] = 0
+    labels = GreedyZip()(correlations(features), 2)
+    dead = labels[[1, 5]].tolist()
+    assert sorted(labels[[SIZE, SIZE + 2]].tolist()) == sorted(dead)
+    assert labels.bincount()[dead].tolist() == [2, 2]
+
+
+def test_matching_leaves_the_similarity_as_it_was():
+    similarity = correlations(dead(mixed_features(50, 2 * SIZE)))
+    before = similarity.clone()
+    for matcher in (GreedyZip(), Permute(), Average()):
+        matcher(similarity, 2)
+        assert torch.equal(similarity, before)
+
+
+@pytest.mark.parametrize("name", ["alpha", "beta"])
+@pytest.mark.parametrize("value", [-0.1, 1.1, float("nan")])
+def test_greedy_zip_refuses_values_out_of_range(name, value):
+    with pytest.raises(ValueError, match=name):
+        GreedyZip(**{name: value})
+    with pytest.raises(ValueError, match=name):
+        replace(GreedyZip(), **{name: value})
+
+
+@pytest.mark.parametrize("num_models", [2, 3])
+def test_permute_and_average_are_their_functions(num_models):
+    similarity = correlations(mixed_features(50, num_models * SIZE))
+    assert torch.equal(Permute()(similarity, num_models), F.permute(similarity, num_models))
+    assert torch.equal(Average()(similarity, num_models), F.average(num_models * SIZE, num_models))
+    assert_one_of_each_model(Permute()(similarity, num_models), num_models)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_permute_matches_one_to_one_whatever_is_dead(model):
+    features, _ = shuffled_copies(MODELS[model](), 2)
+    assert_one_of_each_model(Permute()(correlations(features), 2), 2)
+
+
+def test_matchers_compare_by_value():
+    assert GreedyZip() == GreedyZip(alpha=0.1, beta=1.0)
+    assert GreedyZip() != GreedyZip(beta=0.5)
+    assert Permute() == Permute() != Average()
+    assert len({GreedyZip(), GreedyZip(0.1), GreedyZip(0.2), Permute(), Permute(), Average()}) == 4
+
+
+@pytest.mark.parametrize("matcher", [GreedyZip(alpha=0.3, beta=0.5), Permute(), Average()], ids=str)
+def test_a_matcher_reads_as_it_is_written(matcher):
+    assert eval(repr(matcher)) == matcher
+    assert repr(GreedyZip()) == "GreedyZip(alpha=0.1, beta=1.0)"
+
+
+def test_a_matcher_of_ones_own_only_needs_to_be_callable():
+    class Reverse(Matcher):
+        def __call__(self, similarity, num_models):
+            return torch.arange(len(similarity)).flip(0) % (len(similarity) // num_models)
+
+    assert Reverse()(torch.eye(4), 2).tolist() == [1, 0, 1, 0]
+    with pytest.raises(TypeError):
+        Matcher()

@@ -1,0 +1,229 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers.features import correlations, mixed_features
+from torch import nn
+
+from lightning_zipit import Moments
+from lightning_zipit import functional as F
+from lightning_zipit.graph import AxisRef, Block, FeatureSpace, MergeGraph
+from lightning_zipit.matchers import GreedyZip
+from lightning_zipit.merging import SpaceMap, contract, match, merge_into, merge_parameter, unmerge_into
+
+SPACES = {"a": 4, "b": 6}
+
+
+def axis(role, *blocks, size=None):
+    return AxisRef(blocks, role, size or sum(len(block.starts) * block.repeat for block in blocks))
+
+
+A, B = Block("a", range(4)), Block("b", range(6))
+AFTER_A = Block("b", range(4, 10))
+FLAT = Block("a", range(0, 24, 6), repeat=6)
+SHUFFLED = Block("b", (4, 0, 5, 2, 1, 3))
+EVERY_OTHER = Block("b", range(1, 13, 2))
+
+PARAMETERS = {
+    "conv": ((4, 6, 3, 2), (axis("producer", A), axis("consumer", B), None, None)),
+    "conv of the image": ((4, 3, 3, 3), (axis("producer", A), None, None, None)),
+    "linear": ((6, 4), (axis("producer", B), axis("consumer", A))),
+    "one space on both axes": ((6, 6), (axis("producer", B), axis("consumer", B))),
+    "bias": ((6,), (axis("producer", B),)),
+    "concatenation": ((6, 10, 2, 2), (axis("producer", B), axis("consumer", A, AFTER_A), None, None)),
+    "norm of a concatenation": ((10,), (axis("producer", A, AFTER_A),)),
+    "flattened": ((6, 24), (axis("producer", B), axis("consumer", FLAT))),
+    "flattened beside another": ((4, 30), (axis("producer", A), axis("consumer", FLAT, Block("b", range(24, 30))))),
+    "shuffled": ((4, 6, 1, 1), (axis("producer", A), axis("consumer", SHUFFLED), None, None)),
+    "beside entries of no space": ((4, 13), (axis("producer", A), axis("consumer", EVERY_OTHER, size=13))),
+    "last axis": ((3, 5, 6), (None, None, axis("producer", B))),
+}
+
+
+def random_maps(num_models, seed=0):
+    """Matchings of both spaces in which each merged feature has at least one source feature."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def labels(size):
+        some = torch.randint(size, ((num_models - 1) * size,), generator=generator)
+        return torch.cat([torch.arange(size), some])[torch.randperm(num_models * size, generator=generator)]
+
+    return {space: SpaceMap(labels(size), num_models) for space, size in SPACES.items()}
+
+
+def random_copies(shape, num_models, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for _ in range(num_models)]
+
+
+def dense(ref, maps, source):
+    """M_i (for a producer) or U_i (for a consumer) over the whole axis; 1 where it holds no feature."""
+    matrix = torch.eye(ref.size, dtype=torch.float64)
+    for block in ref.blocks:
+        merge, unmerge = F.merge_matrices(maps[block.space].labels, maps[block.space].num_models)
+        own = merge[source] if ref.role == "producer" else unmerge[source]
+        entries = block.entries().flatten()
+        matrix[entries] = 0
+        matrix[entries[:, None], entries] = torch.kron(own, torch.eye(block.repeat)).double()
+    return matrix
+
+
+def dense_contraction(weight, refs, maps, source):
+    for number, ref in enumerate(refs):
+        if ref:
+            matrix = dense(ref, maps, source)
+            turned = matrix if ref.role == "producer" else matrix.T
+            weight = torch.tensordot(turned, weight, ([1], [number])).movedim(0, number)
+    return weight
+
+
+@pytest.fixture(autouse=True)
+def double_matrices():
+    """`F.merge_matrices` are of the default type."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("num_models", [1, 2, 3])
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_merging_a_parameter_is_the_sum_of_dense_products(name, num_models):
+    shape, refs = PARAMETERS[name]
+    maps, copies = random_maps(num_models), random_copies(shape, num_models)
+    expected = [dense_contraction(copy, refs, maps, source) for source, copy in enumerate(copies)]
+    for source, copy in enumerate(copies):
+        torch.testing.assert_close(contract(copy, refs, maps, source), expected[source])
+    torch.testing.assert_close(merge_parameter(copies, refs, maps), sum(expected))
+
+
+def test_a_convolution_merges_as_the_equation_reads():
+    shape, refs = PARAMETERS["conv"]
+    maps, copies = random_maps(2), random_copies(shape, 2)
+    (merge_a, _), (_, unmerge_b) = (F.merge_matrices(maps[space].labels, 2) for space in "ab")
+    expected = sum(
+        torch.einsum("wo,oihk,iv->wvhk", m, weight, u) for m, weight, u in zip(merge_a, copies, unmerge_b, strict=True)
+    )
+    torch.testing.assert_close(merge_parameter(copies, refs, maps), expected)
+
+
+@pytest.mark.parametrize("num_models", [2, 3])
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_shuffled_copies_of_a_parameter_merge_to_the_parameter(name, num_models):
+    shape, refs = PARAMETERS[name]
+    torch.manual_seed(num_models)
+    maps = {
+        space: SpaceMap(torch.cat([torch.randperm(size) for _ in range(num_models)]), num_models)
+        for space, size in SPACES.items()
+    }
+    (parameter,) = random_copies(shape, 1)
+    copies = []
+    for source in range(num_models):
+        targets = {space: space_map.targets(source) for space, space_map in maps.items()}
+        copy = parameter
+        for number, ref in enumerate(refs):
+            copy = copy.index_select(number, ref.index(targets)) if ref else copy
+        copies.append(copy)
+    torch.testing.assert_close(merge_parameter(copies, refs, maps), parameter)
+
+
+@pytest.mark.parametrize("num_models", [2, 3])
+def test_a_parameter_that_writes_no_space_is_averaged(num_models):
+    maps, copies = random_maps(num_models), random_copies((5, 6), num_models)
+    refs = (None, axis("consumer", B))
+    unmerged = [copy @ dense(refs[1], maps, source) for source, copy in enumerate(copies)]
+    torch.testing.assert_close(merge_parameter(copies, refs, maps), sum(unmerged) / num_models)
+    torch.testing.assert_close(merge_parameter(copies, (None, None), maps), sum(copies) / num_models)
+    torch.testing.assert_close(merge_parameter([copy[0, 0] for copy in copies], (), {}), sum(copies)[0, 0] / num_models)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool], ids=str)
+def test_whole_numbers_are_taken_over_from_the_first_model(dtype):
+    first, second = torch.tensor([3, 0, 1]).to(dtype), torch.tensor([0, 5, 0]).to(dtype)
+    merged = merge_parameter([first, second], (None,), {})
+    assert merged.dtype == dtype
+    assert torch.equal(merged, first)
+    assert merged.data_ptr() != first.data_ptr()
+
+
+def test_equal_copies_of_what_is_in_no_space_stay_as_they_are_to_the_last_digit():
+    (value,) = random_copies((1000,), 1)
+    assert not torch.equal((value + value + value) / 3, value)
+    merged = merge_parameter([value, value.clone(), value.clone()], (None,), {})
+    assert torch.equal(merged, value)
+    assert merged.data_ptr() != value.data_ptr()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_sums_are_taken_in_double_precision_and_come_back_in_the_type_of_the_parameter(dtype):
+    shape, refs = PARAMETERS["conv"]
+    maps, copies = random_maps(3), random_copies(shape, 3, dtype)
+    merged = merge_parameter(copies, refs, maps)
+    assert merged.dtype == dtype
+    assert torch.equal(merged, merge_parameter([copy.double() for copy in copies], refs, maps).to(dtype))
+
+
+def test_merging_leaves_the_sources_alone_and_records_no_gradient():
+    shape, refs = PARAMETERS["conv"]
+    copies = [nn.Parameter(copy) for copy in random_copies(shape, 2)]
+    before = [copy.detach().clone() for copy in copies]
+    assert not merge_parameter(copies, refs, random_maps(2)).requires_grad
+    assert all(map(torch.equal, copies, before))
+
+
+@pytest.mark.parametrize("num_models", [1, 2, 3])
+def test_targets_and_shares_are_the_entries_of_the_matrices(num_models):
+    for space_map in random_maps(num_models).values():
+        merge, unmerge = F.merge_matrices(space_map.labels, num_models)
+        for source in range(num_models):
+            features, targets = torch.arange(len(unmerge[source])), space_map.targets(source)
+            assert torch.equal(unmerge[source], nn.functional.one_hot(targets, len(features)).double())
+            torch.testing.assert_close(merge[source][targets, features], space_map.shares(source))
+
+
+AXES = {
+    "conv.weight": (axis("producer", B), axis("consumer", A), None, None),
+    "norm.weight": (axis("producer", B),),
+    "norm.bias": (axis("producer", B),),
+    "norm.running_mean": (axis("producer", B),),
+    "norm.running_var": (axis("producer", B),),
+    "head.weight": (None, axis("consumer", B)),
+}
+
+
+def network(seed):
+    """Space a → convolution → norm → space b → head."""
+    torch.manual_seed(seed)
+    layers = nn.ModuleDict({"conv": nn.Conv2d(4, 6, 3, bias=False), "norm": nn.BatchNorm2d(6), "head": nn.Linear(6, 3)})
+    for tensor in layers["norm"].state_dict().values():
+        tensor.copy_(torch.randint(1, 9, tensor.shape))
+    return layers.double()
+
+
+def test_every_parameter_and_buffer_is_merged_by_its_axes():
+    sources, target, maps = [network(1), network(2)], network(3), random_maps(2)
+    merge_into(target, sources, AXES, maps)
+    for name, merged in target.state_dict().items():
+        copies = [source.state_dict()[name] for source in sources]
+        assert torch.equal(merged, merge_parameter(copies, AXES.get(name, (None,) * merged.ndim), maps)), name
+    assert target["norm"].num_batches_tracked == sources[0]["norm"].num_batches_tracked
+    torch.testing.assert_close(target["head"].bias, (sources[0]["head"].bias + sources[1]["head"].bias) / 2)
+
+
+@pytest.mark.parametrize("source", [0, 1])
+def test_a_head_reads_the_merged_features_as_its_own(source):
+    maps, head, features = random_maps(2), network(1)["head"], torch.randn(8, 6)
+    expected = head(features[:, maps["b"].targets(source)])
+    unmerge_into(head, {"weight": AXES["head.weight"]}, maps, source)
+    torch.testing.assert_close(head(features), expected)
+
+
+def test_measured_spaces_are_matched_by_similarity_and_the_others_by_number():
+    spaces = {name: FeatureSpace(name, size, (), (), tap=None) for name, size in SPACES.items()}
+    graph = MergeGraph(spaces, {}, (), frozenset(), None, nn.Identity(), torch.fx.Graph())
+    features = mixed_features(50, 12)
+    maps, similarities = match(graph, {"b": Moments(50, features.mean(0), features.T.cov())}, GreedyZip(), 2)
+    assert list(maps) == ["a", "b"]
+    assert list(similarities) == ["b"]
+    torch.testing.assert_close(similarities["b"], correlations(features))
+    assert torch.equal(maps["b"].labels, GreedyZip()(correlations(features), 2))
+    assert maps["a"].labels.tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
