@@ -94,7 +94,8 @@ class Calibration:
         Raises:
             CalibrationError: naming the first space and the tasks whose activations are not finite.
         """
-        for name, statistics in self.statistics.items():
+        for name in (space for node in self.lockstep.nodes for space in self.at_node.get(node.name, ())):
+            statistics = self.statistics[name]
             means = (statistics.origin + statistics.offset).chunk(len(self.tasks))
             spread = statistics.comoment.diagonal().chunk(len(self.tasks))
             bad = [

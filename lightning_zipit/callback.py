@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_zipit._lightning import unsupported_strategy
+from lightning_zipit.errors import CalibrationError
 from lightning_zipit.matchers import GreedyZip, Matcher
 from lightning_zipit.module import ZipItModule
 from lightning_zipit.session import MergeSettings, Refine
@@ -59,6 +60,11 @@ class ZipItCallback(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._undo.close()
+        if stage == "predict" and isinstance(pl_module, ZipItModule) and not pl_module._merged:
+            raise CalibrationError(
+                "No calibration batch was seen: pass `dataloaders` or `datamodule` to ZipItModule, and let "
+                "limit_predict_batches be above 0."
+            )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._undo.close()

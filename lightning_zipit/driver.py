@@ -9,7 +9,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from torch import Tensor
 
 from lightning_zipit.callback import ZipItCallback
-from lightning_zipit.errors import CalibrationError, ConfigurationError
+from lightning_zipit.errors import ConfigurationError
 from lightning_zipit.matchers import Matcher
 from lightning_zipit.module import ZipItModule
 from lightning_zipit.multihead import MultiHeadModule
@@ -77,7 +77,5 @@ class ZipIt:
             self.trainer.predict(module, return_predictions=False)
         finally:
             callbacks.remove(callback)
-        if not module._merged:
-            raise CalibrationError("trainer.predict stopped before the merge was complete.")
         self.trainer.strategy.connect(module.merged)
         return module.merged

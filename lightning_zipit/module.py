@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -54,6 +54,8 @@ class ZipItModule(LightningModule):
         self.session: MergeSession | None = None
         self.copies = nn.ModuleDict()
         self._merged: tuple[MultiHeadModule, ...] = ()
+        self._loaders: list[Any] = []
+        self._listed = False  # whether trainer.predict runs over our loaders, once for every pass
 
     @property
     def models(self) -> dict[str, LightningModule]:
@@ -72,15 +74,19 @@ class ZipItModule(LightningModule):
         Raises:
             ConfigurationError: with all problems that were found.
         """
-        self._merged = ()
-        found = [*problems, *find_problems(self.models, self.backbone), *self._loader_problems()]
+        self._merged, self._listed = (), False
+        found = [*problems, *find_problems(self.models, self.backbone), *self._loader_problems(self.dataloaders)]
+        if self.dataloaders is not None and self.datamodule is not None:
+            found.append("Both `dataloaders` and `datamodule` were given: give one of them.")
         if len(self.models) == 1:
             found.append("One model alone cannot be merged: give at least two.")
-        if not found or (self.models and not find_problems(self.models, self.backbone)):
+        if not find_problems(self.models, self.backbone):
             networks = {task: get_backbone(model, self.backbone) for task, model in self.models.items()}
             try:
                 self.session = MergeSession(networks, settings)
             except ConfigurationError as error:
+                if not found:
+                    raise
                 found.append(str(error))
         if found:
             raise ConfigurationError.collect(found)
@@ -99,51 +105,48 @@ class ZipItModule(LightningModule):
             self.datamodule.prepare_data()
 
     def setup(self, stage: str) -> None:
-        if self.datamodule is not None:
-            self.datamodule.trainer = self.trainer
-            self.datamodule.setup("fit")
-
-    def predict_dataloader(self) -> Any:
-        """The calibration loaders, listed once for every pass."""
         if self.session is None:
             raise ConfigurationError(
                 "A ZipItModule is run by a Trainer with a ZipItCallback: Trainer(callbacks=[ZipItCallback()])."
             )
-        loaders = self._calibration_loaders()
-        if loaders is None:
-            raise ConfigurationError("There is no calibration data: pass `dataloaders` or `datamodule` to ZipItModule.")
-        return [loader for _ in range(self.session.passes) for loader in loaders]
-
-    def _calibration_loaders(self) -> list[Any] | None:
         loaders = self.dataloaders
         if self.datamodule is not None:
+            self.datamodule.trainer = self.trainer
+            self.datamodule.setup("fit")
             own = getattr(self.datamodule, "calibration_dataloader", None)
             loaders = own() if own else _in_fixed_order(self.datamodule.train_dataloader())
+            if problems := self._loader_problems(loaders):
+                raise ConfigurationError.collect(problems)
         if isinstance(loaders, Mapping):
-            return [loaders[task] for task in self.models]
-        if loaders is None or isinstance(loaders, (list, tuple)):
-            return None if loaders is None else list(loaders)
-        return [loaders]
+            loaders = [loaders[task] for task in self.models]
+        elif not isinstance(loaders, (list, tuple)):
+            loaders = [] if loaders is None else [loaders]
+        self._loaders = [Batches(loader) if isinstance(loader, (list, tuple)) else loader for loader in loaders]
 
-    def _loader_problems(self) -> list[str]:
-        if self.dataloaders is None:
+    def predict_dataloader(self) -> Any:
+        """The calibration loaders, listed once for every pass."""
+        # Nothing may fail here: Lightning leaves DataLoader patched when this hook raises.
+        assert self.session is not None
+        self._listed = True
+        return [loader for _ in range(self.session.passes) for loader in self._loaders]
+
+    def _loader_problems(self, loaders: Any) -> list[str]:
+        if loaders is None:
             return []
-        if self.datamodule is not None:
-            return ["Both `dataloaders` and `datamodule` were given: give one of them."]
-        if isinstance(self.dataloaders, Mapping):
-            if set(self.dataloaders) != set(self.models):
-                return [f"`dataloaders` has the keys {list(self.dataloaders)}, but the tasks are {list(self.models)}."]
-            named = {f"of task {task!r}": loader for task, loader in self.dataloaders.items()}
-        elif isinstance(self.dataloaders, (list, tuple)):
-            if len(self.dataloaders) != len(self.models):
+        if isinstance(loaders, Mapping):
+            if set(loaders) != set(self.models):
+                return [f"`dataloaders` has the keys {list(loaders)}, but the tasks are {list(self.models)}."]
+            named = {f"of task {task!r}": loader for task, loader in loaders.items()}
+        elif isinstance(loaders, (list, tuple)):
+            if len(loaders) != len(self.models):
                 return [
-                    f"`dataloaders` lists {len(self.dataloaders)} loaders for {len(self.models)} tasks: give "
+                    f"`dataloaders` lists {len(loaders)} loaders for {len(self.models)} tasks: give "
                     f"one per task in "
                     f"the order {list(self.models)}, or a single loader (not in a list) for all."
                 ]
-            named = {f"of task {task!r}": loader for task, loader in zip(self.models, self.dataloaders, strict=True)}
+            named = {f"of task {task!r}": loader for task, loader in zip(self.models, loaders, strict=True)}
         else:
-            named = {"": self.dataloaders}
+            named = {"of all tasks": loaders}
         problems = [f"The dataloader {where} is empty." for where, loader in named.items() if _is_empty(loader)]
         if self._trainer is not None and self.trainer.world_size > 1:
             problems += [
@@ -180,10 +183,11 @@ class ZipItModule(LightningModule):
 
     def _loaders_per_pass(self) -> int:
         assert self.session is not None
-        count = len(predict_loaders(self.trainer)) // self.session.passes
-        if count not in (1, len(self.models)) or count * self.session.passes != len(predict_loaders(self.trainer)):
+        given = len(predict_loaders(self.trainer))
+        count = len(self._loaders) if self._listed else given
+        if count not in (1, len(self.models)) or (not self._listed and self.session.passes > 1):
             raise ConfigurationError(
-                f"trainer.predict was given {len(predict_loaders(self.trainer))} loaders, but the calibration of "
+                f"trainer.predict was given {given} loaders, but the calibration of "
                 f"{len(self.models)} tasks takes {self.session.passes} passes over them. Give the loaders to "
                 "ZipItModule(dataloaders=…) instead of trainer.predict, which lists them once for every pass."
             )
@@ -226,6 +230,19 @@ class ZipItModule(LightningModule):
         with torch.inference_mode(False):
             merged = MultiHeadModule(self.models, self.backbone, self.session.settings, self.session.merged)
         self._merged = (merged,)
+
+
+class Batches:
+    """A list of batches as a loader: Lightning takes a bare list for several loaders."""
+
+    def __init__(self, batches: Sequence[Any]) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.batches)
 
 
 def _is_empty(loader: Any) -> bool:

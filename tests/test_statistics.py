@@ -59,6 +59,11 @@ def test_single_precision_features_keep_double_precision_when_asked():
     assert_same(moments, dense_moments(features), 1e-12)
 
 
+def test_fewer_samples_than_features_lose_no_digit():
+    features = (mixed_features(10, sum(SIZES)) + 1e2).float()
+    assert_same(gather(features).compute(), dense_moments(features), 1e-12)
+
+
 def test_moments_are_double_and_symmetric(features):
     moments = gather(features.float()).compute()
     assert moments.mean.dtype == moments.covariance.dtype == torch.float64

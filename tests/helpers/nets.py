@@ -115,7 +115,12 @@ class Wrap(LightningModule):
 
 
 def trainer(**arguments):
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
     warnings.filterwarnings("ignore", module="lightning")
     return Trainer(**({"accelerator": "cpu"} | quiet | arguments))
 

@@ -1,0 +1,291 @@
+"""Merging with a Trainer: the driver and the callback."""
+
+import copy
+import random
+
+import numpy as np
+import pytest
+import torch
+from helpers.nets import Lit, LitWhole, PlainNet, Wrap, images, settle, trainer
+from lightning.pytorch import LightningDataModule
+from torch import nn
+from torch.utils.data import DataLoader
+
+from lightning_zipit import MultiHeadModule, ZipIt, ZipItCallback, ZipItModule
+from lightning_zipit.errors import ArchitectureMismatchError, CalibrationError, ConfigurationError
+from lightning_zipit.matchers import Average, GreedyZip, Permute
+
+
+def pair(num_classes=(5, 7)):
+    models = [Lit(count) for count in num_classes]
+    for seed, model in enumerate(models):
+        settle(model.net, torch.randn(32, 3, 16, 16, generator=torch.Generator().manual_seed(seed)))
+    return dict(zip(("a", "b", "c", "d"), models, strict=False))
+
+
+def loaders(count=2):
+    return [images(seed=seed) for seed in range(count)]
+
+
+def outputs(module, seed=9):
+    with torch.no_grad():
+        return module.eval()(torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(seed)))
+
+
+def equal(first, second):
+    return all(torch.equal(first[task], second[task]) for task in first)
+
+
+def test_driver_and_callback_give_the_same_network():
+    models = pair()
+    driven = ZipIt(trainer()).merge(models, dataloaders=loaders(), backbone="net", stop_at="layer1")
+    module = ZipItModule(models, backbone="net", dataloaders=loaders())
+    trainer(callbacks=[ZipItCallback(stop_at="layer1")]).predict(module)
+    assert equal(outputs(driven), outputs(module.merged))
+    assert {task: output.shape for task, output in outputs(driven).items()} == {"a": (8, 5), "b": (8, 7)}
+
+
+def test_sources_modes_and_random_state_stay_as_they_were():
+    models = pair()
+    models["a"].train()
+    models["b"].net.layer1.train()
+    modes = [module.training for model in models.values() for module in model.modules()]
+    states = [copy.deepcopy(model.state_dict()) for model in models.values()]
+    hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in models["a"].modules()]
+    random_states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    run = trainer()
+    ZipIt(run).merge(models, dataloaders=loaders(), backbone="net")
+    with pytest.raises(CalibrationError):
+        ZipIt(run).merge(models, dataloaders=[[{"nothing": 1}]] * 2, backbone="net")
+    assert [module.training for model in models.values() for module in model.modules()] == modes
+    for model, state in zip(models.values(), states, strict=True):
+        assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in models["a"].modules()] == hooks
+    assert torch.equal(torch.get_rng_state(), random_states[0])
+    assert (np.random.get_state()[1] == random_states[1]).all() and random.getstate() == random_states[2]
+    assert not any(isinstance(callback, ZipItCallback) for callback in run.callbacks)
+
+
+def test_merging_a_model_with_its_copy_and_new_statistics_keeps_the_function():
+    model = pair()["a"]
+    data = images(count=32)
+    x = torch.cat([batch[0] for batch in data])
+    settle(model.net, x)
+    batches = DataLoader(x, 32)
+    merged = ZipIt(trainer()).merge({"a": model, "b": copy.deepcopy(model)}, dataloaders=batches, backbone="net")
+    with torch.no_grad():
+        expected, found = model.net(x), merged(x)
+    assert all((output - expected).abs().max() < 1e-4 * expected.abs().max() for output in found.values())
+
+
+@pytest.mark.parametrize("count", [3, 4])
+def test_more_than_two_models(count):
+    models = pair((5, 6, 7, 4)[:count])
+    merged = ZipIt(trainer()).merge(models, dataloaders=loaders(count), backbone="net", stop_at="layer1.0")
+    assert [output.shape[1] for output in outputs(merged).values()] == [5, 6, 7, 4][:count]
+    copies = {str(index): copy.deepcopy(models["a"]) for index in range(count)}
+    matcher = GreedyZip(alpha=1.0, beta=0.0)  # a low alpha keeps clusters of three apart
+    same = ZipIt(trainer()).merge(copies, dataloaders=images(), backbone="net", matcher=matcher, refine=None)
+    expected = models["a"].net.eval()(torch.ones(2, 3, 16, 16))
+    assert all(
+        torch.allclose(output, expected, rtol=1e-4, atol=1e-5) for output in same(torch.ones(2, 3, 16, 16)).values()
+    )
+
+
+def test_batch_norm_of_the_trunk_sees_all_data_and_of_a_head_its_own():
+    models = pair((5, 5))
+    merge = {"backbone": "net", "stop_at": "layer1"}
+    one = ZipIt(trainer()).merge(models, dataloaders=[images(seed=0), images(seed=1)], **merge)
+    other = ZipIt(trainer()).merge(models, dataloaders=[images(seed=0), images(seed=1)], matcher=GreedyZip(), **merge)
+    scaled = [(2 * batch[0], batch[1]) for batch in images(seed=1)]
+    third = ZipIt(trainer()).merge(models, dataloaders=[images(seed=0), scaled], matcher=Average(), **merge)
+    plain = ZipIt(trainer()).merge(models, dataloaders=[images(seed=0), images(seed=1)], matcher=Average(), **merge)
+    assert equal(outputs(one), outputs(other))
+    changed, before = third.state_dict(), plain.state_dict()
+
+    def differs(part):
+        return any(
+            not torch.equal(changed[name], before[name])
+            for name in before
+            if name.startswith(part) and "running" in name
+        )
+
+    assert differs("trunk") and differs("heads.b")
+    norm = one.trunk.get_submodule("bn1")
+    batches = [batch[0] for loader in loaders() for batch in loader]
+    maps = [one.trunk.get_submodule("conv1")(x) for x in batches]
+    mean = torch.stack([activation.mean((0, 2, 3)) for activation in maps]).mean(0)
+    assert torch.allclose(norm.running_mean, mean, atol=1e-5) and norm.num_batches_tracked == len(batches)
+    assert one.heads["a"].get_submodule("layer2.0.bn1").num_batches_tracked == len(batches) // 2
+    assert norm.momentum == models["a"].net.bn1.momentum
+
+
+def test_networks_without_batch_norm_take_one_pass():
+    models = {"a": Wrap(PlainNet()), "b": Wrap(PlainNet(3))}
+    module = ZipItModule(models, "net")
+    trainer(callbacks=[ZipItCallback()]).predict(module, loaders())
+    assert module.merged(torch.randn(2, 3, 16, 16))["b"].shape == (2, 3)
+
+
+def test_loaders_given_to_predict_for_two_passes_are_told_where_to_go():
+    with pytest.raises(ConfigurationError, match="ZipItModule\\(dataloaders="):
+        trainer(callbacks=[ZipItCallback()]).predict(ZipItModule(pair(), "net"), loaders())
+
+
+def test_the_whole_forward_can_be_the_backbone():
+    models = {"a": LitWhole(), "b": LitWhole(4)}
+    run = trainer()
+    merged = ZipIt(run).merge(models, dataloaders=[images(classes=3), images(classes=3)])
+    results = run.test(merged, [images(classes=3), images(classes=4)], verbose=False)
+    assert {key for result in results for key in result} == {"a/loss", "b/loss"}
+    assert not [name for name in merged.state_dict() if name.startswith("sources")]
+
+
+def test_a_sequence_of_models_makes_numbered_tasks():
+    merged = ZipIt(trainer()).merge(list(pair().values()), dataloaders=images(), backbone="net", refine=None)
+    assert merged.tasks == ["task_0", "task_1"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"fast_dev_run": True}, {"limit_predict_batches": 1}, {"inference_mode": False}, {"precision": "bf16-mixed"},
+     {"precision": "64-true"}, {"precision": "bf16-true"}, {"enable_progress_bar": True}],
+    ids=lambda arguments: next(iter(arguments)) + "=" + str(next(iter(arguments.values()))),
+)  # fmt: skip
+def test_trainer_options(arguments):
+    models = pair()
+    merged = ZipIt(trainer(**arguments)).merge(models, dataloaders=loaders(), backbone="net")
+    assert all(parameter.dtype == torch.float32 for parameter in merged.parameters())
+    assert all(output.isfinite().all() for output in outputs(merged).values())
+    merged(torch.randn(2, 3, 16, 16))["a"].sum().backward()
+    merged.load_state_dict(merged.state_dict())
+
+
+def test_a_datamodule_gives_its_training_data_in_a_fixed_order():
+    class Data(LightningDataModule):
+        def setup(self, stage):
+            self.loader = DataLoader(images().dataset, 16, shuffle=True)
+
+        def train_dataloader(self):
+            return self.loader
+
+    models = pair()
+    merges = [ZipIt(trainer()).merge(models, datamodule=Data(), backbone="net") for _ in range(2)]
+    by_hand = ZipIt(trainer()).merge(models, dataloaders=images(), backbone="net")
+    assert equal(outputs(merges[0]), outputs(merges[1])) and equal(outputs(merges[0]), outputs(by_hand))
+
+
+def test_merged_heads_give_every_task_the_same_output():
+    merged = ZipIt(trainer()).merge(pair((5, 5)), dataloaders=images(), backbone="net", merge_heads=True)
+    found = outputs(merged)
+    assert torch.equal(found["a"], found["b"]) and not list(merged.heads.parameters())
+
+
+def test_zip_and_permute_beat_the_average_on_a_permuted_task():
+    model = pair((5, 5))["a"]
+    x = torch.randn(64, 3, 16, 16)
+    from lightning_zipit import trace
+    from lightning_zipit.graph import permute_spaces
+    from lightning_zipit.graph.verify import random_permutations
+
+    graph = trace(model.net)
+    other = copy.deepcopy(model)
+    other.net = permute_spaces(model.net, graph, random_permutations(graph))
+    errors = {}
+    for matcher in (Average(), Permute(), GreedyZip()):
+        merged = ZipIt(trainer()).merge(
+            [model, other], dataloaders=DataLoader(x, 32), backbone="net", matcher=matcher, refine=None
+        )
+        with torch.no_grad():
+            errors[type(matcher).__name__] = (merged(x)["task_0"] - model.net(x)).abs().max()
+    assert errors["GreedyZip"] < 1e-3 and errors["Permute"] < 1e-3 < errors["Average"]
+
+
+def test_the_report_counts_clusters_and_costs():
+    merged = ZipIt(trainer()).merge(pair(), dataloaders=loaders(), backbone="net", stop_at="layer1")
+    report = merged.report
+    assert [space.name for space in report.spaces] == ["conv1", "layer1.0.conv1", "layer1.1.conv1"]
+    assert report.sources["a"].flops < report.merged.flops < report.ensemble.flops
+    assert all(0 < space.across <= space.size for space in report.spaces)
+
+
+# What goes wrong
+
+
+def merge(models, dataloaders=None, **arguments):
+    return ZipIt(trainer()).merge(models, dataloaders or images(), **{"backbone": "net", **arguments})
+
+
+def test_all_problems_that_are_known_up_front_come_in_one_message():
+    models = pair()
+    bad = {"a.b": models["a"], "keys": models["b"], "c": models["b"], "d": nn.Linear(1, 1)}
+    with pytest.raises(ConfigurationError) as error:
+        merge(bad, [images()])
+    message = str(error.value)
+    assert "'a.b'" in message and "'keys'" in message and "same model" in message
+    assert "LightningModule is needed" in message and "1 loaders for 4 tasks" in message
+
+
+def test_no_models_and_one_model_are_errors():
+    with pytest.raises(ConfigurationError, match="No models"):
+        merge({})
+    with pytest.raises(ConfigurationError, match="at least two"):
+        merge({"a": Lit()})
+
+
+def test_different_architectures_name_the_first_difference():
+    with pytest.raises(
+        ArchitectureMismatchError, match=r"'a' and 'b' differ: parameter `conv1.weight`.*\(8, 3, 3, 3\)"
+    ):
+        merge({"a": Lit(), "b": Lit(width=4)})
+    other = Lit()
+    other.net.layer1[0].conv1.dilation = (2, 2)
+    with pytest.raises(ArchitectureMismatchError, match=r"node `layer1_0_conv1`.*dilation"):
+        merge({"a": Lit(), "b": other})
+
+
+def test_a_missing_backbone_and_a_misspelt_stop_at_are_errors():
+    with pytest.raises(ConfigurationError, match=r"'nett' is no module of Lit.*net, accuracy"):
+        merge(pair(), backbone="nett")
+    with pytest.raises(ConfigurationError, match="Did you mean 'layer2'"):
+        merge(pair(), stop_at="layer22")
+
+
+def test_an_empty_loader_is_an_error():
+    with pytest.raises(ConfigurationError, match="empty"):
+        merge(pair(), [images(), images(count=0)])
+    with pytest.raises(CalibrationError, match="No calibration batch"):
+        merge({"a": Wrap(PlainNet()), "b": Wrap(PlainNet())}, [iter([]), iter([])])
+
+
+def test_a_batch_without_an_input_says_how_to_name_it():
+    batches = [{"pixels": batch[0]} for batch in images()]
+    with pytest.raises(CalibrationError, match=r"keys \['pixels'\].*get_input"):
+        merge(pair(), [batches, batches])
+    merge(pair(), [batches, batches], get_input=lambda batch: batch["pixels"])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_activations_that_are_not_finite_name_space_and_task(value):
+    models = pair()
+    with torch.no_grad():
+        models["b"].net.layer1[0].bn1.bias[0] = value
+    with pytest.raises(CalibrationError, match=r"task 'b' at feature space 'layer1.0.conv1'"):
+        merge(models, verify=False)
+
+
+def test_a_bad_refine_or_matcher_is_an_error():
+    with pytest.raises(ConfigurationError, match="batch_norm"):
+        ZipItCallback(refine="nothing")
+    with pytest.raises(ConfigurationError, match="Matcher"):
+        ZipItCallback(matcher="zip")
+
+
+def test_a_zipit_module_without_a_callback_says_what_is_missing():
+    with pytest.raises(ConfigurationError, match="ZipItCallback"):
+        trainer().predict(ZipItModule(pair(), "net", loaders()))
+
+
+def test_the_merged_module_is_a_multi_head_module():
+    merged = merge(pair())
+    assert isinstance(merged, MultiHeadModule) and list(merged.heads) == ["a", "b"]

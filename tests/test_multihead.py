@@ -1,0 +1,191 @@
+"""The merged module: its steps, its logs, its checkpoints."""
+
+import copy
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.nets import Lit, PlainNet, Wrap, images, trainer
+
+from lightning_zipit import Ensemble, MultiHeadModule, ZipIt
+from lightning_zipit.errors import CheckpointError, ConfigurationError
+
+
+@pytest.fixture(scope="module")
+def merged():
+    torch.manual_seed(0)
+    data = [images(seed=0), images(seed=1, classes=7)]
+    return ZipIt(trainer()).merge({"a": Lit(5), "b": Lit(7)}, dataloaders=data, backbone="net", stop_at="layer1.0")
+
+
+X = torch.randn(4, 3, 16, 16)
+
+
+def equal(first, second):
+    with torch.no_grad():
+        one, other = first.eval()(X), second.eval()(X)
+    return all(torch.equal(one[task], other[task]) for task in one)
+
+
+def test_each_task_runs_its_own_step_and_logs_under_its_name(merged):
+    results = trainer().test(merged, [images(), images(classes=7)], verbose=False)
+    assert [sorted(result) for result in results] == [["a/test_acc", "a/test_loss"], ["b/test_acc", "b/test_loss"]]
+    x, y = next(iter(images(count=16, classes=7)))
+    with torch.no_grad():
+        accuracy = (merged(x, task="b").argmax(-1) == y).float().mean()
+    (result,) = trainer().test(merged, {"b": images(count=16, classes=7)}, verbose=False)
+    assert result["b/test_acc"] == pytest.approx(accuracy.item())
+
+
+def test_validation_and_prediction_run_too(merged):
+    results = trainer().validate(merged, {"b": images(classes=7), "a": images()}, verbose=False)
+    assert [list(result) for result in results] == [["b/val_loss"], ["a/val_loss"]]
+    predictions = trainer().predict(merged, [images(), images(classes=7)])
+    assert torch.equal(predictions[1][0], merged(images(classes=7).dataset.tensors[0][:16], task="b").argmax(-1))
+
+
+def test_logging_is_as_before_after_a_step(merged):
+    trainer().test(merged, [images(), images(classes=7)], verbose=False)
+    assert all("log" not in source.__dict__ and source._trainer is None for source in merged.sources.values())
+
+
+@pytest.mark.parametrize(
+    ("loaders", "message"),
+    [([1], "1 dataloader for 2 tasks"), ([1, 1, 1], "3 dataloaders"), ({"a": 1, "z": 1}, "'z'.*the tasks are")],
+)
+def test_a_mismatch_between_loaders_and_tasks_is_an_error(merged, loaders, message):
+    loaders = {task: images() for task in loaders} if isinstance(loaders, dict) else [images() for _ in loaders]
+    with pytest.raises(ConfigurationError, match=message):
+        trainer().test(merged, loaders, verbose=False)
+
+
+def test_epoch_hooks_and_batch_transfers_are_those_of_the_sources():
+    class WithHooks(Lit):
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            return batch[0] * 0 + self.hparams.num_classes, batch[1]
+
+        def test_step(self, batch, batch_idx):
+            self.seen = batch[0]
+
+        def on_test_epoch_end(self):
+            self.log("seen", self.seen.mean())
+
+    data = [images(), images()]
+    merged = ZipIt(trainer()).merge({"a": WithHooks(3), "b": WithHooks(4)}, data, backbone="net", refine=None)
+    results = trainer().test(merged, data, verbose=False)
+    assert {key: value for result in results for key, value in result.items()} == {"a/seen": 3.0, "b/seen": 4.0}
+
+
+def test_the_trunk_runs_once_for_all_heads_and_nothing_hooks_it(merged):
+    calls = []
+    handle = merged.trunk.register_forward_hook(lambda *_: calls.append(1))
+    merged(X)
+    handle.remove()
+    assert len(calls) == 1
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in merged.modules())
+
+
+def test_every_parameter_is_used(merged):
+    module = copy.deepcopy(merged)
+    sum(output.sum() for output in module(X).values()).backward()
+    assert all(parameter.grad is not None for parameter in module.parameters())
+
+
+def test_copies_and_pickles_are_whole_and_apart(merged):
+    twin = copy.deepcopy(merged)
+    assert equal(merged, twin) and equal(merged, pickle.loads(pickle.dumps(merged)))
+    with torch.no_grad():
+        next(twin.trunk.parameters()).add_(1)
+    assert not equal(merged, twin)
+    assert twin.sources["a"].net.parts[0] is twin.trunk
+
+
+def test_it_exports(merged):
+    exported = torch.export.export(merged.eval(), (X,))
+    with torch.no_grad():
+        assert torch.allclose(exported.module()(X)["b"], merged(X)["b"], atol=1e-5)
+
+
+def test_heads_do_not_write_into_what_they_share():
+    merged = ZipIt(trainer()).merge(
+        [Wrap(PlainNet()), Wrap(PlainNet())], images(), backbone="net", stop_at="features.0"
+    )
+    together = merged(X)
+    assert torch.equal(together["task_1"], merged(X, task="task_1"))
+
+
+def test_a_saved_module_comes_back_the_same(merged, tmp_path):
+    run = trainer()
+    run.test(merged, [images(), images(classes=7)], verbose=False)
+    run.save_checkpoint(tmp_path / "merged.ckpt")
+    torch.load(tmp_path / "merged.ckpt", weights_only=True)
+    loaded = MultiHeadModule.load_from_checkpoint(tmp_path / "merged.ckpt")
+    assert equal(merged, loaded) and loaded.report == merged.report and loaded.tasks == ["a", "b"]
+    again = trainer()
+    again.test(loaded, [images(), images(classes=7)], verbose=False)
+    again.save_checkpoint(tmp_path / "again.ckpt")
+    assert equal(merged, MultiHeadModule.load_from_checkpoint(tmp_path / "again.ckpt"))
+
+
+def test_it_can_be_saved_right_after_merging_and_read_in_another_process(tmp_path):
+    run = trainer()
+    merged = ZipIt(run).merge([Lit(5), Lit(5)], dataloaders=images(), backbone="net", refine=None)
+    run.save_checkpoint(tmp_path / "merged.ckpt")
+    program = (
+        "import sys, torch; sys.path[:0] = sys.argv[2:]; from lightning_zipit import MultiHeadModule;"
+        "m = MultiHeadModule.load_from_checkpoint(sys.argv[1]); torch.manual_seed(0);"
+        "print(m(torch.ones(1, 3, 16, 16))['task_1'].sum().item())"
+    )
+    here = Path(__file__).parent
+    found = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "merged.ckpt"), str(here), str(here.parent)],
+        capture_output=True,
+        text=True,
+    )
+    expected = merged(torch.ones(1, 3, 16, 16))["task_1"].sum().item()
+    assert float(found.stdout) == pytest.approx(expected, rel=1e-5), found.stderr
+
+
+def test_sources_without_hyperparameters_need_models(tmp_path):
+    run = trainer()
+    merged = ZipIt(run).merge({"a": Wrap(PlainNet()), "b": Wrap(PlainNet())}, images(), backbone="net")
+    run.save_checkpoint(tmp_path / "merged.ckpt")
+    with pytest.raises(CheckpointError, match=r"save_hyperparameters.*models="):
+        MultiHeadModule.load_from_checkpoint(tmp_path / "merged.ckpt")
+    models = {"a": Wrap(PlainNet()), "b": Wrap(PlainNet())}
+    assert equal(merged, MultiHeadModule.load_from_checkpoint(tmp_path / "merged.ckpt", models=models))
+
+
+def test_a_class_that_cannot_be_imported_needs_models(tmp_path):
+    class Local(Lit):
+        pass
+
+    run = trainer()
+    ZipIt(run).merge([Local(), Local()], images(), backbone="net", refine=None)
+    run.save_checkpoint(tmp_path / "merged.ckpt")
+    with pytest.raises(CheckpointError, match="imported.*models="):
+        MultiHeadModule.load_from_checkpoint(tmp_path / "merged.ckpt")
+
+
+def test_what_is_no_checkpoint_of_a_merged_module_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="There is no checkpoint at"):
+        MultiHeadModule.load_from_checkpoint(tmp_path / "nothing.ckpt")
+    (tmp_path / "text.ckpt").write_text("text")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        MultiHeadModule.load_from_checkpoint(tmp_path / "text.ckpt")
+    torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
+    with pytest.raises(CheckpointError, match="not a checkpoint of a merged module"):
+        MultiHeadModule.load_from_checkpoint(tmp_path / "other.ckpt")
+
+
+def test_an_ensemble_has_the_interface_of_the_merged_module():
+    models = {"a": Lit(5), "b": Lit(7)}
+    ensemble = Ensemble(models, backbone="net")
+    with torch.no_grad():
+        assert torch.equal(ensemble(X)["b"], models["b"].eval()(X))
+        assert torch.equal(ensemble(X, task="a"), models["a"].eval()(X))
+    results = trainer().test(ensemble, [images(), images(classes=7)], verbose=False)
+    assert "b/test_acc" in results[1]
