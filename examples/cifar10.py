@@ -3,9 +3,8 @@
     python examples/cifar10.py --data DIR --checkpoints A.pt B.pt
 
 DIR holds ``train/CLASS/*.jpg`` and ``test/CLASS/*.jpg``. A checkpoint is a dict of ``classes`` (the CIFAR-10 labels
-of the head's outputs), ``width`` and ``state_dict``. Calibration: the first 1500 of a fixed permutation of the training
-images;
-test: the first 5000 of one of the test images.
+of the head's outputs), ``width`` and ``state_dict``. Calibration is the first 1500 of a fixed permutation of the training
+images; the test, the first 5000 of one of the test images.
 """
 
 from __future__ import annotations
@@ -27,6 +26,14 @@ from lightning_zipit.matchers import Average, GreedyZip, Permute
 
 MEAN = torch.tensor([125.307, 122.961, 113.8575]).reshape(3, 1, 1) / 255
 DEVIATION = torch.tensor([51.5865, 50.847, 51.255]).reshape(3, 1, 1) / 255
+
+
+MATCHERS = {
+    "average": Average(),
+    "permute": Permute(),
+    "zip": GreedyZip(),
+    "zip(0.3, 0.125)": GreedyZip(alpha=0.3, beta=0.125),
+}
 
 
 class BasicBlock(nn.Module):
@@ -103,6 +110,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with train/CLASS/*.jpg and test/CLASS/*.jpg")
     parser.add_argument("--checkpoints", type=Path, nargs="+", required=True, help="two or more trained networks")
+    parser.add_argument("--stop-at", nargs="+", default=["none", "layer2", "layer1"], help="the trunk's last module")
+    parser.add_argument("--matchers", nargs="+", choices=list(MATCHERS), default=list(MATCHERS))
     parser.add_argument("--calibration-images", type=int, default=1500)
     parser.add_argument("--test-images", type=int, default=5000)
     parser.add_argument("--plot", type=Path, help="write joint accuracy over cost to this image file")
@@ -114,16 +123,10 @@ def main() -> None:
     classes = {task: labels for task, (_, labels) in zip(tasks, loaded, strict=True)}
     calibration = load_images(arguments.data / "train", arguments.calibration_images)
     test = load_images(arguments.data / "test", arguments.test_images)
-    matchers = {
-        "average": Average(),
-        "permute": Permute(),
-        "zip": GreedyZip(),
-        "zip(0.3, 0.125)": GreedyZip(alpha=0.3, beta=0.125),
-    }
     merges = {
-        f"{name}, {stop_at or 'all layers'}": (matcher, stop_at)
-        for stop_at in (None, "layer2", "layer1")
-        for name, matcher in matchers.items()
+        f"{name}, {stop_at or 'all layers'}": (MATCHERS[name], stop_at)
+        for stop_at in (None if name == "none" else name for name in arguments.stop_at)
+        for name in arguments.matchers
     }
     # One loader for both tasks: the calibration images hold the classes of all.
     rows = compare(models, classes, merges, DataLoader(calibration, 100), list(DataLoader(test, 500)), backbone="net")

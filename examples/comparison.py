@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
@@ -75,11 +76,13 @@ def compare(
         The rows, in that order.
     """
     rows = []
+    merge_names = track(merges, description="merging and testing", transient=True)
     for task, model in models.items():
         alone = Ensemble({task: model}, backbone).eval()
         rows.append(Row(f"model {task}", evaluate(alone, {task: classes[task]}, test), 0))
     report = None
-    for name, (matcher, stop_at) in merges.items():
+    for name in merge_names:
+        matcher, stop_at = merges[name]
         merged = ZipIt(quiet_trainer()).merge(
             models, dataloaders=calibration, backbone=backbone, stop_at=stop_at, matcher=matcher
         )

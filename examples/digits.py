@@ -100,7 +100,7 @@ def main() -> None:
         "zip up to block2": (GreedyZip(), "block2"),
     }
     rows = compare(models, CLASSES, merges, calibration, list(DataLoader(load(test=True), 256)), backbone="net")
-    title = "Handwritten digits: A (0-4) and B (5-9), merged without training"
+    title = "Handwritten digits: A (0-4) and B (5-9)"
     print_table(title, rows, list(CLASSES))
     if arguments.plot:
         plot(title, rows, arguments.plot)

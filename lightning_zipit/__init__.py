@@ -6,6 +6,7 @@ samples, and matched features become one. Nothing is trained.
 
 from lightning_zipit import functional
 from lightning_zipit.callback import ZipItCallback
+from lightning_zipit.cli import ZipItCLI
 from lightning_zipit.driver import ZipIt
 from lightning_zipit.graph import MergeGraph, register_rule, trace
 from lightning_zipit.metrics import JointAccuracy
@@ -14,6 +15,7 @@ from lightning_zipit.multihead import Ensemble, MultiHeadModule
 from lightning_zipit.report import MergeReport
 from lightning_zipit.session import MergeSettings, merge_backbones
 from lightning_zipit.statistics import FeatureStatistics, Moments
+from lightning_zipit.trainer import ZipItTrainer
 
 __version__ = "0.1.0"
 
@@ -27,8 +29,10 @@ __all__ = [
     "Moments",
     "MultiHeadModule",
     "ZipIt",
+    "ZipItCLI",
     "ZipItCallback",
     "ZipItModule",
+    "ZipItTrainer",
     "functional",
     "merge_backbones",
     "register_rule",

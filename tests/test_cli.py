@@ -7,13 +7,14 @@ import sys
 
 import pytest
 import torch
+import yaml
 from helpers.cli_user import Data, LitNet, UnrecordedNet
 from lightning.pytorch import Trainer
 
 from lightning_zipit import MultiHeadModule, ZipIt, ZipItCLI, ZipItTrainer
 from lightning_zipit.cli import main
 from lightning_zipit.errors import CheckpointError, ConfigurationError
-from lightning_zipit.matchers import Average, GreedyZip, Permute
+from lightning_zipit.matchers import GreedyZip
 
 QUIET = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
 SOURCES = ["--checkpoints.cats", "a.ckpt", "--checkpoints.dogs", "b.ckpt", "--backbone", "net"]
@@ -116,16 +117,20 @@ def test_flags_and_yaml_and_the_driver_give_the_same_weights(folder):
 
 
 @pytest.mark.parametrize(
-    ("flags", "matcher"),
+    ("flags", "name", "arguments"),
     [
-        ([], GreedyZip()),
-        (["--matcher.alpha=0.7"], GreedyZip(alpha=0.7)),
-        (["--matcher=Permute"], Permute()),
-        (["--matcher=lightning_zipit.matchers.Average"], Average()),
+        ([], "GreedyZip", {"alpha": 0.1, "beta": 1.0}),
+        (["--matcher.alpha=0.7"], "GreedyZip", {"alpha": 0.7, "beta": 1.0}),
+        (["--matcher=Permute"], "Permute", {}),
+        (["--matcher=lightning_zipit.matchers.Average"], "Average", {}),
     ],
 )
-def test_a_matcher_is_named_by_its_class_or_class_path(folder, flags, matcher):
-    assert cli("merge", *SOURCES, *flags).config_init["merge"]["matcher"] == matcher
+def test_a_matcher_is_named_by_its_class_or_class_path(capsys, flags, name, arguments):
+    with pytest.raises(SystemExit):
+        cli("merge", *SOURCES, *flags, "--print_config")
+    matcher = yaml.safe_load(capsys.readouterr().out)["matcher"]
+    assert matcher["class_path"] == f"lightning_zipit.matchers.{name}"
+    assert matcher.get("init_args", {}) == arguments
 
 
 def test_the_hyperparameters_of_a_checkpoint_count_before_those_given(folder):
@@ -183,6 +188,10 @@ def test_a_merge_without_a_data_module_is_refused(folder):
     with pytest.raises(SystemExit) as failure:
         main(["merge", *QUIET, *SOURCES, "--model=helpers.cli_user.LitNet"])
     assert "calibration data" in failure.value.code
+
+
+def test_a_strategy_that_loses_the_merged_module_is_refused_before_it_spawns(folder):
+    assert "spawns" in message_of("merge", *SOURCES, "--trainer.strategy=ddp_spawn", "--trainer.devices=2")
 
 
 def test_a_failure_while_saving_keeps_the_old_file_and_no_half_of_the_new_one(folder, monkeypatch):

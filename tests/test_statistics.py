@@ -64,6 +64,12 @@ def test_fewer_samples_than_features_lose_no_digit():
     assert_same(gather(features).compute(), dense_moments(features), 1e-12)
 
 
+def test_a_large_batch_is_taken_in_pieces(features, monkeypatch):
+    whole = gather(features, 400).compute()
+    monkeypatch.setattr("lightning_zipit.statistics.ROWS_AT_ONCE", 90)
+    assert_same(gather(features, 400).compute(), whole, 1e-12)
+
+
 def test_moments_are_double_and_symmetric(features):
     moments = gather(features.float()).compute()
     assert moments.mean.dtype == moments.covariance.dtype == torch.float64

@@ -1,0 +1,39 @@
+"""The examples: the method's order of merit on real data."""
+
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared"
+
+
+def joint_accuracies(*command):
+    result = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    rows = [line.strip("│ ").split("│") for line in result.stdout.splitlines() if line.startswith("│")]
+    return {cells[0].strip(): float(cells[1]) for cells in rows}
+
+
+def test_zip_beats_permute_beats_average_on_digits(tmp_path):
+    joint = joint_accuracies("examples/digits.py", "--plot", tmp_path / "digits.png")
+    assert joint["ensemble"] > joint["zip"] > joint["permute"] > joint["weight average"]
+    assert joint["zip"] > max(joint["model A"], joint["model B"])
+    assert (tmp_path / "digits.png").stat().st_size > 10_000
+
+
+def test_zip_beats_permute_beats_average_on_cifar10(tmp_path):
+    archive, checkpoints = SHARED / "data" / "cifar10-images.tar.xz", SHARED / "checkpoints"
+    if not (archive.exists() and checkpoints.exists()):
+        pytest.skip("CIFAR-10 and the pair of trained networks are not beside this checkout")
+    with tarfile.open(archive) as images:
+        images.extractall(tmp_path, filter="data")
+    joint = joint_accuracies(
+        *("examples/cifar10.py", "--data", tmp_path, "--stop-at", "none", "--matchers", "average", "permute", "zip"),
+        *("--checkpoints", checkpoints / "devA.pt", checkpoints / "devB.pt"),
+        *("--calibration-images", "300", "--test-images", "600"),
+    )
+    assert joint["zip, all layers"] > joint["permute, all layers"] > joint["average, all layers"]

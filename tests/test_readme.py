@@ -1,0 +1,69 @@
+"""The README's snippets, run as they are written."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from helpers.nets import Lit, images
+
+import lightning_zipit
+
+ROOT = Path(__file__).parent.parent
+SNIPPETS = re.findall(r"<!-- test: (\w+).*? -->\n```(\w+)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+def run(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    scope = {
+        "animals": Lit(5),
+        "vehicles": Lit(5),
+        "animal_images": images(),
+        "vehicle_images": images(seed=1),
+        "images": torch.randn(2, 3, 16, 16),
+        "torch": torch,
+    }
+    (code,) = [code for test, _, code in SNIPPETS if test == name]
+    exec(code, scope)
+    return scope
+
+
+def test_the_driver(tmp_path, monkeypatch):
+    scope = run("driver", tmp_path, monkeypatch)
+    assert scope["outputs"]["vehicles"].shape == (2, 5) and (tmp_path / "merged.ckpt").exists()
+
+
+def test_the_callback(tmp_path, monkeypatch):
+    assert run("callback", tmp_path, monkeypatch)["zipit"].merged.tasks == ["animals", "vehicles"]
+
+
+def test_the_table(tmp_path, monkeypatch):
+    assert "layer2.0.conv2" in run("trace", tmp_path, monkeypatch)["graph"].spaces
+
+
+def test_the_rule(tmp_path, monkeypatch):
+    run("rule", tmp_path, monkeypatch)
+
+
+def test_the_command_line(tmp_path, monkeypatch):
+    script, command = (code for test, _, code in SNIPPETS if test == "cli")
+    (tmp_path / "main.py").write_text(script)
+    (tmp_path / "my_project.py").write_text(
+        "from helpers.nets import Lit as LitClassifier, images\n"
+        "from lightning.pytorch import LightningDataModule\n"
+        "class MyDataModule(LightningDataModule):\n"
+        "    def train_dataloader(self):\n"
+        "        return images()\n"
+    )
+    from helpers.nets import trainer
+
+    for name in "ab":
+        run_trainer = trainer(max_epochs=0)
+        run_trainer.strategy.connect(Lit())
+        run_trainer.save_checkpoint(tmp_path / f"{name}.ckpt")
+    words = command.replace("\\\n", " ").split()
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}")
+    result = subprocess.run([sys.executable, *words[1:]], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    lightning_zipit.MultiHeadModule.load_from_checkpoint(tmp_path / "merged.ckpt")
