@@ -3,8 +3,8 @@
     python examples/cifar10.py --data DIR --checkpoints A.pt B.pt
 
 DIR holds ``train/CLASS/*.jpg`` and ``test/CLASS/*.jpg``. A checkpoint is a dict of ``classes`` (the CIFAR-10 labels
-of the head's outputs), ``width`` and ``state_dict``. Calibration is the first 1500 of a fixed permutation of the training
-images; the test, the first 5000 of one of the test images.
+of the head's outputs), ``width`` and ``state_dict``. Calibration is the first 1500 of a fixed permutation of the
+training images; the test, the first 5000 of one of the test images.
 """
 
 from __future__ import annotations

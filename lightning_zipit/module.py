@@ -15,10 +15,10 @@ from lightning_zipit._lightning import predict_loaders
 from lightning_zipit.errors import CalibrationError, ConfigurationError
 from lightning_zipit.multihead import MultiHeadModule
 from lightning_zipit.session import MergeSession, MergeSettings
-from lightning_zipit.sources import find_input, find_problems, get_backbone, name_tasks
+from lightning_zipit.sources import DelegatedTransfers, find_input, find_problems, get_backbone, name_tasks
 
 
-class ZipItModule(LightningModule):
+class ZipItModule(DelegatedTransfers, LightningModule):
     """N source modules on their way to be merged by ``trainer.predict`` and a :class:`~lightning_zipit.ZipItCallback`.
 
     The sources are copied for the time of the calibration: they are not moved, cast or changed.
@@ -157,15 +157,6 @@ class ZipItModule(LightningModule):
                 if isinstance(getattr(loader, "sampler", None), RandomSampler)
             ]
         return problems
-
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        return self._transfer("on_before_batch_transfer", dataloader_idx, batch)
-
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        return self._transfer("transfer_batch_to_device", dataloader_idx, batch, device)
-
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        return self._transfer("on_after_batch_transfer", dataloader_idx, batch)
 
     def _transfer(self, hook: str, dataloader_idx: int, *args: Any) -> Any:
         """The data module's own way to move a batch, else that of the source that the loader belongs to."""

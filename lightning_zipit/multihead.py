@@ -17,7 +17,15 @@ from lightning_zipit.errors import CheckpointError, ConfigurationError
 from lightning_zipit.rebuild import build_head, build_trunk
 from lightning_zipit.report import MergeReport
 from lightning_zipit.session import MergedBackbone, MergeSettings, trace_all
-from lightning_zipit.sources import describe_source, find_problems, get_backbone, make_shell, make_source, name_tasks
+from lightning_zipit.sources import (
+    DelegatedTransfers,
+    describe_source,
+    find_problems,
+    get_backbone,
+    make_shell,
+    make_source,
+    name_tasks,
+)
 
 CHECKPOINT_KEY = "lightning_zipit"
 FORMAT = 1
@@ -45,7 +53,7 @@ class PassOn(nn.Module):
         return (x,)
 
 
-class MultiTaskModule(LightningModule):
+class MultiTaskModule(DelegatedTransfers, LightningModule):
     """One trunk, a head per task, and each task's own steps around them.
 
     ``validation_step``, ``test_step`` and ``predict_step`` run the source module's own step for the task that the
@@ -194,15 +202,6 @@ class MultiTaskModule(LightningModule):
         self._loader_tasks = self.tasks
 
     # Moving a batch is the business of the source that the loader belongs to
-
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        return self._transfer("on_before_batch_transfer", dataloader_idx, batch)
-
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        return self._transfer("transfer_batch_to_device", dataloader_idx, batch, device)
-
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        return self._transfer("on_after_batch_transfer", dataloader_idx, batch)
 
     def _transfer(self, hook: str, dataloader_idx: int, *args: Any) -> Any:
         with self._speaking(self._loader_tasks[dataloader_idx]) as source:

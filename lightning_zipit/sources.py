@@ -6,10 +6,12 @@ import copy
 import importlib
 import inspect
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
@@ -196,3 +198,20 @@ def make_shell(model: LightningModule, backbone: str, path: nn.Module, used: Seq
             registry.pop(leaf, None)
     shell.__dict__["forward"] = path
     return shell
+
+
+class DelegatedTransfers(ABC):
+    """Moves batches to the device as the module does that a dataloader belongs to."""
+
+    @abstractmethod
+    def _transfer(self, hook: str, dataloader_idx: int, *args: Any) -> Any:
+        """Run a hook of that module."""
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return self._transfer("on_before_batch_transfer", dataloader_idx, batch)
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        return self._transfer("transfer_batch_to_device", dataloader_idx, batch, device)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return self._transfer("on_after_batch_transfer", dataloader_idx, batch)

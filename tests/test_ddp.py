@@ -24,7 +24,8 @@ data = [DataLoader(torch.randn(count, 3, 16, 16), 8 // devices) for count in (53
 run = trainer(devices=devices, strategy="ddp" if devices > 1 else "auto")
 merged = ZipIt(run).merge(models, dataloaders=data, backbone="net", stop_at="layer1.0")
 rank = os.environ.get("LOCAL_RANK", "0")
-torch.save({"state": merged.state_dict(), "spaces": [vars(s) for s in merged.report.spaces]}, f"{out}/{devices}-{rank}.pt")
+spaces = [vars(space) for space in merged.report.spaces]
+torch.save({"state": merged.state_dict(), "spaces": spaces}, f"{out}/{devices}-{rank}.pt")
 """
 
 

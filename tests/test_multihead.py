@@ -166,7 +166,7 @@ def test_a_class_that_cannot_be_imported_needs_models(tmp_path):
     run = trainer()
     ZipIt(run).merge([Local(), Local()], images(), backbone="net", refine=None)
     run.save_checkpoint(tmp_path / "merged.ckpt")
-    with pytest.raises(CheckpointError, match="imported.*models="):
+    with pytest.raises(CheckpointError, match=r"imported.*models="):
         MultiHeadModule.load_from_checkpoint(tmp_path / "merged.ckpt")
 
 

@@ -191,7 +191,7 @@ def test_a_result_in_place_that_is_not_used_is_an_error():
 
 def test_a_grouped_convolution_is_an_error_that_says_so():
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=2), nn.Conv2d(8, 2, 3))
-    with pytest.raises(TraceError, match="`1`.*grouped convolution"):
+    with pytest.raises(TraceError, match=r"`1`.*grouped convolution"):
         trace(net)
 
 

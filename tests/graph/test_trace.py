@@ -50,7 +50,7 @@ def test_a_misspelt_stop_at_is_told_what_is_close():
 
 @pytest.mark.parametrize("stop_at", ["linear", "layer2.1.conv1.nothing"])
 def test_a_stop_at_that_cuts_nothing_is_an_error(stop_at):
-    with pytest.raises(ConfigurationError, match="cuts nothing|no module"):
+    with pytest.raises(ConfigurationError, match=r"cuts nothing|no module"):
         trace(SmallResNet(), stop_at)
 
 

@@ -1,0 +1,89 @@
+"""Where the trunk ends: at a named module, or before the last layer."""
+
+from __future__ import annotations
+
+import difflib
+
+import numpy as np
+from torch import fx, nn
+
+from lightning_zipit.errors import ConfigurationError
+from lightning_zipit.graph.interpret import Context
+from lightning_zipit.graph.values import Features, Opaque, leaves
+
+
+def find_trunk(
+    backbone: nn.Module, nodes: list[fx.Node], stop_at: str | None, shapes: dict[str, tuple[int, ...]], whole: bool
+) -> set[fx.Node]:
+    """The nodes of the trunk: those that the last module, or the heads, are computed from.
+
+    Args:
+        backbone: the network.
+        nodes: its graph in order.
+        stop_at: the trunk's last module; ``None`` for everything down to the last layer.
+        shapes: sizes of tensors by node name, where they are known.
+        whole: whether the last layer belongs to the trunk too.
+
+    Raises:
+        ConfigurationError: if ``stop_at`` does not exist or cuts nothing.
+    """
+    body = [node for node in nodes if node.op != "output"]
+    if stop_at is None:
+        head = set() if whole else _descendants(_last_layers(backbone, nodes, shapes), nodes)
+        return _ancestors(_inputs_of(body, head), nodes) if head else set(body)
+    inside = [node for node in body if stop_at in (node.meta.get("nn_module_stack") or {}) or node.target == stop_at]
+    if not inside:
+        raise ConfigurationError(_no_such_module(backbone, nodes, stop_at))
+    trunk = _ancestors(set(inside), nodes)
+    if not whole and trunk & _last_layers(backbone, nodes, shapes):
+        raise ConfigurationError(
+            f"stop_at={stop_at!r} cuts nothing: the last layer would be in the trunk. Use stop_at=None to zip "
+            f"everything "
+            "down to the last layer, or merge_heads=True if all models share one output space."
+        )
+    return trunk
+
+
+def _last_layers(backbone: nn.Module, nodes: list[fx.Node], shapes: dict[str, tuple[int, ...]]) -> set[fx.Node]:
+    """The nodes whose parameters make the features that the network returns."""
+    ctx = Context(backbone, shapes)
+    values = ctx.run(nodes, {}, tolerant=set(nodes))
+    output = [value.ids for value in leaves(values[nodes[-1]]) if isinstance(value, (Features, Opaque))]
+    component = ctx.components()
+    returned = component[np.concatenate(output)] if output else np.empty(0)
+    return {
+        event.node
+        for events in ctx.events.values()
+        for event in events
+        if event.role == "producer" and np.isin(component[event.entries], returned).any()
+    }
+
+
+def _descendants(roots: set[fx.Node], nodes: list[fx.Node]) -> set[fx.Node]:
+    found = set(roots)
+    for node in nodes:
+        if node in found or not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _ancestors(leaves: set[fx.Node], nodes: list[fx.Node]) -> set[fx.Node]:
+    found = set(leaves)
+    for node in reversed(nodes):
+        if node in found:
+            found.update(node.all_input_nodes)
+    return found
+
+
+def _inputs_of(body: list[fx.Node], head: set[fx.Node]) -> set[fx.Node]:
+    read = {source for node in head for source in node.all_input_nodes}
+    return {node for node in body if node in read and node not in head}
+
+
+def _no_such_module(backbone: nn.Module, nodes: list[fx.Node], stop_at: str) -> str:
+    names = [name for name, _ in backbone.named_modules() if name]
+    if stop_at in names:
+        return f"stop_at={stop_at!r} is a module of the backbone, but its forward does not call it."
+    close = difflib.get_close_matches(stop_at, names, n=3, cutoff=0.4)
+    hint = f"Did you mean {' or '.join(map(repr, close))}?" if close else f"Its modules are {', '.join(names[:12])}, …"
+    return f"stop_at={stop_at!r} is no module of the backbone ({type(backbone).__name__}). {hint}"
