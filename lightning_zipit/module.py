@@ -55,6 +55,7 @@ class ZipItModule(DelegatedTransfers, LightningModule):
         self.copies = nn.ModuleDict()
         self._merged: tuple[MultiHeadModule, ...] = ()
         self._loaders: list[Any] = []
+        self._datamodule_trainer: Any = None
         self._listed = False  # whether trainer.predict runs over our loaders, once for every pass
 
     @property
@@ -97,6 +98,8 @@ class ZipItModule(DelegatedTransfers, LightningModule):
         """Drop the copies of the sources."""
         self.copies = nn.ModuleDict()
         self.session = None
+        if self.datamodule is not None:
+            self.datamodule.trainer = self._datamodule_trainer
 
     # Data
 
@@ -111,7 +114,7 @@ class ZipItModule(DelegatedTransfers, LightningModule):
             )
         loaders = self.dataloaders
         if self.datamodule is not None:
-            self.datamodule.trainer = self.trainer
+            self._datamodule_trainer, self.datamodule.trainer = self.datamodule.trainer, self.trainer
             self.datamodule.setup("fit")
             own = getattr(self.datamodule, "calibration_dataloader", None)
             loaders = own() if own else _in_fixed_order(self.datamodule.train_dataloader())

@@ -13,10 +13,10 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from lightning_zipit.errors import CheckpointError, ConfigurationError
+from lightning_zipit.errors import CheckpointError, ConfigurationError, UnknownShapeError
 from lightning_zipit.rebuild import build_head, build_trunk
 from lightning_zipit.report import MergeReport
-from lightning_zipit.session import MergedBackbone, MergeSettings, trace_all
+from lightning_zipit.session import MergedBackbone, MergeSettings, like, trace_all
 from lightning_zipit.sources import (
     DelegatedTransfers,
     describe_source,
@@ -294,8 +294,13 @@ class MultiHeadModule(MultiTaskModule):
         models = name_tasks(models)
         settings = settings or MergeSettings()
         networks = {task: get_backbone(model, backbone) for task, model in models.items()}
-        example = torch.zeros(2, *input_shape) if input_shape is not None else None
-        graphs = trace_all(networks, settings, example)
+        shape = merged.input_shape if merged is not None else input_shape
+        try:
+            graphs = trace_all(networks, settings)
+        except UnknownShapeError:
+            if shape is None:
+                raise
+            graphs = trace_all(networks, settings, like(torch.zeros(2, *shape), next(iter(networks.values()))))
         if merged is None:
             trunk: nn.Module = build_trunk(next(iter(graphs.values())))
             heads: Mapping[str, nn.Module] = {task: build_head(graph) for task, graph in graphs.items()}
@@ -313,7 +318,7 @@ class MultiHeadModule(MultiTaskModule):
             "backbone": backbone,
             "stop_at": settings.stop_at,
             "merge_heads": settings.merge_heads,
-            "input_shape": list(merged.input_shape if merged is not None else input_shape or ()) or None,
+            "input_shape": None if shape is None else list(shape),
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

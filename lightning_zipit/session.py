@@ -130,7 +130,7 @@ class MergeSession:
         example = x[:8].detach()
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             if not self.graphs:
-                self.graphs = trace_all(self.backbones, self.settings, _like(example, self._first))
+                self.graphs = trace_all(self.backbones, self.settings, like(example, self._first))
             task = next(iter(networks))
             if self.settings.verify:
                 verify_graph(networks[task], self.graphs[task], example.clone())
@@ -172,7 +172,7 @@ class MergeSession:
         return self.merged
 
     def _costs(self, trunk: nn.Module, heads: Mapping[str, nn.Module]) -> tuple[dict[str, Cost], Cost]:
-        x = _like(torch.zeros(1, *self._input_shape), self._first)
+        x = like(torch.zeros(1, *self._input_shape), self._first)
         sources = {}
         for task, network in self.backbones.items():
             with evaluating(network):
@@ -374,7 +374,7 @@ def _operator(graph: MergeGraph, node: torch.fx.Node) -> str:
     return f"{getattr(node.target, '__name__', node.target)} with {node.args} {node.kwargs}"
 
 
-def _like(x: Tensor, module: nn.Module) -> Tensor:
+def like(x: Tensor, module: nn.Module) -> Tensor:
     """An input as a network takes it: on its device, and of its type where it is not whole numbers."""
     parameter = next(module.parameters())
     return x.to(parameter.device, parameter.dtype if x.is_floating_point() else None)

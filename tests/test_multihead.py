@@ -159,6 +159,26 @@ def test_sources_without_hyperparameters_need_models(tmp_path):
     assert equal(merged, MultiHeadModule.load_from_checkpoint(tmp_path / "merged.ckpt", models=models))
 
 
+class SquareView(PlainNet):
+    """What its last view means depends on the size of the input."""
+
+    def forward(self, x):
+        x = torch.nn.functional.avg_pool2d(self.features(x), 6)
+        return self.short(x.view(-1, 12))
+
+    def __init__(self):
+        super().__init__()
+        self.short = torch.nn.Linear(12, 5)
+
+
+def test_a_network_that_only_its_input_explains_merges_and_comes_back(tmp_path):
+    run = trainer()
+    merged = ZipIt(run).merge([Wrap(SquareView()), Wrap(SquareView())], images(), backbone="net")
+    run.save_checkpoint(tmp_path / "merged.ckpt")
+    models = [Wrap(SquareView()), Wrap(SquareView())]
+    assert equal(merged, MultiHeadModule.load_from_checkpoint(tmp_path / "merged.ckpt", models=models))
+
+
 def test_a_class_that_cannot_be_imported_needs_models(tmp_path):
     class Local(Lit):
         pass
