@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from torch import Tensor
 
+from lightning_zipit._lightning import unsupported_strategy
 from lightning_zipit.callback import ZipItCallback
 from lightning_zipit.errors import ConfigurationError
 from lightning_zipit.matchers import Matcher
@@ -67,6 +68,8 @@ class ZipIt:
             TraceError: if the backbone cannot be traced, or its table of axes proves wrong.
             CalibrationError: if the calibration data cannot be used.
         """
+        if problem := unsupported_strategy(self.trainer):  # before processes are spawned that could not bring it back
+            raise ConfigurationError(problem)
         module = ZipItModule(models, backbone, dataloaders, datamodule, get_input)
         if dataloaders is None and datamodule is None:
             raise ConfigurationError("There is no calibration data: pass `dataloaders` or `datamodule`.")

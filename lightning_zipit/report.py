@@ -76,7 +76,7 @@ class MergeReport:
 
     def to_table(self) -> Table:
         """The matching of every space, for people."""
-        table = Table(title=self.summary(), title_justify="left")
+        table = Table()
         for heading in ("space", "read by", "features", "within", "across", "similarity"):
             table.add_column(heading, justify="left" if heading in ("space", "read by") else "right")
         for space in self.spaces:
@@ -88,14 +88,16 @@ class MergeReport:
         """One line: what the merged network costs beside one source and the ensemble."""
         one = next(iter(self.sources.values()))
         return (
-            f"merged {_millions(self.merged.flops)} FLOPs, {_millions(self.merged.parameters)} parameters; "
-            f"one source {_millions(one.flops)}, {_millions(one.parameters)}; "
-            f"ensemble {_millions(self.ensemble.flops)}, {_millions(self.ensemble.parameters)}"
+            f"merged {_short(self.merged.flops)} FLOPs, {_short(self.merged.parameters)} parameters; "
+            f"one source {_short(one.flops)}, {_short(one.parameters)}; "
+            f"ensemble {_short(self.ensemble.flops)}, {_short(self.ensemble.parameters)}"
         )
 
     def __str__(self) -> str:
         buffer = io.StringIO()
-        Console(file=buffer, width=140).print(self.to_table())
+        console = Console(file=buffer, width=140)
+        console.print(self.to_table())
+        console.print(self.summary(), highlight=False)
         return buffer.getvalue()
 
     def to_dict(self) -> dict[str, Any]:
@@ -112,8 +114,13 @@ class MergeReport:
         )
 
 
-def _millions(number: int) -> str:
-    return f"{number / 1e6:.2f} M"
+def _short(number: float) -> str:
+    """A count with three digits and the unit that they need."""
+    for unit in ("", " k", " M", " G"):
+        if number < 1000:
+            return f"{number:.3g}{unit}"
+        number /= 1000
+    return f"{number:.3g} T"
 
 
 def report_spaces(
