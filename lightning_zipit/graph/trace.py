@@ -65,7 +65,7 @@ def trace(
         >>> list(graph.spaces)
         ['0']
         >>> [str(ref) for ref in graph.axes["3.weight"]]
-        ['None', '← 0[0:288:36]×36']
+        ['None', '← 0[0:288]×36']
     """
     graph = _record(backbone)
     shapes = _shapes(backbone, graph, example_input if example_input is not None else verify)
