@@ -79,13 +79,13 @@ def greedy_zip(similarity: Tensor, num_models: int, width: int, alpha: float = 0
         >>> greedy_zip(similarity, num_models=2, width=2)
         tensor([0, 1, 1, 0])
     """
-    _check_matching(similarity, num_models, width)
+    check_matching(similarity, num_models, width)
     if not 0.0 <= alpha <= 1.0:
         raise ValueError(f"`alpha` must lie between 0 and 1, got {alpha}.")
     if not 0.0 <= beta <= 1.0:
         raise ValueError(f"`beta` must lie between 0 and 1, got {beta}.")
     working = similarity.detach().cpu()
-    if working.dtype in (torch.float16, torch.bfloat16):
+    if working.dtype not in (torch.float32, torch.float64):
         working = working.float()
     original = working.numpy()
     if not np.isfinite(original).all():
@@ -216,8 +216,10 @@ def permute(similarity: Tensor, num_models: int) -> Tensor:
         ...                       [0.9, 0.3, 0.0, 1.0]]), num_models=2)
         tensor([0, 1, 1, 0])
     """
+    check_matching(similarity, num_models)
+    if not similarity.isfinite().all():
+        raise ValueError("`similarity` holds NaN or Inf; similarities must be finite.")
     width = len(similarity) // num_models
-    _check_matching(similarity, num_models, width)
     labels = [torch.arange(width)]
     for model in range(1, num_models):
         block = similarity[:width, model * width : (model + 1) * width].detach().double().cpu().numpy()
@@ -238,10 +240,15 @@ def average(num_features: int, num_models: int) -> Tensor:
     Returns:
         int64 labels ``(num_features,)``.
 
+    Raises:
+        ValueError: if ``num_features`` is not a multiple of ``num_models``.
+
     Example:
         >>> average(6, num_models=2)
         tensor([0, 1, 2, 0, 1, 2])
     """
+    if num_models < 1 or num_features % num_models:
+        raise ValueError(f"`num_models` must divide the {num_features} features, got {num_models}.")
     return torch.arange(num_features // num_models).repeat(num_models)
 
 
@@ -257,7 +264,8 @@ def merge_matrices(labels: Tensor, num_models: int) -> tuple[list[Tensor], list[
         unmerge matrices U_i ``(C, W)``, which copy it back.
 
     Raises:
-        ValueError: if ``labels`` is not a vector whose length is a multiple of ``num_models``.
+        ValueError: if ``labels`` is not an int64 vector whose length is a multiple of ``num_models``, or leaves out a
+            number.
 
     Example:
         >>> merge, unmerge = merge_matrices(torch.tensor([0, 1, 1, 0]), num_models=2)
@@ -273,6 +281,10 @@ def merge_matrices(labels: Tensor, num_models: int) -> tuple[list[Tensor], list[
             f"`labels` must be a vector whose length is a multiple of num_models={num_models}, got "
             f"{tuple(labels.shape)}."
         )
+    if labels.dtype != torch.int64 or not torch.equal(
+        labels.unique(), torch.arange(int(labels.max()) + 1, device=labels.device)
+    ):
+        raise ValueError("`labels` must be int64, and use every number from 0 to their highest.")
     one_hot = torch.nn.functional.one_hot(labels).to(torch.get_default_dtype())  # (n, W)
     averaging = (one_hot / one_hot.sum(0)).T  # (W, n)
     return list(averaging.chunk(num_models, dim=1)), list(one_hot.chunk(num_models, dim=0))
@@ -283,9 +295,10 @@ def _check_square(matrix: Tensor, name: str) -> None:
         raise ValueError(f"`{name}` must be a square matrix, got shape {tuple(matrix.shape)}.")
 
 
-def _check_matching(similarity: Tensor, num_models: int, width: int) -> None:
+def check_matching(similarity: Tensor, num_models: int, width: int = 1) -> None:
+    """Raise ValueError unless a similarity matrix fits a number of models and a width."""
     _check_square(similarity, "similarity")
     if num_models < 1 or len(similarity) % num_models:
         raise ValueError(f"`num_models` must divide the {len(similarity)} features, got {num_models}.")
-    if not 1 <= width <= max(len(similarity), 1):
+    if not 1 <= width <= len(similarity):
         raise ValueError(f"`width` must lie between 1 and {len(similarity)}, got {width}.")

@@ -65,6 +65,7 @@ class GreedyZip(Matcher):
                 raise ValueError(f"`{name}` must lie between 0 and 1, got {getattr(self, name)}.")
 
     def __call__(self, similarity: Tensor, num_models: int) -> Tensor:
+        F.check_matching(similarity, num_models)
         size = len(similarity) // num_models
         dead = (similarity.diagonal() == 0).reshape(num_models, size)
         paired = int(dead.sum(1).min())

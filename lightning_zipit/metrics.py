@@ -21,7 +21,7 @@ class JointAccuracy(Metric):
         kwargs: see :class:`torchmetrics.Metric`.
 
     Raises:
-        ValueError: if ``classes`` is empty.
+        ValueError: if ``classes`` is empty, or a task is called "joint" or "mean".
 
     Example:
         >>> metric = JointAccuracy({"animals": [0, 2], "vehicles": [1]})
@@ -41,6 +41,8 @@ class JointAccuracy(Metric):
         super().__init__(**kwargs)
         if not classes:
             raise ValueError("`classes` must name the classes of at least one task.")
+        if reserved := {"joint", "mean"} & set(classes):
+            raise ValueError(f"{', '.join(sorted(reserved))} is an entry of the result: give the task another name.")
         self.classes = {task: torch.as_tensor(labels, dtype=torch.int64) for task, labels in classes.items()}
         for name in ("correct", "total"):
             self.add_state(name, torch.zeros(1 + len(classes), dtype=torch.int64), dist_reduce_fx="sum")
@@ -56,9 +58,9 @@ class JointAccuracy(Metric):
             ValueError: if a task's logits are missing or not as many as its classes.
         """
         for task, labels in self.classes.items():
-            if task not in outputs or outputs[task].shape[-1] != len(labels):
-                shape = tuple(outputs[task].shape) if task in outputs else None
-                raise ValueError(f"Task {task!r} needs logits of {len(labels)} classes, got shape {shape}.")
+            shape = tuple(outputs[task].shape) if task in outputs else None
+            if shape != (len(target), len(labels)):
+                raise ValueError(f"Task {task!r} needs logits of shape {(len(target), len(labels))}, got {shape}.")
         tasks = list(self.classes)
         global_labels = torch.cat([self.classes[task] for task in tasks]).to(target.device)
         probabilities = torch.cat([outputs[task].float().softmax(-1) for task in tasks], dim=-1)

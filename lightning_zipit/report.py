@@ -78,7 +78,7 @@ class MergeReport:
         """The matching of every space, for people."""
         table = Table()
         for heading in ("space", "read by", "features", "within", "across", "similarity"):
-            table.add_column(heading, justify="left" if heading in ("space", "read by") else "right")
+            table.add_column(heading, justify="left" if heading in ("space", "read by") else "right", overflow="fold")
         for space in self.spaces:
             similarity = f"{space.similarity:.3f}" if space.similarity == space.similarity else "–"
             table.add_row(space.name, space.tap, str(space.size), str(space.within), str(space.across), similarity)
@@ -117,7 +117,7 @@ class MergeReport:
 def _short(number: float) -> str:
     """A count with three digits and the unit that they need."""
     for unit in ("", " k", " M", " G"):
-        if number < 1000:
+        if float(f"{number:.3g}") < 1000:
             return f"{number:.3g}{unit}"
         number /= 1000
     return f"{number:.3g} T"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torchmetrics import Metric
+
+STATES = ("count", "origin", "offset", "comoment")
 
 ROWS_AT_ONCE = 65_536
 """Samples that are centred and multiplied at a time: bounds the memory of one update."""
@@ -54,7 +56,7 @@ class FeatureStatistics(Metric):
                 [2., 4.]], dtype=torch.float64)
     """
 
-    full_state_update = False
+    full_state_update = True  # `forward` may not add up states as if they were sums
     higher_is_better = None
     is_differentiable = False
     count: Tensor
@@ -96,7 +98,7 @@ class FeatureStatistics(Metric):
             ValueError: if the shapes are not those of ``sizes``, or the numbers of samples differ.
         """
         shapes = [tuple(feature.shape) for feature in features]
-        samples = shapes[0][0] if shapes else 0
+        samples = shapes[0][0] if shapes and shapes[0] else 0
         if shapes != [(samples, size) for size in self.sizes]:
             raise ValueError(
                 f"`features` must be {len(self.sizes)} tensors of shapes (samples, C) with C in {list(self.sizes)} "
@@ -108,6 +110,9 @@ class FeatureStatistics(Metric):
                     self._add(*batch_moments(torch.cat(rows, dim=1), self.gram_dtype))
 
     def _add(self, count: Tensor, origin: Tensor, offset: Tensor, comoment: Tensor) -> None:
+        if self.comoment.is_inference() and not torch.is_inference_mode_enabled():
+            for name in STATES:  # made in inference mode, where every tensor is sealed on leaving it
+                setattr(self, name, getattr(self, name).clone())
         # In place: states that were made outside inference mode stay usable there and after.
         self.origin.copy_(torch.where(self.count == 0, origin, self.origin))
         offset = offset + (origin - self.origin)
@@ -144,7 +149,9 @@ class FeatureStatistics(Metric):
             if not isinstance(incoming_state, FeatureStatistics) or incoming_state.sizes != self.sizes:
                 raise ValueError("Only statistics of the same sizes can be added to each other.")
             incoming_state = incoming_state.metric_state
-        count, *rest = (torch.as_tensor(incoming_state[name]) for name in ("count", "origin", "offset", "comoment"))
+        count, *rest = (torch.as_tensor(incoming_state[name]) for name in STATES)
+        if [state.shape for state in rest] != [self.origin.shape, self.offset.shape, self.comoment.shape]:
+            raise ValueError("Only statistics of the same sizes can be added to each other.")
         self._computed = None
         if count > 0:
             self._update_count += 1
@@ -163,6 +170,18 @@ class FeatureStatistics(Metric):
         comoment = all_reduce_sum(torch.addr(self.comoment, apart, apart), group)
         self.count, self.origin, self.offset, self.comoment = count[0], origin, offset, comoment
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._computed = None
+        self._update_count = int(self.count > 0)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> FeatureStatistics:
+        def move(tensor: Tensor) -> Tensor:  # to another device, never to another type
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(move, *args, **kwargs)  # type: ignore[return-value]
+
     def set_dtype(self, dst_type: str | torch.dtype) -> FeatureStatistics:
         """Keep the states in float64, whatever type the surrounding module is cast to."""
         return self
@@ -171,8 +190,8 @@ class FeatureStatistics(Metric):
 def batch_moments(features: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Count, mean (as origin and offset) and co-moment of one batch.
 
-    The batch is shifted by its mean as rounded to its own type: that subtraction is exact where values lie close
-    together, and what the rounding leaves is corrected in float64.
+    The batch is shifted by its first sample, which is exact where values lie close together and leaves zeros of a
+    constant, and then by its mean; what rounding that mean leaves is corrected in float64.
 
     Args:
         features: ``(samples, n)``, at least one sample.
@@ -187,14 +206,16 @@ def batch_moments(features: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor,
     dtype = torch.float64 if len(features) <= features.shape[1] else dtype
     features = features.to(torch.promote_types(features.dtype, dtype))
     count = torch.tensor(len(features), dtype=torch.float64, device=features.device)
-    origin = features.mean(0, dtype=torch.float64).to(features.dtype)
-    shifted = features - origin
-    offset = shifted.mean(0, dtype=torch.float64)  # (n,)
-    gram = shifted.T @ shifted  # (n, n)
+    origin = features[0]
+    centred = features - origin
+    shift = centred.mean(0, dtype=torch.float64).to(features.dtype)
+    centred -= shift
+    rest = centred.mean(0, dtype=torch.float64)  # (n,)
+    gram = centred.T @ centred  # (n, n)
     if gram.dtype != torch.float64:  # else what rounding the mean has left is below the digits of the Gram matrix
-        apart = offset * count.sqrt()
+        apart = rest * count.sqrt()
         gram = gram.double().addmm_(apart[:, None], apart[None, :], alpha=-1)
-    return count, origin.double(), offset, gram
+    return count, origin.double(), shift.double() + rest, gram
 
 
 def all_reduce_sum(tensor: Tensor, group: Any = None) -> Tensor:
