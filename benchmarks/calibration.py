@@ -10,8 +10,10 @@ import resource
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torchvision
@@ -50,6 +52,27 @@ def seconds(work: Callable[[list[nn.Module], list[Tensor]], None], *material: li
     return time.perf_counter() - start
 
 
+def resident_megabytes() -> float:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+
+
+def grown_megabytes(work: Callable[[], None]) -> float:
+    """How far the resident memory of this process rises above where it is, looked at every millisecond (Linux)."""
+    before, highest, done = resident_megabytes(), 0.0, threading.Event()
+
+    def watch() -> None:
+        nonlocal highest
+        while not done.wait(0.001):
+            highest = max(highest, resident_megabytes())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    work()
+    done.set()
+    watcher.join()
+    return highest - before
+
+
 def peak_megabytes(name: str) -> float:
     """What the work adds to the peak of a process of its own that has made the networks and batches."""
     found = subprocess.run([sys.executable, *sys.argv, "--only", name], check=True, capture_output=True, text=True)
@@ -67,9 +90,7 @@ def main() -> None:
     with torch.no_grad():
         networks, batches = material(arguments)
         if arguments.only:
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            WORK[arguments.only](networks, batches)
-            print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+            print(grown_megabytes(lambda: WORK[arguments.only](networks, batches)))
             return
         plain(networks, batches[:1])  # warm up
         ratios = [
