@@ -2,6 +2,7 @@
 
 import copy
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from lightning.pytorch import LightningDataModule
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_zipit import MultiHeadModule, ZipIt, ZipItCallback, ZipItModule
+from lightning_zipit import MergeSettings, MultiHeadModule, ZipIt, ZipItCallback, ZipItModule
 from lightning_zipit.errors import ArchitectureMismatchError, CalibrationError, ConfigurationError
 from lightning_zipit.matchers import Average, GreedyZip, Permute
 
@@ -289,3 +290,17 @@ def test_a_zipit_module_without_a_callback_says_what_is_missing():
 def test_the_merged_module_is_a_multi_head_module():
     merged = merge(pair())
     assert isinstance(merged, MultiHeadModule) and list(merged.heads) == ["a", "b"]
+
+
+def test_a_strategy_that_spawns_processes_is_refused_before_it_does():
+    with pytest.raises(ConfigurationError, match="spawns"):
+        ZipIt(trainer(strategy="ddp_spawn", devices=2)).merge(pair(), images(), backbone="net")
+
+
+def test_a_loader_that_every_process_would_shuffle_by_itself_is_an_error():
+    module = ZipItModule(pair(), "net", [images(), DataLoader(images().dataset, 16, shuffle=True)])
+    module._trainer = SimpleNamespace(world_size=2)
+    with pytest.raises(ConfigurationError, match=r"of task 'b' shuffles.*shuffle=False"):
+        module.prepare(MergeSettings())
+    module._trainer = SimpleNamespace(world_size=1)
+    module.prepare(MergeSettings())
