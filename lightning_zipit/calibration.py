@@ -106,9 +106,8 @@ class Calibration:
             if bad:
                 raise CalibrationError(
                     f"NaN or Inf in the activations of task {', '.join(map(repr, bad))} at feature space "
-                    f"{name!r} (read by "
-                    f"`{self.taps[name].reader}`). Look at that model's weights and at the calibration data for "
-                    f"NaN or Inf; "
+                    f"{name!r} (read by `{self.taps[name].reader}`). Look at that model's weights and at the "
+                    "calibration data for NaN or Inf; "
                     "under 16-bit precision an overflow is likely: calibrate with precision='32-true'."
                 )
 

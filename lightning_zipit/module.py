@@ -76,12 +76,14 @@ class ZipItModule(DelegatedTransfers, LightningModule):
             ConfigurationError: with all problems that were found.
         """
         self._merged, self._listed = (), False
-        found = [*problems, *find_problems(self.models, self.backbone), *self._loader_problems(self.dataloaders)]
+        self._datamodule_trainer = self.datamodule.trainer if self.datamodule is not None else None
+        unfit = find_problems(self.models, self.backbone)
+        found = [*problems, *unfit, *self._loader_problems(self.dataloaders)]
         if self.dataloaders is not None and self.datamodule is not None:
             found.append("Both `dataloaders` and `datamodule` were given: give one of them.")
         if len(self.models) == 1:
             found.append("One model alone cannot be merged: give at least two.")
-        if not find_problems(self.models, self.backbone):
+        if not unfit:
             networks = {task: get_backbone(model, self.backbone) for task, model in self.models.items()}
             try:
                 self.session = MergeSession(networks, settings)
@@ -114,7 +116,7 @@ class ZipItModule(DelegatedTransfers, LightningModule):
             )
         loaders = self.dataloaders
         if self.datamodule is not None:
-            self._datamodule_trainer, self.datamodule.trainer = self.datamodule.trainer, self.trainer
+            self.datamodule.trainer = self.trainer
             self.datamodule.setup("fit")
             own = getattr(self.datamodule, "calibration_dataloader", None)
             loaders = own() if own else _in_fixed_order(self.datamodule.train_dataloader())
@@ -217,7 +219,8 @@ class ZipItModule(DelegatedTransfers, LightningModule):
             self.session.merge()
         elif self.session.merged is None:
             raise CalibrationError(
-                "No calibration batch was seen: the dataloaders are empty, or limited to no batches."
+                "The second pass over the calibration data saw no batch: give loaders that can be gone through twice, "
+                "or refine=None, which takes one pass."
             )
         else:
             self.session.finish_refining()

@@ -14,6 +14,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from lightning_zipit.errors import CheckpointError, ConfigurationError, UnknownShapeError
+from lightning_zipit.graph import MergeGraph
 from lightning_zipit.rebuild import build_head, build_trunk
 from lightning_zipit.report import MergeReport
 from lightning_zipit.session import MergedBackbone, MergeSettings, like, trace_all
@@ -293,14 +294,8 @@ class MultiHeadModule(MultiTaskModule):
     ) -> None:
         models = name_tasks(models)
         settings = settings or MergeSettings()
-        networks = {task: get_backbone(model, backbone) for task, model in models.items()}
         shape = merged.input_shape if merged is not None else input_shape
-        try:
-            graphs = trace_all(networks, settings)
-        except UnknownShapeError:
-            if shape is None:
-                raise
-            graphs = trace_all(networks, settings, like(torch.zeros(2, *shape), next(iter(networks.values()))))
+        graphs = merged.graphs if merged is not None else _trace_models(models, backbone, settings, shape)
         if merged is None:
             trunk: nn.Module = build_trunk(next(iter(graphs.values())))
             heads: Mapping[str, nn.Module] = {task: build_head(graph) for task, graph in graphs.items()}
@@ -374,6 +369,18 @@ class MultiHeadModule(MultiTaskModule):
         module._record["sources"] = record["sources"]
         module.report = MergeReport.from_dict(record["report"]) if record["report"] else None
         return module.to(next(iter(checkpoint["state_dict"].values())).device)
+
+
+def _trace_models(
+    models: Mapping[str, LightningModule], backbone: str, settings: MergeSettings, shape: Sequence[int] | None
+) -> dict[str, MergeGraph]:
+    networks = {task: get_backbone(model, backbone) for task, model in models.items()}
+    try:
+        return trace_all(networks, settings)
+    except UnknownShapeError:
+        if shape is None:
+            raise
+        return trace_all(networks, settings, like(torch.zeros(2, *shape), next(iter(networks.values()))))
 
 
 def read_checkpoint(path: str | Path | IO[bytes], map_location: Any = None) -> dict[str, Any]:

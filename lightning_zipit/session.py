@@ -68,12 +68,14 @@ class MergedBackbone:
         heads: per task, from what the trunk hands over to the network's output.
         report: what the merge did.
         input_shape: the shape of one calibration sample, without the batch.
+        graphs: the merge graph of each source network.
     """
 
     trunk: nn.Module
     heads: dict[str, nn.Module]
     report: MergeReport
     input_shape: tuple[int, ...]
+    graphs: dict[str, MergeGraph]
 
 
 class MergeSession:
@@ -168,7 +170,7 @@ class MergeSession:
                 set_unmerges(heads[task], self.graphs[task], maps, source)
             report = MergeReport(report_spaces(graph, maps, similarities), *self._costs(trunk, heads))
         self._calibration = None  # the statistics have served
-        self.merged = MergedBackbone(trunk, heads, report, self._input_shape)
+        self.merged = MergedBackbone(trunk, heads, report, self._input_shape, self.graphs)
         return self.merged
 
     def _costs(self, trunk: nn.Module, heads: Mapping[str, nn.Module]) -> tuple[dict[str, Cost], Cost]:

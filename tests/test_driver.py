@@ -304,3 +304,9 @@ def test_a_loader_that_every_process_would_shuffle_by_itself_is_an_error():
         module.prepare(MergeSettings())
     module._trainer = SimpleNamespace(world_size=1)
     module.prepare(MergeSettings())
+
+
+def test_a_loader_that_can_be_gone_through_once_only_is_an_error_that_says_so():
+    once = [iter(list(loader)) for loader in loaders()]
+    with pytest.raises(CalibrationError, match="second pass"):
+        merge(pair(), once)

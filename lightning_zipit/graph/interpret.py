@@ -12,7 +12,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import fx, nn
 
-from lightning_zipit.errors import TraceError, UnknownShapeError
+from lightning_zipit.errors import TraceError
 from lightning_zipit.graph.spaces import Role
 from lightning_zipit.graph.values import BATCH, Features, Ids, Opaque, Parameter, Plain, leaves
 
@@ -253,4 +253,4 @@ def describe(node: fx.Node, module: nn.Module) -> str:
     return f"{kind} `{symbol.strip(chr(39))}` in `{location(node)}` (node `{node.name}`)"
 
 
-__all__ = ["PRODUCERS", "RULES", "Context", "Event", "UnknownShapeError", "describe", "find_rule", "register_rule"]
+__all__ = ["PRODUCERS", "RULES", "Context", "Event", "describe", "find_rule", "register_rule"]

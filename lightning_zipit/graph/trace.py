@@ -74,9 +74,8 @@ def trace(
     merge_graph = _Analysis(backbone, graph, shapes, trunk, stop_at).result()
     if not any(space.tap for space in merge_graph.spaces.values()):
         raise ConfigurationError(
-            f"stop_at={stop_at!r} leaves no layer with weights in the trunk, so there is nothing to merge: name "
-            f"a later "
-            "module."
+            f"stop_at={stop_at!r} leaves no layer with weights in the trunk, so there is nothing to merge: "
+            "name a later module."
             if stop_at
             else "The backbone has no layer with weights before its last, so there is nothing to merge."
         )
@@ -101,8 +100,7 @@ def _record(backbone: nn.Module) -> fx.Graph:
     if len(inputs) != 1:
         raise TraceError(
             f"{type(backbone).__name__}.forward takes {len(inputs)} inputs ({', '.join(inputs)}); a backbone "
-            f"takes one. "
-            "Name a submodule with one input as `backbone`."
+            "takes one. Name a submodule with one input as `backbone`."
         )
     for node in list(graph.nodes):
         if node.op == "placeholder" and node.name not in inputs:
@@ -130,8 +128,7 @@ def _cannot_follow(backbone: nn.Module, error: Exception) -> str:
     line = f' at {own[-1].filename}:{own[-1].lineno}, in {own[-1].name}: "{own[-1].line}"' if own else ""
     return (
         f"torch.fx cannot follow {type(backbone).__name__}.forward{line}: {error}\nName a submodule without "
-        f"that line as "
-        "`backbone`, or hide the block behind a leaf module with `lightning_zipit.graph.register_rule`."
+        "that line as `backbone`, or hide the block behind a leaf module with `lightning_zipit.graph.register_rule`."
     )
 
 
