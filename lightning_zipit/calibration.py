@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from lightning_zipit.errors import CalibrationError
-from lightning_zipit.graph import MergeGraph
+from lightning_zipit.graph import MergeGraph, Tap
 from lightning_zipit.statistics import FeatureStatistics, Moments
 
 
@@ -65,14 +65,21 @@ class Calibration:
     def __init__(
         self, graph: MergeGraph, networks: Mapping[str, nn.Module], dtype: torch.dtype = torch.float32
     ) -> None:
+        self.networks = dict(networks)
         self.tasks = list(networks)
         self.lockstep = Lockstep(graph, list(networks.values()))
         self.taps = {name: space.tap for name, space in graph.spaces.items() if space.tap is not None}
+        self.measured: dict[str, str] = {}  # per space, the one whose statistics it shares: they read the same entries
         self.at_node: dict[str, list[str]] = defaultdict(list)
+        same: dict[object, str] = {}
         for name, tap in self.taps.items():
-            self.at_node[tap.node].append(name)
+            where = (tap.node, tap.block.starts, tap.block.repeat)
+            self.measured[name] = same.setdefault(where, name)
+            if self.measured[name] == name:
+                self.at_node[tap.node].append(name)
         self.statistics = {
-            name: FeatureStatistics([graph.spaces[name].size] * len(networks), dtype) for name in self.taps
+            name: FeatureStatistics([len(self.taps[name].block.starts)] * len(networks), dtype)
+            for name in dict.fromkeys(self.measured.values())
         }
 
     def update(self, x: Tensor) -> None:
@@ -113,4 +120,18 @@ class Calibration:
 
     def compute(self) -> dict[str, Moments]:
         """Moments of every space over the batches of all processes."""
-        return {name: statistics.compute() for name, statistics in self.statistics.items()}
+        moments = {name: statistics.compute() for name, statistics in self.statistics.items()}
+        return {name: self._project(tap, moments[self.measured[name]]) for name, tap in self.taps.items()}
+
+    def _project(self, tap: Tap, moments: Moments) -> Moments:
+        """The moments of linear functions of what was measured: W C Wᵀ, summed over queries and keys."""
+        if not tap.projections:
+            return moments
+        means, covariances = [], []
+        for projection in tap.projections:
+            weights = [network.get_parameter(projection.weight).detach() for network in self.networks.values()]
+            rows = torch.tensor(projection.rows)
+            weight = torch.block_diag(*(weight[rows.to(weight.device)].to(moments.mean) for weight in weights))
+            means.append(weight @ moments.mean)
+            covariances.append(weight @ moments.covariance @ weight.T)
+        return Moments(moments.count, torch.stack(means).mean(0), torch.stack(covariances).sum(0))

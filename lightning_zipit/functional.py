@@ -230,6 +230,44 @@ def permute(similarity: Tensor, num_models: int) -> Tensor:
     return torch.cat(labels)
 
 
+def unit_similarity(similarity: Tensor, members: Tensor, num_models: int) -> Tensor:
+    """How alike units of features are, such as the heads of attention: the mean similarity of their best matching.
+
+    Args:
+        similarity: of the features of a space, models side by side, ``(N·C, N·C)``.
+        members: the features of each unit of one model, ``(G, d)`` with G·d = C.
+        num_models: N.
+
+    Returns:
+        float64 ``(N·G, N·G)``, symmetric.
+
+    Raises:
+        ValueError: if ``similarity`` does not fit ``members`` and ``num_models``.
+
+    Example:
+        >>> similarity = torch.tensor([[1.0, 0.1, 0.2, 0.9], [0.1, 1.0, 0.8, 0.3], [0.2, 0.8, 1.0, 0.0],
+        ...                            [0.9, 0.3, 0.0, 1.0]])
+        >>> unit_similarity(similarity, torch.tensor([[0, 1]]), num_models=2)
+        tensor([[1.0000, 0.8500],
+                [0.8500, 1.0000]], dtype=torch.float64)
+    """
+    check_matching(similarity, num_models)
+    units, size = members.shape
+    if num_models * units * size != len(similarity):
+        raise ValueError(
+            f"`members` are {units}·{size} features, but `similarity` holds {len(similarity) // num_models} a model."
+        )
+    order = torch.cat([members.flatten() + model * units * size for model in range(num_models)])
+    ordered = similarity.detach().double().cpu()[order][:, order].numpy()
+    blocks = ordered.reshape(num_models * units, size, num_models * units, size).swapaxes(1, 2)
+    result = np.empty(blocks.shape[:2])
+    for first in range(len(blocks)):
+        for second in range(first, len(blocks)):
+            rows, columns = linear_sum_assignment(blocks[first, second], maximize=True)
+            result[first, second] = result[second, first] = blocks[first, second][rows, columns].mean()
+    return torch.from_numpy(result)
+
+
 def average(num_features: int, num_models: int) -> Tensor:
     """Match feature ``c`` of every model to feature ``c`` of the first: merging is then plain weight averaging.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_zipit import functional as F
-from lightning_zipit.graph import AxisRef, MergeGraph
+from lightning_zipit.graph import AxisRef, FeatureSpace, MergeGraph
+from lightning_zipit.graph.spaces import unit_members, units_first
 from lightning_zipit.matchers import Matcher
 from lightning_zipit.statistics import Moments
 
@@ -49,18 +51,58 @@ def match(
         num_models: N.
 
     Returns:
-        The maps of all spaces (those that are pinned or not measured are matched by number), and the similarities of
-        those that were measured.
+        The maps of all spaces (those that are pinned or not measured are matched by number; groups and heads first,
+        then features within those that have become one), and the similarities of those that were measured.
     """
-    maps, similarities = {}, {}
-    for name, space in graph.spaces.items():
-        if name in moments:
-            similarities[name] = F.correlation(moments[name].covariance)
+    similarities = {name: F.correlation(moments[name].covariance) for name in graph.spaces if name in moments}
+    members = defaultdict(list)
+    for space in graph.spaces.values():
+        if space.units is not None:
+            members[space.units].append(space)
+    maps: dict[str, SpaceMap] = {}
+    for name in units_first(graph):
+        space = graph.spaces[name]
+        if not space.pinned and members[name]:
+            similarities.update(_of_units(space, members[name], similarities, num_models))
+        if space.units is not None:
+            labels = _match_within(space, maps[space.units].labels, similarities.get(name), matcher, num_models)
+        elif name in similarities:
             labels = matcher(similarities[name], num_models)
         else:
             labels = F.average(num_models * space.size, num_models)
         maps[name] = SpaceMap(labels.cpu(), num_models)
     return maps, similarities
+
+
+def _of_units(
+    units: FeatureSpace, members: list[FeatureSpace], similarities: Mapping[str, Tensor], num_models: int
+) -> dict[str, Tensor]:
+    """The similarity of groups or heads: how well the features of two can be matched, over all their spaces."""
+    known = [similarities[units.name]] if units.name in similarities else []
+    known += [
+        F.unit_similarity(similarities[space.name], unit_members(space), num_models)
+        for space in members
+        if space.name in similarities
+    ]
+    return {units.name: torch.stack(known).mean(0)} if known else {}
+
+
+def _match_within(
+    space: FeatureSpace, units: Tensor, similarity: Tensor | None, matcher: Matcher, num_models: int
+) -> Tensor:
+    """Match the features of the units that have become one; ``units`` are the labels of all units, ``(N·G,)``."""
+    members = unit_members(space)  # (G, d)
+    everyone = torch.cat([members + model * space.size for model in range(num_models)])  # (N·G, d)
+    labels = torch.empty(num_models * space.size, dtype=torch.int64)
+    for unit, merged in enumerate(members):
+        together = everyone[units == unit]  # (k, d)
+        features = together.flatten()
+        if similarity is None or len(together) == 1:
+            within = F.average(len(features), len(together))
+        else:
+            within = matcher(similarity[features][:, features], len(together)).cpu()
+        labels[features] = merged[within]
+    return labels
 
 
 def contract(weight: Tensor, axes: Sequence[AxisRef | None], maps: Mapping[str, SpaceMap], source: int) -> Tensor:
@@ -76,16 +118,14 @@ def contract(weight: Tensor, axes: Sequence[AxisRef | None], maps: Mapping[str, 
         float64, of the shape of ``weight``.
     """
     weight = weight.detach().cpu().double()
-    for axis, ref in enumerate(axes):
-        if ref is None:
-            continue
-        index = ref.index({space: maps[space].targets(source) for space in ref.spaces})
+    known = [(axis, ref) for axis, ref in enumerate(axes) if ref is not None]
+    for axis, ref in sorted(known, key=lambda item: item[1].groups == 1):  # groups are rows of the source's order
         if ref.role == "producer":
             shares = torch.ones(ref.size, dtype=torch.float64)
             for block in ref.blocks:
                 shares[block.entries()] = maps[block.space].shares(source)[:, None]
-            weight = weight * shares.reshape(-1, *[1] * (weight.ndim - axis - 1))
-        weight = torch.zeros_like(weight).index_add_(axis, index, weight)
+            weight = weight * ref.along(shares, weight, axis)
+        weight = ref.scatter_add(weight, axis, {space: maps[space].targets(source) for space in ref.spaces})
     return weight
 
 

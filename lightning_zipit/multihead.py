@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from lightning_zipit.errors import CheckpointError, ConfigurationError, UnknownShapeError
+from lightning_zipit.errors import CheckpointError, ConfigurationError
 from lightning_zipit.graph import MergeGraph
 from lightning_zipit.rebuild import build_head, build_trunk
 from lightning_zipit.report import MergeReport
@@ -270,7 +270,7 @@ class MultiHeadModule(MultiTaskModule):
         backbone: dotted name of the merged part in each, ``""`` for the whole ``forward``.
         settings: where the trunk ends.
         merged: trunk, heads and report of a merge.
-        input_shape: the shape of one input of the backbone, where its reshapes need it.
+        example_input: an input of the backbone, where one that fits cannot be guessed; its values do not matter.
 
     Raises:
         ConfigurationError: if the models cannot be merged.
@@ -290,12 +290,12 @@ class MultiHeadModule(MultiTaskModule):
         backbone: str = "",
         settings: MergeSettings | None = None,
         merged: MergedBackbone | None = None,
-        input_shape: Sequence[int] | None = None,
+        example_input: Tensor | None = None,
     ) -> None:
         models = name_tasks(models)
         settings = settings or MergeSettings()
-        shape = merged.input_shape if merged is not None else input_shape
-        graphs = merged.graphs if merged is not None else _trace_models(models, backbone, settings, shape)
+        example = merged.example if merged is not None else example_input
+        graphs = merged.graphs if merged is not None else _trace_models(models, backbone, settings, example)
         if merged is None:
             trunk: nn.Module = build_trunk(next(iter(graphs.values())))
             heads: Mapping[str, nn.Module] = {task: build_head(graph) for task, graph in graphs.items()}
@@ -313,7 +313,8 @@ class MultiHeadModule(MultiTaskModule):
             "backbone": backbone,
             "stop_at": settings.stop_at,
             "merge_heads": settings.merge_heads,
-            "input_shape": None if shape is None else list(shape),
+            "input_shape": None if example is None else list(example.shape[1:]),
+            "input_dtype": None if example is None else str(example.dtype).removeprefix("torch."),
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -359,7 +360,7 @@ class MultiHeadModule(MultiTaskModule):
             for task, description in record["sources"].items()
         }
         settings = MergeSettings(stop_at=record["stop_at"], merge_heads=record["merge_heads"])
-        module = cls(sources, record["backbone"], settings, input_shape=record["input_shape"])
+        module = cls(sources, record["backbone"], settings, example_input=_read_example(record))
         try:
             module.load_state_dict(checkpoint["state_dict"])
         except (RuntimeError, KeyError) as error:
@@ -372,15 +373,16 @@ class MultiHeadModule(MultiTaskModule):
 
 
 def _trace_models(
-    models: Mapping[str, LightningModule], backbone: str, settings: MergeSettings, shape: Sequence[int] | None
+    models: Mapping[str, LightningModule], backbone: str, settings: MergeSettings, example: Tensor | None
 ) -> dict[str, MergeGraph]:
     networks = {task: get_backbone(model, backbone) for task, model in models.items()}
-    try:
-        return trace_all(networks, settings)
-    except UnknownShapeError:
-        if shape is None:
-            raise
-        return trace_all(networks, settings, like(torch.zeros(2, *shape), next(iter(networks.values()))))
+    return trace_all(networks, settings, None if example is None else like(example, next(iter(networks.values()))))
+
+
+def _read_example(record: Mapping[str, Any]) -> Tensor | None:
+    if record["input_shape"] is None:
+        return None
+    return torch.zeros(1, *record["input_shape"], dtype=getattr(torch, record.get("input_dtype") or "float32"))
 
 
 def read_checkpoint(path: str | Path | IO[bytes], map_location: Any = None) -> dict[str, Any]:

@@ -31,11 +31,8 @@ class Unmerge(nn.Module):
         self.register_buffer("index", torch.arange(size))
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x`` with ``size`` entries along the axis, or a multiple of it after a flatten."""
-        if x.shape[self.axis] == len(self.index):
-            return x.index_select(self.axis, self.index)
-        blocks = x.unflatten(self.axis, (len(self.index), -1))
-        return blocks.index_select(self.axis, self.index).flatten(self.axis, self.axis + 1)
+        """``x`` with ``size`` entries along the axis."""
+        return x.index_select(self.axis, self.index)
 
     def extra_repr(self) -> str:
         return f"{len(self.index)}, axis={self.axis}"

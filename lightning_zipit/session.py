@@ -67,14 +67,14 @@ class MergedBackbone:
         trunk: from the input to a tuple of what the heads take.
         heads: per task, from what the trunk hands over to the network's output.
         report: what the merge did.
-        input_shape: the shape of one calibration sample, without the batch.
+        example: zeros of the shape and type of one calibration sample, ``(1, …)``.
         graphs: the merge graph of each source network.
     """
 
     trunk: nn.Module
     heads: dict[str, nn.Module]
     report: MergeReport
-    input_shape: tuple[int, ...]
+    example: Tensor
     graphs: dict[str, MergeGraph]
 
 
@@ -96,7 +96,7 @@ class MergeSession:
         self.merged: MergedBackbone | None = None
         self._calibration: Calibration | None = None
         self._working: dict[str, nn.Module] = {}
-        with suppress(UnknownShapeError):  # traced again on the first batch, whose sizes say what its reshapes mean
+        with suppress(UnknownShapeError):  # traced again on the first batch, if its size is another
             self.graphs = trace_all(self.backbones, settings)
 
     @property
@@ -128,10 +128,10 @@ class MergeSession:
             self._calibration.check_finite()
 
     def _start(self, x: Tensor, networks: Mapping[str, nn.Module]) -> Calibration:
-        self._input_shape = tuple(x.shape[1:])
+        self._example = torch.zeros_like(x[:1], device="cpu")
         example = x[:8].detach()
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            if not self.graphs:
+            if not self.graphs or any(graph.input_shape != x.shape[1:] for graph in self.graphs.values()):
                 self.graphs = trace_all(self.backbones, self.settings, like(example, self._first))
             task = next(iter(networks))
             if self.settings.verify:
@@ -170,11 +170,11 @@ class MergeSession:
                 set_unmerges(heads[task], self.graphs[task], maps, source)
             report = MergeReport(report_spaces(graph, maps, similarities), *self._costs(trunk, heads))
         self._calibration = None  # the statistics have served
-        self.merged = MergedBackbone(trunk, heads, report, self._input_shape, self.graphs)
+        self.merged = MergedBackbone(trunk, heads, report, self._example, self.graphs)
         return self.merged
 
     def _costs(self, trunk: nn.Module, heads: Mapping[str, nn.Module]) -> tuple[dict[str, Cost], Cost]:
-        x = like(torch.zeros(1, *self._input_shape), self._first)
+        x = like(self._example, self._first)
         sources = {}
         for task, network in self.backbones.items():
             with evaluating(network):

@@ -15,7 +15,7 @@ from lightning_zipit.report import Cost, SpaceReport, measure_cost, report_space
 
 def report_of(labels, num_models, similarity=None, reader="fc"):
     """The report of one space, that is called "conv"."""
-    tap = Tap("node", 1, Block("conv", range(3)), reader) if reader else None
+    tap = Tap("node", (1,), Block("conv", range(3)), reader) if reader else None
     spaces = {"conv": FeatureSpace("conv", len(labels) // num_models, (), (), tap)}
     graph = MergeGraph(spaces, {}, (), frozenset(), None, nn.Identity(), fx.Graph())
     similarities = {} if similarity is None else {"conv": similarity}

@@ -2,13 +2,13 @@
 
 import lightning_zipit.graph.rules  # noqa: F401  (fills the registry)
 from lightning_zipit.graph.interpret import Context, register_rule
-from lightning_zipit.graph.spaces import AxisRef, Block, Crossing, FeatureSpace, MergeGraph, Tap
-from lightning_zipit.graph.trace import evaluating, trace
-from lightning_zipit.graph.values import BATCH, Features, Parameter, Plain
+from lightning_zipit.graph.shapes import evaluating
+from lightning_zipit.graph.spaces import AxisRef, Block, Crossing, FeatureSpace, MergeGraph, Projection, Tap
+from lightning_zipit.graph.trace import trace
+from lightning_zipit.graph.values import Features, Parameter, Plain
 from lightning_zipit.graph.verify import permute_spaces, verify_graph
 
 __all__ = [
-    "BATCH",
     "AxisRef",
     "Block",
     "Context",
@@ -18,6 +18,7 @@ __all__ = [
     "MergeGraph",
     "Parameter",
     "Plain",
+    "Projection",
     "Tap",
     "evaluating",
     "permute_spaces",

@@ -48,14 +48,14 @@ def _last_layers(backbone: nn.Module, nodes: list[fx.Node], shapes: dict[str, tu
     """The nodes whose parameters make the features that the network returns."""
     ctx = Context(backbone, shapes)
     values = ctx.run(nodes, {}, tolerant=set(nodes))
-    output = [value.ids for value in leaves(values[nodes[-1]]) if isinstance(value, (Features, Opaque))]
+    output = [value.ids.ravel() for value in leaves(values[nodes[-1]]) if isinstance(value, (Features, Opaque))]
     component = ctx.components()
     returned = component[np.concatenate(output)] if output else np.empty(0)
     return {
         event.node
         for events in ctx.events.values()
         for event in events
-        if event.role == "producer" and np.isin(component[event.entries], returned).any()
+        if event.kind == "producer" and np.isin(component[event.entries], returned).any()
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -13,26 +13,29 @@ from scipy.sparse.csgraph import connected_components
 from torch import fx, nn
 
 from lightning_zipit.errors import TraceError
-from lightning_zipit.graph.spaces import Role
-from lightning_zipit.graph.values import BATCH, Features, Ids, Opaque, Parameter, Plain, leaves
+from lightning_zipit.graph.values import Features, Ids, Opaque, Parameter, Plain, Value, leaves
 
 Rule = Callable[..., Any]
 RULES: dict[Any, Rule] = {}
-"""Operator (a module class, a function, or the name of a tensor method) → what it does to features."""
+"""Operator (a module class, a function, their dotted name, or the name of a tensor method) → what it does."""
 PRODUCERS: set[Rule] = set()
 """Rules whose output features are new whatever comes in."""
+OWN_FORWARD: set[Rule] = set()
+"""Rules of module classes that do not hold for a subclass with a forward of its own."""
+
+EventKind: TypeAlias = Literal["producer", "consumer", "reader", "crossing"]
 
 
 def register_rule(op_or_module: Any, rule: Rule) -> None:
     """Teach tracing an operator.
 
     Args:
-        op_or_module: a module class, a function, or the name of a tensor method. A module class with a rule is not
-            traced into.
+        op_or_module: a module class, a function, the dotted name of either (``"package.module.Block"``, so that
+            nothing need be imported), or the name of a tensor method. A module class with a rule is not traced into.
         rule: ``rule(ctx, *args, **kwargs)`` for functions and methods, ``rule(ctx, module, *args, **kwargs)`` for
             modules. Tensors arrive as :class:`Features` (or :class:`Plain` where they hold none), parameters that a
             function is given as :class:`Parameter`, all else as it is. It returns the value of the output, and says
-            with ``ctx.tie``, ``ctx.write`` and ``ctx.read`` what belongs together.
+            with ``ctx.tie``, ``ctx.units``, ``ctx.write`` and ``ctx.read`` what belongs together.
 
     Example:
         >>> class Scale(nn.Module):
@@ -51,13 +54,60 @@ def register_rule(op_or_module: Any, rule: Rule) -> None:
 
 @dataclass(frozen=True)
 class Event:
-    """An axis that holds features: of a parameter, or of a value that crosses into the heads (role ``None``)."""
+    """Something that holds features in an order: an axis of a parameter, or a value that is read where it is.
+
+    Attributes:
+        name: the parameter, or the node that reads.
+        axis: the axis of the parameter.
+        entries: the feature of every entry.
+        kind: what it does with them; a reader has no weights, and a crossing passes into the heads.
+        value: the tensor that is read.
+        node: the node that reads or writes.
+        groups: see :attr:`AxisRef.groups`.
+    """
 
     name: str
     axis: int
     entries: Ids
-    role: Role | None
+    kind: EventKind
+    value: Features | None
+    node: fx.Node
+    groups: int = 1
+
+
+@dataclass(frozen=True)
+class Nesting:
+    """Features that can be reordered within their unit, and across units only as far as whole units are.
+
+    Attributes:
+        members: the features of each unit, ``(units, features)``.
+        units: the features that stand for the units, ``(units,)``.
+        kind: for people: ``"groups"`` or ``"heads"``.
+        node: the operator that nests them.
+    """
+
+    members: Ids
+    units: Ids
+    kind: str
+    node: fx.Node
+
+
+@dataclass(frozen=True)
+class Projected:
+    """Features that no node of the graph holds, as a linear function of a value.
+
+    Attributes:
+        ids: the features, one for each row of the weight.
+        value: what the weight is applied to.
+        weight: the parameter, ``(features, inputs)``.
+        start: the row of the first of ``ids``.
+        node: the operator that hides them.
+    """
+
+    ids: Ids
     value: Features
+    weight: str
+    start: int
     node: fx.Node
 
 
@@ -66,14 +116,17 @@ class Context:
 
     Args:
         module: the traced backbone.
-        shapes: sizes of tensors by node name, where an example input was given.
+        shapes: sizes of tensors by node name.
     """
 
     def __init__(self, module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
         self.module = module
         self.shapes = shapes
         self.events: dict[tuple[str, int], list[Event]] = {}
-        self.pinned: list[Ids] = []
+        self.nestings: list[Nesting] = []
+        self.projected: list[Projected] = []
+        self.pinned: list[tuple[Ids, str]] = []
+        self.mixed: list[Ids] = []
         self.opaque: list[Ids] = []
         self.node: fx.Node
         self._edges: list[tuple[Ids, Ids]] = []
@@ -82,44 +135,96 @@ class Context:
         for name, tensor in (*module.named_parameters(), *module.named_buffers()):
             self._canonical.setdefault(id(tensor), name)
 
-    def fresh(self, count: int) -> Ids:
+    # What rules say of features
+
+    def fresh(self, *sizes: int) -> Ids:
         """New features, tied to nothing yet."""
-        self._count += count
-        return np.arange(self._count - count, self._count)
+        first = self._count
+        self._count += int(np.prod(sizes))
+        return np.arange(first, self._count).reshape(sizes)
 
     def tie(self, first: Ids, second: Ids) -> None:
         """Feature k of both must be merged alike."""
-        if len(first) != len(second):
-            raise self.error(f"it ties {len(first)} features to {len(second)}")
+        if first.size != second.size:
+            raise self.error(f"it ties {first.size} features to {second.size}")
         if first is not second:
-            self._edges.append((first, second))
+            self._edges.append((first.ravel(), second.ravel()))
 
-    def pin(self, features: Features) -> None:
+    def pin(self, features: Features | Ids, why: str) -> None:
         """The features keep the order that they have: it means the same in all models."""
-        self.pinned.append(features.ids)
+        self.pinned.append((features.ids.ravel() if isinstance(features, Features) else features.ravel(), why))
+
+    def units(self, members: Ids, kind: str, units: Ids | None = None) -> Ids:
+        """Features that stand for the rows of ``members``, which can be reordered only as wholes.
+
+        Args:
+            members: the features of each unit, ``(units, features)``.
+            kind: for people: what a unit is.
+            units: the features that stand for them, where there are some already.
+
+        Returns:
+            ``(units,)``.
+        """
+        if members.shape[1] == 1:
+            if units is not None:
+                self.tie(units, members[:, 0])
+            return members[:, 0]
+        units = self.fresh(len(members)) if units is None else units
+        if len(members) > 1:
+            self.nestings.append(Nesting(members, units, kind, self.node))
+        return units
+
+    def mix(self, features: Features) -> None:
+        """The operator mixes the features symmetrically: they can be reordered, but not unmerged behind it."""
+        self.mixed.append(features.ids.ravel())
+
+    @property
+    def rank(self) -> int:
+        """The number of axes of the tensor that the operator at hand returns."""
+        return len(self.shapes[self.node.name])
+
+    # What rules say of parameters
 
     def parameter(self, name: str) -> Parameter | None:
         """A parameter or buffer of the module at hand, by its name there; ``None`` where it has none."""
         owner = self.module.get_submodule(str(self.node.target))
-        tensor = getattr(owner, name)
+        *path, leaf = name.split(".")
+        owner = owner.get_submodule(".".join(path))
+        tensor = getattr(owner, leaf)
         return None if tensor is None else self._named(tensor, f"{self.node.target}.{name}")
 
-    def write(self, parameter: Parameter | None, axis: int, value: Features) -> None:
-        """Entry k of the parameter's axis belongs to entry k of the feature axis, and makes it."""
-        self._note(parameter, axis, value, value.entries(), "producer")
+    def weight(self, name: str = "weight") -> Parameter:
+        """A parameter that the module at hand must have."""
+        parameter = self.parameter(name)
+        if parameter is None:
+            raise self.error(f"it has no `{name}`")
+        return parameter
 
-    def read(self, parameter: Parameter, axis: int, value: Features | Plain) -> None:
-        """The parameter's axis is contracted with the feature axis."""
-        if not isinstance(value, Features):
-            return
-        size = parameter.shape[axis]
-        repeat = value.repeat if value.repeat is not None else size // len(value.ids)
-        if len(value.ids) * repeat != size:
-            raise self.error(
-                f"`{parameter.name}` reads {size} entries, but it is given {len(value.ids)} features with "
-                f"{value.repeat or 'an equal number of'} entries each"
+    def write(self, parameter: Parameter | None, axis: int, value: Features | Ids, groups: int = 1) -> None:
+        """Entry k of the parameter's axis belongs to entry k of the feature axis, and makes it.
+
+        With ``groups``, entry k of a row in the parameter's g-th part belongs to entry k of the g-th part of the
+        features.
+        """
+        self._note(parameter, axis, value, "producer", groups)
+
+    def read(self, parameter: Parameter, axis: int, value: Value | Ids, groups: int = 1) -> None:
+        """The parameter's axis is contracted with the feature axis; for ``groups`` see :meth:`write`."""
+        if not isinstance(value, (Plain, Parameter)):
+            self._note(parameter, axis, value, "consumer", groups)
+
+    def observe(self, value: Features) -> None:
+        """The features are read here by an operator without weights, such as the product of queries and keys."""
+        self._add(
+            Event(
+                f"{self.node.name} {value.node and value.node.name}", 0, value.ids.ravel(), "reader", value, self.node
             )
-        self._note(parameter, axis, value, value.entries(repeat), "consumer")
+        )
+
+    def project(self, ids: Ids, value: Value, weight: Parameter, start: int = 0) -> None:
+        """The features are rows of a weight applied to a value, and no node holds them: how to measure them."""
+        if isinstance(value, Features) and value.axes == (value.rank - 1,):
+            self.projected.append(Projected(ids.ravel(), value, weight.name, start, self.node))
 
     def error(self, reason: str, kind: type[TraceError] = TraceError) -> TraceError:
         """An error that names the operator at hand, where it stands, and the ways out."""
@@ -129,30 +234,73 @@ class Context:
             "leaf module with a rule of its own, or merge less: another `backbone`, or a `stop_at` before it."
         )
 
-    def components(self) -> Ids:
-        """Per feature, the number of the set of features that it is tied to."""
-        pairs = [np.concatenate(side) if side else np.empty(0, np.int64) for side in (*zip(*self._edges, strict=True),)]
-        first, second = pairs or (np.empty(0, np.int64),) * 2
-        ties = coo_array((np.ones(len(first), np.int8), (first, second)), shape=(self._count, self._count))
-        return connected_components(ties, directed=False)[1].astype(np.int64)
-
-    def _named(self, tensor: torch.Tensor, name: str) -> Parameter:
-        return Parameter(self._canonical.get(id(tensor), name), tuple(tensor.shape))
-
-    def _note(self, parameter: Parameter | None, axis: int, value: Features, entries: Ids, role: Role | None) -> None:
-        if parameter is None:
-            return
-        if role == "producer" and len(entries) != parameter.shape[axis]:
-            raise self.error(f"`{parameter.name}` has {parameter.shape[axis]} entries for {len(entries)} features")
-        known = self.events.setdefault((parameter.name, axis), [])
-        if known:  # a parameter in two places
-            self.tie(known[0].entries, entries)
-        known.append(Event(parameter.name, axis, entries, role, value, self.node))
-
     def cross(self, value: Features) -> None:
         """Take note of a value that the heads read."""
-        extent = Parameter(f"crossing {self.node.name}", ())
-        self._note(extent, value.axis, value, value.entries(), None)
+        self._add(Event(f"crossing {self.node.name}", value.axes[0], value.ids.ravel(), "crossing", value, self.node))
+
+    def _named(self, tensor: torch.Tensor, name: str) -> Parameter:
+        known = self._canonical.get(id(tensor))
+        if known is None and not isinstance(tensor, nn.UninitializedParameter):
+            raise self.error(
+                f"its `{name.rpartition('.')[2]}` is computed from other parameters; take weight norm and the like off "
+                "first, with `torch.nn.utils.parametrize.remove_parametrizations(module, 'weight')` or "
+                "`torch.nn.utils.remove_weight_norm(module)`, on a copy of the trained model"
+            )
+        if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)):
+            raise self.error("it has no weight yet: run a batch through the model before merging it")
+        return Parameter(known or name, tuple(tensor.shape), tuple(range(tensor.ndim)))
+
+    def _note(
+        self, parameter: Parameter | None, axis: int, value: Features | Ids, kind: EventKind, groups: int
+    ) -> None:
+        if parameter is None:
+            return
+        entries, tensor = (value.ids, value) if isinstance(value, Features) else (value, None)
+        if entries.size != groups * parameter.shape[axis]:
+            raise self.error(
+                f"`{parameter.name}` has {groups * parameter.shape[axis]} entries for {entries.size} features"
+            )
+        origin = parameter.axes[axis]
+        if origin is None:
+            raise self.error(
+                f"`{parameter.name}` is reshaped in a way that hides which of its entries is which feature"
+            )
+        self._add(Event(parameter.name, origin, entries.ravel(), kind, tensor, self.node, groups))
+
+    def _add(self, event: Event) -> None:
+        known = self.events.setdefault((event.name, event.axis), [])
+        if known:  # a parameter in two places
+            self.tie(known[0].entries, event.entries)
+        known.append(event)
+
+    # What is tied in the end
+
+    def components(self) -> Ids:
+        """Per feature, the number of the set of features that it is tied to; units of one feature are tied too."""
+        while True:
+            component = self._connected()
+            pairs = [
+                (component[nesting.members].ravel(), np.repeat(component[nesting.units], nesting.members.shape[1]))
+                for nesting in self.nestings
+            ]
+            if not pairs:
+                return component
+            members, units = (np.concatenate(side) for side in zip(*pairs, strict=True))
+            order = np.lexsort((units, members))
+            members, units = members[order], units[order]
+            several = (members[1:] == members[:-1]) & (units[1:] != units[:-1])
+            if not several.any():
+                return component
+            first = np.zeros(self._count, np.int64)
+            first[component] = np.arange(self._count)  # a feature of each component
+            self._edges.append((first[units[1:][several]], first[units[:-1][several]]))
+
+    def _connected(self) -> Ids:
+        if not self._edges:
+            return np.arange(self._count)
+        first, second = (np.concatenate(side) for side in zip(*self._edges, strict=True))
+        ties = coo_array((np.ones(len(first), np.int8), (first, second)), shape=(self._count, self._count))
+        return connected_components(ties, directed=False)[1].astype(np.int64)
 
     # Interpreting nodes
 
@@ -168,29 +316,27 @@ class Context:
                 if node not in tolerant:
                     raise
                 arguments = fx.map_arg((node.args, node.kwargs), values.__getitem__)
-                touched = [value.ids for value in leaves(arguments) if isinstance(value, (Features, Opaque))]
+                touched = [value.ids.ravel() for value in leaves(arguments) if isinstance(value, (Features, Opaque))]
                 values[node] = Opaque(np.unique(np.concatenate(touched)) if touched else np.empty(0, np.int64))
                 self.opaque.append(values[node].ids)
         return values
 
     def _with_node(self, value: Any, node: fx.Node) -> Any:
+        shape = self.shapes.get(node.name)
         if isinstance(value, Features):
-            shape = self.shapes.get(node.name)
-            if shape is not None and len(shape) == value.rank:
-                value = value.with_shape(
-                    *(BATCH if known is BATCH else size for size, known in zip(shape, value.shape, strict=True))
-                )
-            return replace(value, node=node)
-        if isinstance(value, Plain) and value.shape is None and node.name in self.shapes:
-            return Plain((BATCH, *self.shapes[node.name][1:]))
-        return value
+            return replace(value, shape=shape or value.shape, node=node)
+        return Plain(shape) if isinstance(value, Plain) and shape is not None else value
 
     def _run_node(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
         if node.op == "placeholder":
             return Plain()
         if node.op == "get_attr":
             owner, _, name = str(node.target).rpartition(".")
-            return self._named(getattr(self.module.get_submodule(owner), name), str(node.target))
+            tensor = getattr(self.module.get_submodule(owner), name)
+            if not isinstance(tensor, torch.Tensor):
+                return tensor
+            known = id(tensor) in self._canonical
+            return self._named(tensor, str(node.target)) if known else Plain(tuple(tensor.shape))
         args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
         if node.op == "output":
             return args[0]
@@ -208,26 +354,40 @@ class Context:
         if rule is None and any(isinstance(value, Features) for value in inputs):
             raise self.error("no rule knows what it does to features")
         if rule is None:
-            return self._constant(inputs)
+            return self.constant(inputs)
         return rule(self, *args, **kwargs)
 
-    def _constant(self, inputs: list[Any]) -> Any:
+    def constant(self, inputs: list[Any]) -> Any:
         """Arithmetic on sizes is done; whatever else touches no features is a plain tensor or an unknown number."""
         target = self.node.target
+        if self.node.name in self.shapes:
+            return Plain(self.shapes[self.node.name])
         if any(isinstance(value, (Plain, Parameter, nn.Module)) for value in inputs):
             return Plain()
         if callable(target) and target.__module__ in ("_operator", "math", "builtins"):
             known = all(isinstance(value, (int, float, str)) for value in inputs)
             return target(*inputs) if known else None
-        return None
+        return None if self.node.op != "call_function" else Plain()
+
+
+def module_rule_of(module: nn.Module) -> Rule | None:
+    """The rule of a module's class; it inherits those of its bases."""
+    for cls in type(module).__mro__:
+        rule = RULES.get(cls) or RULES.get(f"{cls.__module__}.{cls.__qualname__}")
+        if rule and (rule not in OWN_FORWARD or getattr(cls, "forward", None) is type(module).forward):
+            return rule
+    return None
 
 
 def find_rule(node: fx.Node, module: nn.Module) -> Rule | None:
-    """The rule for a node's operator; a module class inherits that of its bases."""
-    if node.op != "call_module":
-        return RULES.get(node.target)
-    classes = type(module.get_submodule(str(node.target))).__mro__
-    return next((RULES[cls] for cls in classes if cls in RULES), None)
+    """The rule for a node's operator."""
+    if node.op == "call_module":
+        return module_rule_of(module.get_submodule(str(node.target)))
+    target = node.target
+    if isinstance(target, str):
+        return RULES.get(target)
+    name = f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', '')}"
+    return RULES.get(target) or RULES.get(name)
 
 
 def _symbol(node: fx.Node, module: nn.Module) -> str:
@@ -244,6 +404,11 @@ def location(node: fx.Node) -> str:
     return stack[-1] if stack and stack[-1] else "the backbone's own forward"
 
 
+def place_of(node: fx.Node) -> str:
+    """The module that a node calls, or the one whose forward it stands in."""
+    return str(node.target) if node.op == "call_module" else location(node)
+
+
 def describe(node: fx.Node, module: nn.Module) -> str:
     """A node for people: its operator and the module that it is or stands in."""
     symbol = _symbol(node, module)
@@ -253,4 +418,14 @@ def describe(node: fx.Node, module: nn.Module) -> str:
     return f"{kind} `{symbol.strip(chr(39))}` in `{location(node)}` (node `{node.name}`)"
 
 
-__all__ = ["PRODUCERS", "RULES", "Context", "Event", "describe", "find_rule", "register_rule"]
+__all__ = [
+    "OWN_FORWARD",
+    "PRODUCERS",
+    "RULES",
+    "Context",
+    "Event",
+    "describe",
+    "find_rule",
+    "module_rule_of",
+    "register_rule",
+]

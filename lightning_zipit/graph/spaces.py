@@ -51,12 +51,15 @@ class AxisRef:
     Attributes:
         blocks: the spaces along the axis; entries outside all blocks hold no feature that is merged.
         role: whether the axis writes the spaces or reads them.
-        size: the length of the axis.
+        size: how many entries it holds, those of all groups.
+        groups: of a grouped convolution, whose axis 1 holds in the rows of each group the entries of that group only;
+            its length is then ``size / groups``.
     """
 
     blocks: tuple[Block, ...]
     role: Role
     size: int
+    groups: int = 1
 
     @property
     def whole(self) -> bool:
@@ -79,10 +82,33 @@ class AxisRef:
             index[entries] = entries[tables[block.space]]
         return index
 
+    def along(self, values: Tensor, weight: Tensor, axis: int) -> Tensor:
+        """Values per entry ``(size,)``, spread so that they broadcast with the weight whose axis this is."""
+        if self.groups == 1:
+            return values.reshape(-1, *[1] * (weight.ndim - axis - 1)).to(weight.device)
+        rows = values.reshape(self.groups, -1).repeat_interleave(weight.shape[0] // self.groups, 0)
+        return rows.reshape(len(rows), -1, *[1] * (weight.ndim - 2)).to(weight.device)
+
+    def gather(self, weight: Tensor, axis: int, tables: Mapping[str, Tensor]) -> Tensor:
+        """The weight whose entry k along the axis is entry ``index(tables)[k]`` of the given one."""
+        index = self.index(tables).to(weight.device)
+        if self.groups == 1:
+            return weight.index_select(axis, index)
+        within = self.along(index % (self.size // self.groups), weight, axis)
+        return weight.gather(axis, within.expand_as(weight))
+
+    def scatter_add(self, weight: Tensor, axis: int, tables: Mapping[str, Tensor]) -> Tensor:
+        """The weight whose entry ``index(tables)[k]`` along the axis is the sum of the entries k of the given one."""
+        index, zeros = self.index(tables).to(weight.device), torch.zeros_like(weight)
+        if self.groups == 1:
+            return zeros.index_add_(axis, index, weight)
+        within = self.along(index % (self.size // self.groups), weight, axis)
+        return zeros.scatter_add_(axis, within.expand_as(weight), weight)
+
     def __str__(self) -> str:
         arrow = "→" if self.role == "producer" else "←"
         names = self.blocks[0].space if self.whole else " + ".join(map(str, self.blocks))
-        return f"{arrow} {names}"
+        return f"{arrow} {names}" + (f" in {self.groups} groups" if self.groups > 1 else "")
 
 
 @dataclass(frozen=True)
@@ -91,23 +117,34 @@ class Tap:
 
     Attributes:
         node: name of the graph node whose output is measured.
-        axis: the axis that holds the features.
-        block: the entries of that axis that are this space.
+        axes: the axes that hold the features.
+        block: the entries along them that are this space, or that its projections read.
         reader: for people: the module that reads the tensor there.
+        projections: rows of weights that give the features, where the measured tensor is what a projection inside
+            attention reads; queries and keys are two projections of one space.
     """
 
     node: str
-    axis: int
+    axes: tuple[int, ...]
     block: Block
     reader: str
+    projections: tuple[Projection, ...] = ()
 
     def samples(self, value: Tensor) -> Tensor:
         """The measured tensor as ``(batch × positions, features)``."""
-        channels_last = value.movedim(self.axis, -1)
-        if self.block.starts == range(channels_last.shape[-1]) and self.block.repeat == 1:
-            return channels_last.reshape(-1, channels_last.shape[-1])
-        chosen = channels_last[..., self.block.entries().to(value.device)]  # (…, features, repeat)
+        last = value.movedim(self.axes, tuple(range(-len(self.axes), 0))).flatten(-len(self.axes))
+        if self.block.starts == range(last.shape[-1]) and self.block.repeat == 1:
+            return last.reshape(-1, last.shape[-1])
+        chosen = last[..., self.block.entries().to(value.device)]  # (…, features, repeat)
         return chosen.movedim(-1, -2).reshape(-1, chosen.shape[-2])
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Features as rows of a weight: feature k is row ``rows[k]``."""
+
+    weight: str
+    rows: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -119,9 +156,12 @@ class FeatureSpace:
         size: how many features it has.
         producers: parameter and axis of everything that writes it.
         consumers: parameter and axis of everything that reads it.
-        tap: where it is measured; ``None`` where nothing reads it.
-        pinned: its features mean the same in all models (they are tied to the network's input or output), and are
-            matched by their index.
+        tap: where it is measured; ``None`` where nothing reads it, and for units, which are matched by their members.
+        pinned: why its features are matched by their number: they mean the same in all models, as those that are tied
+            to the network's input or output do. Empty where they are matched by what they do.
+        units: the space of the groups or heads that its features belong to. They are matched as wholes, and features
+            then within them; ``None`` where there are none.
+        unit_of: the unit of each feature, empty where there are none.
     """
 
     name: str
@@ -129,7 +169,9 @@ class FeatureSpace:
     producers: tuple[tuple[str, int], ...]
     consumers: tuple[tuple[str, int], ...]
     tap: Tap | None
-    pinned: bool = False
+    pinned: str = ""
+    units: str | None = None
+    unit_of: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -162,6 +204,9 @@ class MergeGraph:
         stop_at: the module that was asked for as the trunk's last; ``None`` zips down to the last layer.
         module: the traced backbone.
         fx_graph: its graph, as torch.fx recorded it.
+        held: per node of the trunk, the spaces that its output holds.
+        notes: for people: what is not merged by what it does, and why.
+        input_shape: the shape of one sample of the input that the sizes come from.
     """
 
     spaces: dict[str, FeatureSpace]
@@ -171,6 +216,9 @@ class MergeGraph:
     stop_at: str | None
     module: torch.nn.Module = field(repr=False)
     fx_graph: fx.Graph = field(repr=False)
+    held: dict[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
+    notes: tuple[str, ...] = ()
+    input_shape: tuple[int, ...] = ()
 
     def to_table(self) -> Table:
         """The table of axes for people: one row a parameter, one column an axis (``→`` writes, ``←`` reads)."""
@@ -181,6 +229,8 @@ class MergeGraph:
         for name, refs in self.axes.items():
             if any(refs):
                 table.add_row(name, *(str(ref) if ref else "·" for ref in refs))
+        table.caption = "\n".join(self.notes) or None
+        table.caption_justify = "left"
         return table
 
     def __str__(self) -> str:
@@ -191,6 +241,17 @@ class MergeGraph:
     def trunk_graph(self) -> Iterator[fx.Node]:
         """The nodes of the trunk in order of execution."""
         return (node for node in self.fx_graph.nodes if node.name in self.trunk_nodes)
+
+
+def unit_members(space: FeatureSpace) -> Tensor:
+    """The features of each unit, ``(units, features)``."""
+    order = torch.tensor(space.unit_of).argsort(stable=True)
+    return order.reshape(max(space.unit_of) + 1, -1)
+
+
+def units_first(graph: MergeGraph) -> list[str]:
+    """The names of all spaces, those of units before those of their members."""
+    return sorted(graph.spaces, key=lambda name: graph.spaces[name].units is not None)
 
 
 def as_starts(positions: np.ndarray) -> range | tuple[int, ...]:

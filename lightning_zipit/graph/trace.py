@@ -2,31 +2,76 @@
 
 from __future__ import annotations
 
+import math
 import traceback
 from collections import Counter, defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, fx, nn
 
 from lightning_zipit.errors import ConfigurationError, TraceError
 from lightning_zipit.graph.cut import find_trunk
-from lightning_zipit.graph.interpret import RULES, Context, Event, describe, find_rule, location
+from lightning_zipit.graph.interpret import Context, Event, describe, find_rule, module_rule_of, place_of
+from lightning_zipit.graph.notes import find_notes
 from lightning_zipit.graph.rules import POOLING
-from lightning_zipit.graph.spaces import AxisRef, Block, Crossing, FeatureSpace, MergeGraph, Tap, as_starts
-from lightning_zipit.graph.values import Features, Ids, Opaque, leaves, product
+from lightning_zipit.graph.shapes import evaluating, shapes_of
+from lightning_zipit.graph.spaces import (
+    AxisRef,
+    Block,
+    Crossing,
+    FeatureSpace,
+    MergeGraph,
+    Projection,
+    Tap,
+    as_starts,
+)
+from lightning_zipit.graph.values import Features, Ids, Opaque, leaves
 
 
 class Tracer(fx.Tracer):
     """Records modules that have a rule, and those of torch.nn, as single nodes; goes into all others."""
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
-        if isinstance(module, nn.Sequential):
+        if isinstance(module, (nn.Sequential, *FORWARDS)):
             return False
-        return super().is_leaf_module(module, qualified_name) or any(cls in RULES for cls in type(module).__mro__)
+        return module_rule_of(module) is not None or super().is_leaf_module(module, qualified_name)
+
+    def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        plain = FORWARDS.get(type(m))
+        return super().call_module(m, partial(plain, m) if plain else forward, args, kwargs)
+
+
+def _encoder_layer(
+    layer: nn.TransformerEncoderLayer, src: Any, src_mask: Any = None, src_key_padding_mask: Any = None, **_: Any
+) -> Any:
+    def attend(x: Any) -> Any:
+        return layer.dropout1(
+            layer.self_attn(x, x, x, attn_mask=src_mask, key_padding_mask=src_key_padding_mask, need_weights=False)[0]
+        )
+
+    def feed_forward(x: Any) -> Any:
+        return layer.dropout2(layer.linear2(layer.dropout(layer.activation(layer.linear1(x)))))
+
+    if layer.norm_first:
+        src = src + attend(layer.norm1(src))
+        return src + feed_forward(layer.norm2(src))
+    src = layer.norm1(src + attend(src))
+    return layer.norm2(src + feed_forward(src))
+
+
+def _encoder(
+    encoder: nn.TransformerEncoder, src: Any, mask: Any = None, src_key_padding_mask: Any = None, **_: Any
+) -> Any:
+    for layer in encoder.layers:
+        src = layer(src, src_mask=mask, src_key_padding_mask=src_key_padding_mask)
+    return encoder.norm(src) if encoder.norm is not None else src
+
+
+FORWARDS: dict[type[nn.Module], Any] = {nn.TransformerEncoderLayer: _encoder_layer, nn.TransformerEncoder: _encoder}
+"""Modules that are gone into by a forward without the checks that torch.fx cannot follow: the same in eval mode."""
 
 
 def trace(
@@ -39,14 +84,14 @@ def trace(
 ) -> MergeGraph:
     """Find out which axes of a network's parameters must be merged together.
 
-    The network is recorded in eval mode by torch.fx and is left as it was. No data is needed unless the network has
-    a reshape whose meaning depends on the size of its input.
+    The network is recorded in eval mode by torch.fx and is left as it was. No data is needed where an input that fits
+    can be guessed from the first layer.
 
     Args:
         backbone: a network of one input whose ``forward`` torch.fx can follow.
         stop_at: dotted name of the trunk's last module; all that comes after it stays a head per task. ``None``
             zips everything down to the last layer with weights.
-        example_input: an input; with it, reshapes are understood from real sizes. One forward is run.
+        example_input: an input whose sizes are used. Its values do not matter.
         merge_heads: put the last layer into the trunk too: the models then share one output space.
         verify: an input on which to prove the table: every space is permuted at random in a copy, which must then
             compute the same. Two forwards of at most 8 samples are run in float64.
@@ -55,6 +100,7 @@ def trace(
         The feature spaces and the table of axes.
 
     Raises:
+        UnknownShapeError: if no input is given and none that fits was guessed.
         TraceError: where an operator or a reshape inside the trunk cannot be merged, or torch.fx cannot follow.
         ConfigurationError: if ``stop_at`` does not exist or leaves nothing to merge.
         VerificationError: if ``verify`` is given and a permuted space changes the output.
@@ -68,7 +114,7 @@ def trace(
         ['None', '← 0[0:288]×36']
     """
     graph = _record(backbone)
-    shapes = _shapes(backbone, graph, example_input if example_input is not None else verify)
+    shapes = shapes_of(backbone, graph, example_input if example_input is not None else verify)
     nodes = list(graph.nodes)
     trunk = find_trunk(backbone, nodes, stop_at, shapes, merge_heads)
     merge_graph = _Analysis(backbone, graph, shapes, trunk, stop_at).result()
@@ -132,36 +178,6 @@ def _cannot_follow(backbone: nn.Module, error: Exception) -> str:
     )
 
 
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Eval mode inside, every module's own mode afterwards."""
-    modes = [(child, child.training) for child in module.modules()]
-    try:
-        for child, _ in modes:
-            child.training = False
-        yield
-    finally:
-        for child, mode in modes:
-            child.training = mode
-
-
-def _shapes(backbone: nn.Module, graph: fx.Graph, example: Tensor | None) -> dict[str, tuple[int, ...]]:
-    if example is None:
-        return {}
-    shapes: dict[str, tuple[int, ...]] = {}
-
-    class Recorder(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> Any:
-            value = super().run_node(n)
-            if isinstance(value, Tensor):
-                shapes[n.name] = tuple(value.shape)
-            return value
-
-    with evaluating(backbone), torch.no_grad():
-        Recorder(backbone, graph=graph).run(example[:8])
-    return shapes
-
-
 # Interpreting and grouping
 
 
@@ -187,70 +203,130 @@ class _Analysis:
         ]
         self.trunk_values = {node: values[node] for node in self.crossing_nodes}
         for node in self.crossing_nodes:
-            self.ctx.node = node
-            if isinstance(values[node], Features):
-                self.ctx.cross(values[node])
-                if any(user.op == "output" for user in node.users):
-                    self.ctx.pin(values[node])  # a merged output: what it means is the same in all models
+            self._cross(node, values[node])
         self.trunk_events = [event for events in self.ctx.events.values() for event in events]
+        self.nestings, self.projected = list(self.ctx.nestings), list(self.ctx.projected)
         self.head_values = self._interpret_heads(values)
+
+    def _cross(self, node: fx.Node, value: Any) -> None:
+        self.ctx.node = node
+        if not isinstance(value, Features):
+            return
+        if len(value.axes) > 1:
+            raise self.ctx.error("the trunk would end between the heads of an attention; end it at the whole block")
+        self.ctx.cross(value)
+        if any(user.op == "output" for user in node.users):
+            self.ctx.pin(value, "they are the network's output")
 
     def _interpret_heads(self, values: dict[fx.Node, Any]) -> dict[fx.Node, Features]:
         """Run the heads on features of their own, so that nothing in a head ties spaces of the trunk."""
         own = {}
         for node, value in self.trunk_values.items():
             if isinstance(value, Features):
-                ids = self.ctx.fresh(len(value.ids))
-                own[node] = Features(ids, value.axis, value.shape, value.repeat, node)
-        self.ctx.events = {}
+                own[node] = replace(value, ids=self.ctx.fresh(*value.ids.shape))
+        self.ctx.events, self.ctx.mixed, self.ctx.nestings = {}, [], []
         heads = [node for node in self.nodes if node not in self.trunk]
         known = {**values, **own}
         self.ctx.run(heads, known, tolerant=set(heads))
-        returned = [value.ids for value in leaves(known[self.nodes[-1]]) if isinstance(value, (Features, Opaque))]
-        self.returned = returned
+        returned = leaves(known[self.nodes[-1]])
+        self.returned = [value.ids.ravel() for value in returned if isinstance(value, (Features, Opaque))]
+        self.head_nestings, self.ctx.nestings = self.ctx.nestings, self.nestings
         return own
 
     def result(self) -> MergeGraph:
         self.component = self.ctx.components()
+        self._pin_conflicts()
         self._group()
         head_events = [event for events in self.ctx.events.values() for event in events]
         crossings = tuple(self._crossing(node, head_events) for node in self.crossing_nodes)
+        axes, spaces = self._axes(crossings, head_events), self._spaces()
         return MergeGraph(
-            spaces=self._spaces(),
-            axes=self._axes(crossings, head_events),
+            spaces=spaces,
+            axes=axes,
             crossings=crossings,
             trunk_nodes=frozenset(node.name for node in self.trunk),
             stop_at=self.stop_at,
             module=self.backbone,
             fx_graph=self.graph,
+            held={node.name: self._held(value) for node, value in self.values.items() if node in self.trunk},
+            notes=tuple(find_notes(self.backbone, self.nodes, self.trunk, spaces, axes)),
+            input_shape=next(self.ctx.shapes[node.name][1:] for node in self.nodes if node.op == "placeholder"),
         )
+
+    def _held(self, value: Any) -> tuple[str, ...]:
+        ids = [part.ids.ravel() for part in leaves(value) if isinstance(part, Features)]
+        features = self.component[np.concatenate(ids)].tolist() if ids else []
+        return tuple(dict.fromkeys(self.space_of[feature] for feature in features if feature in self.space_of))
+
+    # Grouping features into spaces
+
+    def _pin_conflicts(self) -> None:
+        """Where two operators group the same features differently, they keep their order."""
+        members_anywhere = [self.component[nesting.members].ravel() for nesting in self.nestings]
+        inner = np.unique(np.concatenate(members_anywhere)) if members_anywhere else np.empty(0, np.int64)
+        for nesting in self.nestings:
+            units, members = self.component[nesting.units], np.sort(self.component[nesting.members], 1)
+            first = {unit: row for row, unit in reversed(list(enumerate(units.tolist())))}
+            same = all((members[row] == members[first[unit]]).all() for row, unit in enumerate(units.tolist()))
+            if not same or np.isin(units, inner).any():
+                reason = f"`{nesting.node.name}` takes them in {nesting.kind} that another operator divides differently"
+                self.ctx.pin(nesting.members, reason)
+                self.ctx.pin(nesting.units, reason)
 
     def _group(self) -> None:
         """Features that appear on the same axes, equally often, form one space (the coarsest such partition)."""
-        appearances: dict[int, list[tuple[int, int]]] = defaultdict(list)
+        where: dict[int, list[Any]] = defaultdict(list)
         for index, event in enumerate(self.trunk_events):
             for feature, times in Counter(self.component[event.entries].tolist()).items():
-                appearances[feature].append((index, times))
-        members: dict[tuple[tuple[int, int], ...], list[int]] = defaultdict(list)
-        for feature, where in appearances.items():  # in the order of first appearance
-            members[tuple(where)].append(feature)
+                where[feature].append((index, times))
+        nested = [(self.component[nesting.members], self.component[nesting.units]) for nesting in self.nestings]
+        for index, (members, units) in enumerate(nested):
+            for feature in dict.fromkeys(members.ravel().tolist()):
+                where[feature].append(("in", index))
+            for feature in dict.fromkeys(units.tolist()):
+                where[feature].append(("unit", index))
+        kinds = {feature: tuple(places) for feature, places in where.items()}  # in the order of first appearance
+        count = 0
+        while len(set(kinds.values())) > count:  # units differ where their members do, and the other way round
+            count = len(set(kinds.values()))
+            number = {kind: index for index, kind in enumerate(dict.fromkeys(kinds.values()))}
+            seen: dict[int, set[Any]] = defaultdict(set)
+            for index, (members, units) in enumerate(nested):
+                for unit, row in zip(units.tolist(), members.tolist(), strict=True):
+                    seen[unit].add((index, *sorted(number[kinds[feature]] for feature in row)))
+                    for feature in row:
+                        seen[feature].add((index, number[kinds[unit]]))
+            kinds = {
+                feature: (number[kind], *sorted(seen[feature])) if feature in seen else (number[kind],)
+                for feature, kind in kinds.items()
+            }
+        self._name_spaces(kinds, where)
+
+    def _name_spaces(self, kinds: dict[int, Any], where: dict[int, list[Any]]) -> None:
         self.space_of: dict[int, str] = {}
         self.rank_of: dict[int, int] = {}
         self.members: dict[str, list[int]] = {}
-        for key, features in members.items():
-            name = self._name(key)
+        together: dict[Any, list[int]] = defaultdict(list)
+        for feature, kind in kinds.items():
+            together[kind].append(feature)
+        for features in together.values():
+            name = self._name(where[features[0]])
             self.members[name] = features
             for rank, feature in enumerate(features):
                 self.space_of[feature], self.rank_of[feature] = name, rank
 
-    def _name(self, where: tuple[tuple[int, int], ...]) -> str:
-        events = [self.trunk_events[index] for index, _ in where]
-        first = next((event for event in events if event.role == "producer"), events[0])
-        base = first.name.rpartition(".")[0] if "." in first.name else first.name
+    def _name(self, where: list[Any]) -> str:
+        nesting = next((self.nestings[index] for place, index in where if place == "unit"), None)
+        events = [self.trunk_events[place] for place, _ in where if isinstance(place, int)]
+        if nesting is not None:
+            base = f"{place_of(nesting.node)} {nesting.kind}"
+        else:
+            first = next((event for event in events if event.kind == "producer"), events[0])
+            base = first.name.rpartition(".")[0] if "." in first.name else first.name
         same = sum(name.split("#")[0] == base for name in self.members)
         return f"{base}#{same + 1}" if same else base
 
-    def _ref(self, entries: Ids, role: Any) -> AxisRef:
+    def _ref(self, entries: Ids, role: Any, groups: int = 1) -> AxisRef:
         """Sort the entries of an axis into blocks: the k-th appearance of each feature of a space is one block."""
         features = self.component[entries].tolist()
         repeat = _common_repeat(features)
@@ -265,18 +341,21 @@ class _Analysis:
             Block(space, as_starts(np.array([starts[rank] for rank in range(len(starts))])), repeat)
             for (space, _), starts in places.items()
         )
-        return AxisRef(tuple(blocks), role, len(entries))
+        return AxisRef(tuple(blocks), role, len(entries), groups)
 
     def _crossing(self, node: fx.Node, head_events: list[Event]) -> Crossing:
         value = self.trunk_values[node]
         if not isinstance(value, Features):
             return Crossing(node.name)
-        own = self.component[self.head_values[node].ids]
-        others = [self.component[event.entries] for event in head_events if event.role == "producer"]
-        others += [self.component[ids] for ids in (*self.ctx.pinned, *self.ctx.opaque, *self.returned)]
-        others += [self.component[other.ids] for source, other in self.head_values.items() if source is not node]
-        absorbed = not any(np.isin(own, other).any() for other in others) and len(set(own.tolist())) == len(own)
-        return Crossing(node.name, value.axis, self._ref(value.entries(), None), absorbed)
+        own = self.component[self.head_values[node].ids.ravel()]
+        others = [event.entries for event in head_events if event.kind != "consumer" or event.groups > 1]
+        others += [ids for ids, _ in self.ctx.pinned]
+        others += [nesting.members.ravel() for nesting in self.head_nestings]
+        others += [*self.ctx.mixed, *self.ctx.opaque, *self.returned]
+        others += [other.ids.ravel() for source, other in self.head_values.items() if source is not node]
+        absorbed = len(set(own.tolist())) == len(own)
+        absorbed = absorbed and not any(np.isin(own, self.component[ids]).any() for ids in others)
+        return Crossing(node.name, value.axes[0], self._ref(value.ids.ravel(), None), absorbed)
 
     def _axes(self, crossings: tuple[Crossing, ...], head_events: list[Event]) -> dict[str, tuple[AxisRef | None, ...]]:
         table: dict[str, list[AxisRef | None]] = {}
@@ -285,57 +364,103 @@ class _Analysis:
             if name in canonical:
                 table[name] = [None] * tensor.ndim
         for event in self.trunk_events:
-            if event.role is not None and table[event.name][event.axis] is None:
-                table[event.name][event.axis] = self._ref(event.entries, event.role)
+            if event.kind in ("producer", "consumer") and table[event.name][event.axis] is None:
+                table[event.name][event.axis] = self._ref(event.entries, event.kind, event.groups)
         for node, crossing in zip(self.crossing_nodes, crossings, strict=True):
             if not crossing.absorbed:
                 continue
-            own = dict(zip(self.head_values[node].ids.tolist(), self.trunk_values[node].ids.tolist(), strict=True))
+            trunk_ids = self.trunk_values[node].ids.ravel().tolist()
+            own = dict(zip(self.head_values[node].ids.ravel().tolist(), trunk_ids, strict=True))
             for event in head_events:
                 entries = event.entries
-                if event.role == "consumer" and entries[0] in own:
+                if event.kind == "consumer" and entries[0] in own:
                     translated = np.array([own.get(feature, -1) for feature in entries.tolist()])
                     if (translated >= 0).all():
                         table[event.name][event.axis] = self._ref(translated, "consumer")
         return {name: tuple(refs) for name, refs in table.items()}
 
+    def _pinned(self) -> dict[int, str]:
+        """The features that keep their order, and why; a unit does where one of its members does."""
+        why: dict[int, str] = {}
+        for ids, reason in self.ctx.pinned:
+            for feature in self.component[ids].tolist():
+                why.setdefault(feature, reason)
+        for nesting in self.nestings:
+            for unit, row in zip(self.component[nesting.units].tolist(), self.component[nesting.members], strict=True):
+                of_member = next((why[member] for member in row.tolist() if member in why), None)
+                if of_member is not None:
+                    why.setdefault(unit, of_member)
+        return why
+
     def _spaces(self) -> dict[str, FeatureSpace]:
-        pinned = {int(feature) for ids in self.ctx.pinned for feature in self.component[ids]}
+        pinned = self._pinned()
         roles: dict[str, dict[str, list[tuple[str, int]]]] = defaultdict(lambda: {"producer": [], "consumer": []})
         last: dict[str, tuple[tuple[int, int], Event]] = {}
         for event in self.trunk_events:
-            crossing = event.role is None
+            crossing = event.kind == "crossing"
             for space in dict.fromkeys(self.space_of[feature] for feature in self.component[event.entries].tolist()):
-                if event.role is not None:
-                    roles[space][event.role].append((event.name, event.axis))
-                if event.role != "producer":
+                if event.kind in ("producer", "consumer"):
+                    roles[space][event.kind].append((event.name, event.axis))
+                if event.kind != "producer" and event.value is not None:
                     moment = (int(crossing), self.position[event.node])  # the cut comes after all of the trunk
                     last[space] = max(last.get(space, (moment, event)), (moment, event), key=lambda item: item[0])
+        unit_of = self._units()
+        projections = self._projections()
         spaces = {}
         for name, features in self.members.items():
-            is_pinned = not pinned.isdisjoint(features)
+            why = next((pinned[feature] for feature in features if feature in pinned), "")
+            tap = projections.get(name) or (self._tap(name, last[name][1]) if name in last else None)
+            units = [unit_of[feature] for feature in features if feature in unit_of]
             spaces[name] = FeatureSpace(
                 name=name,
                 size=len(features),
                 producers=tuple(roles[name]["producer"]),
                 consumers=tuple(roles[name]["consumer"]),
-                tap=self._tap(name, last[name][1]) if name in last and not is_pinned else None,
-                pinned=is_pinned,
+                tap=None if why else tap,
+                pinned=why,
+                units=self.space_of[units[0]] if units else None,
+                unit_of=tuple(self.rank_of[unit] for unit in units),
             )
         return spaces
 
+    def _units(self) -> dict[int, int]:
+        unit_of: dict[int, int] = {}
+        for nesting in self.nestings:
+            units, members = self.component[nesting.units], self.component[nesting.members]
+            for unit, row in zip(units.tolist(), members.tolist(), strict=True):
+                unit_of.update(dict.fromkeys(row, unit))
+        return unit_of
+
+    def _projections(self) -> dict[str, Tap]:
+        """The taps of spaces whose features no node holds."""
+        taps: dict[str, Tap] = {}
+        for projected in self.projected:
+            features = self.component[projected.ids].tolist()
+            space = self.space_of[features[0]]
+            assert projected.value.node is not None
+            rows = {self.rank_of[feature]: projected.start + row for row, feature in enumerate(features)}
+            projection = Projection(projected.weight, tuple(rows[rank] for rank in range(len(rows))))
+            block = Block(space, range(projected.value.ids.size))
+            known = taps.get(space) or Tap(
+                projected.value.node.name, projected.value.axes, block, place_of(projected.node)
+            )
+            if known.node == projected.value.node.name:  # else it was measured in another place already
+                taps[space] = replace(known, projections=(*known.projections, projection))
+        return taps
+
     def _tap(self, space: str, event: Event) -> Tap:
+        assert event.value is not None
         value = self._before_pooling(event.value)
         assert value.node is not None
-        ref = self._ref(event.entries if value is event.value else value.entries(), None)
+        ref = self._ref(value.ids.ravel(), None)
         block = next(block for block in ref.blocks if block.space == space)
-        reader = str(event.node.target) if event.node.op == "call_module" else location(event.node)
-        return Tap(value.node.name, value.axis, block, "the cut" if event.role is None else reader)
+        reader = "the cut" if event.kind == "crossing" else place_of(event.node)
+        return Tap(value.node.name, value.axes, block, reader)
 
     def _before_pooling(self, value: Features) -> Features:
         """What a global pooling reads: every position is a sample, while its average is but one per input."""
         node, found = value.node, value
-        while node is not None and product(found.positions) == 1 and found.repeat == 1:
+        while node is not None and math.prod(found.positions) == 1 and len(np.unique(found.ids)) == found.ids.size:
             inputs = [self.values[source] for source in node.all_input_nodes if source in self.values]
             if find_rule(node, self.backbone) not in POOLING or len(inputs) != 1 or not isinstance(inputs[0], Features):
                 return value

@@ -1,10 +1,9 @@
-"""What tracing knows of a value: which of a tensor's axes holds features, and which features those are."""
+"""What tracing knows of a value: which of a tensor's axes hold features, and which features those are."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -12,25 +11,14 @@ import numpy.typing as npt
 from torch import fx
 
 Ids: TypeAlias = npt.NDArray[np.int64]
-
-
-class Batch:
-    """The size of the batch axis: one value, :data:`BATCH`, that equals nothing but itself."""
-
-    def __repr__(self) -> str:
-        return "batch"
-
-
-BATCH = Batch()
-Dim: TypeAlias = "int | Batch | None"
-"""A size: a number, the batch, or ``None`` where it depends on the input."""
+Shape: TypeAlias = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Plain:
-    """A tensor without features that can be merged, such as the network's input."""
+    """A tensor without features that can be merged, such as the network's input; the shape may not be known."""
 
-    shape: tuple[Dim, ...] | None = None
+    shape: Shape | None = None
 
 
 @dataclass(frozen=True)
@@ -42,29 +30,34 @@ class Opaque:
 
 @dataclass(frozen=True)
 class Parameter:
-    """A parameter or buffer by its name in the backbone."""
+    """A parameter or buffer, or a view of one.
+
+    Attributes:
+        name: its name in the backbone.
+        shape: the sizes of the view.
+        axes: per axis of the view, the whole axis of the parameter that it is; ``None`` where it is none.
+    """
 
     name: str
-    shape: tuple[int, ...]
+    shape: Shape
+    axes: tuple[int | None, ...]
 
 
 @dataclass(frozen=True, eq=False)
 class Features:
-    """A tensor with features along one axis.
+    """A tensor with features along one axis, or along several (heads and the features of each).
 
     Attributes:
-        ids: the features, in order, ``(C,)``.
-        axis: the axis that holds them, counted from the front.
-        shape: the tensor's sizes.
-        repeat: how many neighbouring entries of the axis each feature has: H·W after a flatten, ``None`` where that is
-            not known yet.
+        ids: the features, one axis for each of ``axes``; a feature may come several times, as H·W neighbours do after
+            a flatten.
+        axes: the axes that hold them, counted from the front and in order.
+        shape: the tensor's sizes; a rule may leave it out, as it is known from the graph.
         node: the node of the traced graph that made the tensor.
     """
 
     ids: Ids
-    axis: int
-    shape: tuple[Dim, ...]
-    repeat: int | None = 1
+    axes: tuple[int, ...]
+    shape: Shape = ()
     node: fx.Node | None = None
 
     @property
@@ -72,30 +65,12 @@ class Features:
         return len(self.shape)
 
     @property
-    def positions(self) -> tuple[Dim, ...]:
-        """The sizes of the axes behind the feature axis."""
-        return self.shape[self.axis + 1 :]
-
-    def entries(self, repeat: int | None = None) -> Ids:
-        """The feature of every entry along the axis."""
-        return np.repeat(self.ids, repeat or self.repeat or 1)
-
-    def with_shape(self, *shape: Dim, axis: int | None = None) -> Features:
-        return replace(self, shape=tuple(shape), axis=self.axis if axis is None else axis)
-
-    def with_positions(self, *sizes: Dim) -> Features:
-        """The same features with other sizes behind the feature axis."""
-        return self.with_shape(*self.shape[: self.axis + 1], *sizes)
-
-    def with_ids(self, ids: Ids) -> Features:
-        extent = len(ids) * self.repeat if self.repeat else None
-        return replace(self, ids=ids, shape=(*self.shape[: self.axis], extent, *self.positions))
+    def positions(self) -> Shape:
+        """The sizes of all axes but the first and those of the features."""
+        return tuple(size for axis, size in enumerate(self.shape) if axis and axis not in self.axes)
 
 
-def product(sizes: tuple[Dim, ...]) -> int | None:
-    """The product of sizes, ``None`` unless all are numbers."""
-    numbers = [size for size in sizes if isinstance(size, int)]
-    return math.prod(numbers) if len(numbers) == len(sizes) else None
+Value: TypeAlias = "Features | Parameter | Plain"
 
 
 def leaves(value: Any) -> Iterator[Any]:

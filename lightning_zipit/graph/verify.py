@@ -9,17 +9,25 @@ import torch
 from torch import Tensor, fx, nn
 
 from lightning_zipit.errors import VerificationError
-from lightning_zipit.graph.spaces import AxisRef, Crossing, MergeGraph
+from lightning_zipit.graph.spaces import AxisRef, Crossing, MergeGraph, unit_members, units_first
 
 SAMPLES = 8
 
 
 def random_permutations(graph: MergeGraph, generator: torch.Generator | None = None) -> dict[str, Tensor]:
     """A permutation for every space of the trunk; pinned spaces keep their order."""
-    return {
-        name: torch.arange(space.size) if space.pinned else torch.randperm(space.size, generator=generator)
-        for name, space in graph.spaces.items()
-    }
+    permutations: dict[str, Tensor] = {}
+    for name in units_first(graph):
+        space = graph.spaces[name]
+        permutation = torch.randperm(space.size, generator=generator)
+        if space.pinned:
+            permutation = torch.arange(space.size)
+        elif space.units is not None:  # whole units, and features within them
+            members = unit_members(space)
+            inner = torch.rand(members.shape, generator=generator).argsort(1)
+            permutation[members] = members[permutations[space.units]].gather(1, inner)
+        permutations[name] = permutation
+    return permutations
 
 
 def permute_spaces(module: nn.Module, graph: MergeGraph, permutations: Mapping[str, Tensor]) -> nn.Module:
@@ -39,15 +47,14 @@ def permute_spaces(module: nn.Module, graph: MergeGraph, permutations: Mapping[s
     tensors = dict((*module.named_parameters(), *module.named_buffers()))
     with torch.no_grad():
         for name, refs in graph.axes.items():
-            for axis, ref in enumerate(refs):
+            for axis, ref in enumerate(refs):  # in this order: rows first, then what is grouped by them
                 if ref is not None:
-                    index = _index(ref, graph, permutations).to(tensors[name].device)
-                    tensors[name].copy_(tensors[name].index_select(axis, index))
+                    tensors[name].copy_(ref.gather(tensors[name], axis, _tables(ref, graph, permutations)))
     return module
 
 
-def _index(ref: AxisRef, graph: MergeGraph, permutations: Mapping[str, Tensor]) -> Tensor:
-    return ref.index({space: permutations.get(space, torch.arange(graph.spaces[space].size)) for space in ref.spaces})
+def _tables(ref: AxisRef, graph: MergeGraph, permutations: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {space: permutations.get(space, torch.arange(graph.spaces[space].size)) for space in ref.spaces}
 
 
 def verify_graph(backbone: nn.Module, graph: MergeGraph, batch: Tensor) -> None:
@@ -99,18 +106,11 @@ def _agree(
     found = _crossing_values(permuted, graph, example)
     for crossing, value, other in zip(_tensor_crossings(graph), expected, found, strict=True):
         if crossing.ref is not None and crossing.axis is not None:
-            index = _entry_index(_index(crossing.ref, graph, permutations), value.shape[crossing.axis])
-            value = value.index_select(crossing.axis, index.to(value.device))
+            value = crossing.ref.gather(value, crossing.axis, _tables(crossing.ref, graph, permutations))
         scale = value.abs().max().clamp(min=torch.finfo(value.dtype).tiny)
         if not (value - other).abs().max() <= tolerance * scale:
             return False
     return True
-
-
-def _entry_index(index: Tensor, length: int) -> Tensor:
-    """The permutation of an axis; after a flatten whose positions tracing did not know, that of each block."""
-    repeat = length // len(index)
-    return (index[:, None] * repeat + torch.arange(repeat)).flatten() if repeat > 1 else index
 
 
 def _tensor_crossings(graph: MergeGraph) -> list[Crossing]:

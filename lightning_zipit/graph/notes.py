@@ -1,0 +1,64 @@
+"""What a merge graph leaves unmerged, for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from torch import fx, nn
+
+from lightning_zipit.graph.spaces import AxisRef, FeatureSpace
+
+
+def find_notes(
+    backbone: nn.Module,
+    nodes: list[fx.Node],
+    trunk: set[fx.Node],
+    spaces: Mapping[str, FeatureSpace],
+    axes: Mapping[str, tuple[AxisRef | None, ...]],
+) -> Iterator[str]:
+    """What is not merged by what it does, and why: pinned spaces, positional parameters, modules that are not called.
+
+    Args:
+        backbone: the traced network.
+        nodes: the nodes of its graph.
+        trunk: those of the trunk.
+        spaces: its feature spaces.
+        axes: the table of axes.
+    """
+    for space in spaces.values():
+        if space.pinned:
+            yield f"`{space.name}` ({space.size} features) is matched by number: {space.pinned}."
+    parameters = dict(backbone.named_parameters())
+    positional = [
+        name for name in _reached(nodes, trunk, parameters) if parameters[name].ndim and not any(axes.get(name, ()))
+    ]
+    if positional:
+        yield f"Averaged position by position, as they hold no features: {_list(positional)}."
+    called = set(_reached(nodes, set(nodes), parameters))
+    unused = dict.fromkeys(_highest(name, called) for name in parameters if name not in called)
+    if unused:
+        yield f"Not called in eval mode, and left out of the merged network: {_list(list(unused))}."
+
+
+def _reached(nodes: list[fx.Node], wanted: set[fx.Node], parameters: Mapping[str, object]) -> list[str]:
+    targets = {str(node.target) for node in nodes if node in wanted and node.op in ("call_module", "get_attr")}
+    return [name for name in parameters if any(part in targets for part in _prefixes(name))]
+
+
+def _prefixes(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
+
+
+def _highest(name: str, called: set[str]) -> str:
+    """The outermost module around a parameter that holds none that is used."""
+    return next(
+        prefix
+        for prefix in _prefixes(name)
+        if not any(other == prefix or other.startswith(f"{prefix}.") for other in called)
+    )
+
+
+def _list(names: list[str]) -> str:
+    shown = ", ".join(f"`{name}`" for name in names[:8])
+    return f"{shown} and {len(names) - 8} more" if len(names) > 8 else shown

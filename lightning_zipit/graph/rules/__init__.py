@@ -1,0 +1,9 @@
+"""One small rule per operator: what it does to the features of a tensor.
+
+A rule returns the value of its output. Modules and functions share one rule where they take the same arguments.
+"""
+
+from lightning_zipit.graph.rules import attention, elementwise, layers, shapes
+from lightning_zipit.graph.rules.elementwise import POOLING
+
+__all__ = ["POOLING", "attention", "elementwise", "layers", "shapes"]

@@ -1,0 +1,135 @@
+"""The sizes of all tensors in a traced network, from an input or from a guess at one."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from lightning_zipit.errors import TraceError, UnknownShapeError
+
+BATCH = 3
+"""Samples of the input that is run: few, and a number that is seldom that of anything else."""
+COMMON_SIZES = (32, 64, 224, 28, 96, 128, 256, 8, 16, 299, 384, 240, 260, 300, 336, 380, 448, 456, 512, 518, 528, 600)
+TOKENS = (16, 128, 64, 32, 256, 512)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Eval mode inside, every module's own mode afterwards."""
+    modes = [(child, child.training) for child in module.modules()]
+    try:
+        for child, _ in modes:
+            child.training = False
+        yield
+    finally:
+        for child, mode in modes:
+            child.training = mode
+
+
+def shapes_of(backbone: nn.Module, graph: fx.Graph, example: Tensor | None) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor in a traced network, by node name.
+
+    Args:
+        backbone: the network.
+        graph: its graph.
+        example: an input, whose values do not matter; without it, inputs that would fit the first layer are tried. All
+            is run on the meta device, where nothing is computed, unless the network has an operator that needs values.
+
+    Raises:
+        UnknownShapeError: if no guess fits.
+    """
+    meta = _on_meta(backbone)
+    if example is not None:
+        samples = example[:1].expand(BATCH, *example.shape[1:]).clone()
+        try:
+            return _record(meta, graph, samples.to("meta"))
+        except Exception:  # whatever an operator raises that needs values
+            return _record_or_explain(backbone, graph, samples)
+    reason: Exception | None = None
+    for guess in _guesses(backbone, graph):
+        try:
+            return _record(meta, graph, guess)
+        except Exception as error:  # whatever a forward raises on an input that does not fit
+            reason = error
+    raise UnknownShapeError(
+        f"The size of {type(backbone).__name__}'s input cannot be found out from its layers alone"
+        f"{f' ({reason})' if reason else ''}. Pass `example_input`, a batch of at least one sample."
+    )
+
+
+def _record(backbone: nn.Module, graph: fx.Graph, x: Tensor) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    class Recorder(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            value = super().run_node(n)
+            if isinstance(value, Tensor):
+                shapes[n.name] = tuple(value.shape)
+            return value
+
+    with evaluating(backbone), torch.no_grad():
+        Recorder(backbone, graph=graph).run(x)
+    return shapes
+
+
+def _record_or_explain(backbone: nn.Module, graph: fx.Graph, x: Tensor) -> dict[str, tuple[int, ...]]:
+    try:
+        return _record(backbone, graph, x)
+    except Exception as error:
+        raise TraceError(
+            f"{type(backbone).__name__} cannot be run on an input of shape {tuple(x.shape)}: {error}\n"
+            "Give an example of what the backbone itself takes."
+        ) from error
+
+
+def _on_meta(backbone: nn.Module) -> nn.Module:
+    tensors = (*backbone.parameters(), *backbone.buffers())
+    memo: dict[int, Any] = {id(tensor): torch.empty_like(tensor, device="meta") for tensor in tensors}
+    for parameter in backbone.parameters():
+        memo[id(parameter)] = nn.Parameter(memo[id(parameter)], requires_grad=False)
+    return copy.deepcopy(backbone, memo)
+
+
+def _guesses(backbone: nn.Module, graph: fx.Graph) -> Iterator[Tensor]:
+    """Inputs that the first layer with weights could take."""
+    weight, embeds = _first_weight(backbone, graph)
+    if weight is None:
+        return
+    if embeds:
+        yield from (torch.zeros(BATCH, length, dtype=torch.int64, device="meta") for length in TOKENS)
+    elif weight.ndim == 2:
+        for sizes in ((), (16,), (7, 7)):
+            yield torch.empty(BATCH, *sizes, weight.shape[1], device="meta", dtype=weight.dtype)
+    else:
+        for size in (*COMMON_SIZES, *range(4, 200)):
+            positions = (size,) * (weight.ndim - 2)
+            yield torch.empty(BATCH, weight.shape[1], *positions, device="meta", dtype=weight.dtype)
+
+
+def _first_weight(backbone: nn.Module, graph: fx.Graph) -> tuple[Tensor | None, bool]:
+    for node in graph.nodes:
+        if node.op == "call_module":
+            module = backbone.get_submodule(str(node.target))
+            weight = getattr(module, "weight", None)
+            if isinstance(weight, Tensor) and not isinstance(weight, nn.UninitializedParameter) and weight.ndim >= 2:
+                return weight, isinstance(module, nn.Embedding)
+        if node.op == "call_function" and node.target in (
+            torch.conv1d,
+            torch.conv2d,
+            torch.conv3d,
+            nn.functional.linear,
+        ):
+            source = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
+            if isinstance(source, fx.Node) and source.op == "get_attr":
+                return _attribute(backbone, str(source.target)), False
+    return None, False
+
+
+def _attribute(module: nn.Module, name: str) -> Tensor:
+    owner, _, leaf = name.rpartition(".")
+    return getattr(module.get_submodule(owner), leaf)
