@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, fx, nn
@@ -54,21 +54,30 @@ class Lockstep:
 
 
 class Calibration:
-    """Statistics of every space of a merge graph.
+    """Statistics of spaces of a merge graph.
 
     Args:
         graph: the merge graph of the networks.
         networks: the source networks by task, in eval mode.
+        spaces: the names of the spaces to measure; by default all.
         dtype: the type of the Gram matrices of a batch; see :class:`~lightning_zipit.FeatureStatistics`.
     """
 
     def __init__(
-        self, graph: MergeGraph, networks: Mapping[str, nn.Module], dtype: torch.dtype = torch.float32
+        self,
+        graph: MergeGraph,
+        networks: Mapping[str, nn.Module],
+        spaces: Collection[str] | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.networks = dict(networks)
         self.tasks = list(networks)
         self.lockstep = Lockstep(graph, list(networks.values()))
-        self.taps = {name: space.tap for name, space in graph.spaces.items() if space.tap is not None}
+        self.taps = {
+            name: space.tap
+            for name, space in graph.spaces.items()
+            if space.tap is not None and (spaces is None or name in spaces)
+        }
         self.measured: dict[str, str] = {}  # per space, the one whose statistics it shares: they read the same entries
         self.at_node: dict[str, list[str]] = defaultdict(list)
         same: dict[object, str] = {}
@@ -118,10 +127,19 @@ class Calibration:
                     "under 16-bit precision an overflow is likely: calibrate with precision='32-true'."
                 )
 
-    def compute(self) -> dict[str, Moments]:
-        """Moments of every space over the batches of all processes."""
-        moments = {name: statistics.compute() for name, statistics in self.statistics.items()}
-        return {name: self._project(tap, moments[self.measured[name]]) for name, tap in self.taps.items()}
+    def take(self, space: str) -> Moments | None:
+        """Moments of a space over the batches of all processes; statistics that no other space needs are dropped.
+
+        Returns:
+            ``None`` for a space that is not measured.
+        """
+        if space not in self.measured:
+            return None
+        source = self.measured.pop(space)
+        moments = self.statistics[source].compute()
+        if source not in self.measured.values():
+            del self.statistics[source]
+        return self._project(self.taps[space], moments)
 
     def _project(self, tap: Tap, moments: Moments) -> Moments:
         """The moments of linear functions of what was measured: W C Wᵀ, summed over queries and keys."""
@@ -129,9 +147,19 @@ class Calibration:
             return moments
         means, covariances = [], []
         for projection in tap.projections:
-            weights = [network.get_parameter(projection.weight).detach() for network in self.networks.values()]
-            rows = torch.tensor(projection.rows)
-            weight = torch.block_diag(*(weight[rows.to(weight.device)].to(moments.mean) for weight in weights))
-            means.append(weight @ moments.mean)
-            covariances.append(weight @ moments.covariance @ weight.T)
+            weights = [
+                network.get_parameter(projection.weight).detach()[list(projection.rows)].to(moments.mean)
+                for network in self.networks.values()
+            ]
+            own = zip(weights, moments.mean.chunk(len(weights)), moments.covariance.chunk(len(weights)), strict=True)
+            per_model = [(weight @ mean, weight @ rows) for weight, mean, rows in own]
+            means.append(torch.cat([mean for mean, _ in per_model]))
+            columns = torch.cat([rows for _, rows in per_model]).chunk(len(weights), dim=1)
+            covariances.append(torch.cat([part @ weight.T for part, weight in zip(columns, weights, strict=True)], 1))
         return Moments(moments.count, torch.stack(means).mean(0), torch.stack(covariances).sum(0))
+
+
+def statistics_bytes(graph: MergeGraph, space: str, num_models: int) -> int:
+    """The memory of a space's statistics: a float64 matrix over the features of all models."""
+    tap = graph.spaces[space].tap
+    return 0 if tap is None else 8 * (num_models * len(tap.block.starts)) ** 2

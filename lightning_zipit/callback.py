@@ -27,6 +27,8 @@ class ZipItCallback(Callback):
         refine: ``"batch_norm"`` re-estimates running statistics in a second pass, ``None`` does nothing.
         merge_heads: merge the last layer too, for models that share one output space.
         verify: prove the table of axes on the first calibration batch.
+        statistics_memory: GiB that the statistics may take; where they need more, the calibration data is gone through
+            several times.
 
     Raises:
         ConfigurationError: if an argument is not one of those there are.
@@ -39,8 +41,9 @@ class ZipItCallback(Callback):
         refine: Refine | None = "batch_norm",
         merge_heads: bool = False,
         verify: bool = True,
+        statistics_memory: float = 8.0,
     ) -> None:
-        self.settings = MergeSettings(stop_at, matcher or GreedyZip(), refine, merge_heads, verify)
+        self.settings = MergeSettings(stop_at, matcher or GreedyZip(), refine, merge_heads, verify, statistics_memory)
         self._undo = ExitStack()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

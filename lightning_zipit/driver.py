@@ -39,6 +39,7 @@ class ZipIt:
         refine: Refine | None = "batch_norm",
         merge_heads: bool = False,
         verify: bool = True,
+        statistics_memory: float = 8.0,
         get_input: Callable[[Any], Tensor] = find_input,
     ) -> MultiHeadModule:
         """Merge N trained modules into one with a head per task, without training.
@@ -57,6 +58,8 @@ class ZipIt:
             refine: ``"batch_norm"`` re-estimates running statistics in a second pass, ``None`` does nothing.
             merge_heads: merge the last layer too, for models that share one output space.
             verify: prove the table of axes on the first calibration batch.
+            statistics_memory: GiB that the statistics may take; where they need more, the calibration data is gone
+                through several times.
             get_input: from a batch to the backbone's input; by default the batch, its first item, or a well-known key.
 
         Returns:
@@ -73,7 +76,7 @@ class ZipIt:
         module = ZipItModule(models, backbone, dataloaders, datamodule, get_input)
         if dataloaders is None and datamodule is None:
             raise ConfigurationError("There is no calibration data: pass `dataloaders` or `datamodule`.")
-        callback = ZipItCallback(stop_at, matcher, refine, merge_heads, verify)
+        callback = ZipItCallback(stop_at, matcher, refine, merge_heads, verify, statistics_memory)
         callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
         callbacks.append(callback)
         try:

@@ -73,10 +73,11 @@ class GreedyZip(Matcher):
         live = (~aside).flatten().nonzero().flatten()
         labels = torch.empty(len(similarity), dtype=torch.int64)
         if len(live):
-            compared = similarity[live][:, live].float()
+            chosen = similarity if len(live) == len(similarity) else similarity[live][:, live]
+            compared = chosen.to(torch.float32, copy=True)
             for own in range(num_models):
                 block = slice(own * (size - paired), (own + 1) * (size - paired))
-                compared[block, block] -= compared[block, block].abs() * OWN_MODEL_HANDICAP
+                compared[block, block].sub_(compared[block, block].abs(), alpha=OWN_MODEL_HANDICAP)
             zipped = F.greedy_zip(compared, num_models, size - paired, self.alpha, self.beta)
             labels[live.cpu()] = zipped
         labels[aside.flatten().cpu()] = torch.arange(size - paired, size).repeat(num_models)

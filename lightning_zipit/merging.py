@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,46 +38,57 @@ class SpaceMap:
         return self.labels.bincount().double().reciprocal()[self.targets(source)]
 
 
+def families(graph: MergeGraph) -> list[list[str]]:
+    """The spaces that must be matched together: groups or heads with all that they hold, every other one by itself."""
+    together: dict[str, list[str]] = {}
+    for name in units_first(graph):
+        together.setdefault(graph.spaces[name].units or name, []).append(name)
+    return list(together.values())
+
+
 def match(
-    graph: MergeGraph, moments: Mapping[str, Moments], matcher: Matcher, num_models: int
-) -> tuple[dict[str, SpaceMap], dict[str, Tensor]]:
-    """Match the features of every space.
+    graph: MergeGraph,
+    family: Sequence[str],
+    moments: Callable[[str], Moments | None],
+    matcher: Matcher,
+    num_models: int,
+) -> Iterator[tuple[str, SpaceMap, Tensor | None]]:
+    """Match the features of one family of spaces.
 
     Args:
         graph: the merge graph.
-        moments: per measured space, the moments of its features, models side by side.
+        family: one of :func:`families`.
+        moments: from a space to the moments of its features, models side by side; ``None`` where it is not measured.
         matcher: similarity → labels.
         num_models: N.
 
-    Returns:
-        The maps of all spaces (those that are pinned or not measured are matched by number; groups and heads first,
-        then features within those that have become one), and the similarities of those that were measured.
+    Yields:
+        Per space its name, its map (one that is pinned or not measured is matched by number; groups and heads come
+        first, then features within those that have become one), and its similarity where it was measured.
     """
-    similarities = {name: F.correlation(moments[name].covariance) for name in graph.spaces if name in moments}
-    members = defaultdict(list)
-    for space in graph.spaces.values():
-        if space.units is not None:
-            members[space.units].append(space)
-    maps: dict[str, SpaceMap] = {}
-    for name in units_first(graph):
+    similarities = {name: F.correlation(known.covariance) for name in family if (known := moments(name)) is not None}
+    units: Tensor | None = None
+    for name in family:
         space = graph.spaces[name]
-        if not space.pinned and members[name]:
-            similarities.update(_of_units(space, members[name], similarities, num_models))
-        if space.units is not None:
-            labels = _match_within(space, maps[space.units].labels, similarities.get(name), matcher, num_models)
+        if name == family[0] and len(family) > 1 and not space.pinned:
+            similarities.update(
+                _of_units(space, [graph.spaces[other] for other in family[1:]], similarities, num_models)
+            )
+        if space.units is not None and units is not None:
+            labels = _match_within(space, units, similarities.get(name), matcher, num_models)
         elif name in similarities:
             labels = matcher(similarities[name], num_models)
         else:
             labels = F.average(num_models * space.size, num_models)
-        maps[name] = SpaceMap(labels.cpu(), num_models)
-    return maps, similarities
+        units = labels if units is None else units
+        yield name, SpaceMap(labels.cpu(), num_models), similarities.get(name)
 
 
 def _of_units(
     units: FeatureSpace, members: list[FeatureSpace], similarities: Mapping[str, Tensor], num_models: int
 ) -> dict[str, Tensor]:
     """The similarity of groups or heads: how well the features of two can be matched, over all their spaces."""
-    known = [similarities[units.name]] if units.name in similarities else []
+    known = [similarities[units.name].double().cpu()] if units.name in similarities else []
     known += [
         F.unit_similarity(similarities[space.name], unit_members(space), num_models)
         for space in members

@@ -192,7 +192,7 @@ class ZipItModule(DelegatedTransfers, LightningModule):
     # Calibration
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> int:
-        """Add a batch to the statistics (first pass) or to the re-estimated batch norm (second pass).
+        """Add a batch to the statistics (first passes) or to the re-estimated batch norm (last pass).
 
         Returns:
             The number of samples.
@@ -201,9 +201,10 @@ class ZipItModule(DelegatedTransfers, LightningModule):
         x = self.get_input(batch)
         if not isinstance(x, Tensor) or x.ndim == 0:
             raise CalibrationError(f"`get_input` must return a tensor with a batch axis, got {type(x).__name__}.")
-        if dataloader_idx < self._loaders_per_pass():
+        index = dataloader_idx // self._loaders_per_pass()
+        if index < self.session.calibration_passes:
             networks = {task: get_backbone(model, self.backbone) for task, model in self.copies.items()}
-            self.session.calibrate(x, networks)
+            self.session.calibrate(x, networks, index)
         else:
             if self.session.merged is None:
                 self.session.merge()
@@ -215,12 +216,12 @@ class ZipItModule(DelegatedTransfers, LightningModule):
     def finish(self) -> None:
         """After the last batch: complete the merge and build the merged module."""
         assert self.session is not None
-        if self.session.passes == 1:
+        if self.session.passes == self.session.calibration_passes:
             self.session.merge()
         elif self.session.merged is None:
             raise CalibrationError(
-                "The second pass over the calibration data saw no batch: give loaders that can be gone through twice, "
-                "or refine=None, which takes one pass."
+                "The last pass over the calibration data saw no batch: give loaders that can be gone through several "
+                "times, or refine=None and a larger statistics_memory, which take one pass."
             )
         else:
             self.session.finish_refining()

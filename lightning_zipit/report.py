@@ -13,7 +13,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_zipit.graph import MergeGraph
+from lightning_zipit.graph import FeatureSpace
 from lightning_zipit.merging import SpaceMap
 
 
@@ -123,26 +123,14 @@ def _short(number: float) -> str:
     return f"{number:.3g} T"
 
 
-def report_spaces(
-    graph: MergeGraph, maps: Mapping[str, SpaceMap], similarities: Mapping[str, Tensor]
-) -> tuple[SpaceReport, ...]:
-    """Count the clusters of every space.
+def report_space(space: FeatureSpace, space_map: SpaceMap, similarity: Tensor | None) -> SpaceReport:
+    """Count the clusters of a space.
 
     Args:
-        graph: the merge graph.
-        maps: the matching of each space.
-        similarities: the similarities of the spaces that were measured.
-
-    Returns:
-        One entry per space.
+        space: the space.
+        space_map: its matching.
+        similarity: ``(N·C, N·C)``, where the space was measured.
     """
-    return tuple(
-        _report_space(space.name, space.tap.reader if space.tap else "", maps[space.name], similarities.get(space.name))
-        for space in graph.spaces.values()
-    )
-
-
-def _report_space(name: str, tap: str, space_map: SpaceMap, similarity: Tensor | None) -> SpaceReport:
     labels, num_models = space_map.labels, space_map.num_models
     size = len(labels) // num_models
     members = torch.zeros(num_models, int(labels.max()) + 1)  # features of each model in each cluster
@@ -157,7 +145,8 @@ def _report_space(name: str, tap: str, space_map: SpaceMap, similarity: Tensor |
         inside = of_cluster[labels, torch.arange(len(labels))].sum() - similarity.diagonal().sum()
         mean = float(inside / pairs)
     within = int(((models == 1) & (members.sum(0) > 1)).sum())
-    return SpaceReport(name, tap, size, within, int((models > 1).sum()), mean)
+    tap = space.tap.reader if space.tap else ""
+    return SpaceReport(space.name, tap, size, within, int((models > 1).sum()), mean)
 
 
 def measure_cost(module: nn.Module, x: Tensor) -> Cost:

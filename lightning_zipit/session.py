@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_zipit.calibration import Calibration
+from lightning_zipit.calibration import Calibration, statistics_bytes
 from lightning_zipit.errors import (
     ArchitectureMismatchError,
     CalibrationError,
@@ -22,10 +23,10 @@ from lightning_zipit.errors import (
 )
 from lightning_zipit.graph import MergeGraph, evaluating, trace, verify_graph
 from lightning_zipit.matchers import GreedyZip, Matcher
-from lightning_zipit.merging import match, merge_into, unmerge_into
+from lightning_zipit.merging import SpaceMap, families, match, merge_into, unmerge_into
 from lightning_zipit.rebuild import build_head, build_trunk, set_unmerges
 from lightning_zipit.refine import BatchNormEstimator
-from lightning_zipit.report import Cost, MergeReport, measure_cost, report_spaces
+from lightning_zipit.report import Cost, MergeReport, SpaceReport, measure_cost, report_space
 
 Refine = Literal["batch_norm"]
 
@@ -41,9 +42,11 @@ class MergeSettings:
         refine: what follows merging: ``"batch_norm"`` re-estimates running statistics, ``None`` does nothing.
         merge_heads: merge the last layer too, for models that share one output space.
         verify: prove the table of axes on the first calibration batch.
+        statistics_memory: GiB that the statistics may take; where they need more, the calibration data is gone through
+            several times, with the statistics of some spaces each time.
 
     Raises:
-        ConfigurationError: if ``refine`` or ``matcher`` is not one of those there are.
+        ConfigurationError: if an argument is not one of those there are.
     """
 
     stop_at: str | None = None
@@ -51,8 +54,11 @@ class MergeSettings:
     refine: Refine | None = "batch_norm"
     merge_heads: bool = False
     verify: bool = True
+    statistics_memory: float = 8.0
 
     def __post_init__(self) -> None:
+        if not self.statistics_memory > 0:
+            raise ConfigurationError(f"`statistics_memory` must be above 0 GiB, got {self.statistics_memory}.")
         if self.refine not in (None, *get_args(Refine)):
             raise ConfigurationError(f"`refine` must be None or one of {list(get_args(Refine))}, got {self.refine!r}.")
         if not isinstance(self.matcher, Matcher):
@@ -95,31 +101,42 @@ class MergeSession:
         self.graphs: dict[str, MergeGraph] = {}
         self.merged: MergedBackbone | None = None
         self._calibration: Calibration | None = None
+        self._maps: dict[str, SpaceMap] = {}
+        self._reports: dict[str, SpaceReport] = {}
+        self._pass = 0
         self._working: dict[str, nn.Module] = {}
         with suppress(UnknownShapeError):  # traced again on the first batch, if its size is another
             self.graphs = trace_all(self.backbones, settings)
+        self.calibration_passes = 1
+        if self.graphs:
+            graph, limit = next(iter(self.graphs.values())), settings.statistics_memory * 2**30
+            self.calibration_passes = max(1, len(split_families(graph, len(self.backbones), limit)))
 
     @property
     def passes(self) -> int:
-        """How often the calibration data is gone through."""
+        """How often the calibration data is gone through: for statistics, and for batch norm."""
         refining = self.settings.refine == "batch_norm" and any(map(has_batch_norm, self.backbones.values()))
-        return 2 if refining else 1
+        return self.calibration_passes + refining
 
     def working_copies(self) -> dict[str, nn.Module]:
         """Copies of the source networks in eval mode, to be moved and cast as the calibration needs."""
         return {task: copy.deepcopy(network).eval() for task, network in self.backbones.items()}
 
-    def calibrate(self, x: Tensor, networks: Mapping[str, nn.Module]) -> None:
-        """First pass: add a batch to the statistics of every space.
+    def calibrate(self, x: Tensor, networks: Mapping[str, nn.Module], index: int = 0) -> None:
+        """First passes: add a batch to the statistics of the spaces whose turn it is.
 
         Args:
             x: an input of the backbones.
             networks: copies of the source networks, in eval mode, where ``x`` is.
+            index: the number of the pass, below :attr:`calibration_passes`.
 
         Raises:
             CalibrationError: if the first batch gives NaN or Inf.
             VerificationError: if the table of axes proves wrong.
         """
+        if index != self._pass:
+            self._match()
+            self._pass = index
         first = self._calibration is None
         if self._calibration is None:
             self._calibration = self._start(x, networks)
@@ -128,15 +145,40 @@ class MergeSession:
             self._calibration.check_finite()
 
     def _start(self, x: Tensor, networks: Mapping[str, nn.Module]) -> Calibration:
-        self._example = torch.zeros_like(x[:1], device="cpu")
-        example = x[:8].detach()
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            if not self.graphs or any(graph.input_shape != x.shape[1:] for graph in self.graphs.values()):
-                self.graphs = trace_all(self.backbones, self.settings, like(example, self._first))
-            task = next(iter(networks))
-            if self.settings.verify:
-                verify_graph(networks[task], self.graphs[task], example.clone())
-        return Calibration(self.graphs[task], networks)
+        task = next(iter(networks))
+        if self._pass == 0:
+            self._example = torch.zeros_like(x[:1], device="cpu")
+            example = x[:8].detach()
+            with torch.inference_mode(False), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+                if not self.graphs or any(graph.input_shape != x.shape[1:] for graph in self.graphs.values()):
+                    self.graphs = trace_all(self.backbones, self.settings, like(example, self._first))
+                if self.settings.verify:
+                    verify_graph(networks[task], self.graphs[task], example.clone())
+        return Calibration(self.graphs[task], networks, [name for family in self._families() for name in family])
+
+    def _families(self) -> list[list[str]]:
+        """The families of spaces whose turn it is in this pass."""
+        graph = next(iter(self.graphs.values()))
+        limit = self.settings.statistics_memory * 2**30
+        parts = split_families(graph, len(self.backbones), limit) if self.calibration_passes > 1 else [families(graph)]
+        last = self._pass == self.calibration_passes - 1
+        return [family for part in parts[self._pass : None if last else self._pass + 1] for family in part]
+
+    def _match(self) -> None:
+        """Match the spaces of this pass, from the statistics of all processes."""
+        if self._calibration is None:
+            raise CalibrationError(
+                "No calibration batch was seen: the dataloaders are empty. Merging needs a few hundred samples."
+            )
+        graph = next(iter(self.graphs.values()))
+        with torch.inference_mode(False), torch.no_grad():
+            self._calibration.check_finite()
+            for family in self._families():
+                matched = match(graph, family, self._calibration.take, self.settings.matcher, len(self.backbones))
+                for name, space_map, similarity in matched:
+                    self._maps[name] = space_map
+                    self._reports[name] = report_space(graph.spaces[name], space_map, similarity)
+        self._calibration = None  # the statistics have served
 
     @property
     def _first(self) -> nn.Module:
@@ -152,15 +194,16 @@ class MergeSession:
         Raises:
             CalibrationError: if there were no batches, or activations are NaN or Inf.
         """
-        if self._calibration is None:
+        if self._pass < self.calibration_passes - 1:
             raise CalibrationError(
-                "No calibration batch was seen: the dataloaders are empty. Merging needs a few hundred samples."
+                f"The calibration data was gone through {self._pass + 1} times, but the statistics need "
+                f"{self.calibration_passes} passes: give loaders that can be gone through again, or more "
+                "`statistics_memory`."
             )
+        self._match()
         with torch.inference_mode(False), torch.no_grad():
-            self._calibration.check_finite()
-            tasks = list(self.backbones)
+            tasks, maps = list(self.backbones), self._maps
             graph = self.graphs[tasks[0]]
-            maps, similarities = match(graph, self._calibration.compute(), self.settings.matcher, len(tasks))
             trunk = build_trunk(graph).eval()
             merge_into(trunk, list(self.backbones.values()), graph.axes, maps)
             heads: dict[str, nn.Module] = {}
@@ -168,8 +211,8 @@ class MergeSession:
                 heads[task] = build_head(self.graphs[task]).eval()
                 unmerge_into(heads[task], self.graphs[task].axes, maps, source)
                 set_unmerges(heads[task], self.graphs[task], maps, source)
-            report = MergeReport(report_spaces(graph, maps, similarities), *self._costs(trunk, heads))
-        self._calibration = None  # the statistics have served
+            spaces = tuple(self._reports[name] for name in graph.spaces)
+            report = MergeReport(spaces, *self._costs(trunk, heads))
         self.merged = MergedBackbone(trunk, heads, report, self._example, self.graphs)
         return self.merged
 
@@ -257,7 +300,7 @@ def merge_backbones(
 
     Args:
         backbones: the source networks by task, on one device; they are left as they are.
-        batches: inputs, to be gone through twice: a list with one iterable per task, or one iterable for all.
+        batches: inputs, to be gone through several times: a list with one iterable per task, or one iterable for all.
         settings: what to do; by default everything down to the last layer is zipped.
 
     Returns:
@@ -284,11 +327,12 @@ def merge_backbones(
     tasks = list(backbones)
     networks = session.working_copies()
     with torch.no_grad():
-        for loader in loaders:
-            for x in loader:
-                session.calibrate(x, networks)
+        for index in range(session.calibration_passes):
+            for loader in loaders:
+                for x in loader:
+                    session.calibrate(x, networks, index)
         merged = session.merge()
-        if session.passes == 2:
+        if session.passes > session.calibration_passes:
             parameter = next(session._first.parameters())
             session.start_refining(parameter.device, parameter.dtype)
             for index, loader in enumerate(loaders):
@@ -296,6 +340,29 @@ def merge_backbones(
                     session.refine(x, [tasks[index]] if per_task else tasks)
             session.finish_refining()
     return merged
+
+
+def split_families(graph: MergeGraph, num_models: int, limit: float) -> list[list[list[str]]]:
+    """Families of spaces by turns, so that the statistics of one turn take no more memory than a limit.
+
+    Args:
+        graph: the merge graph.
+        num_models: N.
+        limit: bytes; a single family may take more.
+
+    Returns:
+        Per turn, its families.
+    """
+    turns: list[list[list[str]]] = []
+    filled = math.inf
+    for family in families(graph):
+        size = sum(statistics_bytes(graph, name, num_models) for name in family)
+        if filled + size > limit:
+            turns.append([])
+            filled = 0
+        turns[-1].append(family)
+        filled += size
+    return turns
 
 
 def has_batch_norm(module: nn.Module) -> bool:

@@ -9,7 +9,7 @@ from lightning_zipit import Moments
 from lightning_zipit import functional as F
 from lightning_zipit.graph import AxisRef, Block, FeatureSpace, MergeGraph
 from lightning_zipit.matchers import GreedyZip
-from lightning_zipit.merging import SpaceMap, contract, match, merge_into, merge_parameter, unmerge_into
+from lightning_zipit.merging import SpaceMap, contract, families, match, merge_into, merge_parameter, unmerge_into
 
 SPACES = {"a": 4, "b": 6}
 
@@ -221,7 +221,10 @@ def test_measured_spaces_are_matched_by_similarity_and_the_others_by_number():
     spaces = {name: FeatureSpace(name, size, (), (), tap=None) for name, size in SPACES.items()}
     graph = MergeGraph(spaces, {}, (), frozenset(), None, nn.Identity(), torch.fx.Graph())
     features = mixed_features(50, 12)
-    maps, similarities = match(graph, {"b": Moments(50, features.mean(0), features.T.cov())}, GreedyZip(), 2)
+    measured = {"b": Moments(50, features.mean(0), features.T.cov())}
+    matched = [item for family in families(graph) for item in match(graph, family, measured.get, GreedyZip(), 2)]
+    maps = {name: space_map for name, space_map, _ in matched}
+    similarities = {name: similarity for name, _, similarity in matched if similarity is not None}
     assert list(maps) == ["a", "b"]
     assert list(similarities) == ["b"]
     torch.testing.assert_close(similarities["b"], correlations(features))

@@ -5,22 +5,19 @@ import math
 
 import pytest
 import torch
-from torch import fx, nn
+from torch import nn
 
 from lightning_zipit import MergeReport
-from lightning_zipit.graph import Block, FeatureSpace, MergeGraph, Tap
+from lightning_zipit.graph import Block, FeatureSpace, Tap
 from lightning_zipit.merging import SpaceMap
-from lightning_zipit.report import Cost, SpaceReport, measure_cost, report_spaces
+from lightning_zipit.report import Cost, SpaceReport, measure_cost, report_space
 
 
 def report_of(labels, num_models, similarity=None, reader="fc"):
     """The report of one space, that is called "conv"."""
     tap = Tap("node", (1,), Block("conv", range(3)), reader) if reader else None
-    spaces = {"conv": FeatureSpace("conv", len(labels) // num_models, (), (), tap)}
-    graph = MergeGraph(spaces, {}, (), frozenset(), None, nn.Identity(), fx.Graph())
-    similarities = {} if similarity is None else {"conv": similarity}
-    (report,) = report_spaces(graph, {"conv": SpaceMap(torch.tensor(labels), num_models)}, similarities)
-    return report
+    space = FeatureSpace("conv", len(labels) // num_models, (), (), tap)
+    return report_space(space, SpaceMap(torch.tensor(labels), num_models), similarity)
 
 
 def similarity_of(pairs, size=6):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import operator
 
 import numpy as np
 from torch import fx, nn
@@ -30,17 +31,27 @@ def find_trunk(
     body = [node for node in nodes if node.op != "output"]
     if stop_at is None:
         head = set() if whole else _descendants(_last_layers(backbone, nodes, shapes), nodes)
-        return _ancestors(_inputs_of(body, head), nodes) if head else set(body)
+        return _with_items(_ancestors(_inputs_of(body, head), nodes), nodes, shapes) if head else set(body)
     inside = [node for node in body if stop_at in (node.meta.get("nn_module_stack") or {}) or node.target == stop_at]
     if not inside:
         raise ConfigurationError(_no_such_module(backbone, nodes, stop_at))
-    trunk = _ancestors(set(inside), nodes)
+    trunk = _with_items(_ancestors(set(inside), nodes), nodes, shapes)
     if not whole and trunk & _last_layers(backbone, nodes, shapes):
         raise ConfigurationError(
             f"stop_at={stop_at!r} cuts nothing: the last layer would be in the trunk. Use stop_at=None to zip "
             f"everything "
             "down to the last layer, or merge_heads=True if all models share one output space."
         )
+    return trunk
+
+
+def _with_items(trunk: set[fx.Node], nodes: list[fx.Node], shapes: dict[str, tuple[int, ...]]) -> set[fx.Node]:
+    """The items of a tuple of tensors belong to where the tuple is made: heads take tensors."""
+    trunk = set(trunk)
+    for node in nodes:
+        made_of = node.args[0] if node.target is operator.getitem else None
+        if isinstance(made_of, fx.Node) and made_of in trunk and made_of.name not in shapes:
+            trunk.add(node)
     return trunk
 
 

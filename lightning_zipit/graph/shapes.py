@@ -58,7 +58,7 @@ def shapes_of(backbone: nn.Module, graph: fx.Graph, example: Tensor | None) -> d
             reason = error
     raise UnknownShapeError(
         f"The size of {type(backbone).__name__}'s input cannot be found out from its layers alone"
-        f"{f' ({reason})' if reason else ''}. Pass `example_input`, a batch of at least one sample."
+        f"{f' ({_first_line(reason)})' if reason else ''}. Pass `example_input`, a batch of at least one sample."
     )
 
 
@@ -82,9 +82,13 @@ def _record_or_explain(backbone: nn.Module, graph: fx.Graph, x: Tensor) -> dict[
         return _record(backbone, graph, x)
     except Exception as error:
         raise TraceError(
-            f"{type(backbone).__name__} cannot be run on an input of shape {tuple(x.shape)}: {error}\n"
+            f"{type(backbone).__name__} cannot be run on an input of shape {tuple(x.shape)}: {_first_line(error)}. "
             "Give an example of what the backbone itself takes."
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0].rstrip(".")
 
 
 def _on_meta(backbone: nn.Module) -> nn.Module:

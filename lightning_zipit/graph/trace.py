@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, fx, nn
 
 from lightning_zipit.errors import ConfigurationError, TraceError
@@ -136,11 +137,7 @@ def trace(
 
 
 def _record(backbone: nn.Module) -> fx.Graph:
-    with evaluating(backbone):
-        try:
-            graph = Tracer().trace(backbone)
-        except Exception as error:
-            raise TraceError(_cannot_follow(backbone, error)) from error
+    graph = _follow(backbone)
     _drop_unused(backbone, graph)
     inputs = [node.name for node in graph.nodes if node.op == "placeholder" and (node.users or not node.args)]
     if len(inputs) != 1:
@@ -152,6 +149,37 @@ def _record(backbone: nn.Module) -> fx.Graph:
         if node.op == "placeholder" and node.name not in inputs:
             graph.erase_node(node)
     return graph
+
+
+def _follow(backbone: nn.Module) -> fx.Graph:
+    """The graph of a forward; buffers are read where it reads them, unless it decides something by their values."""
+    before = set(vars(backbone))
+    failures: list[Exception] = []
+    with evaluating(backbone):
+        for proxies in (True, False):
+            tracer = Tracer()
+            tracer.proxy_buffer_attributes = proxies
+            try:
+                graph = tracer.trace(backbone)
+                _write_out_constants(backbone, graph)
+                return graph
+            except Exception as error:
+                failures.append(error)
+            finally:
+                for name in set(vars(backbone)) - before:  # torch.fx leaves constants on what it traces
+                    delattr(backbone, name)
+    raise TraceError(_cannot_follow(backbone, failures[-1])) from failures[-1]
+
+
+def _write_out_constants(backbone: nn.Module, graph: fx.Graph) -> None:
+    """Tensors that the forward itself makes become part of the graph."""
+    for node in list(graph.nodes):
+        if node.op == "get_attr" and str(node.target).startswith("_tensor_constant"):
+            value = getattr(backbone, str(node.target))
+            with graph.inserting_before(node):
+                written = graph.call_function(torch.tensor, (value.tolist(),), {"dtype": value.dtype})
+            node.replace_all_uses_with(written)
+            graph.erase_node(node)
 
 
 def _drop_unused(backbone: nn.Module, graph: fx.Graph) -> None:
@@ -326,9 +354,9 @@ class _Analysis:
         same = sum(name.split("#")[0] == base for name in self.members)
         return f"{base}#{same + 1}" if same else base
 
-    def _ref(self, entries: Ids, role: Any, groups: int = 1) -> AxisRef:
+    def _ref(self, held: Ids, role: Any, groups: int = 1) -> AxisRef:
         """Sort the entries of an axis into blocks: the k-th appearance of each feature of a space is one block."""
-        features = self.component[entries].tolist()
+        features = held.tolist()
         repeat = _common_repeat(features)
         places: dict[tuple[str, int], dict[int, int]] = {}
         seen: Counter[int] = Counter()
@@ -341,7 +369,7 @@ class _Analysis:
             Block(space, as_starts(np.array([starts[rank] for rank in range(len(starts))])), repeat)
             for (space, _), starts in places.items()
         )
-        return AxisRef(tuple(blocks), role, len(entries), groups)
+        return AxisRef(tuple(blocks), role, len(features), groups)
 
     def _crossing(self, node: fx.Node, head_events: list[Event]) -> Crossing:
         value = self.trunk_values[node]
@@ -355,7 +383,7 @@ class _Analysis:
         others += [other.ids.ravel() for source, other in self.head_values.items() if source is not node]
         absorbed = len(set(own.tolist())) == len(own)
         absorbed = absorbed and not any(np.isin(own, self.component[ids]).any() for ids in others)
-        return Crossing(node.name, value.axes[0], self._ref(value.ids.ravel(), None), absorbed)
+        return Crossing(node.name, value.axes[0], self._ref(self.component[value.ids.ravel()], None), absorbed)
 
     def _axes(self, crossings: tuple[Crossing, ...], head_events: list[Event]) -> dict[str, tuple[AxisRef | None, ...]]:
         table: dict[str, list[AxisRef | None]] = {}
@@ -365,18 +393,16 @@ class _Analysis:
                 table[name] = [None] * tensor.ndim
         for event in self.trunk_events:
             if event.kind in ("producer", "consumer") and table[event.name][event.axis] is None:
-                table[event.name][event.axis] = self._ref(event.entries, event.kind, event.groups)
+                table[event.name][event.axis] = self._ref(self.component[event.entries], event.kind, event.groups)
+        read: dict[int, int] = {}  # what a head calls a feature that it reads through its weights, to the trunk's own
         for node, crossing in zip(self.crossing_nodes, crossings, strict=True):
-            if not crossing.absorbed:
-                continue
-            trunk_ids = self.trunk_values[node].ids.ravel().tolist()
-            own = dict(zip(self.head_values[node].ids.ravel().tolist(), trunk_ids, strict=True))
-            for event in head_events:
-                entries = event.entries
-                if event.kind == "consumer" and entries[0] in own:
-                    translated = np.array([own.get(feature, -1) for feature in entries.tolist()])
-                    if (translated >= 0).all():
-                        table[event.name][event.axis] = self._ref(translated, "consumer")
+            if crossing.absorbed:
+                own, trunk = self.head_values[node].ids.ravel(), self.component[self.trunk_values[node].ids.ravel()]
+                read.update(zip(own.tolist(), trunk.tolist(), strict=True))
+        for event in head_events:
+            features = np.array([read.get(feature, -1) for feature in event.entries.tolist()])
+            if event.kind == "consumer" and (features >= 0).any():
+                table[event.name][event.axis] = self._ref(features, "consumer")
         return {name: tuple(refs) for name, refs in table.items()}
 
     def _pinned(self) -> dict[int, str]:
@@ -452,7 +478,7 @@ class _Analysis:
         assert event.value is not None
         value = self._before_pooling(event.value)
         assert value.node is not None
-        ref = self._ref(value.ids.ravel(), None)
+        ref = self._ref(self.component[value.ids.ravel()], None)
         block = next(block for block in ref.blocks if block.space == space)
         reader = "the cut" if event.kind == "crossing" else place_of(event.node)
         return Tap(value.node.name, value.axes, block, reader)

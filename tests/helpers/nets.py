@@ -163,3 +163,19 @@ def torchvision_net(name, **arguments):
             nn.Linear(64, 5),
         )
     return net.eval()
+
+
+class TokenNet(nn.Module):
+    """A transformer over tokens, as PyTorch's own layers make one."""
+
+    def __init__(self, tokens: int = 30, width: int = 16, classes: int = 5, norm_first: bool = True):
+        super().__init__()
+        self.embedding = nn.Embedding(tokens, width)
+        self.position = nn.Parameter(torch.randn(1, 12, width) * 0.1)
+        layer = nn.TransformerEncoderLayer(width, 4, 24, batch_first=True, norm_first=norm_first)
+        self.encoder = nn.TransformerEncoder(layer, 2, norm=nn.LayerNorm(width), enable_nested_tensor=False)
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, tokens):
+        x = self.embedding(tokens) + self.position[:, : tokens.shape[1]]
+        return self.head(self.encoder(x).mean(1))

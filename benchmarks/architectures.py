@@ -1,0 +1,207 @@
+"""Traces and merges every classification model of torchvision, and models of timm, and writes what came out as a table.
+
+Each model is merged with itself (cut at mid-depth) and with a randomly permuted copy (nothing cut), on noise and with
+random weights; the merged network must then compute what the source does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import math
+import resource
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from lightning_zipit import MergeGraph, MergeSettings, merge_backbones, trace
+from lightning_zipit.errors import ZipItError
+from lightning_zipit.graph import permute_spaces
+from lightning_zipit.graph.verify import random_permutations
+from lightning_zipit.session import AllHeads
+
+SIZES = {"inception_v3": 96, "maxvit_t": 224, "vit_h_14": 56}
+TIMM = (
+    *("resnet50", "resnetv2_50", "efficientnet_b0", "convnext_tiny", "vit_small_patch16_224", "deit_tiny_patch16_224"),
+    *("swin_tiny_patch4_window7_224", "mixer_s32_224", "regnety_004", "mobilenetv3_small_100"),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one model gave; errors are relative to how far the outputs of different images lie apart."""
+
+    name: str
+    parameters: int
+    size: int
+    spaces: int
+    zipped: float
+    cut: str
+    own_error: float
+    permuted_error: float
+    trace_seconds: float
+    merge_seconds: float
+    notes: tuple[str, ...]
+
+
+def torchvision_model(name: str) -> tuple[nn.Module, int]:
+    """A model with random weights, and the side of its input."""
+    size = SIZES.get(name, 64)
+    arguments: dict[str, object] = {"num_classes": 10}
+    if name.startswith("vit"):
+        arguments["image_size"] = size
+    if name in ("googlenet", "inception_v3"):
+        arguments["init_weights"] = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torchvision.models.get_model(name, weights=None, **arguments), size
+
+
+def timm_model(name: str) -> tuple[nn.Module, int]:
+    """A model of timm with random weights, and the side of its input."""
+    import timm
+
+    return timm.create_model(name, pretrained=False, num_classes=10), 224 if name.endswith("224") else 64
+
+
+@torch.no_grad()
+def unsettle(net: nn.Module, x: Tensor) -> nn.Module:
+    """Random values where training starts from constants, and statistics of batch norm that fit them."""
+    for name, parameter in net.named_parameters():
+        if parameter.ndim == 2 and not parameter.any():
+            parameter.normal_(std=parameter.shape[1] ** -0.5)
+        if parameter.ndim == 1 or "scale" in name or "relative_position" in name or "pos_embed" in name:
+            parameter.add_(torch.randn_like(parameter) * 0.1 + 0.2)
+    norms = [module for module in net.eval().modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum, norm.training = None, True
+    net(x)
+    return net.eval()
+
+
+def middle(graph: MergeGraph) -> str:
+    """The last module of the first two levels that ends before half of the parameters."""
+    total = sum(parameter.numel() for parameter in graph.module.parameters())
+    nodes = [node for node in graph.fx_graph.nodes if node.op != "output"]
+    ends: dict[str, int] = {}
+    for position, node in enumerate(nodes):
+        for name in (*(node.meta.get("nn_module_stack") or ()), node.target if node.op == "call_module" else ""):
+            if name and str(name).count(".") < 3:
+                ends[str(name)] = position
+    passed, best = 0, ""
+    done: set[str] = set()
+    for position, node in enumerate(nodes):
+        if node.op == "call_module" and node.target not in done:
+            done.add(str(node.target))
+            passed += sum(parameter.numel() for parameter in graph.module.get_submodule(node.target).parameters())
+        if passed > total / 2 and best:
+            break
+        finished = [name for name, end in ends.items() if end == position]
+        weighted = [name for name in finished if any(True for _ in graph.module.get_submodule(name).parameters())]
+        best = min(weighted, key=len) if weighted else best
+    return best
+
+
+def zipped_share(graph: MergeGraph) -> float:
+    """The share of the parameters that lie along a feature space that is matched by what its features do."""
+    free = {name for name, space in graph.spaces.items() if not space.pinned}
+    sizes = {name: parameter.numel() for name, parameter in graph.module.named_parameters()}
+    along = (
+        size
+        for name, size in sizes.items()
+        if any(ref is not None and not free.isdisjoint(ref.spaces) for ref in graph.axes.get(name, ()))
+    )
+    return sum(along) / sum(sizes.values())
+
+
+@torch.no_grad()
+def examine(name: str, make: Callable[[str], tuple[nn.Module, int]] = torchvision_model, samples: int = 16) -> Row:
+    """Trace a model, and merge it with itself and with a permuted copy.
+
+    Args:
+        name: the model.
+        make: from its name to the model and the side of its input.
+        samples: how many images of noise it is calibrated on.
+    """
+    torch.manual_seed(0)
+    net, size = make(name)
+    x = torch.randn(samples, 3, size, size)
+    net = unsettle(net, x)
+    started = time.perf_counter()
+    graph = trace(net, example_input=x[:1])
+    traced = time.perf_counter() - started
+    expected = net(x[:4])
+    scale = (expected - expected.mean(0)).abs().max()
+    cut = middle(graph)
+    errors = []
+    started = time.perf_counter()
+    for stop_at, permuted in ((cut, False), (None, True)):
+        other = permute_spaces(net, graph, random_permutations(graph)) if permuted else net
+        settings = MergeSettings(stop_at, refine=None, verify=False, statistics_memory=4.0)
+        merged = merge_backbones({"a": net, "b": other}, list(x[None]), settings)
+        outputs = AllHeads(merged.trunk, merged.heads)(x[:4])
+        errors.append(max(((output - expected).abs().max() / scale).item() for output in outputs.values()))
+        del merged, outputs, other
+        gc.collect()
+    seconds = time.perf_counter() - started
+    count = sum(parameter.numel() for parameter in net.parameters())
+    share = zipped_share(graph)
+    return Row(name, count, size, len(graph.spaces), share, cut, *errors, traced, seconds, graph.notes)
+
+
+def table(rows: list[Row | tuple[str, str]]) -> Iterator[str]:
+    """Markdown lines."""
+    yield "| model | parameters | input | spaces | zipped | cut at | error, with itself | error, with a permuted copy |"
+    yield "|---|--:|--:|--:|--:|---|--:|--:|"
+    for row in rows:
+        if isinstance(row, tuple):
+            yield f"| {row[0]} | – | – | – | – | – | {row[1]} | |"
+            continue
+        yield (
+            f"| {row.name} | {row.parameters / 1e6:.1f} M | {row.size} | {row.spaces} | {row.zipped:.1%} | `{row.cut}` "
+            f"| {row.own_error:.0e} | {row.permuted_error:.0e} |"
+        )
+
+
+def main() -> None:
+    """Examine the models that are named, or all, one at a time."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("models", nargs="*", help="names of models; all of torchvision where none is given")
+    parser.add_argument("--timm", action="store_true", help="models of timm instead of torchvision")
+    parser.add_argument("--output", type=Path, help="a file for the table and the notes, in Markdown")
+    arguments = parser.parse_args()
+    torch.set_num_threads(2)
+    every = TIMM if arguments.timm else torchvision.models.list_models(module=torchvision.models)
+    make = timm_model if arguments.timm else torchvision_model
+    rows: list[Row | tuple[str, str]] = []
+    for name in arguments.models or every:
+        try:
+            row = examine(name, make)
+            rows.append(row)
+            print(f"{row.name:30} {row.spaces:4} spaces, {row.zipped:6.1%} zipped, cut at {row.cut}, ", end="")
+            print(f"errors {row.own_error:.1e} {row.permuted_error:.1e}, ", end="")
+            print(f"{row.trace_seconds:.1f} s to trace, {row.merge_seconds:.0f} s for both merges, ", end="")
+            print(f"peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB", flush=True)
+        except (ZipItError, RuntimeError) as error:
+            rows.append((name, str(error).splitlines()[0]))
+            print(f"{name:30} {error}", file=sys.stderr, flush=True)
+        gc.collect()
+    if arguments.output:
+        notes = [f"- {row.name}: {note}" for row in rows if isinstance(row, Row) for note in row.notes]
+        arguments.output.write_text("\n".join([*table(rows), "", *notes, ""]))
+    good = [row for row in rows if isinstance(row, Row) and max(row.own_error, row.permuted_error) <= 1e-3]
+    worst = max((max(row.own_error, row.permuted_error) for row in rows if isinstance(row, Row)), default=math.nan)
+    print(f"{len(good)} of {len(rows)} models keep their function to 1e-3; the worst error is {worst:.1e}.")
+
+
+if __name__ == "__main__":
+    main()
