@@ -7,7 +7,6 @@ random weights; the merged network must then compute what the source does.
 from __future__ import annotations
 
 import argparse
-import copy
 import gc
 import math
 import resource
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 from lightning_zipit import MergeGraph, MergeSettings, merge_backbones, trace
 from lightning_zipit.errors import ZipItError
 from lightning_zipit.graph import permute_spaces
+from lightning_zipit.graph.interpret import modules_around
 from lightning_zipit.graph.verify import random_permutations
 from lightning_zipit.session import AllHeads
 
@@ -94,7 +94,7 @@ def middle(graph: MergeGraph) -> str:
     nodes = [node for node in graph.fx_graph.nodes if node.op != "output"]
     ends: dict[str, int] = {}
     for position, node in enumerate(nodes):
-        for name in (*(node.meta.get("nn_module_stack") or ()), node.target if node.op == "call_module" else ""):
+        for name in (*modules_around(node), node.target if node.op == "call_module" else ""):
             if name and str(name).count(".") < 3:
                 ends[str(name)] = position
     passed, best = 0, ""

@@ -9,7 +9,7 @@ import numpy as np
 from torch import fx, nn
 
 from lightning_zipit.errors import ConfigurationError
-from lightning_zipit.graph.interpret import Context
+from lightning_zipit.graph.interpret import Context, modules_around
 from lightning_zipit.graph.values import Features, Opaque, leaves
 
 
@@ -32,7 +32,7 @@ def find_trunk(
     if stop_at is None:
         head = set() if whole else _descendants(_last_layers(backbone, nodes, shapes), nodes)
         return _with_items(_ancestors(_inputs_of(body, head), nodes), nodes, shapes) if head else set(body)
-    inside = [node for node in body if stop_at in (node.meta.get("nn_module_stack") or {}) or node.target == stop_at]
+    inside = [node for node in body if stop_at in modules_around(node) or node.target == stop_at]
     if not inside:
         raise ConfigurationError(_no_such_module(backbone, nodes, stop_at))
     trunk = _with_items(_ancestors(set(inside), nodes), nodes, shapes)

@@ -13,7 +13,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import fx, nn
 
 from lightning_zipit.errors import TraceError
-from lightning_zipit.graph.values import Features, Ids, Opaque, Parameter, Plain, Value, leaves
+from lightning_zipit.graph.values import Features, Ids, Joined, Opaque, Parameter, Plain, Value, leaves
 
 Rule = Callable[..., Any]
 RULES: dict[Any, Rule] = {}
@@ -22,6 +22,9 @@ PRODUCERS: set[Rule] = set()
 """Rules whose output features are new whatever comes in."""
 OWN_FORWARD: set[Rule] = set()
 """Rules of module classes that do not hold for a subclass with a forward of its own."""
+
+BASIC = ("weight", "bias")
+"""Parameters that a rule may leave alone: they are positional where no features lie along them."""
 
 EventKind: TypeAlias = Literal["producer", "consumer", "reader", "crossing"]
 
@@ -129,6 +132,7 @@ class Context:
         self.mixed: list[Ids] = []
         self.opaque: list[Ids] = []
         self.node: fx.Node
+        self.values: Mapping[fx.Node, Any] = {}
         self._edges: list[tuple[Ids, Ids]] = []
         self._count = 0
         self._canonical: dict[int, str] = {}
@@ -183,6 +187,26 @@ class Context:
         """The number of axes of the tensor that the operator at hand returns."""
         return len(self.shapes[self.node.name])
 
+    def concrete(self, node: fx.Node) -> Any:
+        """A number or size as it is; an index tensor that comes from buffers alone, and zeros for any other tensor."""
+        value = self.values[node]
+        if not isinstance(value, (Features, Parameter, Plain)):
+            return value
+        index = self._from_buffers(node)
+        return torch.zeros(value.shape or (), dtype=torch.int64) if index is None else index
+
+    def _from_buffers(self, node: fx.Node) -> torch.Tensor | None:
+        if node.op == "get_attr":
+            owner, _, name = str(node.target).rpartition(".")
+            tensor = getattr(self.module.get_submodule(owner), name)
+            return None if tensor.is_floating_point() or tensor.is_meta else tensor.detach().cpu()
+        inputs = {source: self._from_buffers(source) for source in node.all_input_nodes}
+        if node.op not in ("call_function", "call_method") or not inputs or any(x is None for x in inputs.values()):
+            return None
+        args, kwargs = fx.map_arg((node.args, node.kwargs), inputs.__getitem__)
+        run = getattr(torch.Tensor, node.target) if isinstance(node.target, str) else node.target
+        return run(*args, **kwargs)
+
     # What rules say of parameters
 
     def parameter(self, name: str) -> Parameter | None:
@@ -215,11 +239,9 @@ class Context:
 
     def observe(self, value: Features) -> None:
         """The features are read here by an operator without weights, such as the product of queries and keys."""
-        self._add(
-            Event(
-                f"{self.node.name} {value.node and value.node.name}", 0, value.ids.ravel(), "reader", value, self.node
-            )
-        )
+        if value.node is not None:  # else it is an intermediate of a fused operator
+            name = f"{self.node.name} {value.node.name}"
+            self._add(Event(name, 0, value.ids.ravel(), "reader", value, self.node))
 
     def project(self, ids: Ids, value: Value, weight: Parameter, start: int = 0) -> None:
         """The features are rows of a weight applied to a value, and no node holds them: how to measure them."""
@@ -255,6 +277,14 @@ class Context:
     ) -> None:
         if parameter is None:
             return
+        if isinstance(parameter, Joined):
+            ids = (value.ids if isinstance(value, Features) else value).ravel()
+            bounds = np.cumsum([part.shape[0] for part in parameter.parts])
+            for part, held in zip(parameter.parts, np.split(ids, bounds[:-1]), strict=True):
+                self._note(part, axis, held, kind, groups)
+            return
+        if not isinstance(parameter, Parameter):
+            raise self.error("one of its parameters is not a parameter of the network, but computed from others")
         entries, tensor = (value.ids, value) if isinstance(value, Features) else (value, None)
         if entries.size != groups * parameter.shape[axis]:
             raise self.error(
@@ -306,6 +336,7 @@ class Context:
 
     def run(self, nodes: list[fx.Node], values: dict[fx.Node, Any], tolerant: Container[fx.Node]) -> dict[fx.Node, Any]:
         """Values of all nodes; those of ``tolerant`` that no rule understands become :class:`Opaque`."""
+        self.values = values
         for node in nodes:
             if node in values:
                 continue
@@ -355,7 +386,20 @@ class Context:
             raise self.error("no rule knows what it does to features")
         if rule is None:
             return self.constant(inputs)
-        return rule(self, *args, **kwargs)
+        value = rule(self, *args, **kwargs)
+        if self.node.op == "call_module":
+            self._check_parameters(args[0])
+        return value
+
+    def _check_parameters(self, module: nn.Module) -> None:
+        """A subclass that inherits a rule must not have parameters that the rule knows nothing of."""
+        for name, parameter in module.named_parameters():
+            full = self._canonical.get(id(parameter))
+            known = any((full, axis) in self.events for axis in range(parameter.ndim))
+            if parameter.numel() > 1 and not known and name not in BASIC and type(module) not in RULES:
+                raise self.error(
+                    f"the rule that it inherits does not know its parameter `{name}`, which would not be merged"
+                )
 
     def constant(self, inputs: list[Any]) -> Any:
         """Arithmetic on sizes is done; whatever else touches no features is a plain tensor or an unknown number."""
@@ -400,8 +444,13 @@ def _symbol(node: fx.Node, module: nn.Module) -> str:
 
 def location(node: fx.Node) -> str:
     """The full name of the module whose forward calls the node."""
-    stack = list(node.meta.get("nn_module_stack") or ())
-    return stack[-1] if stack and stack[-1] else "the backbone's own forward"
+    inside = modules_around(node)
+    return inside[-1] if inside and inside[-1] else "the backbone's own forward"
+
+
+def modules_around(node: fx.Node) -> list[str]:
+    """The full names of the modules whose forwards lead to the node, from the outermost to the innermost."""
+    return [name.partition("@")[0] for name in node.meta.get("nn_module_stack") or ()]  # torch.fx numbers the calls
 
 
 def place_of(node: fx.Node) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import traceback
 from collections import Counter, defaultdict
@@ -160,7 +161,7 @@ def _follow(backbone: nn.Module) -> fx.Graph:
             tracer = Tracer()
             tracer.proxy_buffer_attributes = proxies
             try:
-                graph = tracer.trace(backbone)
+                graph = tracer.trace(backbone, concrete_args=_defaults(backbone))
                 _write_out_constants(backbone, graph)
                 return graph
             except Exception as error:
@@ -169,6 +170,17 @@ def _follow(backbone: nn.Module) -> fx.Graph:
                 for name in set(vars(backbone)) - before:  # torch.fx leaves constants on what it traces
                     delattr(backbone, name)
     raise TraceError(_cannot_follow(backbone, failures[-1])) from failures[-1]
+
+
+def _defaults(backbone: nn.Module) -> dict[str, Any]:
+    """The arguments of a forward that have a default keep it, such as masks that nobody passes."""
+    arguments = list(inspect.signature(backbone.forward).parameters.values())
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return {
+        argument.name: argument.default
+        for argument in arguments[1:]
+        if argument.kind in named and argument.default is not inspect.Parameter.empty
+    }
 
 
 def _write_out_constants(backbone: nn.Module, graph: fx.Graph) -> None:

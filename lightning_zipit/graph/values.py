@@ -43,6 +43,13 @@ class Parameter:
     axes: tuple[int | None, ...]
 
 
+@dataclass(frozen=True)
+class Joined:
+    """Parameters end to end along their first axis, as the biases of queries, keys and values are at times."""
+
+    parts: tuple[Parameter, ...]
+
+
 @dataclass(frozen=True, eq=False)
 class Features:
     """A tensor with features along one axis, or along several (heads and the features of each).

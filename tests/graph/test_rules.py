@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +10,7 @@ from torch import nn
 
 from lightning_zipit import register_rule, trace
 from lightning_zipit.errors import TraceError, UnknownShapeError, VerificationError
+from lightning_zipit.graph.rules.layers import convolution_module
 
 X = torch.randn(4, 3, 8, 8)
 
@@ -226,3 +228,58 @@ def test_a_registered_rule_is_used_and_proven():
     register_rule(Shuffle, lambda ctx, module, x: x)
     with pytest.raises(VerificationError, match=r"0 \(written by 0\.weight"):
         trace(net, verify=X)
+
+
+class Gain(nn.Conv2d):
+    """A convolution with a gain for each of its channels, as some that standardise their weights have."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.gain = nn.Parameter(torch.rand(self.out_channels, 1, 1) + 0.5)
+
+    def forward(self, x):
+        return super().forward(x) * self.gain
+
+
+def test_a_subclass_with_a_parameter_of_its_own_needs_a_rule():
+    net = nn.Sequential(Gain(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 2))
+    with pytest.raises(TraceError, match=r"`0` \(Gain\).*does not know its parameter `gain`"):
+        trace(net)
+
+    def rule(ctx, module, x):
+        output = convolution_module(ctx, module, x)
+        ctx.write(ctx.parameter("gain"), 0, output)
+        return output
+
+    register_rule(f"{Gain.__module__}.{Gain.__qualname__}", rule)  # by name: nothing need be imported
+    trace(net, verify=X)
+
+
+class Gated(nn.Module):
+    """A block that torch.fx cannot follow: half of its hidden features gate the other half."""
+
+    def __init__(self, channels, hidden):
+        super().__init__()
+        self.expand, self.project = nn.Conv2d(channels, 2 * hidden, 1), nn.Conv2d(hidden, channels, 1)
+
+    def forward(self, x):
+        assert x.sum() is not None
+        values, gates = self.expand(x).chunk(2, 1)
+        return x + self.project(values * gates.sigmoid()) if x.shape[0] > 0 else x
+
+
+def test_a_block_behind_a_leaf_module_says_its_axes_itself():
+    def rule(ctx, module, x):
+        hidden = ctx.fresh(module.project.in_channels)
+        ctx.read(ctx.parameter("expand.weight"), 1, x)
+        for name in ("weight", "bias"):  # values and gates: the same features twice
+            ctx.write(ctx.parameter(f"expand.{name}"), 0, np.concatenate([hidden, hidden]))
+        ctx.read(ctx.parameter("project.weight"), 1, hidden)
+        ctx.write(ctx.parameter("project.weight"), 0, x)
+        ctx.write(ctx.parameter("project.bias"), 0, x)
+        return x
+
+    register_rule(Gated, rule)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), Gated(4, 6), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 2))
+    graph = trace(net, verify=X)
+    assert graph.axes["1.expand.weight"][0].spaces == ("1.expand",)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torchvision
 from helpers.nets import PlainNet, SmallResNet
 from torch import nn
 
@@ -88,3 +89,87 @@ def test_a_backbone_that_returns_features_keeps_its_last_layers_as_heads():
 def test_merged_heads_keep_the_order_of_their_outputs():
     graph = trace(SmallResNet(), merge_heads=True)
     assert graph.spaces["linear"].pinned
+
+
+class Masked(nn.Module):
+    """Makes a tensor of its own, reads a buffer, and takes an argument that nobody passes."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2, self.fc = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 4, 3), nn.Linear(4, 2)
+        self.register_buffer("order", torch.tensor([3, 1, 0, 2, 4, 5]))
+
+    def forward(self, x, mask=None, scale: float = 2.0):
+        x = self.conv1(x)[:, self.order.view(-1)] * torch.tensor([scale])
+        if mask is not None:
+            x = x * mask
+        return self.fc(self.conv2(x.relu()).mean((2, 3)))
+
+
+def test_tracing_leaves_nothing_on_the_network_and_keeps_arguments_at_their_defaults():
+    net = Masked()
+    before = set(vars(net))
+    graph = trace(net, verify=torch.randn(2, 3, 8, 8))
+    assert set(vars(net)) == before
+    assert graph.spaces["conv1"].pinned == ""
+
+
+def test_weight_norm_is_an_error_that_says_how_to_take_it_off():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 2, 3))
+    nn.utils.parametrizations.weight_norm(net[2])
+    with pytest.raises(TraceError, match=r"`2` \(ParametrizedConv2d\).*remove_parametrizations"):
+        trace(net)
+    nn.utils.parametrize.remove_parametrizations(net[2], "weight")
+    trace(net, verify=torch.randn(1, 3, 9, 9))
+
+
+def test_one_weight_in_two_places_ties_what_both_do():
+    net = nn.Sequential(
+        nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2)
+    )
+    net[4].weight = net[2].weight
+    graph = trace(net, verify=torch.randn(8, 4))
+    assert len(graph.spaces) == 1 and "4.weight" not in graph.axes
+
+
+def test_groups_that_two_layers_divide_differently_keep_their_order_and_say_so():
+    net = nn.Sequential(
+        *(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 12, 1, groups=4), nn.ReLU(), nn.Conv2d(12, 6, 1, groups=2)),
+        *(nn.ReLU(), nn.Conv2d(6, 5, 1), nn.ReLU(), nn.Conv2d(5, 4, 1)),
+    )
+    graph = trace(net, verify=torch.randn(2, 3, 5, 5))
+    assert "divides differently" in graph.spaces["2"].pinned
+    assert any("`2` (12 features) is matched by number" in note for note in graph.notes)
+    assert graph.spaces["6"].pinned == ""
+
+
+def test_groups_and_heads_are_units_of_the_spaces_they_hold():
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 12, 1, groups=4), nn.Conv2d(12, 6, 1), nn.Conv2d(6, 2, 1))
+    graph = trace(net, verify=torch.randn(2, 3, 5, 5))
+    assert graph.spaces["1 groups"].size == 4
+    assert {space.units for space in graph.spaces.values()} == {"1 groups", None}
+    assert graph.spaces["1"].unit_of == (0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3)
+    assert str(graph.axes["1.weight"][1]) == "← 0 in 4 groups"
+
+
+def test_what_eval_mode_does_not_call_is_said():
+    class Auxiliary(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.aux, self.fc = nn.Linear(4, 6), nn.Sequential(nn.Linear(6, 6)), nn.Linear(6, 2)
+
+        def forward(self, x):
+            x = self.body(x).relu()
+            return (self.fc(x), self.aux(x)) if self.training else self.fc(x)
+
+    graph = trace(Auxiliary())
+    assert graph.notes == ("Not called in eval mode, and left out of the merged network: `aux`.",)
+    assert "Not called in eval mode" in str(graph)
+
+
+@pytest.mark.parametrize("stop_at", [None, "backbone"])
+def test_a_segmentation_network_with_a_dict_of_outputs(stop_at):
+    net = torchvision.models.segmentation.lraspp_mobilenet_v3_large(
+        weights=None, weights_backbone=None, num_classes=3
+    ).eval()
+    trace(net, stop_at, verify=torch.randn(1, 3, 64, 64))

@@ -80,6 +80,11 @@ def _extent(value: Any) -> tuple[int, int]:
     return (value.ids.size, value.rank) if isinstance(value, Features) else (0, 0)
 
 
+@rule(torch.addcmul, torch.addcdiv, torch.lerp, "addcmul", "addcdiv", "lerp")
+def three(ctx: Context, input: Any, first: Any, second: Any, **kwargs: Any) -> Any:
+    return binary(ctx, binary(ctx, first, second), input)
+
+
 @rule(torch.where)
 def where(ctx: Context, condition: Value, input: Any, other: Any) -> Value:
     return binary(ctx, binary(ctx, input, other), condition)

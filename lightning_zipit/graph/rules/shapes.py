@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from lightning_zipit.graph.align import broadcast
 from lightning_zipit.graph.interpret import Context
 from lightning_zipit.graph.rules.elementwise import POOLING
 from lightning_zipit.graph.rules.registry import module_rule, rule
-from lightning_zipit.graph.values import Features, Parameter, Plain, Value
+from lightning_zipit.graph.values import Features, Joined, Parameter, Plain, Value
 
 
 @rule(
@@ -33,8 +32,8 @@ def rearrange(ctx: Context, input: Value, *args: Any, **kwargs: Any) -> Any:
     if isinstance(input, Plain):
         return Plain()
 
-    zeros = partial(fx.node.map_aggregate, fn=_without_values)
-    others, named = zeros(args), zeros(kwargs)
+    others, named = fx.map_arg((ctx.node.args[1:], ctx.node.kwargs), ctx.concrete)
+    named = {name: value for name, value in named.items() if name in kwargs}
 
     def call(numbers: Tensor) -> Any:
         try:
@@ -43,13 +42,6 @@ def rearrange(ctx: Context, input: Value, *args: Any, **kwargs: Any) -> Any:
             raise ctx.error(f"its features cannot be followed ({error})") from error
 
     return _views(ctx, input, call) if isinstance(input, Parameter) else _moved(ctx, input, call)
-
-
-def _without_values(argument: Any) -> Any:
-    """Indices are positions: any will do."""
-    if isinstance(argument, (Plain, Parameter, Features)):
-        return torch.zeros(argument.shape or (), dtype=torch.int64)
-    return argument
 
 
 def _operator(ctx: Context) -> Callable[..., Any]:
@@ -115,10 +107,12 @@ def getitem(ctx: Context, container: Any, index: Any) -> Any:
 
 
 @rule(torch.cat, torch.concat, torch.concatenate)
-def cat(ctx: Context, tensors: Sequence[Value], dim: int = 0, **kwargs: Any) -> Value:
+def cat(ctx: Context, tensors: Sequence[Any], dim: int = 0, **kwargs: Any) -> Any:
     """Along the features: one after the other. Along positions: the same features of all, tied."""
     dim = kwargs.get("axis", dim)
     features = [value for value in tensors if isinstance(value, Features)]
+    if dim == 0 and all(isinstance(value, Parameter) and len(value.shape) == 1 for value in tensors):
+        return Joined(tuple(tensors))
     if not features:
         return Plain()
     first = max(features, key=lambda value: value.ids.size)
