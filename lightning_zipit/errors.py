@@ -24,7 +24,13 @@ class ConfigurationError(ZipItError, MisconfigurationException, ValueError):
 
 
 class TraceError(ZipItError, RuntimeError):
-    """The backbone cannot be turned into a merge graph."""
+    """The backbone cannot be turned into a merge graph.
+
+    Attributes:
+        node: the name of the traced graph's node that stands in the way, if it is one.
+    """
+
+    node: str | None = None
 
 
 class UnknownShapeError(TraceError):

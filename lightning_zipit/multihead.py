@@ -271,6 +271,7 @@ class MultiHeadModule(MultiTaskModule):
         settings: where the trunk ends.
         merged: trunk, heads and report of a merge.
         example_input: an input of the backbone, where one that fits cannot be guessed; its values do not matter.
+        barriers: nodes that stay in the heads, as :attr:`MergeGraph.barriers` has them.
 
     Raises:
         ConfigurationError: if the models cannot be merged.
@@ -291,11 +292,12 @@ class MultiHeadModule(MultiTaskModule):
         settings: MergeSettings | None = None,
         merged: MergedBackbone | None = None,
         example_input: Tensor | None = None,
+        barriers: Mapping[str, str] | None = None,
     ) -> None:
         models = name_tasks(models)
         settings = settings or MergeSettings()
         example = merged.example if merged is not None else example_input
-        graphs = merged.graphs if merged is not None else _trace_models(models, backbone, settings, example)
+        graphs = merged.graphs if merged is not None else _trace_models(models, backbone, settings, example, barriers)
         if merged is None:
             trunk: nn.Module = build_trunk(next(iter(graphs.values())))
             heads: Mapping[str, nn.Module] = {task: build_head(graph) for task, graph in graphs.items()}
@@ -314,6 +316,7 @@ class MultiHeadModule(MultiTaskModule):
             "stop_at": settings.stop_at,
             "merge_heads": settings.merge_heads,
             "input_shape": None if example is None else list(example.shape[1:]),
+            "barriers": next(iter(graphs.values())).barriers,
             "input_dtype": None if example is None else str(example.dtype).removeprefix("torch."),
         }
 
@@ -360,7 +363,8 @@ class MultiHeadModule(MultiTaskModule):
             for task, description in record["sources"].items()
         }
         settings = MergeSettings(stop_at=record["stop_at"], merge_heads=record["merge_heads"])
-        module = cls(sources, record["backbone"], settings, example_input=_read_example(record))
+        example, barriers = _read_example(record), record.get("barriers")
+        module = cls(sources, record["backbone"], settings, example_input=example, barriers=barriers)
         try:
             module.load_state_dict(checkpoint["state_dict"])
         except (RuntimeError, KeyError) as error:
@@ -373,10 +377,15 @@ class MultiHeadModule(MultiTaskModule):
 
 
 def _trace_models(
-    models: Mapping[str, LightningModule], backbone: str, settings: MergeSettings, example: Tensor | None
+    models: Mapping[str, LightningModule],
+    backbone: str,
+    settings: MergeSettings,
+    example: Tensor | None,
+    barriers: Mapping[str, str] | None,
 ) -> dict[str, MergeGraph]:
     networks = {task: get_backbone(model, backbone) for task, model in models.items()}
-    return trace_all(networks, settings, None if example is None else like(example, next(iter(networks.values()))))
+    fitting = None if example is None else like(example, next(iter(networks.values())))
+    return trace_all(networks, settings, fitting, barriers=barriers)
 
 
 def _read_example(record: Mapping[str, Any]) -> Tensor | None:

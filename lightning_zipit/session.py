@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -21,7 +22,8 @@ from lightning_zipit.errors import (
     UnknownShapeError,
     ZipItError,
 )
-from lightning_zipit.graph import MergeGraph, evaluating, trace, verify_graph
+from lightning_zipit.graph import MergeGraph, evaluating, trace
+from lightning_zipit.graph.verify import find_failing
 from lightning_zipit.matchers import GreedyZip, Matcher
 from lightning_zipit.merging import SpaceMap, families, match, merge_into, unmerge_into
 from lightning_zipit.rebuild import build_head, build_trunk, set_unmerges
@@ -132,7 +134,7 @@ class MergeSession:
 
         Raises:
             CalibrationError: if the first batch gives NaN or Inf.
-            VerificationError: if the table of axes proves wrong.
+            VerificationError: if the table of axes proves wrong everywhere.
         """
         if index != self._pass:
             self._match()
@@ -152,8 +154,9 @@ class MergeSession:
             with torch.inference_mode(False), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
                 if not self.graphs or any(graph.input_shape != x.shape[1:] for graph in self.graphs.values()):
                     self.graphs = trace_all(self.backbones, self.settings, like(example, self._first))
-                if self.settings.verify:
-                    verify_graph(networks[task], self.graphs[task], example.clone())
+                if self.settings.verify and find_failing(networks[task], self.graphs[task], example.clone()):
+                    self.graphs = trace_all(self.backbones, self.settings, like(example, self._first), verify=True)
+            warn_of_barriers(self.graphs[task])
         return Calibration(self.graphs[task], networks, [name for family in self._families() for name in family])
 
     def _families(self) -> list[list[str]]:
@@ -371,7 +374,11 @@ def has_batch_norm(module: nn.Module) -> bool:
 
 
 def trace_all(
-    backbones: Mapping[str, nn.Module], settings: MergeSettings, example: Tensor | None = None
+    backbones: Mapping[str, nn.Module],
+    settings: MergeSettings,
+    example: Tensor | None = None,
+    verify: bool = False,
+    barriers: Mapping[str, str] | None = None,
 ) -> dict[str, MergeGraph]:
     """Trace all source networks and make sure that their trunks are the same network.
 
@@ -379,6 +386,8 @@ def trace_all(
         backbones: the source networks by task.
         settings: where to cut them.
         example: an input of the networks, where their reshapes need one.
+        verify: prove the table of the first network on the example; a space that fails becomes a barrier for all.
+        barriers: nodes that shall stay in the heads, and why.
 
     Returns:
         The merge graph of each.
@@ -391,7 +400,14 @@ def trace_all(
     problems: list[str] = []
     for task, backbone in backbones.items():
         try:
-            graphs[task] = trace(backbone, settings.stop_at, example_input=example, merge_heads=settings.merge_heads)
+            graphs[task] = trace(
+                backbone,
+                settings.stop_at,
+                example_input=example,
+                merge_heads=settings.merge_heads,
+                verify=example if verify and not graphs else None,
+                barriers=next(iter(graphs.values())).barriers if graphs else barriers,
+            )
         except ZipItError as error:
             if not graphs:
                 raise
@@ -404,6 +420,12 @@ def trace_all(
     if problems:
         raise ArchitectureMismatchError.collect(problems)
     return graphs
+
+
+def warn_of_barriers(graph: MergeGraph) -> None:
+    """Say what stays per task although the trunk should have held it."""
+    if graph.barriers:
+        rank_zero_warn("Part of the trunk could not be merged and stays per task. " + " ".join(graph.barriers.values()))
 
 
 def first_difference(first: MergeGraph, second: MergeGraph) -> str | None:

@@ -30,7 +30,7 @@ def find_trunk(
     """
     body = [node for node in nodes if node.op != "output"]
     if stop_at is None:
-        head = set() if whole else _descendants(_last_layers(backbone, nodes, shapes), nodes)
+        head = set() if whole else descendants(_last_layers(backbone, nodes, shapes), nodes)
         return _with_items(_ancestors(_inputs_of(body, head), nodes), nodes, shapes) if head else set(body)
     inside = [node for node in body if stop_at in modules_around(node) or node.target == stop_at]
     if not inside:
@@ -70,7 +70,8 @@ def _last_layers(backbone: nn.Module, nodes: list[fx.Node], shapes: dict[str, tu
     }
 
 
-def _descendants(roots: set[fx.Node], nodes: list[fx.Node]) -> set[fx.Node]:
+def descendants(roots: set[fx.Node], nodes: list[fx.Node]) -> set[fx.Node]:
+    """Nodes, and all that depends on them."""
     found = set(roots)
     for node in nodes:
         if node in found or not found.isdisjoint(node.all_input_nodes):

@@ -248,13 +248,18 @@ class Context:
         if isinstance(value, Features) and value.axes == (value.rank - 1,):
             self.projected.append(Projected(ids.ravel(), value, weight.name, start, self.node))
 
-    def error(self, reason: str, kind: type[TraceError] = TraceError) -> TraceError:
-        """An error that names the operator at hand, where it stands, and the ways out."""
-        return kind(
+    def error(self, reason: str, fatal: bool = False) -> TraceError:
+        """An error that names the operator at hand, where it stands, and the ways out.
+
+        It makes the operator a barrier, unless it is ``fatal``.
+        """
+        error = TraceError(
             f"{describe(self.node, self.module)} cannot be merged: {reason}. Teach it with "
             f"`lightning_zipit.graph.register_rule({_symbol(self.node, self.module)}, rule)`, hide the block behind a "
             "leaf module with a rule of its own, or merge less: another `backbone`, or a `stop_at` before it."
         )
+        error.node = None if fatal else self.node.name
+        return error
 
     def cross(self, value: Features) -> None:
         """Take note of a value that the heads read."""
@@ -266,10 +271,11 @@ class Context:
             raise self.error(
                 f"its `{name.rpartition('.')[2]}` is computed from other parameters; take weight norm and the like off "
                 "first, with `torch.nn.utils.parametrize.remove_parametrizations(module, 'weight')` or "
-                "`torch.nn.utils.remove_weight_norm(module)`, on a copy of the trained model"
+                "`torch.nn.utils.remove_weight_norm(module)`, on a copy of the trained model",
+                fatal=True,
             )
         if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)):
-            raise self.error("it has no weight yet: run a batch through the model before merging it")
+            raise self.error("it has no weight yet: run a batch through the model before merging it", fatal=True)
         return Parameter(known or name, tuple(tensor.shape), tuple(range(tensor.ndim)))
 
     def _note(

@@ -15,6 +15,7 @@ def find_notes(
     trunk: set[fx.Node],
     spaces: Mapping[str, FeatureSpace],
     axes: Mapping[str, tuple[AxisRef | None, ...]],
+    barriers: Mapping[str, str],
 ) -> Iterator[str]:
     """What is not merged by what it does, and why: pinned spaces, positional parameters, modules that are not called.
 
@@ -24,10 +25,15 @@ def find_notes(
         trunk: those of the trunk.
         spaces: its feature spaces.
         axes: the table of axes.
+        barriers: nodes that are kept out of the trunk, and why.
     """
+    for why in barriers.values():
+        yield f"Kept per task from here on: {why.partition('. Teach it')[0]}."
+    holding = {space.units for space in spaces.values()}
     for space in spaces.values():
-        if space.pinned:
-            yield f"`{space.name}` ({space.size} features) is matched by number: {space.pinned}."
+        why = space.pinned or ("" if space.tap or space.name in holding else "nothing measures it")
+        if why:
+            yield f"`{space.name}` ({space.size} features) is matched by number: {why}."
     parameters = dict(backbone.named_parameters())
     positional = [
         name for name in _reached(nodes, trunk, parameters) if parameters[name].ndim and not any(axes.get(name, ()))

@@ -205,6 +205,8 @@ class MergeGraph:
         module: the traced backbone.
         fx_graph: its graph, as torch.fx recorded it.
         held: per node of the trunk, the spaces that its output holds.
+        barriers: nodes that, with all that depends on them, stay in the heads where the trunk would have held them,
+            and why.
         notes: for people: what is not merged by what it does, and why.
         input_shape: the shape of one sample of the input that the sizes come from.
     """
@@ -217,6 +219,7 @@ class MergeGraph:
     module: torch.nn.Module = field(repr=False)
     fx_graph: fx.Graph = field(repr=False)
     held: dict[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
+    barriers: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     input_shape: tuple[int, ...] = ()
 

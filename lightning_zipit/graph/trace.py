@@ -6,6 +6,7 @@ import inspect
 import math
 import traceback
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from lightning_zipit.errors import ConfigurationError, TraceError
-from lightning_zipit.graph.cut import find_trunk
+from lightning_zipit.errors import ConfigurationError, TraceError, VerificationError
+from lightning_zipit.graph.cut import descendants, find_trunk
 from lightning_zipit.graph.interpret import Context, Event, describe, find_rule, module_rule_of, place_of
 from lightning_zipit.graph.notes import find_notes
 from lightning_zipit.graph.rules import POOLING
@@ -31,6 +32,7 @@ from lightning_zipit.graph.spaces import (
     as_starts,
 )
 from lightning_zipit.graph.values import Features, Ids, Opaque, leaves
+from lightning_zipit.graph.verify import explain, find_failing
 
 
 class Tracer(fx.Tracer):
@@ -83,11 +85,15 @@ def trace(
     example_input: Tensor | None = None,
     merge_heads: bool = False,
     verify: Tensor | None = None,
+    barriers: Mapping[str, str] | None = None,
 ) -> MergeGraph:
     """Find out which axes of a network's parameters must be merged together.
 
     The network is recorded in eval mode by torch.fx and is left as it was. No data is needed where an input that fits
     can be guessed from the first layer.
+
+    An operator that no rule knows is a barrier: it and all that depends on it stays a part of the heads, one per task,
+    and :attr:`MergeGraph.barriers` says so.
 
     Args:
         backbone: a network of one input whose ``forward`` torch.fx can follow.
@@ -96,16 +102,18 @@ def trace(
         example_input: an input whose sizes are used. Its values do not matter.
         merge_heads: put the last layer into the trunk too: the models then share one output space.
         verify: an input on which to prove the table: every space is permuted at random in a copy, which must then
-            compute the same. Two forwards of at most 8 samples are run in float64.
+            compute the same. Two forwards of at most 8 samples are run in float64. A space that fails becomes a
+            barrier.
+        barriers: nodes of the traced graph that shall be barriers, and why.
 
     Returns:
         The feature spaces and the table of axes.
 
     Raises:
         UnknownShapeError: if no input is given and none that fits was guessed.
-        TraceError: where an operator or a reshape inside the trunk cannot be merged, or torch.fx cannot follow.
+        TraceError: if torch.fx cannot follow, or a barrier leaves nothing to merge.
         ConfigurationError: if ``stop_at`` does not exist or leaves nothing to merge.
-        VerificationError: if ``verify`` is given and a permuted space changes the output.
+        VerificationError: if ``verify`` finds that nothing can be merged.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 5))
@@ -119,19 +127,37 @@ def trace(
     shapes = shapes_of(backbone, graph, example_input if example_input is not None else verify)
     nodes = list(graph.nodes)
     trunk = find_trunk(backbone, nodes, stop_at, shapes, merge_heads)
-    merge_graph = _Analysis(backbone, graph, shapes, trunk, stop_at).result()
-    if not any(space.tap for space in merge_graph.spaces.values()):
+    known = dict(barriers or {})
+    last: TraceError | None = None
+    while True:
+        before = trunk - descendants({node for node in nodes if node.name in known}, nodes)
+        try:
+            merge_graph = _Analysis(backbone, graph, shapes, before, stop_at, known).result()
+            _check_mergeable(merge_graph, stop_at)
+            failing = find_failing(backbone, merge_graph, verify) if verify is not None else {}
+        except ConfigurationError as error:
+            raise last or error from None
+        except TraceError as error:
+            if merge_heads or error.node is None or error.node in known:
+                raise
+            known[error.node], last = str(error), error
+            continue
+        if not failing:
+            return merge_graph
+        last = VerificationError(explain(merge_graph, list(failing)))
+        if merge_heads:
+            raise last
+        known |= {node: f"permuting `{name}` would change what it computes" for name, node in failing.items()}
+
+
+def _check_mergeable(graph: MergeGraph, stop_at: str | None) -> None:
+    if not any(space.tap for space in graph.spaces.values()):
         raise ConfigurationError(
             f"stop_at={stop_at!r} leaves no layer with weights in the trunk, so there is nothing to merge: "
             "name a later module."
             if stop_at
             else "The backbone has no layer with weights before its last, so there is nothing to merge."
         )
-    if verify is not None:
-        from lightning_zipit.graph.verify import verify_graph
-
-        verify_graph(backbone, merge_graph, verify)
-    return merge_graph
 
 
 # Recording
@@ -231,8 +257,9 @@ class _Analysis:
         shapes: dict[str, tuple[int, ...]],
         trunk: set[fx.Node],
         stop_at: str | None,
+        barriers: Mapping[str, str],
     ) -> None:
-        self.backbone, self.graph, self.stop_at = backbone, graph, stop_at
+        self.backbone, self.graph, self.stop_at, self.barriers = backbone, graph, stop_at, barriers
         self.nodes = list(graph.nodes)
         self.trunk = trunk
         self.ctx = Context(backbone, shapes)
@@ -275,7 +302,7 @@ class _Analysis:
 
     def result(self) -> MergeGraph:
         self.component = self.ctx.components()
-        self._pin_conflicts()
+        self._check_nestings()
         self._group()
         head_events = [event for events in self.ctx.events.values() for event in events]
         crossings = tuple(self._crossing(node, head_events) for node in self.crossing_nodes)
@@ -289,7 +316,8 @@ class _Analysis:
             module=self.backbone,
             fx_graph=self.graph,
             held={node.name: self._held(value) for node, value in self.values.items() if node in self.trunk},
-            notes=tuple(find_notes(self.backbone, self.nodes, self.trunk, spaces, axes)),
+            barriers=dict(self.barriers),
+            notes=tuple(find_notes(self.backbone, self.nodes, self.trunk, spaces, axes, self.barriers)),
             input_shape=next(self.ctx.shapes[node.name][1:] for node in self.nodes if node.op == "placeholder"),
         )
 
@@ -300,8 +328,8 @@ class _Analysis:
 
     # Grouping features into spaces
 
-    def _pin_conflicts(self) -> None:
-        """Where two operators group the same features differently, they keep their order."""
+    def _check_nestings(self) -> None:
+        """Two operators must not group the same features differently; the later one is a barrier."""
         members_anywhere = [self.component[nesting.members].ravel() for nesting in self.nestings]
         inner = np.unique(np.concatenate(members_anywhere)) if members_anywhere else np.empty(0, np.int64)
         for nesting in self.nestings:
@@ -309,9 +337,11 @@ class _Analysis:
             first = {unit: row for row, unit in reversed(list(enumerate(units.tolist())))}
             same = all((members[row] == members[first[unit]]).all() for row, unit in enumerate(units.tolist()))
             if not same or np.isin(units, inner).any():
-                reason = f"`{nesting.node.name}` takes them in {nesting.kind} that another operator divides differently"
-                self.ctx.pin(nesting.members, reason)
-                self.ctx.pin(nesting.units, reason)
+                clashing = (other.node for other in self.nestings if np.isin(self.component[other.units], units).any())
+                self.ctx.node = max(clashing, key=self.position.__getitem__)
+                raise self.ctx.error(
+                    f"it takes features in {nesting.kind} that an operator before it divides differently"
+                )
 
     def _group(self) -> None:
         """Features that appear on the same axes, equally often, form one space (the coarsest such partition)."""

@@ -68,6 +68,32 @@ def verify_graph(backbone: nn.Module, graph: MergeGraph, batch: Tensor) -> None:
     Raises:
         VerificationError: naming every space whose permutation changes the result.
     """
+    if failing := find_failing(backbone, graph, batch):
+        raise VerificationError(explain(graph, list(failing)))
+
+
+def explain(graph: MergeGraph, spaces: list[str]) -> str:
+    """What is wrong with spaces whose permutation changes the result, and what to do."""
+    written = {name: ", ".join(parameter for parameter, _ in graph.spaces[name].producers[:3]) for name in spaces}
+    named = "; ".join(f"{name} (written by {parameters})" for name, parameters in written.items())
+    return (
+        f"Permuting these feature spaces changes what the network computes, so merging them would be wrong: {named}. "
+        "A rule for an operator that they pass through is wrong, or the network uses the number of a feature: stop "
+        "before it with `stop_at`, or register another rule."
+    )
+
+
+def find_failing(backbone: nn.Module, graph: MergeGraph, batch: Tensor) -> dict[str, str]:
+    """The spaces whose random permutation in a copy changes what crosses into the heads.
+
+    Args:
+        backbone: the traced network.
+        graph: its merge graph.
+        batch: an input; its first 8 samples are used.
+
+    Returns:
+        Their names, and the first node of the graph that holds each.
+    """
     generator = torch.Generator().manual_seed(0)
     permutations = random_permutations(graph, generator)
     exact = batch.device.type != "mps"
@@ -79,19 +105,16 @@ def verify_graph(backbone: nn.Module, graph: MergeGraph, batch: Tensor) -> None:
     tolerance = 1e-6 if exact else 1e-3
     expected = _crossing_values(reference, graph, example)
     if _agree(graph, reference, permutations, example, expected, tolerance):
-        return
+        return {}
+    alone = [[name, *(other for other in permutations if graph.spaces[other].units == name)] for name in permutations]
     wrong = [
-        name
-        for name, permutation in permutations.items()
-        if not _agree(graph, reference, {name: permutation}, example, expected, tolerance)
+        family[0]
+        for family in alone
+        if not _agree(graph, reference, {name: permutations[name] for name in family}, example, expected, tolerance)
     ]
-    written = {name: ", ".join(parameter for parameter, _ in graph.spaces[name].producers[:3]) for name in wrong}
-    named = "; ".join(f"{name} (written by {parameters})" for name, parameters in written.items())
-    raise VerificationError(
-        f"Permuting these feature spaces changes what the network computes, so merging them would be wrong: "
-        f"{named or 'all together'}. A rule for an operator that they pass through is wrong, or the network uses the "
-        "number of a feature: stop before it with `stop_at`, or register another rule."
-    )
+    return {
+        name: next(node for node, held in graph.held.items() if name in held) for name in wrong or list(permutations)
+    }
 
 
 def _agree(

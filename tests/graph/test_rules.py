@@ -1,5 +1,6 @@
 """One operator at a time: what it ties, and what it refuses."""
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -154,15 +155,19 @@ def test_features_tied_to_the_input_are_pinned():
     [
         (lambda net, y, x: torch.cumsum(y, 1), "Function `cumsum`"),
         (lambda net, y, x: y[:, 2].unsqueeze(1) * y, "`getitem`"),
-        (lambda net, y, x: torch.cat([y, x], 1)[:, 3:], "`cat`"),
         (lambda net, y, x: y.reshape(-1, 3, 6, 8).view(-1, 6, 6, 8).sort(1)[0], "`sort`"),
         (lambda net, y, x: y + net.other(x).permute(0, 2, 1, 3), "`add`"),
         (lambda net, y, x: y.mean((0, 1), keepdim=True) + y, "`mean`"),
     ],
 )
-def test_what_no_rule_knows_is_an_error_that_names_it(between, operator):
-    with pytest.raises(TraceError, match=rf"{operator}.*register_rule.*backbone.*stop_at"):
-        trace(Net(between), example_input=torch.randn(2, 3, 6, 8))
+def test_what_no_rule_knows_is_a_barrier_that_is_named(between, operator):
+    net = Net(between)
+    x = torch.randn(2, 3, 6, 8)
+    graph = trace(nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), net), verify=x)
+    (reason,) = graph.barriers.values()
+    assert re.search(rf"{operator}.*register_rule.*backbone.*stop_at", reason)
+    assert graph.notes[0].startswith("Kept per task from here on")
+    assert "2.conv2.weight" not in {name for name, refs in graph.axes.items() if any(refs)}
 
 
 def test_the_error_of_an_unknown_operator_names_the_module_around_it():
@@ -171,9 +176,15 @@ def test_the_error_of_an_unknown_operator_names_the_module_around_it():
             return torch.cumsum(x, 1)
 
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sequential(nn.ReLU(), Odd()), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 2, 3))
-    with pytest.raises(TraceError, match=r"`cumsum` in `1\.1`"):
-        trace(net)
-    assert list(trace(net, stop_at="1.0").spaces) == ["0"]
+    graph = trace(net)
+    assert "`cumsum` in `1.1`" in graph.barriers["cumsum"]
+    assert list(graph.spaces) == list(trace(net, stop_at="1.0").spaces) == ["0"]
+
+
+def test_a_barrier_that_leaves_nothing_to_merge_is_an_error():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), Shuffle(), nn.Conv2d(4, 4, 3))
+    with pytest.raises(TraceError, match=r"`fliplr`.*register_rule"):
+        trace(net, stop_at="1", merge_heads=True)
 
 
 def test_unknown_operators_in_the_heads_do_no_harm():
@@ -221,13 +232,16 @@ class Shuffle(nn.Module):
 
 def test_a_registered_rule_is_used_and_proven():
     net = nn.Sequential(nn.Conv2d(3, 4, 3), Shuffle(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 2))
-    with pytest.raises(TraceError, match="fliplr"):
-        trace(net)
+    assert "`fliplr` in `1`" in trace(net).barriers["fliplr"]
     register_rule(Shuffle, lambda ctx, module, x: replace(x, ids=x.ids[::-1]))
-    trace(net, verify=X)
+    assert not trace(net, verify=X).barriers
     register_rule(Shuffle, lambda ctx, module, x: x)
     with pytest.raises(VerificationError, match=r"0 \(written by 0\.weight"):
         trace(net, verify=X)
+    net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), *net)
+    net[2] = nn.Conv2d(6, 4, 3)
+    graph = trace(net, verify=torch.randn(4, 3, 10, 10))
+    assert list(graph.spaces) == ["0"] and "would change what it computes" in graph.notes[0]
 
 
 class Gain(nn.Conv2d):
@@ -244,7 +258,7 @@ class Gain(nn.Conv2d):
 def test_a_subclass_with_a_parameter_of_its_own_needs_a_rule():
     net = nn.Sequential(Gain(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 2))
     with pytest.raises(TraceError, match=r"`0` \(Gain\).*does not know its parameter `gain`"):
-        trace(net)
+        trace(net)  # and before it there is nothing
 
     def rule(ctx, module, x):
         output = convolution_module(ctx, module, x)
@@ -283,3 +297,4 @@ def test_a_block_behind_a_leaf_module_says_its_axes_itself():
     net = nn.Sequential(nn.Conv2d(3, 4, 3), Gated(4, 6), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 2))
     graph = trace(net, verify=X)
     assert graph.axes["1.expand.weight"][0].spaces == ("1.expand",)
+    assert "`1.expand` (6 features) is matched by number: nothing measures it" in graph.notes[0]

@@ -132,15 +132,14 @@ def test_one_weight_in_two_places_ties_what_both_do():
     assert len(graph.spaces) == 1 and "4.weight" not in graph.axes
 
 
-def test_groups_that_two_layers_divide_differently_keep_their_order_and_say_so():
+def test_groups_that_two_layers_divide_differently_end_the_trunk_and_say_so():
     net = nn.Sequential(
         *(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 12, 1, groups=4), nn.ReLU(), nn.Conv2d(12, 6, 1, groups=2)),
         *(nn.ReLU(), nn.Conv2d(6, 5, 1), nn.ReLU(), nn.Conv2d(5, 4, 1)),
     )
     graph = trace(net, verify=torch.randn(2, 3, 5, 5))
-    assert "divides differently" in graph.spaces["2"].pinned
-    assert any("`2` (12 features) is matched by number" in note for note in graph.notes)
-    assert graph.spaces["6"].pinned == ""
+    assert list(graph.spaces) == ["0", "2", "2 groups"]
+    assert "Module `4` (Conv2d)" in graph.notes[0] and "divides differently" in graph.notes[0]
 
 
 def test_groups_and_heads_are_units_of_the_spaces_they_hold():
