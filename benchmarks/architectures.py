@@ -25,6 +25,7 @@ from lightning_zipit import MergeGraph, MergeSettings, merge_backbones, trace
 from lightning_zipit.errors import ZipItError
 from lightning_zipit.graph import permute_spaces
 from lightning_zipit.graph.interpret import modules_around
+from lightning_zipit.graph.notes import reached
 from lightning_zipit.graph.verify import random_permutations
 from lightning_zipit.session import AllHeads
 
@@ -63,6 +64,12 @@ def torchvision_model(name: str) -> tuple[nn.Module, int]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return torchvision.models.get_model(name, weights=None, **arguments), size
+
+
+def by_size() -> list[str]:
+    """All classification models of torchvision, the smallest first."""
+    names = torchvision.models.list_models(module=torchvision.models)
+    return sorted(names, key=lambda name: torchvision.models.get_model_weights(name).DEFAULT.meta["num_params"])
 
 
 def timm_model(name: str) -> tuple[nn.Module, int]:
@@ -112,9 +119,11 @@ def middle(graph: MergeGraph) -> str:
 
 
 def zipped_share(graph: MergeGraph) -> float:
-    """The share of the parameters that lie along a feature space that is matched by what its features do."""
+    """The share of the parameters in use that lie along a feature space that is matched by what its features do."""
+    nodes = list(graph.fx_graph.nodes)
     free = {name for name, space in graph.spaces.items() if not space.pinned}
-    sizes = {name: parameter.numel() for name, parameter in graph.module.named_parameters()}
+    everything = dict(graph.module.named_parameters())
+    sizes = {name: everything[name].numel() for name in reached(nodes, set(nodes), everything)}
     along = (
         size
         for name, size in sizes.items()
@@ -124,7 +133,9 @@ def zipped_share(graph: MergeGraph) -> float:
 
 
 @torch.no_grad()
-def examine(name: str, make: Callable[[str], tuple[nn.Module, int]] = torchvision_model, samples: int | None = None) -> Row:
+def examine(
+    name: str, make: Callable[[str], tuple[nn.Module, int]] = torchvision_model, samples: int | None = None
+) -> Row:
     """Trace a model, and merge it with itself and with a permuted copy.
 
     Args:
@@ -180,7 +191,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="a file for the table and the notes, in Markdown")
     arguments = parser.parse_args()
     torch.set_num_threads(2)
-    every = TIMM if arguments.timm else torchvision.models.list_models(module=torchvision.models)
+    every = TIMM if arguments.timm else by_size()
     make = timm_model if arguments.timm else torchvision_model
     rows: list[Row | tuple[str, str]] = []
     for name in arguments.models or every:

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torchvision.models as tv
-from helpers.nets import PlainNet, SmallResNet, TokenNet, settle, torchvision_net
+from helpers.nets import HandWrittenViT, PlainNet, SmallResNet, TokenNet, settle, torchvision_net
 from torch import nn
 
 from lightning_zipit import MergeSettings, merge_backbones, trace
@@ -88,6 +88,8 @@ CASES = {
     "maxvit": (lambda: tv.MaxVit(**SMALL_MAXVIT, num_classes=5), 32, ("blocks.0.layers.0.layers.window_attention",)),
 }
 OTHER = {
+    "attention written out": (HandWrittenViT, torch.randn(48, 3, 16, 16), ("blocks.0", "blocks.1.fc1")),
+    "attention without fusing": (lambda: HandWrittenViT(fused=False), torch.randn(48, 3, 16, 16), ("blocks.0.qkv",)),
     "one dimension": (one_dimensional, torch.randn(48, 3, 20), ("3", "6")),
     "three dimensions": (three_dimensional, torch.randn(48, 2, 10, 10, 10), ("3", "7")),
     "tokens": (TokenNet, torch.randint(0, 30, (48, 12)), ("encoder.layers.0",)),

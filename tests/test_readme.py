@@ -1,17 +1,19 @@
-"""The README's snippets, run as they are written."""
+"""The snippets of the README and of docs/, run as they are written."""
 
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from helpers.nets import Lit, images
 
 import lightning_zipit
 
 ROOT = Path(__file__).parent.parent
-SNIPPETS = re.findall(r"<!-- test: (\w+).*? -->\n```(\w+)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+PAGES = "\n".join(page.read_text() for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))))
+SNIPPETS = re.findall(r"<!-- test: (\w+).*? -->\n```(\w+)\n(.*?)```", PAGES, re.DOTALL)
 
 
 def run(name, tmp_path, monkeypatch):
@@ -42,8 +44,9 @@ def test_the_table(tmp_path, monkeypatch):
     assert "layer2.0.conv2" in run("trace", tmp_path, monkeypatch)["graph"].spaces
 
 
-def test_the_rule(tmp_path, monkeypatch):
-    run("rule", tmp_path, monkeypatch)
+@pytest.mark.parametrize("name", ["rule", "gain", "block"])
+def test_rules(name, tmp_path, monkeypatch):
+    run(name, tmp_path, monkeypatch)
 
 
 def test_the_command_line(tmp_path, monkeypatch):

@@ -36,17 +36,18 @@ def find_notes(
             yield f"`{space.name}` ({space.size} features) is matched by number: {why}."
     parameters = dict(backbone.named_parameters())
     positional = [
-        name for name in _reached(nodes, trunk, parameters) if parameters[name].ndim and not any(axes.get(name, ()))
+        name for name in reached(nodes, trunk, parameters) if parameters[name].ndim and not any(axes.get(name, ()))
     ]
     if positional:
         yield f"Averaged position by position, as they hold no features: {_list(positional)}."
-    called = set(_reached(nodes, set(nodes), parameters))
+    called = set(reached(nodes, set(nodes), parameters))
     unused = dict.fromkeys(_highest(name, called) for name in parameters if name not in called)
     if unused:
         yield f"Not called in eval mode, and left out of the merged network: {_list(list(unused))}."
 
 
-def _reached(nodes: list[fx.Node], wanted: set[fx.Node], parameters: Mapping[str, object]) -> list[str]:
+def reached(nodes: list[fx.Node], wanted: set[fx.Node], parameters: Mapping[str, object]) -> list[str]:
+    """The parameters that some nodes of a graph use."""
     targets = {str(node.target) for node in nodes if node in wanted and node.op in ("call_module", "get_attr")}
     return [name for name in parameters if any(part in targets for part in _prefixes(name))]
 

@@ -424,6 +424,9 @@ class _Analysis:
         others += [*self.ctx.mixed, *self.ctx.opaque, *self.returned]
         others += [other.ids.ravel() for source, other in self.head_values.items() if source is not node]
         absorbed = len(set(own.tolist())) == len(own)
+        for event in head_events:  # a layer that reads a part of the features cannot tell which of the merged ones
+            appearances = np.isin(self.head_values[node].ids.ravel(), event.entries).sum()
+            absorbed = absorbed and appearances in (0, len(own))
         absorbed = absorbed and not any(np.isin(own, self.component[ids]).any() for ids in others)
         return Crossing(node.name, value.axes[0], self._ref(self.component[value.ids.ravel()], None), absorbed)
 

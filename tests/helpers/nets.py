@@ -165,6 +165,51 @@ def torchvision_net(name, **arguments):
     return net.eval()
 
 
+class HandWrittenViT(nn.Module):
+    """A vision transformer whose attention is written out, as libraries do: queries, keys and values in one layer."""
+
+    def __init__(self, width: int = 16, heads: int = 2, depth: int = 2, fused: bool = True):
+        super().__init__()
+        self.patches = nn.Conv2d(3, width, 4, stride=4)
+        self.token = nn.Parameter(torch.randn(1, 1, width))
+        self.position = nn.Parameter(torch.randn(1, 17, width) * 0.1)
+        self.blocks = nn.Sequential(*(HandWrittenBlock(width, heads, fused) for _ in range(depth)))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 5)
+
+    def forward(self, x):
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], dim=1) + self.position
+        return self.head(self.norm(self.blocks(x))[:, 0])
+
+
+class HandWrittenBlock(nn.Module):
+    def __init__(self, width: int, heads: int, fused: bool):
+        super().__init__()
+        self.heads, self.fused = heads, fused
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.proj = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width)
+        self.q_bias, self.v_bias = nn.Parameter(torch.randn(width)), nn.Parameter(torch.randn(width))
+        self.register_buffer("k_bias", torch.zeros(width))
+        self.of_heads = nn.Parameter(torch.randn(heads, 1, 1))
+        self.scale = nn.Parameter(torch.rand(width) + 0.5)
+        self.fc1, self.fc2 = nn.Linear(width, 24), nn.Linear(24, width)
+
+    def attend(self, x):
+        batch, tokens, width = x.shape
+        bias = torch.cat([self.q_bias, self.k_bias, self.v_bias])
+        qkv = F.linear(x, self.qkv.weight, bias).reshape(batch, tokens, 3, self.heads, width // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        if self.fused:
+            x = F.scaled_dot_product_attention(q, k, v)
+        else:
+            x = (q @ k.transpose(-2, -1) * self.of_heads.exp()).softmax(-1) @ v
+        return self.proj(x.transpose(1, 2).reshape(batch, tokens, width))
+
+    def forward(self, x):
+        x = x + self.attend(self.norm1(x)) * self.scale
+        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+
+
 class TokenNet(nn.Module):
     """A transformer over tokens, as PyTorch's own layers make one."""
 
