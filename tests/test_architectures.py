@@ -89,7 +89,7 @@ CASES = {
 }
 OTHER = {
     "attention written out": (HandWrittenViT, torch.randn(48, 3, 16, 16), ("blocks.0", "blocks.1.fc1")),
-    "attention without fusing": (lambda: HandWrittenViT(fused=False), torch.randn(48, 3, 16, 16), ("blocks.0.qkv",)),
+    "attention without fusing": (lambda: HandWrittenViT(fused=False), torch.randn(48, 3, 16, 16), ("blocks.0.norm2",)),
     "one dimension": (one_dimensional, torch.randn(48, 3, 20), ("3", "6")),
     "three dimensions": (three_dimensional, torch.randn(48, 2, 10, 10, 10), ("3", "7")),
     "tokens": (TokenNet, torch.randint(0, 30, (48, 12)), ("encoder.layers.0",)),

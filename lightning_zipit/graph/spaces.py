@@ -241,6 +241,20 @@ class MergeGraph:
         Console(file=buffer, width=200).print(self.to_table())
         return buffer.getvalue()
 
+    def to_dot(self) -> str:
+        """The network in Graphviz's language, in the colours of its spaces."""
+        from lightning_zipit.graph.draw import to_dot
+
+        return to_dot(self)
+
+    def to_svg(self) -> str:
+        """The network as a picture, in the colours of its spaces; a notebook shows it by itself."""
+        from lightning_zipit.graph.draw import to_svg
+
+        return to_svg(self)
+
+    _repr_svg_ = to_svg
+
     def trunk_graph(self) -> Iterator[fx.Node]:
         """The nodes of the trunk in order of execution."""
         return (node for node in self.fx_graph.nodes if node.name in self.trunk_nodes)
