@@ -310,3 +310,56 @@ def test_a_loader_that_can_be_gone_through_once_only_is_an_error_that_says_so():
     once = [iter(list(loader)) for loader in loaders()]
     with pytest.raises(CalibrationError, match="last pass"):
         merge(pair(), once)
+
+
+@pytest.mark.parametrize("refine", [None, "batch_norm"])
+def test_statistics_that_need_several_passes_give_the_same_network(refine):
+    models = pair()
+    whole = ZipIt(trainer()).merge(models, dataloaders=loaders(), backbone="net", refine=refine)
+    module = ZipItModule(models, backbone="net", dataloaders=loaders())
+    run = trainer(callbacks=[ZipItCallback(refine=refine, statistics_memory=6e-6)])
+    counted = []
+    module.calibrate = module.prepare
+    module.prepare = lambda *arguments: (module.calibrate(*arguments), counted.append(module.session.passes))
+    run.predict(module)
+    assert counted[0] > 3
+    assert equal(outputs(whole), outputs(module.merged))
+
+
+def test_no_memory_for_statistics_is_an_error():
+    with pytest.raises(ConfigurationError, match="statistics_memory"):
+        MergeSettings(statistics_memory=0)
+
+
+class Cumulative(nn.Module):
+    """An operator that no rule knows, in the middle of a network."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 3)
+        self.conv3, self.fc = nn.Conv2d(6, 6, 3), nn.Linear(6, 4)
+
+    def forward(self, x):
+        x = torch.cumsum(self.conv2(self.conv1(x).relu()).relu(), 1)
+        return self.fc(self.conv3(x).relu().mean((2, 3)))
+
+
+@torch.no_grad()
+def test_what_follows_an_operator_without_a_rule_stays_per_task_and_is_correct(tmp_path):
+    nets = {"a": Cumulative(), "b": Cumulative()}
+    nets["b"].load_state_dict(nets["a"].state_dict())
+    order = torch.randperm(8)
+    nets["b"].conv1.weight.copy_(nets["a"].conv1.weight[order])
+    nets["b"].conv1.bias.copy_(nets["a"].conv1.bias[order])
+    nets["b"].conv2.weight.copy_(nets["a"].conv2.weight[:, order])
+    models = {task: Wrap(net.eval()) for task, net in nets.items()}
+    run = trainer()
+    with pytest.warns(UserWarning, match=r"stays per task.*`cumsum`"):
+        merged = ZipIt(run).merge(models, dataloaders=loaders(), backbone="net")
+    x = torch.randn(4, 3, 16, 16)
+    for task, output in merged(x).items():
+        torch.testing.assert_close(output, nets[task](x))
+    assert not any(name.startswith("conv3") for name, _ in merged.trunk.named_parameters())
+    run.save_checkpoint(tmp_path / "merged.ckpt")
+    loaded = MultiHeadModule.load_from_checkpoint(tmp_path / "merged.ckpt", models=models)
+    assert equal(outputs(merged), outputs(loaded))

@@ -208,3 +208,23 @@ def test_correlation_of_collinear_features_stays_between_minus_one_and_one(dtype
 def test_a_bad_argument_is_named(name, call):
     with pytest.raises(ValueError, match=f"\\b{name}\\b"):
         call()
+
+
+def test_unit_similarity_is_that_of_the_best_matching_of_two_units():
+    covariance = mixed_features(80, 12).T.cov()
+    similarity, members = F.correlation(covariance), torch.tensor([[0, 3, 5], [1, 2, 4]])
+    units = F.unit_similarity(similarity, members, num_models=2)
+    assert units.shape == (4, 4) and torch.equal(units, units.T)
+    torch.testing.assert_close(units.diagonal(), torch.ones(4, dtype=units.dtype))
+    block = similarity[members[0]][:, members[1] + 6]  # the first unit of the first model, the second of the second
+    best = max(block[range(3), list(order)].mean().item() for order in permutations(range(3)))
+    assert units[0, 3].item() == pytest.approx(best)
+
+
+def test_unit_similarity_does_not_depend_on_the_order_inside_units():
+    similarity = F.correlation(mixed_features(80, 12).T.cov())
+    members = torch.tensor([[0, 3, 5], [1, 2, 4]])
+    shuffled = torch.tensor([[5, 0, 3], [2, 1, 4]])
+    torch.testing.assert_close(
+        F.unit_similarity(similarity, members, 2), F.unit_similarity(similarity, shuffled, 2), rtol=0, atol=1e-12
+    )

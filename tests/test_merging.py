@@ -8,7 +8,7 @@ from torch import nn
 from lightning_zipit import Moments
 from lightning_zipit import functional as F
 from lightning_zipit.graph import AxisRef, Block, FeatureSpace, MergeGraph
-from lightning_zipit.matchers import GreedyZip
+from lightning_zipit.matchers import Average, GreedyZip, Permute
 from lightning_zipit.merging import SpaceMap, contract, families, match, merge_into, merge_parameter, unmerge_into
 
 SPACES = {"a": 4, "b": 6}
@@ -230,3 +230,21 @@ def test_measured_spaces_are_matched_by_similarity_and_the_others_by_number():
     torch.testing.assert_close(similarities["b"], correlations(features))
     assert torch.equal(maps["b"].labels, GreedyZip()(correlations(features), 2))
     assert maps["a"].labels.tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("matcher", [GreedyZip(), Permute(), Average()])
+def test_features_are_matched_within_the_units_that_have_become_one(matcher):
+    spaces = {
+        "groups": FeatureSpace("groups", 3, (), (), tap=None),
+        "inner": FeatureSpace("inner", 6, (), (), tap=None, units="groups", unit_of=(0, 1, 2, 0, 1, 2)),
+    }
+    graph = MergeGraph(spaces, {}, (), frozenset(), None, nn.Identity(), torch.fx.Graph())
+    features = mixed_features(200, 12)
+    measured = {"inner": Moments(200, features.mean(0), features.T.cov())}
+    (family,) = families(graph)
+    maps = {name: space_map for name, space_map, _ in match(graph, family, measured.get, matcher, 2)}
+    assert maps["inner"].labels.unique().tolist() == list(range(6))
+    units = torch.tensor(spaces["inner"].unit_of)
+    for model in range(2):
+        own, whole = maps["inner"].targets(model), maps["groups"].targets(model)
+        assert torch.equal(units[own], whole[units])
