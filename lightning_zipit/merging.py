@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_zipit import functional as F
 from lightning_zipit.graph import AxisRef, FeatureSpace, MergeGraph
-from lightning_zipit.graph.spaces import unit_members, units_first
+from lightning_zipit.graph.spaces import unit_members, units_around, units_first
 from lightning_zipit.matchers import Matcher
 from lightning_zipit.statistics import Moments
 
@@ -42,7 +42,7 @@ def families(graph: MergeGraph) -> list[list[str]]:
     """The spaces that must be matched together: groups or heads with all that they hold, every other one by itself."""
     together: dict[str, list[str]] = {}
     for name in units_first(graph):
-        together.setdefault(graph.spaces[name].units or name, []).append(name)
+        together.setdefault([name, *units_around(graph, name)][-1], []).append(name)
     return list(together.values())
 
 
@@ -67,21 +67,20 @@ def match(
         first, then features within those that have become one), and its similarity where it was measured.
     """
     similarities = {name: F.correlation(known.covariance) for name in family if (known := moments(name)) is not None}
-    units: Tensor | None = None
+    for name in reversed(family):  # members before their units
+        members = [graph.spaces[other] for other in family if graph.spaces[other].units == name]
+        if members and not graph.spaces[name].pinned:
+            similarities.update(_of_units(graph.spaces[name], members, similarities, num_models))
+    labels: dict[str, Tensor] = {}
     for name in family:
         space = graph.spaces[name]
-        if name == family[0] and len(family) > 1 and not space.pinned:
-            similarities.update(
-                _of_units(space, [graph.spaces[other] for other in family[1:]], similarities, num_models)
-            )
-        if space.units is not None and units is not None:
-            labels = _match_within(space, units, similarities.get(name), matcher, num_models)
+        if space.units is not None:
+            labels[name] = _match_within(space, labels[space.units], similarities.get(name), matcher, num_models)
         elif name in similarities:
-            labels = matcher(similarities[name], num_models)
+            labels[name] = matcher(similarities[name], num_models).cpu()
         else:
-            labels = F.average(num_models * space.size, num_models)
-        units = labels if units is None else units
-        yield name, SpaceMap(labels.cpu(), num_models), similarities.get(name)
+            labels[name] = F.average(num_models * space.size, num_models)
+        yield name, SpaceMap(labels[name], num_models), similarities.get(name)
 
 
 def _of_units(

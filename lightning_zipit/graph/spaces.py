@@ -268,7 +268,16 @@ def unit_members(space: FeatureSpace) -> Tensor:
 
 def units_first(graph: MergeGraph) -> list[str]:
     """The names of all spaces, those of units before those of their members."""
-    return sorted(graph.spaces, key=lambda name: graph.spaces[name].units is not None)
+    return sorted(graph.spaces, key=lambda name: len(units_around(graph, name)))
+
+
+def units_around(graph: MergeGraph, name: str) -> list[str]:
+    """The spaces of the units that the features of a space belong to, of the units of those, and so on."""
+    around = []
+    while (units := graph.spaces[name].units) is not None:
+        around.append(units)
+        name = units
+    return around
 
 
 def as_starts(positions: np.ndarray) -> range | tuple[int, ...]:

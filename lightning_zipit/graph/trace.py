@@ -330,13 +330,11 @@ class _Analysis:
 
     def _check_nestings(self) -> None:
         """Two operators must not group the same features differently; the later one is a barrier."""
-        members_anywhere = [self.component[nesting.members].ravel() for nesting in self.nestings]
-        inner = np.unique(np.concatenate(members_anywhere)) if members_anywhere else np.empty(0, np.int64)
         for nesting in self.nestings:
             units, members = self.component[nesting.units], np.sort(self.component[nesting.members], 1)
             first = {unit: row for row, unit in reversed(list(enumerate(units.tolist())))}
             same = all((members[row] == members[first[unit]]).all() for row, unit in enumerate(units.tolist()))
-            if not same or np.isin(units, inner).any():
+            if not same:
                 clashing = (other.node for other in self.nestings if np.isin(self.component[other.units], units).any())
                 self.ctx.node = max(clashing, key=self.position.__getitem__)
                 raise self.ctx.error(
@@ -420,7 +418,7 @@ class _Analysis:
         own = self.component[self.head_values[node].ids.ravel()]
         others = [event.entries for event in head_events if event.kind != "consumer" or event.groups > 1]
         others += [ids for ids, _ in self.ctx.pinned]
-        others += [nesting.members.ravel() for nesting in self.head_nestings]
+        others += [ids.ravel() for nesting in self.head_nestings for ids in (nesting.members, nesting.units)]
         others += [*self.ctx.mixed, *self.ctx.opaque, *self.returned]
         others += [other.ids.ravel() for source, other in self.head_values.items() if source is not node]
         absorbed = len(set(own.tolist())) == len(own)

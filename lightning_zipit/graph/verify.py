@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from lightning_zipit.errors import VerificationError
-from lightning_zipit.graph.spaces import AxisRef, Crossing, MergeGraph, unit_members, units_first
+from lightning_zipit.graph.spaces import AxisRef, Crossing, MergeGraph, unit_members, units_around, units_first
 
 SAMPLES = 8
 
@@ -106,7 +106,7 @@ def find_failing(backbone: nn.Module, graph: MergeGraph, batch: Tensor) -> dict[
     expected = _crossing_values(reference, graph, example)
     if _agree(graph, reference, permutations, example, expected, tolerance):
         return {}
-    alone = [[name, *(other for other in permutations if graph.spaces[other].units == name)] for name in permutations]
+    alone = [[name, *(other for other in permutations if name in units_around(graph, other))] for name in permutations]
     wrong = [
         family[0]
         for family in alone
