@@ -23,6 +23,7 @@ from lightning_zipit.errors import (
     ZipItError,
 )
 from lightning_zipit.graph import MergeGraph, evaluating, trace
+from lightning_zipit.graph.notes import reached
 from lightning_zipit.graph.verify import find_failing
 from lightning_zipit.matchers import GreedyZip, Matcher
 from lightning_zipit.merging import SpaceMap, families, match, merge_into, unmerge_into
@@ -451,12 +452,9 @@ def first_difference(first: MergeGraph, second: MergeGraph) -> str | None:
 
 
 def _trunk_shapes(graph: MergeGraph) -> dict[str, tuple[int, ...]]:
-    targets = {str(node.target) for node in graph.trunk_graph() if node.op in ("call_module", "get_attr")}
-    return {
-        name: tuple(tensor.shape)
-        for name, tensor in (*graph.module.named_parameters(), *graph.module.named_buffers())
-        if name in targets or any(name.startswith(f"{target}.") for target in targets)
-    }
+    tensors = dict((*graph.module.named_parameters(), *graph.module.named_buffers()))
+    nodes = list(graph.trunk_graph())
+    return {name: tuple(tensors[name].shape) for name in reached(nodes, set(nodes), tensors)}
 
 
 def _operator(graph: MergeGraph, node: torch.fx.Node) -> str:

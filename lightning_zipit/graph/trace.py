@@ -263,6 +263,7 @@ class _Analysis:
         self.nodes = list(graph.nodes)
         self.trunk = trunk
         self.ctx = Context(backbone, shapes)
+        self.refs: dict[Any, AxisRef] = {}
         self.position = {node: index for index, node in enumerate(self.nodes)}
         values = self.values = self.ctx.run([node for node in self.nodes if node in trunk], {}, tolerant=())
         self.crossing_nodes = [
@@ -396,6 +397,12 @@ class _Analysis:
 
     def _ref(self, held: Ids, role: Any, groups: int = 1) -> AxisRef:
         """Sort the entries of an axis into blocks: the k-th appearance of each feature of a space is one block."""
+        key = held.tobytes(), role, groups  # weight, bias and statistics of a layer hold the same
+        if key not in self.refs:
+            self.refs[key] = self._sort_into_blocks(held, role, groups)
+        return self.refs[key]
+
+    def _sort_into_blocks(self, held: Ids, role: Any, groups: int) -> AxisRef:
         features = held.tolist()
         repeat = _common_repeat(features)
         places: dict[tuple[str, int], dict[int, int]] = {}
