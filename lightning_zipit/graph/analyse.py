@@ -1,0 +1,332 @@
+"""Interprets a recorded network, and groups its features into spaces."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from torch import fx, nn
+
+from lightning_zipit.graph.interpret import Context, Event, find_rule, place_of
+from lightning_zipit.graph.notes import find_notes
+from lightning_zipit.graph.rules import POOLING
+from lightning_zipit.graph.spaces import (
+    AxisRef,
+    Block,
+    Crossing,
+    FeatureSpace,
+    MergeGraph,
+    Projection,
+    Tap,
+    as_starts,
+)
+from lightning_zipit.graph.values import Features, Ids, Opaque, leaves
+
+
+class Analysis:
+    """One traced network on its way to a :class:`MergeGraph`."""
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        graph: fx.Graph,
+        shapes: dict[str, tuple[int, ...]],
+        trunk: set[fx.Node],
+        stop_at: str | None,
+        barriers: Mapping[str, str],
+    ) -> None:
+        self.backbone, self.graph, self.stop_at, self.barriers = backbone, graph, stop_at, barriers
+        self.nodes = list(graph.nodes)
+        self.trunk = trunk
+        self.ctx = Context(backbone, shapes)
+        self.refs: dict[Any, AxisRef] = {}
+        self.position = {node: index for index, node in enumerate(self.nodes)}
+        values = self.values = self.ctx.run([node for node in self.nodes if node in trunk], {}, tolerant=())
+        self.crossing_nodes = [
+            node for node in self.nodes if node in trunk and any(user not in trunk for user in node.users)
+        ]
+        self.trunk_values = {node: values[node] for node in self.crossing_nodes}
+        for node in self.crossing_nodes:
+            self._cross(node, values[node])
+        self.trunk_events = [event for events in self.ctx.events.values() for event in events]
+        self.nestings, self.projected = list(self.ctx.nestings), list(self.ctx.projected)
+        self.head_values = self._interpret_heads(values)
+
+    def _cross(self, node: fx.Node, value: Any) -> None:
+        self.ctx.node = node
+        if not isinstance(value, Features):
+            return
+        if len(value.axes) > 1:
+            raise self.ctx.error("the trunk would end between the heads of an attention; end it at the whole block")
+        self.ctx.cross(value)
+        if any(user.op == "output" for user in node.users):
+            self.ctx.pin(value, "they are the network's output")
+
+    def _interpret_heads(self, values: dict[fx.Node, Any]) -> dict[fx.Node, Features]:
+        """Run the heads on features of their own, so that nothing in a head ties spaces of the trunk."""
+        own = {}
+        for node, value in self.trunk_values.items():
+            if isinstance(value, Features):
+                own[node] = replace(value, ids=self.ctx.fresh(*value.ids.shape))
+        self.ctx.events, self.ctx.mixed, self.ctx.nestings = {}, [], []
+        heads = [node for node in self.nodes if node not in self.trunk]
+        known = {**values, **own}
+        self.ctx.run(heads, known, tolerant=set(heads))
+        returned = leaves(known[self.nodes[-1]])
+        self.returned = [value.ids.ravel() for value in returned if isinstance(value, (Features, Opaque))]
+        self.head_nestings, self.ctx.nestings = self.ctx.nestings, self.nestings
+        return own
+
+    def result(self) -> MergeGraph:
+        self.component = self.ctx.components()
+        self._check_nestings()
+        self._group()
+        head_events = [event for events in self.ctx.events.values() for event in events]
+        crossings = tuple(self._crossing(node, head_events) for node in self.crossing_nodes)
+        axes, spaces = self._axes(crossings, head_events), self._spaces()
+        return MergeGraph(
+            spaces=spaces,
+            axes=axes,
+            crossings=crossings,
+            trunk_nodes=frozenset(node.name for node in self.trunk),
+            stop_at=self.stop_at,
+            module=self.backbone,
+            fx_graph=self.graph,
+            held={node.name: self._held(value) for node, value in self.values.items() if node in self.trunk},
+            barriers=dict(self.barriers),
+            notes=tuple(find_notes(self.backbone, self.nodes, self.trunk, spaces, axes, self.barriers)),
+            input_shape=next(self.ctx.shapes[node.name][1:] for node in self.nodes if node.op == "placeholder"),
+        )
+
+    def _held(self, value: Any) -> tuple[str, ...]:
+        ids = [part.ids.ravel() for part in leaves(value) if isinstance(part, Features)]
+        features = self.component[np.concatenate(ids)].tolist() if ids else []
+        return tuple(dict.fromkeys(self.space_of[feature] for feature in features if feature in self.space_of))
+
+    # Grouping features into spaces
+
+    def _check_nestings(self) -> None:
+        """Two operators must not group the same features differently; the later one is a barrier."""
+        for nesting in self.nestings:
+            units, members = self.component[nesting.units], np.sort(self.component[nesting.members], 1)
+            first = {unit: row for row, unit in reversed(list(enumerate(units.tolist())))}
+            same = all((members[row] == members[first[unit]]).all() for row, unit in enumerate(units.tolist()))
+            if not same:
+                clashing = (other.node for other in self.nestings if np.isin(self.component[other.units], units).any())
+                self.ctx.node = max(clashing, key=self.position.__getitem__)
+                raise self.ctx.error(
+                    f"it takes features in {nesting.kind} that an operator before it divides differently"
+                )
+
+    def _group(self) -> None:
+        """Features that appear on the same axes, equally often, form one space (the coarsest such partition)."""
+        where: dict[int, list[Any]] = defaultdict(list)
+        for index, event in enumerate(self.trunk_events):
+            for feature, times in Counter(self.component[event.entries].tolist()).items():
+                where[feature].append((index, times))
+        nested = [(self.component[nesting.members], self.component[nesting.units]) for nesting in self.nestings]
+        for index, (members, units) in enumerate(nested):
+            for feature in dict.fromkeys(members.ravel().tolist()):
+                where[feature].append(("in", index))
+            for feature in dict.fromkeys(units.tolist()):
+                where[feature].append(("unit", index))
+        kinds = {feature: tuple(places) for feature, places in where.items()}  # in the order of first appearance
+        count = 0
+        while len(set(kinds.values())) > count:  # units differ where their members do, and the other way round
+            count = len(set(kinds.values()))
+            number = {kind: index for index, kind in enumerate(dict.fromkeys(kinds.values()))}
+            seen: dict[int, set[Any]] = defaultdict(set)
+            for index, (members, units) in enumerate(nested):
+                for unit, row in zip(units.tolist(), members.tolist(), strict=True):
+                    seen[unit].add((index, *sorted(number[kinds[feature]] for feature in row)))
+                    for feature in row:
+                        seen[feature].add((index, number[kinds[unit]]))
+            kinds = {
+                feature: (number[kind], *sorted(seen[feature])) if feature in seen else (number[kind],)
+                for feature, kind in kinds.items()
+            }
+        self._name_spaces(kinds, where)
+
+    def _name_spaces(self, kinds: dict[int, Any], where: dict[int, list[Any]]) -> None:
+        self.space_of: dict[int, str] = {}
+        self.rank_of: dict[int, int] = {}
+        self.members: dict[str, list[int]] = {}
+        together: dict[Any, list[int]] = defaultdict(list)
+        for feature, kind in kinds.items():
+            together[kind].append(feature)
+        for features in together.values():
+            name = self._name(where[features[0]])
+            self.members[name] = features
+            for rank, feature in enumerate(features):
+                self.space_of[feature], self.rank_of[feature] = name, rank
+
+    def _name(self, where: list[Any]) -> str:
+        nesting = next((self.nestings[index] for place, index in where if place == "unit"), None)
+        events = [self.trunk_events[place] for place, _ in where if isinstance(place, int)]
+        if nesting is not None:
+            base = f"{place_of(nesting.node)} {nesting.kind}"
+        else:
+            first = next((event for event in events if event.kind == "producer"), events[0])
+            base = first.name.rpartition(".")[0] if "." in first.name else first.name
+        same = sum(name.split("#")[0] == base for name in self.members)
+        return f"{base}#{same + 1}" if same else base
+
+    def _ref(self, held: Ids, role: Any, groups: int = 1) -> AxisRef:
+        """Sort the entries of an axis into blocks: the k-th appearance of each feature of a space is one block."""
+        key = held.tobytes(), role, groups  # weight, bias and statistics of a layer hold the same
+        if key not in self.refs:
+            self.refs[key] = self._sort_into_blocks(held, role, groups)
+        return self.refs[key]
+
+    def _sort_into_blocks(self, held: Ids, role: Any, groups: int) -> AxisRef:
+        features = held.tolist()
+        repeat = _common_repeat(features)
+        places: dict[tuple[str, int], dict[int, int]] = {}
+        seen: Counter[int] = Counter()
+        for position, feature in enumerate(features[::repeat]):
+            if feature in self.space_of:
+                key = self.space_of[feature], seen[feature]
+                places.setdefault(key, {})[self.rank_of[feature]] = position * repeat
+                seen[feature] += 1
+        blocks = (
+            Block(space, as_starts(np.array([starts[rank] for rank in range(len(starts))])), repeat)
+            for (space, _), starts in places.items()
+        )
+        return AxisRef(tuple(blocks), role, len(features), groups)
+
+    def _crossing(self, node: fx.Node, head_events: list[Event]) -> Crossing:
+        value = self.trunk_values[node]
+        if not isinstance(value, Features):
+            return Crossing(node.name)
+        own = self.component[self.head_values[node].ids.ravel()]
+        others = [event.entries for event in head_events if event.kind != "consumer" or event.groups > 1]
+        others += [ids for ids, _ in self.ctx.pinned]
+        others += [ids.ravel() for nesting in self.head_nestings for ids in (nesting.members, nesting.units)]
+        others += [*self.ctx.mixed, *self.ctx.opaque, *self.returned]
+        others += [other.ids.ravel() for source, other in self.head_values.items() if source is not node]
+        absorbed = len(set(own.tolist())) == len(own)
+        for event in head_events:  # a layer that reads a part of the features cannot tell which of the merged ones
+            appearances = np.isin(self.head_values[node].ids.ravel(), event.entries).sum()
+            absorbed = absorbed and appearances in (0, len(own))
+        absorbed = absorbed and not any(np.isin(own, self.component[ids]).any() for ids in others)
+        return Crossing(node.name, value.axes[0], self._ref(self.component[value.ids.ravel()], None), absorbed)
+
+    def _axes(self, crossings: tuple[Crossing, ...], head_events: list[Event]) -> dict[str, tuple[AxisRef | None, ...]]:
+        table: dict[str, list[AxisRef | None]] = {}
+        canonical = set(self.ctx._canonical.values())
+        for name, tensor in (*self.backbone.named_parameters(), *self.backbone.named_buffers()):
+            if name in canonical:
+                table[name] = [None] * tensor.ndim
+        for event in self.trunk_events:
+            if event.kind in ("producer", "consumer") and table[event.name][event.axis] is None:
+                table[event.name][event.axis] = self._ref(self.component[event.entries], event.kind, event.groups)
+        read: dict[int, int] = {}  # what a head calls a feature that it reads through its weights, to the trunk's own
+        for node, crossing in zip(self.crossing_nodes, crossings, strict=True):
+            if crossing.absorbed:
+                own, trunk = self.head_values[node].ids.ravel(), self.component[self.trunk_values[node].ids.ravel()]
+                read.update(zip(own.tolist(), trunk.tolist(), strict=True))
+        for event in head_events:
+            features = np.array([read.get(feature, -1) for feature in event.entries.tolist()])
+            if event.kind == "consumer" and (features >= 0).any():
+                table[event.name][event.axis] = self._ref(features, "consumer")
+        return {name: tuple(refs) for name, refs in table.items()}
+
+    def _pinned(self) -> dict[int, str]:
+        """The features that keep their order, and why; a unit does where one of its members does."""
+        why: dict[int, str] = {}
+        for ids, reason in self.ctx.pinned:
+            for feature in self.component[ids].tolist():
+                why.setdefault(feature, reason)
+        for nesting in self.nestings:
+            for unit, row in zip(self.component[nesting.units].tolist(), self.component[nesting.members], strict=True):
+                of_member = next((why[member] for member in row.tolist() if member in why), None)
+                if of_member is not None:
+                    why.setdefault(unit, of_member)
+        return why
+
+    def _spaces(self) -> dict[str, FeatureSpace]:
+        pinned = self._pinned()
+        roles: dict[str, dict[str, list[tuple[str, int]]]] = defaultdict(lambda: {"producer": [], "consumer": []})
+        last: dict[str, tuple[tuple[int, int], Event]] = {}
+        for event in self.trunk_events:
+            crossing = event.kind == "crossing"
+            for space in dict.fromkeys(self.space_of[feature] for feature in self.component[event.entries].tolist()):
+                if event.kind in ("producer", "consumer"):
+                    roles[space][event.kind].append((event.name, event.axis))
+                if event.kind != "producer" and event.value is not None:
+                    moment = (int(crossing), self.position[event.node])  # the cut comes after all of the trunk
+                    last[space] = max(last.get(space, (moment, event)), (moment, event), key=lambda item: item[0])
+        unit_of = self._units()
+        projections = self._projections()
+        spaces = {}
+        for name, features in self.members.items():
+            why = next((pinned[feature] for feature in features if feature in pinned), "")
+            tap = projections.get(name) or (self._tap(name, last[name][1]) if name in last else None)
+            units = [unit_of[feature] for feature in features if feature in unit_of]
+            spaces[name] = FeatureSpace(
+                name=name,
+                size=len(features),
+                producers=tuple(roles[name]["producer"]),
+                consumers=tuple(roles[name]["consumer"]),
+                tap=None if why else tap,
+                pinned=why,
+                units=self.space_of[units[0]] if units else None,
+                unit_of=tuple(self.rank_of[unit] for unit in units),
+            )
+        return spaces
+
+    def _units(self) -> dict[int, int]:
+        unit_of: dict[int, int] = {}
+        for nesting in self.nestings:
+            units, members = self.component[nesting.units], self.component[nesting.members]
+            for unit, row in zip(units.tolist(), members.tolist(), strict=True):
+                unit_of.update(dict.fromkeys(row, unit))
+        return unit_of
+
+    def _projections(self) -> dict[str, Tap]:
+        """The taps of spaces whose features no node holds."""
+        taps: dict[str, Tap] = {}
+        for projected in self.projected:
+            features = self.component[projected.ids].tolist()
+            space = self.space_of[features[0]]
+            assert projected.value.node is not None
+            rows = {self.rank_of[feature]: projected.start + row for row, feature in enumerate(features)}
+            projection = Projection(projected.weight, tuple(rows[rank] for rank in range(len(rows))))
+            block = Block(space, range(projected.value.ids.size))
+            known = taps.get(space) or Tap(
+                projected.value.node.name, projected.value.axes, block, place_of(projected.node)
+            )
+            if known.node == projected.value.node.name:  # else it was measured in another place already
+                taps[space] = replace(known, projections=(*known.projections, projection))
+        return taps
+
+    def _tap(self, space: str, event: Event) -> Tap:
+        assert event.value is not None
+        value = self._before_pooling(event.value)
+        assert value.node is not None
+        ref = self._ref(self.component[value.ids.ravel()], None)
+        block = next(block for block in ref.blocks if block.space == space)
+        reader = "the cut" if event.kind == "crossing" else place_of(event.node)
+        return Tap(value.node.name, value.axes, block, reader)
+
+    def _before_pooling(self, value: Features) -> Features:
+        """What a global pooling reads: every position is a sample, while its average is but one per input."""
+        node, found = value.node, value
+        while node is not None and math.prod(found.positions) == 1 and len(np.unique(found.ids)) == found.ids.size:
+            inputs = [self.values[source] for source in node.all_input_nodes if source in self.values]
+            if find_rule(node, self.backbone) not in POOLING or len(inputs) != 1 or not isinstance(inputs[0], Features):
+                return value
+            found, node = inputs[0], inputs[0].node
+        return found
+
+
+def _common_repeat(features: list[int]) -> int:
+    """The length of the runs of equal neighbours, where all have the same."""
+    array = np.array(features)
+    starts = np.flatnonzero(np.r_[True, array[1:] != array[:-1]]) if len(array) else np.zeros(1)
+    lengths = np.diff(np.r_[starts, len(array)])
+    return int(lengths[0]) if len(lengths) and (lengths == lengths[0]).all() else 1

@@ -1,0 +1,144 @@
+"""Records a network's forward with torch.fx."""
+
+from __future__ import annotations
+
+import inspect
+import traceback
+from functools import partial
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from lightning_zipit.errors import TraceError
+from lightning_zipit.graph.interpret import describe, module_rule_of
+from lightning_zipit.graph.shapes import evaluating
+
+
+class Tracer(fx.Tracer):
+    """Records modules that have a rule, and those of torch.nn, as single nodes; goes into all others."""
+
+    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
+        if isinstance(module, (nn.Sequential, *FORWARDS)):
+            return False
+        return module_rule_of(module) is not None or super().is_leaf_module(module, qualified_name)
+
+    def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        plain = FORWARDS.get(type(m))
+        return super().call_module(m, partial(plain, m) if plain else forward, args, kwargs)
+
+
+def _encoder_layer(
+    layer: nn.TransformerEncoderLayer, src: Any, src_mask: Any = None, src_key_padding_mask: Any = None, **_: Any
+) -> Any:
+    def attend(x: Any) -> Any:
+        return layer.dropout1(
+            layer.self_attn(x, x, x, attn_mask=src_mask, key_padding_mask=src_key_padding_mask, need_weights=False)[0]
+        )
+
+    def feed_forward(x: Any) -> Any:
+        return layer.dropout2(layer.linear2(layer.dropout(layer.activation(layer.linear1(x)))))
+
+    if layer.norm_first:
+        src = src + attend(layer.norm1(src))
+        return src + feed_forward(layer.norm2(src))
+    src = layer.norm1(src + attend(src))
+    return layer.norm2(src + feed_forward(src))
+
+
+def _encoder(
+    encoder: nn.TransformerEncoder, src: Any, mask: Any = None, src_key_padding_mask: Any = None, **_: Any
+) -> Any:
+    for layer in encoder.layers:
+        src = layer(src, src_mask=mask, src_key_padding_mask=src_key_padding_mask)
+    return encoder.norm(src) if encoder.norm is not None else src
+
+
+FORWARDS: dict[type[nn.Module], Any] = {nn.TransformerEncoderLayer: _encoder_layer, nn.TransformerEncoder: _encoder}
+"""Modules that are gone into by a forward without the checks that torch.fx cannot follow: the same in eval mode."""
+
+
+def record(backbone: nn.Module) -> fx.Graph:
+    """The graph of a network's forward in eval mode; the network is left as it was.
+
+    Raises:
+        TraceError: if torch.fx cannot follow, or the forward does not take one input.
+    """
+    graph = _follow(backbone)
+    _drop_unused(backbone, graph)
+    inputs = [node.name for node in graph.nodes if node.op == "placeholder" and (node.users or not node.args)]
+    if len(inputs) != 1:
+        raise TraceError(
+            f"{type(backbone).__name__}.forward takes {len(inputs)} inputs ({', '.join(inputs)}); a backbone "
+            "takes one. Name a submodule with one input as `backbone`."
+        )
+    for node in list(graph.nodes):
+        if node.op == "placeholder" and node.name not in inputs:
+            graph.erase_node(node)
+    return graph
+
+
+def _follow(backbone: nn.Module) -> fx.Graph:
+    """The graph of a forward; buffers are read where it reads them, unless it decides something by their values."""
+    before = set(vars(backbone))
+    failures: list[Exception] = []
+    with evaluating(backbone):
+        for proxies in (True, False):
+            tracer = Tracer()
+            tracer.proxy_buffer_attributes = proxies
+            try:
+                graph = tracer.trace(backbone, concrete_args=_defaults(backbone))
+                _write_out_constants(backbone, graph)
+                return graph
+            except Exception as error:
+                failures.append(error)
+            finally:
+                for name in set(vars(backbone)) - before:  # torch.fx leaves constants on what it traces
+                    delattr(backbone, name)
+    raise TraceError(_cannot_follow(backbone, failures[-1])) from failures[-1]
+
+
+def _defaults(backbone: nn.Module) -> dict[str, Any]:
+    """The arguments of a forward that have a default keep it, such as masks that nobody passes."""
+    arguments = list(inspect.signature(backbone.forward).parameters.values())
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return {
+        argument.name: argument.default
+        for argument in arguments[1:]
+        if argument.kind in named and argument.default is not inspect.Parameter.empty
+    }
+
+
+def _write_out_constants(backbone: nn.Module, graph: fx.Graph) -> None:
+    """Tensors that the forward itself makes become part of the graph."""
+    for node in list(graph.nodes):
+        if node.op == "get_attr" and str(node.target).startswith("_tensor_constant"):
+            value = getattr(backbone, str(node.target))
+            with graph.inserting_before(node):
+                written = graph.call_function(torch.tensor, (value.tolist(),), {"dtype": value.dtype})
+            node.replace_all_uses_with(written)
+            graph.erase_node(node)
+
+
+def _drop_unused(backbone: nn.Module, graph: fx.Graph) -> None:
+    for node in reversed(list(graph.nodes)):
+        if node.users or node.op in ("output", "placeholder"):
+            continue
+        target = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        module = backbone.get_submodule(target) if node.op == "call_module" else None
+        if node.op.startswith("call") and (target.endswith("_") or getattr(module, "inplace", False)):
+            raise TraceError(
+                f"{describe(node, backbone)} changes a tensor in place and its result is not used, so what reads the "
+                "tensor later is not in the graph. Write `x = …` with its result."
+            )
+        graph.erase_node(node)
+
+
+def _cannot_follow(backbone: nn.Module, error: Exception) -> str:
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "torch/fx" not in frame.filename]
+    own = [frame for frame in frames if "torch/nn" not in frame.filename and not frame.filename.startswith("<")]
+    line = f' at {own[-1].filename}:{own[-1].lineno}, in {own[-1].name}: "{own[-1].line}"' if own else ""
+    return (
+        f"torch.fx cannot follow {type(backbone).__name__}.forward{line}: {error}\nName a submodule without "
+        "that line as `backbone`, or hide the block behind a leaf module with `lightning_zipit.graph.register_rule`."
+    )
