@@ -63,11 +63,13 @@ class MergeReport:
         spaces: one entry per feature space, in the order of the network.
         sources: the cost of each source network by task.
         merged: the cost of the merged network for all tasks together.
+        notes: what is not merged by what it does, and why; see :attr:`MergeGraph.notes`.
     """
 
     spaces: tuple[SpaceReport, ...]
     sources: dict[str, Cost]
     merged: Cost
+    notes: tuple[str, ...] = ()
 
     @property
     def ensemble(self) -> Cost:
@@ -97,12 +99,13 @@ class MergeReport:
         buffer = io.StringIO()
         console = Console(file=buffer, width=140)
         console.print(self.to_table())
-        console.print(self.summary(), highlight=False)
+        for line in (self.summary(), *self.notes):
+            console.print(line, highlight=False, markup=False)
         return buffer.getvalue()
 
     def to_dict(self) -> dict[str, Any]:
         """The report as dicts, lists and numbers."""
-        return asdict(self) | {"spaces": [asdict(space) for space in self.spaces]}
+        return asdict(self) | {"spaces": [asdict(space) for space in self.spaces], "notes": list(self.notes)}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> MergeReport:
@@ -111,6 +114,7 @@ class MergeReport:
             spaces=tuple(SpaceReport(**space) for space in content["spaces"]),
             sources={task: Cost(**cost) for task, cost in content["sources"].items()},
             merged=Cost(**content["merged"]),
+            notes=tuple(content.get("notes", ())),
         )
 
 

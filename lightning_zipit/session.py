@@ -216,7 +216,7 @@ class MergeSession:
                 unmerge_into(heads[task], self.graphs[task].axes, maps, source)
                 set_unmerges(heads[task], self.graphs[task], maps, source)
             spaces = tuple(self._reports[name] for name in graph.spaces)
-            report = MergeReport(spaces, *self._costs(trunk, heads))
+            report = MergeReport(spaces, *self._costs(trunk, heads), graph.notes)
         self.merged = MergedBackbone(trunk, heads, report, self._example, self.graphs)
         return self.merged
 

@@ -359,7 +359,8 @@ def test_what_follows_an_operator_without_a_rule_stays_per_task_and_is_correct(t
     x = torch.randn(4, 3, 16, 16)
     for task, output in merged(x).items():
         torch.testing.assert_close(output, nets[task](x))
+    assert "`cumsum`" in merged.report.notes[0] and "Kept per task" in str(merged.report)
     assert not any(name.startswith("conv3") for name, _ in merged.trunk.named_parameters())
     run.save_checkpoint(tmp_path / "merged.ckpt")
     loaded = MultiHeadModule.load_from_checkpoint(tmp_path / "merged.ckpt", models=models)
-    assert equal(outputs(merged), outputs(loaded))
+    assert equal(outputs(merged), outputs(loaded)) and loaded.report.notes == merged.report.notes
