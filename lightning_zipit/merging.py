@@ -14,6 +14,8 @@ from lightning_zipit.graph.spaces import unit_members, units_around, units_first
 from lightning_zipit.matchers import Matcher
 from lightning_zipit.statistics import Moments
 
+SCALE_HANDICAP = 1e-6
+
 
 @dataclass(frozen=True)
 class SpaceMap:
@@ -66,7 +68,7 @@ def match(
         Per space its name, its map (one that is pinned or not measured is matched by number; groups and heads come
         first, then features within those that have become one), and its similarity where it was measured.
     """
-    similarities = {name: F.correlation(known.covariance) for name in family if (known := moments(name)) is not None}
+    similarities = {name: similarity_of(known) for name in family if (known := moments(name)) is not None}
     for name in reversed(family):  # members before their units
         members = [graph.spaces[other] for other in family if graph.spaces[other].units == name]
         if members and not graph.spaces[name].pinned:
@@ -81,6 +83,23 @@ def match(
         else:
             labels[name] = F.average(num_models * space.size, num_models)
         yield name, SpaceMap(labels[name], num_models), similarities.get(name)
+
+
+def similarity_of(moments: Moments) -> Tensor:
+    """The correlation of features, lowered by up to a millionth where two differ in scale.
+
+    Features that are active on the same few samples are perfectly correlated; only their scales tell them apart.
+
+    Args:
+        moments: of the features, models side by side.
+
+    Returns:
+        float64 ``(N·C, N·C)``.
+    """
+    scale = moments.covariance.diagonal().clamp(min=torch.finfo(torch.float64).tiny).sqrt()
+    ratio = scale[:, None] / scale[None, :]
+    similarity = F.correlation(moments.covariance)
+    return similarity * (1 - SCALE_HANDICAP * (1 - torch.minimum(ratio, ratio.T)))
 
 
 def _of_units(

@@ -9,7 +9,16 @@ from lightning_zipit import Moments
 from lightning_zipit import functional as F
 from lightning_zipit.graph import AxisRef, Block, FeatureSpace, MergeGraph
 from lightning_zipit.matchers import Average, GreedyZip, Permute
-from lightning_zipit.merging import SpaceMap, contract, families, match, merge_into, merge_parameter, unmerge_into
+from lightning_zipit.merging import (
+    SpaceMap,
+    contract,
+    families,
+    match,
+    merge_into,
+    merge_parameter,
+    similarity_of,
+    unmerge_into,
+)
 
 SPACES = {"a": 4, "b": 6}
 
@@ -227,9 +236,17 @@ def test_measured_spaces_are_matched_by_similarity_and_the_others_by_number():
     similarities = {name: similarity for name, _, similarity in matched if similarity is not None}
     assert list(maps) == ["a", "b"]
     assert list(similarities) == ["b"]
-    torch.testing.assert_close(similarities["b"], correlations(features))
+    torch.testing.assert_close(similarities["b"], correlations(features), rtol=2e-6, atol=0)
     assert torch.equal(maps["b"].labels, GreedyZip()(correlations(features), 2))
     assert maps["a"].labels.tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("matcher", [GreedyZip(), Permute()])
+def test_features_that_are_active_on_the_same_sample_are_told_apart_by_their_scale(matcher):
+    features = torch.zeros(50, 6, dtype=torch.float64)
+    features[7] = torch.tensor([1.0, 2.0, 4.0, 4.0, 1.0, 2.0])
+    similarity = similarity_of(Moments(50, features.mean(0), features.T.cov()))
+    assert matcher(similarity, 2).tolist() == [0, 1, 2, 2, 0, 1]
 
 
 @pytest.mark.parametrize("matcher", [GreedyZip(), Permute(), Average()])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import colorsys
-import json
+import textwrap
 from html import escape
 from itertools import count
 
@@ -12,33 +12,26 @@ from torch import fx
 from lightning_zipit.graph.interpret import place_of
 from lightning_zipit.graph.spaces import MergeGraph
 
-ROW, LEFT, WIDTH, CHIP = 22, 150, 460, 16
-GREY = "#d0d0d0"
+ROW, BOX, MARGIN, LETTER = 24, 18, 10, 6.6
+"""Distance between rows, height of a node, blank around the picture, and width of a letter; all in pixels."""
+LEFT, BAR, GAP = 150, 72, 28
+"""Room for arcs, width of the bar that shows a node's spaces, and the gap where the trunk ends."""
+GREY, LINE = "#d0d0d0", "#888888"
 GOLDEN = 0.6180339887
+LIGHTNESS = (0.68, 0.78, 0.58)
+KEY = "Grey: no features, or matched by number. Dashed: one per task."
 
 
 def colours(graph: MergeGraph) -> dict[str, str]:
     """A colour for every space, neighbours far apart; grey for those that are matched by number."""
-    hues = ((index * GOLDEN) % 1.0 for index in count())
-    return {name: GREY if space.pinned else _hex(next(hues)) for name, space in graph.spaces.items()}
+    index = count()
+    return {name: GREY if space.pinned else _colour(next(index)) for name, space in graph.spaces.items()}
 
 
-def _hex(hue: float) -> str:
-    red, green, blue = colorsys.hls_to_rgb(hue, 0.68, 0.62)
-    return f"#{round(255 * red):02x}{round(255 * green):02x}{round(255 * blue):02x}"
-
-
-def _shown(graph: MergeGraph) -> list[fx.Node]:
-    """Parameters that are used by name, and arithmetic on sizes, are left out."""
-    tensors = set(graph.held) | {node.name for node in graph.fx_graph.nodes if node.op == "call_module"}
-    hidden = ("size", "getattr", "dim", "floordiv", "_assert")
-    return [
-        node
-        for node in graph.fx_graph.nodes
-        if node.op != "get_attr"
-        and (node.name in tensors or node.name not in graph.trunk_nodes)
-        and not node.name.startswith(hidden)
-    ]
+def _colour(index: int) -> str:
+    """Hues by steps of the golden ratio, which fill the circle evenly however many there are."""
+    parts = colorsys.hls_to_rgb(index * GOLDEN % 1.0, LIGHTNESS[index % len(LIGHTNESS)], 0.62)
+    return "#" + "".join(f"{round(255 * part):02x}" for part in parts)
 
 
 def label(graph: MergeGraph, node: fx.Node) -> str:
@@ -62,79 +55,130 @@ def legend(graph: MergeGraph) -> list[tuple[str, str]]:
     return list(zip(colours(graph).values(), described, strict=True))
 
 
+def _shown(graph: MergeGraph) -> list[fx.Node]:
+    """The nodes in an order of execution that ends with the heads; parameters that are read by name are left out."""
+    nodes = (node for node in graph.fx_graph.nodes if node.op != "get_attr")
+    return sorted(nodes, key=lambda node: node.name not in graph.trunk_nodes)
+
+
+def _edges(shown: list[fx.Node]) -> list[tuple[fx.Node, fx.Node]]:
+    known = set(shown)
+    return [(source, node) for node in shown for source in node.all_input_nodes if source in known]
+
+
+def _fills(graph: MergeGraph, node: fx.Node, colour: dict[str, str]) -> list[str]:
+    """The colours of a node: none in the heads, grey in the trunk where it holds no features."""
+    if node.name not in graph.trunk_nodes:
+        return []
+    return [colour[space] for space in graph.held.get(node.name, ())] or [GREY]
+
+
+def _printable(text: str) -> str:
+    """Text without control characters, which XML cannot hold at all."""
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
+
+
 def to_dot(graph: MergeGraph) -> str:
     """The graph in Graphviz's language: filled nodes are merged, dashed ones stay per task."""
     colour, shown = colours(graph), _shown(graph)
-    names = {node.name for node in shown}
     lines = ["digraph merge {", '  node [shape=box, fontname="sans-serif", fontsize=10];']
     for node in shown:
-        held = graph.held.get(node.name, ())
-        if node.name not in graph.trunk_nodes:
-            look = "style=dashed"
-        elif len(held) > 1:
-            look = f'style=striped, fillcolor="{":".join(colour[space] for space in held)}"'
-        else:
-            look = f'style=filled, fillcolor="{colour[held[0]] if held else "white"}"'
-        lines.append(f"  {json.dumps(node.name)} [label={json.dumps(label(graph, node))}, {look}];")
-    lines += [
-        f"  {json.dumps(source.name)} -> {json.dumps(node.name)};"
-        for node in shown
-        for source in node.all_input_nodes
-        if source.name in names
-    ]
+        look = _look(_fills(graph, node, colour))
+        lines.append(f"  {_quoted(node.name)} [label={_quoted(label(graph, node))}, {look}];")
+    lines += [f"  {_quoted(source.name)} -> {_quoted(node.name)};" for source, node in _edges(shown)]
+    lines += ["  subgraph cluster_legend {", '    label="feature spaces";']
     for index, (fill, text) in enumerate(legend(graph)):
-        lines.append(f'  "legend {index}" [label={json.dumps(text)}, style=filled, fillcolor="{fill}", shape=note];')
-    return "\n".join([*lines, "}", ""])
+        lines.append(f'    "legend {index}" [label={_quoted(text)}, shape=note, {_look([fill])}];')
+    return "\n".join([*lines, "  }", "}", ""])
+
+
+def _look(fills: list[str]) -> str:
+    style = ("dashed", "filled")[len(fills)] if len(fills) < 2 else "striped"
+    return f"style={style}" + (f', fillcolor="{":".join(fills)}"' if fills else "")
+
+
+def _quoted(text: str) -> str:
+    r"""A string of Graphviz, which reads ``\`` and ``&`` as the start of an escape."""
+    escaped = _printable(text).replace("\\", r"\\").replace('"', r"\"").replace("&", "&amp;")
+    return f'"{escaped}"'
 
 
 def to_svg(graph: MergeGraph) -> str:
     """The graph as a picture: nodes from top to bottom, connections that skip some as arcs, spaces in colour."""
     colour, shown = colours(graph), _shown(graph)
-    row = {node.name: index for index, node in enumerate(shown)}
-    parts = []
-    for node in shown:
-        for source in node.all_input_nodes:
-            if source.name in row:
-                parts.append(_edge(row[source.name], row[node.name]))
-    for node in shown:
-        fills = [colour[space] for space in graph.held.get(node.name, ())]
-        parts.append(_node(row[node.name], label(graph, node), node.name in graph.trunk_nodes, fills))
-    height = (len(shown) + 1) * ROW
-    for fill, text in legend(graph):
-        parts.append(_chip(LEFT, height, fill) + _text(LEFT + 2 * CHIP, height, text))
-        height += ROW
-    for note in ("Dashed: one per task.", *graph.notes):
-        parts.append(_text(LEFT, height, note))
-        height += ROW
-    widest = max([WIDTH, *(7 * len(note) for note in graph.notes)])
+    row = {node: index for index, node in enumerate(shown)}
+    cut = sum(node.name in graph.trunk_nodes for node in shown)
+    texts = [label(graph, node) for node in shown]
+    held = [graph.held.get(node.name, ()) for node in shown]
+    box = round(max(map(len, texts)) * LETTER) + BAR + 3 * MARGIN
+    width = LEFT + box + 2 * MARGIN + round(max(len(_names(spaces)) for spaces in held) * LETTER)
+
+    parts = [_edge(row[source], row[node], cut) for source, node in _edges(shown)]
+    for index, (node, text, spaces) in enumerate(zip(shown, texts, held, strict=True)):
+        parts.append(_node(_top(index, cut), box, text, _fills(graph, node, colour), spaces))
+    if cut < len(shown):
+        parts.append(_cut(_top(cut, cut) - GAP // 2 - (ROW - BOX) // 2, width))
+
+    y = _top(len(shown), cut) + ROW
+    written = [line for note in (KEY, *graph.notes) for line in textwrap.wrap(note, 90)]
+    for fills, text in [*(([fill], text) for fill, text in legend(graph)), *(([], line) for line in written)]:
+        parts.append(_bar(LEFT, y, BOX, fills) + _text(LEFT + (BOX + MARGIN if fills else 0), y, text))
+        width, y = max(width, LEFT + 4 * MARGIN + round(len(text) * LETTER)), y + ROW
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{LEFT + widest}" height="{height}" '
-        f'font-family="sans-serif" font-size="11">\n' + "\n".join(parts) + "\n</svg>\n"
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{y}" viewBox="0 0 {width} {y}" '
+        f'font-family="sans-serif" font-size="11">\n<rect width="{width}" height="{y}" fill="white"/>\n'
+        + "\n".join(parts)
+        + "\n</svg>\n"
     )
 
 
-def _edge(start: int, end: int) -> str:
-    top, bottom = start * ROW + CHIP, end * ROW
+def _top(row: int, cut: int) -> int:
+    """Where a row starts: the heads are set off from the trunk."""
+    return MARGIN + row * ROW + (GAP if row >= cut else 0)
+
+
+def _reach(rows: int) -> int:
+    """How far an arc goes to the left: further the more rows it skips, and never out of the picture."""
+    return round(LEFT * rows / (rows + 6))
+
+
+def _edge(start: int, end: int, cut: int) -> str:
     if end == start + 1:
-        path = f"M {LEFT + CHIP} {top} V {bottom + 2}"
+        path = f"M {LEFT + MARGIN} {_top(start, cut) + BOX} V {_top(end, cut)}"
     else:
-        bend = LEFT - min(LEFT - 10, 14 + 6 * (end - start))
-        path = f"M {LEFT} {top - 6} C {bend} {top - 6}, {bend} {bottom + 10}, {LEFT} {bottom + 10}"
-    return f'<path d="{path}" fill="none" stroke="#888"/>'
+        top, bottom, bend = _top(start, cut) + BOX - 5, _top(end, cut) + 5, LEFT - _reach(end - start)
+        path = f"M {LEFT} {top} C {bend} {top}, {bend} {bottom}, {LEFT} {bottom}"
+    return f'<path d="{path}" fill="none" stroke="{LINE}" stroke-opacity="0.7"/>'
 
 
-def _node(row: int, text: str, merged: bool, fills: list[str]) -> str:
-    outline = "" if merged else ' stroke-dasharray="3 2"'
-    box = f'<rect x="{LEFT}" y="{row * ROW}" width="{WIDTH - 10}" height="{CHIP + 2}" rx="3" fill="white" '
-    right = LEFT + WIDTH - 14
-    chips = "".join(_chip(right - CHIP * place, row * ROW + 1, fill) for place, fill in enumerate(fills[:6], 1))
-    kind = "merged" if merged else "task"
-    return f'<g class="{kind}">{box}stroke="#555"{outline}/>{_text(LEFT + 6, row * ROW, text)}{chips}</g>'
+def _node(y: int, width: int, text: str, fills: list[str], spaces: tuple[str, ...]) -> str:
+    kind, dashes = ("trunk", "") if fills else ("head", ' stroke-dasharray="3 2"')
+    title = f"<title>{escape(_printable(', '.join(spaces)))}</title>" if spaces else ""
+    return (
+        f'<g class="{kind}">{title}{_bar(LEFT + width - BAR, y, BAR, fills)}'
+        f'<rect class="box" x="{LEFT}" y="{y}" width="{width}" height="{BOX}" fill="none" stroke="#555555"{dashes}/>'
+        f"{_text(LEFT + MARGIN, y, text)}{_text(LEFT + width + MARGIN, y, _names(spaces))}</g>"
+    )
 
 
-def _chip(x: int, y: int, fill: str) -> str:
-    return f'<rect x="{x}" y="{y}" width="{CHIP}" height="{CHIP}" fill="{fill}"/>'
+def _names(spaces: tuple[str, ...]) -> str:
+    return ", ".join(spaces[:2]) + (f" and {len(spaces) - 2} more" if len(spaces) > 2 else "")
+
+
+def _bar(x: int, y: int, width: int, fills: list[str]) -> str:
+    """One stripe per colour, side by side."""
+    stripe = width / max(len(fills), 1)
+    return "".join(
+        f'<rect x="{x + place * stripe:.1f}" y="{y}" width="{stripe:.1f}" height="{BOX}" fill="{fill}"/>'
+        for place, fill in enumerate(fills)
+    )
+
+
+def _cut(y: int, width: int) -> str:
+    line = f'<line class="cut" x1="0" y1="{y}" x2="{width}" y2="{y}" stroke="black" stroke-width="1.5"/>'
+    x = LEFT + 2 * MARGIN
+    return f"{line}{_text(x, y - BOX, 'trunk: merged')}{_text(x, y, 'heads: one per task')}"
 
 
 def _text(x: int, y: int, text: str) -> str:
-    return f'<text x="{x}" y="{y + 13}">{escape(text)}</text>'
+    return f'<text x="{x}" y="{y + 13}">{escape(_printable(text))}</text>' if text else ""
