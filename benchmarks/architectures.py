@@ -141,12 +141,12 @@ def examine(
     Args:
         name: the model.
         make: from its name to the model and the side of its input.
-        samples: how many images of noise it is calibrated on; by default 64, and 16 from 25 M parameters on.
+        samples: how many images of noise it is calibrated on; by default 64, and 16 from 100 M parameters on.
     """
     torch.manual_seed(0)
     net, size = make(name)
     count = sum(parameter.numel() for parameter in net.parameters())
-    x = torch.randn(samples or (64 if count < 2.5e7 else 16), 3, size, size)
+    x = torch.randn(samples or (64 if count < 1e8 else 16), 3, size, size)
     net = unsettle(net, x)
     started = time.perf_counter()
     graph = trace(net, example_input=x[:1])

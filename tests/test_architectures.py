@@ -52,8 +52,6 @@ CASES = {
     "small_resnet": (SmallResNet, 16, ("layer1.0", "layer2")),
     "plain": (PlainNet, 16, ("features.0", "classifier.1")),
     "resnet18": (named("resnet18"), 64, ("layer2", "layer3.0.bn1")),
-    "resnet50": (named("resnet50"), 64, ("layer2.0.conv2",)),
-    "wide_resnet50_2": (named("wide_resnet50_2"), 64, ("layer2.0",)),
     "resnext50_32x4d": (named("resnext50_32x4d"), 64, ("layer2.1.conv2", "layer3")),
     "regnet_x_400mf": (named("regnet_x_400mf"), 64, ("trunk_output.block3",)),
     "regnet_y_400mf": (named("regnet_y_400mf"), 64, ("trunk_output.block3.block3-1.f.se",)),
