@@ -1,10 +1,12 @@
-"""The private corners of Lightning that cannot be avoided, in one place."""
+"""The private corners of Lightning and argparse that cannot be avoided, in one place."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
 SHARDING = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
@@ -34,3 +36,43 @@ def predict_loaders(trainer: Trainer) -> list[Any]:
     if isinstance(loaders, dict):
         return list(loaders.values())
     return list(loaders) if isinstance(loaders, (list, tuple)) else [loaders]
+
+
+def subcommand_parsers(cli: LightningCLI) -> dict[str, LightningArgumentParser]:
+    """The parser of each subcommand."""
+    return cli._subcommand_parsers
+
+
+def make_optional(parser: LightningArgumentParser, name: str) -> list[str]:
+    """Let an argument, and those below it, be left out.
+
+    Returns:
+        Which of them were required.
+    """
+    required = [action for action in parser._actions if action.required and f"{action.dest}.".startswith(f"{name}.")]
+    for action in required:
+        action.required = False
+    by_class_path = name in parser._extra_required_keys
+    parser._extra_required_keys.discard(name)
+    return [name] * by_class_path + [action.dest for action in required]
+
+
+def make_switch(parser: LightningArgumentParser, name: str) -> None:
+    """Let a yes-or-no option stand without a value, for yes."""
+    (action,) = (action for action in parser._actions if action.dest == name)
+    action.nargs, action.const = "?", True
+
+
+def show_first(parser: LightningArgumentParser, titles: Mapping[str, str | None]) -> None:
+    """Move groups behind the general options in the help of a command.
+
+    Args:
+        parser: the parser of the command.
+        titles: name of an argument of the group → a new title, or ``None`` to keep its own.
+    """
+    groups: Any = parser._action_groups
+    for name, title in reversed(list(titles.items())):
+        for group in [group for group in groups if any(action.dest == name for action in group._group_actions)]:
+            group.title = title or group.title
+            groups.remove(group)
+            groups.insert(2, group)  # argparse begins with positional arguments and options

@@ -5,17 +5,39 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+from jsonargparse import auto_cli
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.cli import ArgsType, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 
+from lightning_zipit._lightning import make_optional, make_switch, show_first, subcommand_parsers
+from lightning_zipit.commands import export, inspect
 from lightning_zipit.errors import ConfigurationError, ZipItError
-from lightning_zipit.trainer import ZipItTrainer
+from lightning_zipit.matchers import Matcher
+from lightning_zipit.multihead import MultiHeadModule, find_record, read_checkpoint
+from lightning_zipit.trainer import CLASS_PATH, ZipItTrainer
+
+USAGES = {
+    "fit": "%(prog)s [option ...]",
+    "validate": "%(prog)s [--ckpt_path FILE] [option ...]",
+    "test": "%(prog)s [--ckpt_path FILE] [option ...]",
+    "predict": "%(prog)s [--ckpt_path FILE] [option ...]",
+    "merge": "%(prog)s --checkpoints.TASK FILE --checkpoints.TASK FILE ... [--backbone NAME] [--stop_at NAME] "
+    "[--output FILE] [option ...]",
+}
+
+MERGED_HINT = "A merged checkpoint as --ckpt_path needs no model, and data with one loader per task."
 
 
 class ZipItCLI(LightningCLI):
     """A drop-in for LightningCLI, with ``merge`` beside ``fit``, ``validate``, ``test`` and ``predict``.
+
+    ``merge`` needs no arguments of the model where the checkpoints hold their hyperparameters. ``validate``, ``test``
+    and ``predict`` also take a merged checkpoint as ``--ckpt_path``: the model is then read from it. A subclass may
+    have ``before_merge`` and ``after_merge``, as one of LightningCLI has ``before_fit`` and its kin; after a merge,
+    ``self.trainer.lightning_module`` is the merged module.
 
     An error that this package raises on purpose ends the command with its message and exit code 1, without a traceback.
 
@@ -35,6 +57,7 @@ class ZipItCLI(LightningCLI):
         and then, besides ``python main.py fit …``::
 
             python main.py merge --checkpoints.animals a.ckpt --checkpoints.vehicles b.ckpt --backbone net
+            python main.py test --ckpt_path merged.ckpt
     """
 
     def __init__(
@@ -49,6 +72,8 @@ class ZipItCLI(LightningCLI):
     ) -> None:
         if isinstance(trainer_class, type) and not issubclass(trainer_class, ZipItTrainer):
             raise ConfigurationError(f"`trainer_class` must be a ZipItTrainer, got {trainer_class.__name__}.")
+        self._required: dict[str, list[str]] = {}
+        self._merged_path: Path | None = None
         try:
             super().__init__(
                 model_class, datamodule_class, save_config_callback, save_config_kwargs, trainer_class, *args, **kwargs
@@ -66,8 +91,86 @@ class ZipItCLI(LightningCLI):
     ) -> None:
         """Set up the parser; with its default matcher spelled out, ``--matcher.alpha`` needs no ``--matcher``."""
         super().setup_parser(add_subcommands, main_kwargs, subparser_kwargs)
-        if add_subcommands:
-            self.parser.set_defaults({"merge.matcher": {"class_path": "lightning_zipit.matchers.GreedyZip"}})
+        if not add_subcommands:
+            return
+        self.parser.set_defaults({"merge.matcher": {"class_path": "lightning_zipit.matchers.GreedyZip"}})
+        self.parser.add_instantiator(self._make_matcher, Matcher, subclasses=True)
+        parsers = subcommand_parsers(self)
+        for switch in ("merge_heads", "test"):
+            make_switch(parsers["merge"], switch)
+        for name, parser in parsers.items():
+            parser.usage = parser.usage or USAGES.get(name)
+            titles = {
+                "checkpoints": "What to merge, and how",
+                "ckpt_path": "What to run on",
+                "model": None if self.model_class else "The model, by class path",
+                "data": None if self.datamodule_class else "The data module, by class path",
+            }
+            show_first(parser, titles)
+            if name != "fit":  # for the others, a checkpoint can say what the model is
+                self._required[name] = make_optional(parser, "model")
+            if name not in ("fit", "merge"):
+                parser.description = f"{(parser.description or name).rstrip('.')}. {MERGED_HINT}"
+
+    def _make_matcher(self, matcher_class: type[Matcher], *args: Any, **kwargs: Any) -> Matcher:
+        try:
+            return matcher_class(*args, **kwargs)
+        except (TypeError, ValueError) as error:
+            subcommand_parsers(self)["merge"].error(f"--matcher {matcher_class.__name__}: {error}")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse the arguments, and see whether ``--ckpt_path`` is a merged checkpoint."""
+        super().parse_arguments(parser, args)
+        subcommand = self.config.get("subcommand")
+        path = self.config[subcommand].get("ckpt_path") if subcommand else None
+        if not path or not Path(path).is_file():
+            return
+        checkpoint = read_checkpoint(path, "cpu")
+        if find_record(checkpoint) is None:
+            if CLASS_PATH not in checkpoint.get(LightningModule.CHECKPOINT_HYPER_PARAMS_KEY, {}):
+                self._require("model")  # before LightningCLI gives it the checkpoint's hyperparameters
+        elif subcommand == "fit":
+            raise ConfigurationError(f"{path} is a merged checkpoint, which is not trained: test or predict with it.")
+        else:
+            self._merged_path = Path(path)
+
+    def _missing(self) -> list[str]:
+        """The arguments of the model that are not given and have no default."""
+        subcommand = str(self.config.get("subcommand"))
+        required = self._required.get(subcommand, [])
+        return [name for name in required if self.config[subcommand].get(name) is None]
+
+    def _require(self, *names: str) -> None:
+        """End with a usage error if some of the arguments are missing."""
+        listed = ", ".join(f"--{name}" for name in self._missing() if name in names)
+        if listed:
+            subcommand_parsers(self)[str(self.config.subcommand)].error(
+                f"the following arguments are required: {listed}, unless --ckpt_path is a merged checkpoint"
+            )
+
+    def instantiate_classes(self) -> None:
+        """Make the classes; the model comes out of a merged checkpoint, or is its class where arguments are missing."""
+        model = self._find_model()
+        if model is not None:
+            self.auto_configure_optimizers = False
+            known = self.model_class if isinstance(self.model_class, type) else LightningModule
+            self.parser.add_instantiator(lambda *_, **__: model, known, subclasses=True, prepend=True)
+        super().instantiate_classes()
+        if model is not None:
+            self.model = model
+        if self._merged_path is not None:
+            self.config_init[self.subcommand]["ckpt_path"] = None  # it is loaded
+
+    def _find_model(self) -> LightningModule | type[LightningModule] | None:
+        """What stands in for the model that the arguments describe; ``None`` to make that."""
+        if self._merged_path is not None:
+            return MultiHeadModule.load_from_checkpoint(self._merged_path, "cpu")
+        missing = self._missing()
+        if not missing:
+            return None
+        if self.subcommand != "merge":
+            self._require(*missing)
+        return self.model_class if isinstance(self.model_class, type) else None
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the Trainer; a merge writes one file only, so it saves no configuration and has no default logger."""
@@ -78,6 +181,15 @@ class ZipItCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
 
+COMMANDS: dict[str, Callable[..., None]] = {"inspect": inspect, "export": export}
+
+DESCRIPTION = """Merges trained LightningModules into one network with a head per task, without training."""
+
+EPILOG = """Two more commands need no data: "inspect" shows what a merge would tie together, and "export" writes a
+merged checkpoint as ONNX or torch.export's .pt2. Every option of the others can also come from a YAML file (--config)
+or from the environment: --trainer.devices of merge is PL_MERGE__TRAINER__DEVICES."""
+
+
 def main(args: ArgsType = None) -> None:
     """Run ``lightning-zipit``: :class:`ZipItCLI` for any model class and data module, given by class path.
 
@@ -86,4 +198,14 @@ def main(args: ArgsType = None) -> None:
     """
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # an installed script does not see the user's modules beside it
-    ZipItCLI(args=args)
+    words: list[str] = sys.argv[1:] if args is None else args if isinstance(args, list) else []
+    command = COMMANDS.get(words[0]) if words else None
+    if command is None:
+        asks = not {"-h", "--help"}.isdisjoint(words)
+        settings = {"prog": "lightning-zipit", "description": DESCRIPTION, "epilog": EPILOG}
+        ZipItCLI(args=args, parser_kwargs={**settings, "default_env": not asks})  # help is short without the names
+        return
+    try:
+        auto_cli(command, args=words[1:], as_positional=False, prog=f"lightning-zipit {command.__name__}")
+    except ZipItError as error:
+        sys.exit(f"error: {error}")

@@ -320,6 +320,11 @@ class MultiHeadModule(MultiTaskModule):
             "input_dtype": None if example is None else str(example.dtype).removeprefix("torch."),
         }
 
+    @property
+    def example_input(self) -> Tensor | None:
+        """Zeros of the shape and type of one sample, ``(1, …)``, where a merge has seen one."""
+        return read_example(self._record)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[CHECKPOINT_KEY] = {**self._record, "report": self.report.to_dict() if self.report else None}
 
@@ -334,7 +339,7 @@ class MultiHeadModule(MultiTaskModule):
         """Read a merged module back, from its sources' class paths and hyperparameters.
 
         Nothing but tensors and primitives is read: the file is loaded with ``weights_only=True``. The modules that
-        define the source classes are imported.
+        define the source classes are imported, and so are the classes that hyperparameters of a command line name.
 
         Args:
             checkpoint_path: a file written by ``trainer.save_checkpoint``.
@@ -352,8 +357,8 @@ class MultiHeadModule(MultiTaskModule):
         if unknown := set(kwargs) - {"strict", "weights_only"}:
             raise TypeError(f"load_from_checkpoint got unexpected arguments {sorted(unknown)}.")
         checkpoint = read_checkpoint(checkpoint_path, map_location)
-        record = checkpoint.get(CHECKPOINT_KEY)
-        if not isinstance(record, dict) or record.get("format") != FORMAT:
+        record = find_record(checkpoint)
+        if record is None or record.get("format") != FORMAT:
             raise CheckpointError(f"{checkpoint_path} is not a checkpoint of a merged module (format {FORMAT}).")
         given = name_tasks(models) if models is not None else {}
         if unknown := set(given) - set(record["sources"]):
@@ -363,7 +368,7 @@ class MultiHeadModule(MultiTaskModule):
             for task, description in record["sources"].items()
         }
         settings = MergeSettings(stop_at=record["stop_at"], merge_heads=record["merge_heads"])
-        example, barriers = _read_example(record), record.get("barriers")
+        example, barriers = read_example(record), record.get("barriers")
         module = cls(sources, record["backbone"], settings, example_input=example, barriers=barriers)
         try:
             module.load_state_dict(checkpoint["state_dict"])
@@ -388,24 +393,39 @@ def _trace_models(
     return trace_all(networks, settings, fitting, barriers=barriers)
 
 
-def _read_example(record: Mapping[str, Any]) -> Tensor | None:
+def find_record(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
+    """How a merged module is made, if a checkpoint holds one."""
+    record = checkpoint.get(CHECKPOINT_KEY)
+    return record if isinstance(record, dict) else None
+
+
+def read_example(record: Mapping[str, Any]) -> Tensor | None:
     if record["input_shape"] is None:
         return None
     return torch.zeros(1, *record["input_shape"], dtype=getattr(torch, record.get("input_dtype") or "float32"))
 
 
-def read_checkpoint(path: str | Path | IO[bytes], map_location: Any = None) -> dict[str, Any]:
-    """A checkpoint's content, tensors and primitives only.
+def read_checkpoint(
+    path: str | Path | IO[bytes], map_location: Any = None, weights_only: bool = True
+) -> dict[str, Any]:
+    """A checkpoint's content.
+
+    Args:
+        path: the file.
+        map_location: where tensors go; see :func:`torch.load`.
+        weights_only: read tensors and primitives only. Without it, code that the file holds is run.
 
     Raises:
         CheckpointError: if the file is missing, damaged, or holds anything else.
     """
     try:
-        content = torch.load(path, map_location=map_location, weights_only=True)
+        content = torch.load(path, map_location=map_location, weights_only=weights_only)
     except FileNotFoundError:
         raise CheckpointError(f"There is no checkpoint at {path}.") from None
     except Exception as error:
-        raise CheckpointError(f"{path} cannot be read as a checkpoint of tensors and primitives: {error}") from error
+        # torch says first, and at length, how to read a pickle nevertheless
+        reason = str(error).rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0] or repr(error)
+        raise CheckpointError(f"{path} cannot be read as a checkpoint of tensors and primitives: {reason}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__} instead of a checkpoint.")
     return content

@@ -13,12 +13,16 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import instantiate_module
 from torch import Tensor, nn
 
 from lightning_zipit.errors import CalibrationError, CheckpointError, ConfigurationError
 
 INPUT_KEYS = ("x", "image", "images", "img", "input", "inputs", "pixel_values", "data", "features")
 """Where a batch that is a dict is looked into for the network's input."""
+
+INSTANTIATOR = "_instantiator"
+"""The hyperparameter by which Lightning marks those that its command line parsed."""
 
 RESERVED = frozenset(dir(nn.ModuleDict()))
 
@@ -103,7 +107,8 @@ def describe_source(model: LightningModule) -> dict[str, Any]:
     """How to make a module of this class again, in strings and primitives.
 
     Returns:
-        ``class_path`` (``None`` where the class cannot be imported), ``hyperparameters`` and ``hparams_name``.
+        ``class_path`` (``None`` where the class cannot be imported), ``hyperparameters``, ``hparams_name``, and whether
+        the hyperparameters are those of a command line (``parsed``), which names objects by class path and arguments.
     """
     hyperparameters = {key: value for key, value in dict(model.hparams).items() if not key.startswith("_")}
     safe = {key: value for key, value in hyperparameters.items() if _is_primitive(value)}
@@ -111,6 +116,7 @@ def describe_source(model: LightningModule) -> dict[str, Any]:
         "class_path": _import_path(type(model)),
         "hyperparameters": safe,
         "hparams_name": getattr(model, "_hparams_name", None),
+        "parsed": INSTANTIATOR in model.hparams,
     }
 
 
@@ -124,17 +130,13 @@ def make_source(task: str, description: Mapping[str, Any]) -> LightningModule:
     path = description.get("class_path")
     if not path:
         raise CheckpointError(f"The class of task {task!r} was not defined in a module that can be imported. {way_out}")
-    module_name, _, qualname = path.partition(":")
     try:
-        found: Any = importlib.import_module(module_name)
-        for part in qualname.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
-        raise CheckpointError(f"The class {path!r} of task {task!r} cannot be imported ({error}). {way_out}") from error
-    if not (isinstance(found, type) and issubclass(found, LightningModule)):
-        raise CheckpointError(f"{path!r} of task {task!r} is not a LightningModule class. {way_out}")
+        found = find_class(path)
+    except ConfigurationError as error:
+        raise CheckpointError(f"Task {task!r}: {error} {way_out}") from error
+    arguments = _arguments(found, description["hyperparameters"], description.get("hparams_name"))
     try:
-        return found(**_arguments(found, description["hyperparameters"], description.get("hparams_name")))
+        return instantiate_module(found, arguments) if description.get("parsed") else found(**arguments)
     except Exception as error:
         raise CheckpointError(
             f"{path!r} of task {task!r} cannot be made from its saved hyperparameters "
@@ -142,6 +144,38 @@ def make_source(task: str, description: Mapping[str, Any]) -> LightningModule:
             f"__init__ before "
             f"training. {way_out}"
         ) from error
+
+
+def find_class(path: str) -> type[LightningModule]:
+    """Import a LightningModule class; see :func:`find_object`.
+
+    Raises:
+        ConfigurationError: if it cannot be imported, or is something else.
+    """
+    found = find_object(path)
+    if not (isinstance(found, type) and issubclass(found, LightningModule)):
+        raise ConfigurationError(f"{path!r} is not a LightningModule class.")
+    return found
+
+
+def find_object(path: str) -> Any:
+    """Import a class or function.
+
+    Args:
+        path: ``module.Class``, or ``module:Outer.Inner``.
+
+    Raises:
+        ConfigurationError: if it cannot be imported.
+    """
+    module_name, _, qualname = path.partition(":") if ":" in path else path.rpartition(".")
+    try:
+        # A second copy of the running script would have classes of its own, and might run it again.
+        found: Any = sys.modules["__main__"] if module_name == _main_name() else importlib.import_module(module_name)
+        for part in qualname.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigurationError(f"{path!r} cannot be imported ({error}).") from error
+    return found
 
 
 def _arguments(cls: type, hyperparameters: Mapping[str, Any], hparams_name: str | None) -> dict[str, Any]:
@@ -156,19 +190,18 @@ def _arguments(cls: type, hyperparameters: Mapping[str, Any], hparams_name: str 
 
 def _import_path(cls: type) -> str | None:
     """``module:Class``; for a class of the script that was run, the name by which another process can import it."""
-    if "<locals>" in cls.__qualname__:
-        return None
-    module = cls.__module__
-    if module == "__main__":
-        main = sys.modules["__main__"]
-        spec, file = getattr(main, "__spec__", None), getattr(main, "__file__", None)
-        if spec is not None:
-            module = spec.name.removesuffix(".__main__")
-        elif file is not None:
-            module = Path(file).stem
-        else:
-            return None
-    return f"{module}:{cls.__qualname__}"
+    spawned = "__mp_main__"  # what multiprocessing calls the script in the processes that it spawns
+    module = _main_name() if cls.__module__ in ("__main__", spawned) else cls.__module__
+    return None if module is None or "<locals>" in cls.__qualname__ else f"{module}:{cls.__qualname__}"
+
+
+def _main_name() -> str | None:
+    """The name by which another process can import the script that was run; ``None`` for a notebook or a shell."""
+    main = sys.modules["__main__"]
+    spec, file = getattr(main, "__spec__", None), getattr(main, "__file__", None)
+    if spec is not None:
+        return None if spec.name == "__main__" else spec.name
+    return None if file is None or "." in Path(file).stem else Path(file).stem
 
 
 def _is_primitive(value: Any) -> bool:

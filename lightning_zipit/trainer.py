@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import copy
-import os
+import pickle
+import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
 from lightning_zipit._lightning import unsupported_strategy
 from lightning_zipit.driver import ZipIt
 from lightning_zipit.errors import CheckpointError, ConfigurationError
+from lightning_zipit.files import find_output_problem, replacing
 from lightning_zipit.matchers import Matcher
 from lightning_zipit.multihead import MultiHeadModule, read_checkpoint
 from lightning_zipit.session import Refine
+from lightning_zipit.sources import INSTANTIATOR, find_class
+
+CLASS_PATH = "_class_path"
+"""The hyperparameter that holds the class of a model which Lightning's command line was given by class path."""
 
 
 class ZipItTrainer(Trainer):
-    """Lightning's Trainer, with :meth:`merge` beside ``fit``, ``validate``, ``test`` and ``predict``."""
+    """Lightning's Trainer, with merge beside fit, validate, test and predict."""
 
     def merge(
         self,
-        model: LightningModule,
+        model: LightningModule | type[LightningModule] | None,
         datamodule: LightningDataModule | None = None,
         *,
         checkpoints: dict[str, str],
@@ -31,22 +39,29 @@ class ZipItTrainer(Trainer):
         refine: Refine | None = "batch_norm",
         merge_heads: bool = False,
         output: str = "merged.ckpt",
+        test: bool = False,
+        classes: dict[str, str] | None = None,
+        weights_only: bool = True,
     ) -> MultiHeadModule:
         """Merge trained checkpoints of one architecture into one checkpoint with a head per task, without training.
 
         Args:
-            model: a module of the class that was trained; its weights are not used.
+            model: a module of the class that was trained, or that class; weights are not used. A module is needed
+                where checkpoints hold no hyperparameters.
             datamodule: where the calibration data comes from: its ``calibration_dataloader()``, else its
                 ``train_dataloader()`` in a fixed order. Labels are never used.
-            checkpoints: task name → checkpoint file, at least two of them.
-            backbone: dotted name of the part of the model to merge; the whole ``forward`` by default.
+            checkpoints: task name → checkpoint file, at least two of them (--checkpoints.TASK=FILE).
+            backbone: dotted name of the part of the model to merge; the whole forward by default.
             stop_at: dotted name inside the backbone of the last module that the tasks share. By default everything down
                 to the last layer, which stays a head per task.
-            matcher: how features of the models are matched; ``GreedyZip`` by default.
-            refine: ``batch_norm`` re-estimates running statistics in a second pass over the data; ``null`` does
-                nothing.
+            matcher: how features of the models are matched; GreedyZip by default.
+            refine: batch_norm re-estimates running statistics in a second pass over the data; null does nothing.
             merge_heads: merge the last layer too, for models that share one output space.
             output: the file to write; one that is there is replaced.
+            test: test the merged module afterwards, with the data module's test loaders: one per task.
+            classes: task name → class path, for tasks whose model is of another class (--classes.TASK=CLASS_PATH).
+            weights_only: read tensors and primitives of the checkpoints only. false unpickles them, which runs code
+                that they hold: for files that you trust.
 
         Returns:
             The merged module, in eval mode; it is also attached to this Trainer.
@@ -58,13 +73,16 @@ class ZipItTrainer(Trainer):
             TraceError: if the backbone cannot be traced, or its table of axes proves wrong.
             CalibrationError: if the calibration data cannot be used.
         """
-        problems = _find_problems(checkpoints, output, datamodule)
+        problems = _find_problems(checkpoints, output, datamodule, test, classes or {})
         if problem := unsupported_strategy(self):  # here too, as an error in a spawned process loses its class
             problems.append(problem)
         if problems:
             raise ConfigurationError.collect(problems)
         merged = ZipIt(self).merge(
-            {task: _load_source(model, task, path) for task, path in checkpoints.items()},
+            {
+                task: load_source(path, model, (classes or {}).get(task), weights_only, task)
+                for task, path in checkpoints.items()
+            },
             datamodule=datamodule,
             backbone=backbone,
             stop_at=stop_at,
@@ -74,24 +92,24 @@ class ZipItTrainer(Trainer):
         )
         if self.is_global_zero:
             print(merged.report)
-        self._save_whole(Path(output))
+        with replacing(Path(output)) as file:
+            # Weights only: the optimizers and callbacks of this Trainer have no part in a merge.
+            self.save_checkpoint(file, weights_only=True)
+        if self.is_global_zero:
+            print(f"Saved the merged module to {output}")
+        self.strategy.barrier("ZipItTrainer.merge")  # no process goes on before the file is there to be read
+        if test:
+            self.test(merged, datamodule=datamodule)
         return merged
 
-    def _save_whole(self, output: Path) -> None:
-        """Save the attached module under its name only once the file is complete, so that a failure leaves nothing."""
-        temporary = output.with_name(f".{output.name}.{os.getpid()}.part")
-        try:
-            # Weights only: the optimizers and callbacks of this Trainer have no part in a merge.
-            self.save_checkpoint(temporary, weights_only=True)
-            if self.is_global_zero:
-                os.replace(temporary, output)
-                print(f"Saved the merged module to {output}")
-        finally:
-            temporary.unlink(missing_ok=True)
-        self.strategy.barrier("ZipItTrainer.merge")  # no process returns before the file is there to be read
 
-
-def _find_problems(checkpoints: dict[str, str], output: str, datamodule: LightningDataModule | None) -> list[str]:
+def _find_problems(
+    checkpoints: Mapping[str, str],
+    output: str,
+    datamodule: LightningDataModule | None,
+    test: bool,
+    classes: Mapping[str, str],
+) -> list[str]:
     """Everything that can be wrong with the arguments of a merge and is known before any file is read."""
     problems = []
     if len(checkpoints) < 2:
@@ -101,32 +119,87 @@ def _find_problems(checkpoints: dict[str, str], output: str, datamodule: Lightni
             problems.append(f"There is no checkpoint file {path} (task {task!r}).")
         elif Path(path).resolve() == Path(output).resolve():
             problems.append(f"`output` would replace the checkpoint {path} of task {task!r}: give it another name.")
-    if Path(output).is_dir():
-        problems.append(f"`output` is a folder: {output}. Give the name of a file, such as merged.ckpt.")
-    elif not Path(output).parent.is_dir():
-        problems.append(f"The folder {Path(output).parent} of `output` does not exist.")
+    for task, name in classes.items():
+        if task not in checkpoints:
+            problems.append(f"`classes` names task {task!r}, which has no checkpoint: the tasks are {[*checkpoints]}.")
+        try:
+            find_class(name)
+        except ConfigurationError as error:
+            problems.append(f"`classes`, task {task!r}: {error}")
+    if problem := find_output_problem(output):
+        problems.append(problem)
     if datamodule is None:
         problems.append("There is no calibration data: give a data module.")
+    elif test and type(datamodule).test_dataloader is LightningDataModule.test_dataloader:
+        problems.append(f"`test` needs test data, but {type(datamodule).__name__} has no `test_dataloader`.")
     return problems
 
 
-def _load_source(template: LightningModule, task: str, path: str) -> LightningModule:
-    """A trained module: of its own hyperparameters where the checkpoint has them, else of the template's.
+def load_source(
+    path: str,
+    model: LightningModule | type[LightningModule] | None,
+    class_path: str | None = None,
+    weights_only: bool = True,
+    task: str | None = None,
+) -> LightningModule:
+    """A trained module: of its own hyperparameters where the checkpoint has them, else a copy of the one given.
+
+    Args:
+        path: the checkpoint.
+        model: a module of its class, or that class.
+        class_path: its class, where it is not that of ``model``.
+        weights_only: read nothing but tensors and primitives.
+        task: what to call the checkpoint in errors.
 
     Raises:
-        CheckpointError: if the checkpoint cannot be read, or does not fit the template's class.
+        CheckpointError: if the checkpoint cannot be read, or does not fit the class.
     """
-    model_class = type(template)
-    checkpoint = read_checkpoint(path, map_location="cpu")
+    where = path if task is None else f"Task {task!r}: {path}"
     try:
-        if checkpoint.get(model_class.CHECKPOINT_HYPER_PARAMS_KEY):
-            return model_class.load_from_checkpoint(path, weights_only=True, map_location="cpu")
-        source = copy.deepcopy(template)
+        checkpoint = read_checkpoint(path, "cpu", weights_only)
+    except CheckpointError as error:
+        if not weights_only or not isinstance(error.__cause__, pickle.UnpicklingError):
+            raise
+        raise CheckpointError(
+            f"{error}. If you trust whoever made this file, weights_only=False (--weights_only=false) reads it, and "
+            "runs the code that it holds."
+        ) from error
+    hyperparameters = checkpoint.get(LightningModule.CHECKPOINT_HYPER_PARAMS_KEY) or {}
+    option = "--model" if task is None else f"--classes.{task}"
+    model_class = find_class(class_path) if class_path else _class_of(hyperparameters, model, where, option)
+    try:
+        if hyperparameters:
+            source = model_class.load_from_checkpoint(path, weights_only=weights_only, map_location="cpu")
+            if INSTANTIATOR in hyperparameters:  # Lightning parsed them, and has forgotten from what
+                source.hparams.update(hyperparameters)
+            return source
+        source = copy.deepcopy(model) if isinstance(model, model_class) else model_class()
         source.configure_model()
         source.on_load_checkpoint(checkpoint)
         source.load_state_dict(checkpoint["state_dict"], strict=source.strict_loading)
     except Exception as error:  # the class is the user's: its constructor and hooks may raise anything
         raise CheckpointError(
-            f"Task {task!r}: {path} cannot be loaded into {model_class.__name__}: {type(error).__name__}: {error}"
+            f"{where} cannot be loaded into {model_class.__name__}: {type(error).__name__}: {error}"
         ) from error
     return source
+
+
+def _class_of(
+    hyperparameters: Mapping[str, Any],
+    model: LightningModule | type[LightningModule] | None,
+    where: str,
+    option: str,
+) -> type[LightningModule]:
+    """The class that a checkpoint names, if that is imported already: a file alone has nothing imported. Else that of
+    the model.
+    """
+    named = hyperparameters.get(CLASS_PATH)
+    if named is not None:
+        module, _, name = str(named).rpartition(".")
+        found = getattr(sys.modules.get(module), name, None)
+        if not isinstance(found, type) or not issubclass(found, LightningModule):
+            raise CheckpointError(f"{where} holds a {named}, which is not imported: allow that with {option}={named}.")
+        return found
+    if model is None:
+        raise CheckpointError(f"{where} does not say of which class its model is: say it with --model=CLASS_PATH.")
+    return model if isinstance(model, type) else type(model)

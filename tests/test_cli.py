@@ -8,10 +8,10 @@ import sys
 import pytest
 import torch
 import yaml
-from helpers.cli_user import Data, LitNet, UnrecordedNet
+from helpers.cli_user import Data, LitNet, SizedNet, TestedData, TypedNet, UnrecordedNet
 from lightning.pytorch import Trainer
 
-from lightning_zipit import MultiHeadModule, ZipIt, ZipItCLI, ZipItTrainer
+from lightning_zipit import MultiHeadModule, ZipIt, ZipItCLI, ZipItTrainer, trace
 from lightning_zipit.cli import main
 from lightning_zipit.errors import CheckpointError, ConfigurationError
 from lightning_zipit.matchers import GreedyZip
@@ -27,8 +27,8 @@ def _no_command_line(monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path])
 
 
-def cli(*args, model=LitNet):
-    return ZipItCLI(model, Data, args=[*args[:1], *QUIET, "--seed_everything=1", *args[1:]])
+def cli(*args, model=LitNet, data=Data):
+    return ZipItCLI(model, data, args=[*args[:1], *QUIET, "--seed_everything=1", *args[1:]])
 
 
 @pytest.fixture(scope="module")
@@ -255,3 +255,190 @@ def test_an_error_on_the_command_line_has_exit_code_1_and_no_traceback(folder):
     assert "error: There is no checkpoint file nothere.ckpt (task 'birds')" in done.stderr
     assert "Traceback" not in done.stderr
     assert names(folder) == ["a.ckpt", "b.ckpt"]
+
+
+def test_a_matcher_that_cannot_be_is_a_usage_error(folder, capsys):
+    assert message_of("merge", *SOURCES, "--matcher.alpha=2") == 2
+    shown = capsys.readouterr().err
+    assert "--matcher GreedyZip: `alpha` must lie between 0 and 1, got 2.0" in shown and "usage:" in shown
+
+
+def test_hooks_run_before_and_after_a_merge(folder):
+    class WithHooks(ZipItCLI):
+        def before_merge(self):
+            assert not os.path.exists("merged.ckpt")
+            self.before = type(self.model)
+
+        def after_merge(self):
+            assert os.path.exists("merged.ckpt")
+            self.after = type(self.trainer.lightning_module)
+
+    merging = WithHooks(LitNet, Data, args=["merge", *QUIET, *SOURCES])
+    assert (merging.before, merging.after) == (LitNet, MultiHeadModule)
+
+
+def test_a_merge_can_test_what_it_made(folder):
+    tested = cli("merge", *SOURCES, "--test", data=TestedData).trainer.callback_metrics
+    assert set(tested) == {"cats/test_loss", "dogs/test_loss"}
+    assert "no `test_dataloader`" in message_of("merge", *SOURCES, "--test=true", "--output=other.ckpt")
+    assert names(folder) == ["a.ckpt", "b.ckpt", "merged.ckpt"]
+
+
+def test_options_come_from_the_environment(folder, monkeypatch):
+    monkeypatch.setenv("PL_MERGE__BACKBONE", "net")
+    monkeypatch.setenv("PL_MERGE__STOP_AT", "stem")
+    ZipItCLI(LitNet, Data, args=["merge", *QUIET, *SOURCES[:4]], parser_kwargs={"default_env": True})
+    monkeypatch.setenv("PL_MERGE__OUTPUT", "installed.ckpt")
+    main(["merge", *QUIET, *BY_PATH, *SOURCES[:4]])
+    for path in ("merged.ckpt", "installed.ckpt"):
+        assert MultiHeadModule.load_from_checkpoint(path)._record["stop_at"] == "stem"
+
+
+def test_required_arguments_of_the_model_are_those_of_the_checkpoints(folder, capsys):
+    cli("merge", *SOURCES, model=SizedNet)
+    tested = cli("test", "--ckpt_path=merged.ckpt", "--trainer.logger=false", model=SizedNet, data=TestedData)
+    assert isinstance(tested.model.sources["dogs"], SizedNet)
+    assert message_of("test", model=SizedNet) == 2
+    assert "required: --model.width, unless --ckpt_path is a merged checkpoint" in capsys.readouterr().err
+    (folder / "merged.ckpt").unlink()
+    forget_hyperparameters(folder)
+    assert "'width'" in message_of("merge", *SOURCES, model=SizedNet)
+
+
+@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+def test_a_merged_checkpoint_runs_in_place_of_the_model(folder, command, monkeypatch):
+    monkeypatch.setattr(LitNet, "validation_step", LitNet.test_step, raising=False)
+    monkeypatch.setattr(LitNet, "predict_step", lambda net, batch, index: net(batch[0]))
+    merged = cli("merge", *SOURCES).trainer.lightning_module
+    run = cli(command, "--ckpt_path=merged.ckpt", "--trainer.logger=false", data=TestedData)
+    assert same_weights(run.trainer.lightning_module, merged)
+    if command != "predict":
+        assert set(run.trainer.callback_metrics) == {"cats/test_loss", "dogs/test_loss"}
+
+
+def test_the_installed_command_tests_a_merged_checkpoint_without_a_model(folder, capsys):
+    cli("merge", *SOURCES)
+    quiet = [*QUIET, "--trainer.logger=false", "--data=helpers.cli_user.TestedData"]
+    main(["test", *quiet, "--ckpt_path=merged.ckpt"])
+    assert "dogs/test_loss" in capsys.readouterr().out
+    (folder / "config.yaml").unlink()
+    with pytest.raises(SystemExit) as one_loader:
+        main(["test", *quiet[:-1], "--data=helpers.cli_user.OneLoader", "--ckpt_path=merged.ckpt"])
+    assert "1 dataloader for 2 tasks" in one_loader.value.code
+    with pytest.raises(SystemExit):
+        main(["test", *quiet, "--ckpt_path=a.ckpt"])
+    assert "--model, unless --ckpt_path is a merged checkpoint" in capsys.readouterr().err
+
+
+def test_a_merged_checkpoint_is_not_trained_on(folder):
+    cli("merge", *SOURCES)
+    assert "is not trained" in message_of("fit", "--ckpt_path=merged.ckpt")
+
+
+def test_a_damaged_checkpoint_to_test_is_named(folder):
+    (folder / "b.ckpt").write_bytes((folder / "a.ckpt").read_bytes()[:2000])
+    assert "b.ckpt cannot be read" in message_of("test", "--ckpt_path=b.ckpt")
+
+
+def test_sources_may_be_of_different_classes(folder):
+    other = "--classes.dogs=helpers.cli_user.ScoredNet"
+    tested = cli("merge", *SOURCES, other, "--test", data=TestedData).trainer.callback_metrics
+    assert set(tested) == {"cats/test_loss", "dogs/score"}
+    wrong = ["--classes.birds=helpers.cli_user.ScoredNet", "--classes.dogs=helpers.cli_user.NoNet"]
+    message = message_of("merge", *SOURCES, *wrong)
+    assert "'birds'" in message and "NoNet" in message
+
+
+def test_a_class_that_a_checkpoint_names_is_imported_only_if_the_user_says_so(folder):
+    (folder / "not_yet_imported.py").write_text("from helpers.cli_user import LitNet\n\nclass OwnNet(LitNet): pass\n")
+    checkpoint = torch.load("b.ckpt", weights_only=True)
+    checkpoint["hyper_parameters"]["_class_path"] = "not_yet_imported.OwnNet"
+    torch.save(checkpoint, "b.ckpt")
+    allowed = "--classes.dogs=not_yet_imported.OwnNet"
+    assert allowed in message_of("merge", *SOURCES) and "not_yet_imported" not in sys.modules
+    main(["merge", *QUIET, *BY_PATH, *SOURCES, allowed])
+    assert type(MultiHeadModule.load_from_checkpoint("merged.ckpt").sources["dogs"]).__name__ == "OwnNet"
+
+
+def test_a_checkpoint_with_other_objects_is_read_only_if_the_user_says_so(folder):
+    checkpoint = torch.load("b.ckpt", weights_only=True)
+    torch.save({**checkpoint, "note": GreedyZip()}, "b.ckpt")
+    message = message_of("merge", *SOURCES)
+    assert "b.ckpt" in message and "GreedyZip" in message and "--weights_only=false" in message
+    cli("merge", *SOURCES, "--weights_only=false")
+    torch.load("merged.ckpt", weights_only=True)
+
+
+def test_hyperparameters_that_are_objects_are_made_again(folder):
+    fit = ["--trainer.logger=false", "--trainer.max_steps=1", "--model.activation=Hardtanh"]
+    fitted = cli("fit", *fit, "--model.activation.max_val=0.5", model=TypedNet)
+    for name in ("a", "b"):
+        fitted.trainer.save_checkpoint(f"{name}.ckpt")
+    merged = cli("merge", *SOURCES, model=TypedNet).trainer.lightning_module
+    loaded = MultiHeadModule.load_from_checkpoint("merged.ckpt")
+    x = torch.randn(4, 1, 8, 8)
+    torch.testing.assert_close(loaded(x), merged(x), rtol=0, atol=0)
+    assert any(getattr(module, "max_val", None) == 0.5 for module in loaded.trunk.modules())
+
+
+def test_what_a_merge_would_tie_is_shown_without_data(folder, capsys):
+    cli("merge", *SOURCES, "--stop_at=stem")
+    capsys.readouterr()
+    tables = []
+    for args in (
+        ["--model=helpers.cli_user.LitNet", "--arguments.width=5", "--backbone=net", "--stop_at=stem"],
+        ["--model=helpers.cli_user.SizedNet", "--ckpt_path=a.ckpt", "--backbone=net", "--stop_at=stem"],
+        ["--ckpt_path=merged.ckpt", "--svg=net.svg"],
+    ):
+        main(["inspect", *args])
+        tables.append(capsys.readouterr().out)
+    table = str(trace(LitNet(5).net, "stem"))
+    assert "stem.0.weight" in table and all(shown.startswith(table) for shown in tables)
+    assert (folder / "net.svg").read_text().startswith("<svg")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([], "give --model or --ckpt_path"),
+        (["--model=helpers.cli_user.SizedNet"], "--arguments.NAME=VALUE"),
+        (["--model=helpers.cli_user.NoNet"], "NoNet"),
+        (["--model=helpers.cli_user.Data"], "makes no module"),
+        (["--model=helpers.cli_user.LitNet", "--backbone=nett"], "its modules are net"),
+        (["--ckpt_path=a.ckpt", "--backbone=net"], "--model=CLASS_PATH"),
+        (["--model=helpers.cli_user.LitNet", "--svg=no/folder/net.svg"], "`svg`"),
+    ],
+)
+def test_what_cannot_be_shown_is_explained(folder, args, message):
+    with pytest.raises(SystemExit) as failure:
+        main(["inspect", *args])
+    assert message in failure.value.code
+
+
+def test_the_installed_command_exports(folder, capsys):
+    cli("merge", *SOURCES)
+    main(["export", "--ckpt_path=merged.ckpt", "--output=merged.pt2"])
+    assert "outputs cats, dogs" in capsys.readouterr().out
+    outputs = torch.export.load("merged.pt2").module()(torch.randn(3, 1, 8, 8))
+    assert list(outputs) == ["cats", "dogs"]
+    with pytest.raises(SystemExit) as failure:
+        main(["export", "--ckpt_path=a.ckpt", "--output=a.pt2"])
+    assert "a.ckpt is not a checkpoint of a merged module" in failure.value.code
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("merge", "--checkpoints.TASK FILE"),
+        ("test", "A merged checkpoint as --ckpt_path needs no model"),
+        ("inspect", "what a merge would tie together"),
+        ("export", "--batch_size"),
+        (None, '"inspect" shows'),
+    ],
+)
+def test_help_is_for_a_person(capsys, command, words):
+    with pytest.raises(SystemExit) as end:
+        main([command, "--help"] if command else ["--help"])
+    shown = capsys.readouterr().out
+    assert end.value.code == 0 and words in " ".join(shown.split())
+    assert shown.startswith("usage: lightning-zipit") and len(shown.partition("\n\n")[0].splitlines()) < 6

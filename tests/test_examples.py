@@ -1,5 +1,8 @@
 """The examples: the method's order of merit on real data."""
 
+import os
+import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -23,6 +26,25 @@ def test_zip_beats_permute_beats_average_on_digits(tmp_path):
     assert joint["ensemble"] > joint["zip"] > joint["permute"] > joint["weight average"]
     assert joint["zip"] > max(joint["model A"], joint["model B"])
     assert (tmp_path / "digits.png").stat().st_size > 10_000
+
+
+def test_the_command_line_as_its_readme_says(tmp_path):
+    folder = shutil.copytree(ROOT / "examples" / "cli", tmp_path / "cli")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+    def run(*words):
+        done = subprocess.run(
+            [sys.executable, *words], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    block = re.search(r"```bash\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)[1]
+    shown = [run(*command.split()[1:]) for command in block.splitlines()]
+    accuracies = {task: float(value) for task, value in re.findall(r"(\w+)/accuracy.*?(0\.\d+|1\.0)", shown[-1])}
+    assert set(accuracies) == {"low", "high"} and min(accuracies.values()) > 0.85
+    notebook = "from lightning_zipit import MultiHeadModule as M; print(M.load_from_checkpoint('merged.ckpt').sources)"
+    assert "LitDigits" in run("-c", notebook)
 
 
 def test_zip_beats_permute_beats_average_on_cifar10(tmp_path):

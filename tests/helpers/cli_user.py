@@ -46,6 +46,29 @@ class UnrecordedNet(LitNet):
         pass
 
 
+class SizedNet(LitNet):
+    """The same, of a width that has to be given."""
+
+    def __init__(self, width: int):
+        super().__init__(width)
+
+
+class TypedNet(LitNet):
+    """The same, with an argument that is an object."""
+
+    def __init__(self, activation: nn.Module, width: int = 4):
+        super().__init__(width)
+        self.save_hyperparameters()
+        self.net.stem[2] = activation
+
+
+class ScoredNet(LitNet):
+    """The same network in another class, with a test of its own."""
+
+    def test_step(self, batch, batch_idx):
+        self.log("score", self(batch[0]).mean())
+
+
 class Data(LightningDataModule):
     """Noise.
 
@@ -61,6 +84,23 @@ class Data(LightningDataModule):
         generator = torch.Generator().manual_seed(0)
         images = torch.randn(24, 1, 8, 8, generator=generator)
         return DataLoader(TensorDataset(images, torch.arange(24) % 3), batch_size=self.batch_size, shuffle=True)
+
+
+class TestedData(Data):
+    """Noise to test two tasks with."""
+
+    __test__ = False
+
+    def test_dataloader(self):
+        return [self.train_dataloader() for _ in range(2)]
+
+    predict_dataloader = val_dataloader = test_dataloader
+
+
+class OneLoader(Data):
+    """Noise to test one task with."""
+
+    test_dataloader = Data.train_dataloader
 
 
 if __name__ == "__main__":

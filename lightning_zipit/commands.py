@@ -1,0 +1,110 @@
+"""What the ``lightning-zipit`` command does beside running a Trainer: it looks at networks and exports them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_zipit.errors import ConfigurationError
+from lightning_zipit.export import export_merged
+from lightning_zipit.files import find_output_problem, replacing
+from lightning_zipit.graph import MergeGraph, trace
+from lightning_zipit.multihead import MultiHeadModule, find_record, read_checkpoint, read_example
+from lightning_zipit.sources import find_class, find_object, get_backbone, make_source
+from lightning_zipit.trainer import load_source
+
+
+def inspect(
+    model: str | None = None,
+    arguments: dict[str, Any] | None = None,
+    ckpt_path: str | None = None,
+    backbone: str = "",
+    stop_at: str | None = None,
+    input_shape: list[int] | None = None,
+    svg: str | None = None,
+    weights_only: bool = True,
+) -> None:
+    """Show what a merge would tie together: every parameter, and the feature space that each of its axes belongs to.
+
+    Args:
+        model: the network's class by class path, such as my_project.LitNet or torchvision.models.resnet18.
+        arguments: arguments of the model, as in --arguments.width=5; those of a checkpoint are in it.
+        ckpt_path: a trained checkpoint of the model, or a merged checkpoint.
+        backbone: dotted name of the part of the model that would be merged; the whole forward by default.
+        stop_at: dotted name inside the backbone of the last module that the tasks would share.
+        input_shape: shape of one sample, such as [3, 224, 224], where one that fits cannot be guessed.
+        svg: a file to draw the network in, with its spaces in colour.
+        weights_only: read tensors and primitives of the checkpoint only. false unpickles it, which runs code that it
+            holds: for files that you trust.
+
+    Raises:
+        ConfigurationError: if there is no model to look at, or no such part of it.
+        CheckpointError: if the checkpoint cannot be read.
+        TraceError: if the backbone cannot be traced.
+    """
+    if svg and (problem := find_output_problem(svg)):
+        raise ConfigurationError(problem.replace("`output`", "`svg`"))
+    graph = _trace_merged(ckpt_path, weights_only) if ckpt_path else None
+    if graph is None:
+        network = _find_model(model, arguments or {}, ckpt_path, weights_only)
+        example = torch.zeros(1, *input_shape) if input_shape else None
+        graph = trace(get_backbone(network, backbone), stop_at, example_input=example)
+    print(graph)
+    if svg:
+        with replacing(Path(svg)) as file:
+            file.write_text(graph.to_svg(), encoding="utf-8")
+        print(f"Drew the network in {svg}")
+
+
+def _find_model(
+    model: str | None, arguments: Mapping[str, Any], ckpt_path: str | None, weights_only: bool
+) -> nn.Module:
+    if ckpt_path is not None and not arguments:
+        return load_source(ckpt_path, find_class(model) if model else None, weights_only=weights_only)
+    if model is None:
+        raise ConfigurationError("There is nothing to look at: give --model or --ckpt_path.")
+    try:
+        network = find_object(model)(**arguments)
+    except TypeError as error:
+        raise ConfigurationError(f"{model} cannot be made: {error}. Give its --arguments.NAME=VALUE.") from error
+    if not isinstance(network, nn.Module):
+        raise ConfigurationError(f"{model} makes no module, but a {type(network).__name__}.")
+    return network
+
+
+def _trace_merged(ckpt_path: str, weights_only: bool) -> MergeGraph | None:
+    """The graph of a merged checkpoint's first source; ``None`` for another checkpoint."""
+    record = find_record(read_checkpoint(ckpt_path, "cpu", weights_only))
+    if record is None:
+        return None
+    task, description = next(iter(record["sources"].items()))
+    return trace(
+        get_backbone(make_source(task, description), record["backbone"]),
+        record["stop_at"],
+        example_input=read_example(record),
+        merge_heads=record["merge_heads"],
+        barriers=record.get("barriers"),
+    )
+
+
+def export(ckpt_path: str, output: str, batch_size: int | None = None) -> None:
+    """Write a merged checkpoint as a file that runs without this package: ONNX, or torch.export's .pt2.
+
+    Its outputs are named for the tasks.
+
+    Args:
+        ckpt_path: a merged checkpoint.
+        output: the file to write; .onnx or .pt2 says the format. ONNX needs pip install 'lightning-zipit[onnx]'.
+        batch_size: the number of samples that the file is for; any number by default.
+
+    Raises:
+        ConfigurationError: if the format is unknown, needs packages that are not there, or the network cannot be
+            exported.
+        CheckpointError: if the checkpoint cannot be read, or is not merged.
+    """
+    names = export_merged(MultiHeadModule.load_from_checkpoint(ckpt_path, "cpu"), output, batch_size)
+    print(f"Wrote {output}, with the outputs {', '.join(names)}")

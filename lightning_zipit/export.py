@@ -1,0 +1,97 @@
+"""Merged modules for other runtimes: ONNX and torch.export."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_utilities.core.imports import RequirementCache
+from torch import Tensor, nn
+
+from lightning_zipit.errors import ConfigurationError
+from lightning_zipit.files import find_output_problem, replacing
+from lightning_zipit.multihead import MultiHeadModule
+from lightning_zipit.session import like
+
+ONNX_PACKAGES = ("onnx", "onnxscript")
+
+
+class Network(nn.Module):
+    """Trunk and heads without Lightning: from an input to one tensor per output, in a dict.
+
+    Args:
+        merged: the merged module; its parts are shared, not copied.
+    """
+
+    def __init__(self, merged: MultiHeadModule) -> None:
+        super().__init__()
+        self.trunk = merged.trunk
+        self.heads = merged.heads
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Outputs by name: the task, or ``task.key`` where a head has several outputs."""
+        crossing = self.trunk(x)
+        return {name: output for task, head in self.heads.items() for name, output in _by_name(task, head(*crossing))}
+
+
+def _by_name(name: str, output: Any) -> list[tuple[str, Tensor]]:
+    if isinstance(output, Tensor):
+        return [(name, output)]
+    items = output.items() if isinstance(output, Mapping) else enumerate(output)
+    return [named for key, item in items if item is not None for named in _by_name(f"{name}.{key}", item)]
+
+
+def export_merged(merged: MultiHeadModule, output: str | Path, batch_size: int | None = None) -> list[str]:
+    """Write a merged module to a file that runs without this package.
+
+    Args:
+        merged: the merged module.
+        output: the file to write: ``.pt2`` is read by :func:`torch.export.load`, ``.onnx`` by ONNX runtimes.
+        batch_size: the number of samples that the file is for; any number by default.
+
+    Returns:
+        The names of the outputs: those of the tasks, in a dict (``.pt2``) or as names of the graph (``.onnx``).
+
+    Raises:
+        ConfigurationError: if the format is unknown, needs packages that are not there, or the network cannot be
+            exported.
+    """
+    output = Path(output)
+    if problem := find_output_problem(output) or _find_format_problem(output):
+        raise ConfigurationError(problem)
+    example = merged.example_input
+    if example is None:
+        raise ConfigurationError("The merged module does not know the shape of its input: give it an `example_input`.")
+    network = Network(merged).eval()
+    x = like(example, network).expand(batch_size or 2, *example.shape[1:]).contiguous()
+    with torch.no_grad():
+        names = list(network(x))
+    open_axes = None if batch_size else ({0: torch.export.Dim("batch")},)
+    try:
+        program = torch.export.export(network, (x,), dynamic_shapes=open_axes)
+    except Exception as error:  # torch.export has no error class of its own
+        hint = "" if batch_size else " A fixed batch size may help: batch_size=1 (--batch_size=1)."
+        raise ConfigurationError(f"torch.export cannot follow the merged network.{hint} It says: {error}") from error
+    with replacing(output) as file:
+        if output.suffix == ".pt2":
+            torch.export.save(program, file)
+        else:
+            onnx = torch.onnx.export(
+                program, input_names=["input"], output_names=names, dynamic_shapes=open_axes, dynamo=True, verbose=False
+            )
+            assert onnx is not None
+            onnx.save(file)
+    return names
+
+
+def _find_format_problem(output: Path) -> str | None:
+    if output.suffix not in (".onnx", ".pt2"):
+        return f"`output` must end in .onnx or .pt2, which says the format; got {output}."
+    missing = [name for name in ONNX_PACKAGES if output.suffix == ".onnx" and not RequirementCache(name)]
+    if missing:
+        return f"ONNX needs {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed: " + (
+            "pip install 'lightning-zipit[onnx]'"
+        )
+    return None
