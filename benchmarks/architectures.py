@@ -13,7 +13,7 @@ import resource
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from lightning_zipit import MergeGraph, MergeSettings, merge_backbones, trace
 from lightning_zipit.errors import ZipItError
 from lightning_zipit.graph import permute_spaces
-from lightning_zipit.graph.interpret import modules_around
+from lightning_zipit.graph.naming import modules_around
 from lightning_zipit.graph.notes import reached
 from lightning_zipit.graph.verify import random_permutations
 from lightning_zipit.session import AllHeads
@@ -95,6 +95,12 @@ def unsettle(net: nn.Module, x: Tensor) -> nn.Module:
     return net.eval()
 
 
+def relative_error(outputs: Mapping[str, Tensor], expected: Tensor) -> float:
+    """Of the worst output, relative to how far the outputs of different inputs lie apart."""
+    scale = (expected - expected.mean(0)).abs().max()
+    return max(((output - expected).abs().max() / scale).item() for output in outputs.values())
+
+
 def middle(graph: MergeGraph) -> str:
     """The last module of the first two levels that ends before half of the parameters."""
     total = sum(parameter.numel() for parameter in graph.module.parameters())
@@ -152,7 +158,6 @@ def examine(
     graph = trace(net, example_input=x[:1])
     traced = time.perf_counter() - started
     expected = net(x[:4])
-    scale = (expected - expected.mean(0)).abs().max()
     cut = middle(graph)
     errors = []
     started = time.perf_counter()
@@ -161,7 +166,7 @@ def examine(
         settings = MergeSettings(stop_at, refine=None, verify=False, statistics_memory=4.0)
         merged = merge_backbones({"a": net, "b": other}, list(x[None]), settings)
         outputs = AllHeads(merged.trunk, merged.heads)(x[:4])
-        errors.append(max(((output - expected).abs().max() / scale).item() for output in outputs.values()))
+        errors.append(relative_error(outputs, expected))
         del merged, outputs, other
         gc.collect()
     seconds = time.perf_counter() - started

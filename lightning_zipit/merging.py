@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
@@ -196,7 +197,7 @@ def merge_into(
     """
     with torch.no_grad():
         for name, tensor in _tensors(target):
-            copies = [_tensor(source, name) for source in sources]
+            copies = [attrgetter(name)(source) for source in sources]
             tensor.copy_(merge_parameter(copies, axes.get(name, (None,) * tensor.ndim), maps))
 
 
@@ -220,8 +221,3 @@ def unmerge_into(
 
 def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
     return [*module.named_parameters(), *module.named_buffers()]
-
-
-def _tensor(module: nn.Module, name: str) -> Tensor:
-    owner, _, leaf = name.rpartition(".")
-    return getattr(module.get_submodule(owner), leaf)

@@ -110,10 +110,7 @@ class MergeSession:
         self._working: dict[str, nn.Module] = {}
         with suppress(UnknownShapeError):  # traced again on the first batch, if its size is another
             self.graphs = trace_all(self.backbones, settings)
-        self.calibration_passes = 1
-        if self.graphs:
-            graph, limit = next(iter(self.graphs.values())), settings.statistics_memory * 2**30
-            self.calibration_passes = max(1, len(split_families(graph, len(self.backbones), limit)))
+        self.calibration_passes = max(1, len(self._turns())) if self.graphs else 1
 
     @property
     def passes(self) -> int:
@@ -161,12 +158,13 @@ class MergeSession:
         return Calibration(self.graphs[task], networks, [name for family in self._families() for name in family])
 
     def _families(self) -> list[list[str]]:
-        """The families of spaces whose turn it is in this pass."""
-        graph = next(iter(self.graphs.values()))
-        limit = self.settings.statistics_memory * 2**30
-        parts = split_families(graph, len(self.backbones), limit) if self.calibration_passes > 1 else [families(graph)]
+        """The families of spaces whose turn it is in this pass; more turns than passes are taken in the last one."""
         last = self._pass == self.calibration_passes - 1
-        return [family for part in parts[self._pass : None if last else self._pass + 1] for family in part]
+        return [family for turn in self._turns()[self._pass : None if last else self._pass + 1] for family in turn]
+
+    def _turns(self) -> list[list[list[str]]]:
+        graph = next(iter(self.graphs.values()))
+        return split_families(graph, len(self.backbones), self.settings.statistics_memory * 2**30)
 
     def _match(self) -> None:
         """Match the spaces of this pass, from the statistics of all processes."""

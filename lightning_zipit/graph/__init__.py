@@ -1,7 +1,8 @@
 """What is tied to what: from a network to its feature spaces."""
 
 import lightning_zipit.graph.rules  # noqa: F401  (fills the registry)
-from lightning_zipit.graph.interpret import Context, register_rule
+from lightning_zipit.graph.interpret import Context
+from lightning_zipit.graph.registry import register_rule
 from lightning_zipit.graph.shapes import evaluating
 from lightning_zipit.graph.spaces import AxisRef, Block, Crossing, FeatureSpace, MergeGraph, Projection, Tap
 from lightning_zipit.graph.trace import trace

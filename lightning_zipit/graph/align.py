@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
-
-import numpy as np
 
 from lightning_zipit.graph.interpret import Context
 from lightning_zipit.graph.values import Features, Ids, Parameter, Plain, Shape, Value
@@ -24,10 +23,15 @@ def units_along(ctx: Context, x: Features, kept: tuple[int, ...], kind: str = "h
     """
     if kept == x.axes:
         return x.ids
+    ids = _kept_first(x, kept)
+    return ctx.units(ids.reshape(-1, ids.shape[-1]), kind).reshape(ids.shape[:-1])
+
+
+def _kept_first(x: Features, kept: tuple[int, ...]) -> Ids:
+    """The features with some of their axes in front, and the others as one axis behind those."""
     order = [*(x.axes.index(axis) for axis in kept), *(i for i, axis in enumerate(x.axes) if axis not in kept)]
     ids = x.ids.transpose(order)
-    sizes = ids.shape[: len(kept)]
-    return ctx.units(ids.reshape(int(np.prod(sizes)), -1), kind).reshape(sizes)
+    return ids.reshape(*ids.shape[: len(kept)], -1)
 
 
 def mix(ctx: Context, x: Features, axes: set[int]) -> Ids | None:
@@ -49,10 +53,18 @@ def fix_inner(ctx: Context, x: Features, axes: tuple[int, ...], why: str) -> Non
     if not kept:
         ctx.pin(x, why)
         return
-    order = [*(x.axes.index(axis) for axis in kept), *(x.axes.index(axis) for axis in axes)]
-    ids = x.ids.transpose(order).reshape(*(x.ids.shape[i] for i in order[: len(kept)]), -1)
+    ids = _kept_first(x, kept)
     for inner in range(1, ids.shape[-1]):
         ctx.tie(ids[..., 0], ids[..., inner])
+
+
+def broadcast_all(ctx: Context, operands: Sequence[Any]) -> Features:
+    """Align all operands with the one that has the most features, which is returned."""
+    largest = max((value for value in operands if isinstance(value, Features)), key=lambda value: value.ids.size)
+    for value in operands:
+        if value is not largest:
+            broadcast(ctx, largest, value)
+    return largest
 
 
 def broadcast(ctx: Context, x: Features, other: Any) -> None:

@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 from torch import fx, nn
 
-from lightning_zipit.graph.interpret import Context, Event, find_rule, place_of
+from lightning_zipit.graph.interpret import Context, Event
+from lightning_zipit.graph.naming import place_of
 from lightning_zipit.graph.notes import find_notes
+from lightning_zipit.graph.registry import find_rule
 from lightning_zipit.graph.rules import POOLING
 from lightning_zipit.graph.spaces import (
     AxisRef,

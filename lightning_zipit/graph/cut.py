@@ -9,7 +9,8 @@ import numpy as np
 from torch import fx, nn
 
 from lightning_zipit.errors import ConfigurationError
-from lightning_zipit.graph.interpret import Context, modules_around
+from lightning_zipit.graph.interpret import Context
+from lightning_zipit.graph.naming import modules_around
 from lightning_zipit.graph.values import Features, Opaque, leaves
 
 

@@ -9,7 +9,7 @@ from itertools import count
 
 from torch import fx
 
-from lightning_zipit.graph.interpret import place_of
+from lightning_zipit.graph.naming import place_of
 from lightning_zipit.graph.spaces import MergeGraph
 
 ROW, BOX, MARGIN, LETTER = 24, 18, 10, 6.6

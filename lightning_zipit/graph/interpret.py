@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -13,46 +14,14 @@ from scipy.sparse.csgraph import connected_components
 from torch import fx, nn
 
 from lightning_zipit.errors import TraceError
+from lightning_zipit.graph.naming import describe, symbol
+from lightning_zipit.graph.registry import PRODUCERS, RULES, Rule, find_rule
 from lightning_zipit.graph.values import Features, Ids, Joined, Opaque, Parameter, Plain, Value, leaves
-
-Rule = Callable[..., Any]
-RULES: dict[Any, Rule] = {}
-"""Operator (a module class, a function, their dotted name, or the name of a tensor method) → what it does."""
-PRODUCERS: set[Rule] = set()
-"""Rules whose output features are new whatever comes in."""
-OWN_FORWARD: set[Rule] = set()
-"""Rules of module classes that do not hold for a subclass with a forward of its own."""
 
 BASIC = ("weight", "bias")
 """Parameters that a rule may leave alone: they are positional where no features lie along them."""
 
 EventKind: TypeAlias = Literal["producer", "consumer", "reader", "crossing"]
-
-
-def register_rule(op_or_module: Any, rule: Rule) -> None:
-    """Teach tracing an operator.
-
-    Args:
-        op_or_module: a module class, a function, the dotted name of either (``"package.module.Block"``, so that
-            nothing need be imported), or the name of a tensor method. A module class with a rule is not traced into.
-        rule: ``rule(ctx, *args, **kwargs)`` for functions and methods, ``rule(ctx, module, *args, **kwargs)`` for
-            modules. Tensors arrive as :class:`Features` (or :class:`Plain` where they hold none), parameters that a
-            function is given as :class:`Parameter`, all else as it is. It returns the value of the output, and says
-            with ``ctx.tie``, ``ctx.units``, ``ctx.write`` and ``ctx.read`` what belongs together.
-
-    Example:
-        >>> class Scale(nn.Module):
-        ...     def __init__(self, channels):
-        ...         super().__init__()
-        ...         self.factor = nn.Parameter(torch.ones(channels))
-        ...     def forward(self, x):
-        ...         return torch.einsum("bchw,c->bchw", x, self.factor)
-        >>> def scale(ctx, module, x):
-        ...     ctx.write(ctx.parameter("factor"), 0, x)  # one factor per feature: same order as the features
-        ...     return x
-        >>> register_rule(Scale, scale)
-    """
-    RULES[op_or_module] = rule
 
 
 @dataclass(frozen=True)
@@ -197,8 +166,7 @@ class Context:
 
     def _from_buffers(self, node: fx.Node) -> torch.Tensor | None:
         if node.op == "get_attr":
-            owner, _, name = str(node.target).rpartition(".")
-            tensor = getattr(self.module.get_submodule(owner), name)
+            tensor = attrgetter(str(node.target))(self.module)
             return None if tensor.is_floating_point() or tensor.is_meta else tensor.detach().cpu()
         inputs = {source: self._from_buffers(source) for source in node.all_input_nodes}
         if node.op not in ("call_function", "call_method") or not inputs or any(x is None for x in inputs.values()):
@@ -211,11 +179,9 @@ class Context:
 
     def parameter(self, name: str) -> Parameter | None:
         """A parameter or buffer of the module at hand, by its name there; ``None`` where it has none."""
-        owner = self.module.get_submodule(str(self.node.target))
-        *path, leaf = name.split(".")
-        owner = owner.get_submodule(".".join(path))
-        tensor = getattr(owner, leaf)
-        return None if tensor is None else self._named(tensor, f"{self.node.target}.{name}")
+        full_name = f"{self.node.target}.{name}"
+        tensor = attrgetter(full_name)(self.module)
+        return None if tensor is None else self._named(tensor, full_name)
 
     def weight(self, name: str = "weight") -> Parameter:
         """A parameter that the module at hand must have."""
@@ -255,7 +221,7 @@ class Context:
         """
         error = TraceError(
             f"{describe(self.node, self.module)} cannot be merged: {reason}. Teach it with "
-            f"`lightning_zipit.graph.register_rule({_symbol(self.node, self.module)}, rule)`, hide the block behind a "
+            f"`lightning_zipit.graph.register_rule({symbol(self.node, self.module)}, rule)`, hide the block behind a "
             "leaf module with a rule of its own, or merge less: another `backbone`, or a `stop_at` before it."
         )
         error.node = None if fatal else self.node.name
@@ -368,8 +334,7 @@ class Context:
         if node.op == "placeholder":
             return Plain()
         if node.op == "get_attr":
-            owner, _, name = str(node.target).rpartition(".")
-            tensor = getattr(self.module.get_submodule(owner), name)
+            tensor = attrgetter(str(node.target))(self.module)
             if not isinstance(tensor, torch.Tensor):
                 return tensor
             known = id(tensor) in self._canonical
@@ -418,69 +383,3 @@ class Context:
             known = all(isinstance(value, (int, float, str)) for value in inputs)
             return target(*inputs) if known else None
         return None if self.node.op != "call_function" else Plain()
-
-
-def module_rule_of(module: nn.Module) -> Rule | None:
-    """The rule of a module's class; it inherits those of its bases."""
-    for cls in type(module).__mro__:
-        rule = RULES.get(cls) or RULES.get(f"{cls.__module__}.{cls.__qualname__}")
-        if rule and (rule not in OWN_FORWARD or getattr(cls, "forward", None) is type(module).forward):
-            return rule
-    return None
-
-
-def find_rule(node: fx.Node, module: nn.Module) -> Rule | None:
-    """The rule for a node's operator."""
-    if node.op == "call_module":
-        return module_rule_of(module.get_submodule(str(node.target)))
-    target = node.target
-    if isinstance(target, str):
-        return RULES.get(target)
-    name = f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', '')}"
-    return RULES.get(target) or RULES.get(name)
-
-
-def _symbol(node: fx.Node, module: nn.Module) -> str:
-    if node.op == "call_module":
-        return type(module.get_submodule(str(node.target))).__name__
-    if node.op == "call_method":
-        return repr(node.target)
-    return getattr(node.target, "__name__", str(node.target))
-
-
-def location(node: fx.Node) -> str:
-    """The full name of the module whose forward calls the node."""
-    inside = modules_around(node)
-    return inside[-1] if inside and inside[-1] else "the backbone's own forward"
-
-
-def modules_around(node: fx.Node) -> list[str]:
-    """The full names of the modules whose forwards lead to the node, from the outermost to the innermost."""
-    return [name.partition("@")[0] for name in node.meta.get("nn_module_stack") or ()]  # torch.fx numbers the calls
-
-
-def place_of(node: fx.Node) -> str:
-    """The module that a node calls, or the one whose forward it stands in."""
-    return str(node.target) if node.op == "call_module" else location(node)
-
-
-def describe(node: fx.Node, module: nn.Module) -> str:
-    """A node for people: its operator and the module that it is or stands in."""
-    symbol = _symbol(node, module)
-    if node.op == "call_module":
-        return f"Module `{node.target}` ({symbol})"
-    kind = {"call_method": "Tensor method", "call_function": "Function"}.get(node.op, "Node")
-    return f"{kind} `{symbol.strip(chr(39))}` in `{location(node)}` (node `{node.name}`)"
-
-
-__all__ = [
-    "OWN_FORWARD",
-    "PRODUCERS",
-    "RULES",
-    "Context",
-    "Event",
-    "describe",
-    "find_rule",
-    "module_rule_of",
-    "register_rule",
-]

@@ -11,7 +11,8 @@ import torch
 from torch import fx, nn
 
 from lightning_zipit.errors import TraceError
-from lightning_zipit.graph.interpret import describe, module_rule_of
+from lightning_zipit.graph.naming import describe
+from lightning_zipit.graph.registry import module_rule_of
 from lightning_zipit.graph.shapes import evaluating
 
 

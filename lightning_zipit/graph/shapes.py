@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -130,10 +131,5 @@ def _first_weight(backbone: nn.Module, graph: fx.Graph) -> tuple[Tensor | None, 
         ):
             source = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
             if isinstance(source, fx.Node) and source.op == "get_attr":
-                return _attribute(backbone, str(source.target)), False
+                return attrgetter(str(source.target))(backbone), False
     return None, False
-
-
-def _attribute(module: nn.Module, name: str) -> Tensor:
-    owner, _, leaf = name.rpartition(".")
-    return getattr(module.get_submodule(owner), leaf)

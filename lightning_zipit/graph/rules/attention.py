@@ -13,7 +13,7 @@ from torch import nn
 
 from lightning_zipit.graph.align import broadcast, contract
 from lightning_zipit.graph.interpret import Context
-from lightning_zipit.graph.rules.registry import module_rule, rule
+from lightning_zipit.graph.registry import module_rule, rule
 from lightning_zipit.graph.values import Features, Ids, Parameter, Plain, Value
 
 
@@ -31,11 +31,10 @@ def einsum(ctx: Context, equation: str, *operands: Any) -> Value:
 
 @rule(torch.matmul, torch.bmm, operator.matmul, "matmul", "bmm", "__matmul__")
 def matmul(ctx: Context, input: Value, other: Value) -> Value:
-    if input.shape is None or other.shape is None:
-        known = input if input.shape is not None else other
-        if isinstance(known, Features):
-            raise ctx.error("it multiplies features with a tensor of unknown size; pass `example_input`")
+    if not isinstance(input, Features) and not isinstance(other, Features):
         return Plain()
+    if input.shape is None or other.shape is None:
+        raise ctx.error("it multiplies features with a tensor of unknown size")
     rank = max(len(input.shape), len(other.shape))
     if min(len(input.shape), len(other.shape)) < 2:
         raise ctx.error("it multiplies with a vector")

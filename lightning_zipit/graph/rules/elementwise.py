@@ -13,7 +13,7 @@ from torch import nn
 
 from lightning_zipit.graph.align import broadcast, mix
 from lightning_zipit.graph.interpret import Context
-from lightning_zipit.graph.rules.registry import module_rule, rule
+from lightning_zipit.graph.registry import module_rule, rule
 from lightning_zipit.graph.values import Features, Parameter, Plain, Value
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_zipit.graph.align import broadcast, mix
 from lightning_zipit.graph.interpret import Context
-from lightning_zipit.graph.rules.registry import module_rule, rule
+from lightning_zipit.graph.registry import module_rule, rule
 from lightning_zipit.graph.values import Features, Parameter, Value
 
 
@@ -23,16 +23,16 @@ def convolution(
     """
     if not isinstance(weight, Parameter):
         raise ctx.error("its weight is not a parameter of the network, but computed from one")
-    if isinstance(x, Features) and x.axes != (1,):
-        raise ctx.error("its input channels are not axis 1 of its input")
     made = ctx.fresh(weight.shape[1] * groups if transposed else weight.shape[0])
-    if groups > 1 and not isinstance(x, Features):
-        ctx.pin(made, f"`{ctx.node.name}` reads the network's input in groups")
-    elif groups > 1 and isinstance(x, Features):
-        if x.ids.size == made.size == groups:
-            made = x.ids
-        else:
-            ctx.units(made.reshape(groups, -1), "groups", ctx.units(x.ids.reshape(groups, -1), "groups"))
+    if not isinstance(x, Features):
+        if groups > 1:
+            ctx.pin(made, f"`{ctx.node.name}` reads the network's input in groups")
+    elif x.axes != (1,):
+        raise ctx.error("its input channels are not axis 1 of its input")
+    elif groups > 1 and x.ids.size == made.size == groups:
+        made = x.ids
+    elif groups > 1:
+        ctx.units(made.reshape(groups, -1), "groups", ctx.units(x.ids.reshape(groups, -1), "groups"))
     output = Features(made, (1,))
     if transposed:
         ctx.read(weight, 0, x)

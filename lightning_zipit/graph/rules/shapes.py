@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from lightning_zipit.graph.align import broadcast
+from lightning_zipit.graph.align import broadcast_all
 from lightning_zipit.graph.interpret import Context
+from lightning_zipit.graph.registry import module_rule, rule
 from lightning_zipit.graph.rules.elementwise import POOLING
-from lightning_zipit.graph.rules.registry import module_rule, rule
 from lightning_zipit.graph.values import Features, Joined, Parameter, Plain, Value
 
 
@@ -115,14 +115,11 @@ def cat(ctx: Context, tensors: Sequence[Any], dim: int = 0, **kwargs: Any) -> An
         return Joined(tuple(tensors))
     if not features:
         return Plain()
-    first = max(features, key=lambda value: value.ids.size)
+    first = features[0]
     if any(value.axes != first.axes for value in features):
         raise ctx.error("it concatenates tensors with features on different axes")
     if dim % first.rank not in first.axes:
-        for value in tensors:
-            if value is not first:
-                broadcast(ctx, first, value)
-        return first
+        return broadcast_all(ctx, tensors)
     if len(features) < len(tensors):
         raise ctx.error("it concatenates tensors with and without features")
     return Features(np.concatenate([value.ids for value in features], first.axes.index(dim % first.rank)), first.axes)
@@ -131,14 +128,11 @@ def cat(ctx: Context, tensors: Sequence[Any], dim: int = 0, **kwargs: Any) -> An
 @rule(torch.stack)
 def stack(ctx: Context, tensors: Sequence[Value], dim: int = 0) -> Value:
     """On a new axis: the same features of all, tied."""
-    features = [value for value in tensors if isinstance(value, Features)]
-    if not features:
+    if not any(isinstance(value, Features) for value in tensors):
         return Plain()
-    for value in tensors:
-        if value is not features[0]:
-            broadcast(ctx, features[0], value)
-    dim %= features[0].rank + 1
-    return Features(features[0].ids, tuple(axis + (axis >= dim) for axis in features[0].axes))
+    x = broadcast_all(ctx, tensors)
+    dim %= x.rank + 1
+    return Features(x.ids, tuple(axis + (axis >= dim) for axis in x.axes))
 
 
 @rule("size", getattr)
