@@ -15,11 +15,13 @@ from lightning_zipit.multihead import Ensemble, MultiHeadModule
 from lightning_zipit.report import MergeReport
 from lightning_zipit.session import MergeSettings, merge_backbones
 from lightning_zipit.statistics import FeatureStatistics, Moments
+from lightning_zipit.statistics_file import CalibrationStatistics
 from lightning_zipit.trainer import ZipItTrainer
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CalibrationStatistics",
     "Ensemble",
     "FeatureStatistics",
     "JointAccuracy",

@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset
 
 SHARDING = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
 
@@ -21,13 +22,36 @@ def unsupported_strategy(trainer: Trainer) -> str | None:
             f"strategy='ddp' or on one "
             "device, then train or test the merged module under any strategy."
         )
-    if type(strategy.launcher).__name__ == "_MultiProcessingLauncher":
-        return (
-            "A strategy that spawns or forks processes loses the merged module with them: use strategy='ddp' "
-            "from a script, "
-            "or one device."
-        )
     return None
+
+
+def spawns_processes(trainer: Trainer) -> bool:
+    """Whether the Trainer runs in processes of its own, which end with all that they hold."""
+    return type(trainer.strategy.launcher).__name__ == "_MultiProcessingLauncher"
+
+
+def forget_compilation(model: Any) -> None:
+    """Take off the compiled steps that a Trainer gives a LightningModule which `torch.compile` was called on."""
+    if getattr(model, "_compiler_ctx", None) is not None:
+        for step in ("forward", "training_step", "validation_step", "test_step", "predict_step"):
+            model.__dict__.pop(step, None)
+        model._compiler_ctx = None
+
+
+def count_samples(loader: Any) -> int | None:
+    """How many samples all processes together are to be given; ``None`` where that is not known."""
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        return None
+    batches = getattr(loader.batch_sampler, "_batch_sampler", loader.batch_sampler)  # inside Lightning's wrapper
+    if type(batches) is not BatchSampler or batches.drop_last:
+        return None
+    drawn_from: Any = batches.sampler
+    if isinstance(drawn_from, DistributedSampler):
+        drawn_from = drawn_from.dataset
+    try:
+        return len(drawn_from)
+    except TypeError:
+        return None
 
 
 def predict_loaders(trainer: Trainer) -> list[Any]:

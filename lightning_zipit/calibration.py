@@ -8,9 +8,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import torch
 from torch import Tensor, fx, nn
 
-from lightning_zipit.errors import CalibrationError
+from lightning_zipit.errors import CalibrationError, StatisticsError
 from lightning_zipit.graph import MergeGraph, Tap
-from lightning_zipit.statistics import FeatureStatistics, Moments
+from lightning_zipit.statistics import FeatureStatistics, Moments, sum_over_processes
 
 
 class Lockstep:
@@ -78,17 +78,17 @@ class Calibration:
             for name, space in graph.spaces.items()
             if space.tap is not None and (spaces is None or name in spaces)
         }
-        self.measured: dict[str, str] = {}  # per space, the one whose statistics it shares: they read the same entries
+        # Spaces that read the same entries share statistics, which go by the key of the tap.
+        self.measured = {name: tap.key for name, tap in self.taps.items()}
+        self.spaces: dict[str, str] = {}  # the first space of each
+        for name, key in self.measured.items():
+            self.spaces.setdefault(key, name)
         self.at_node: dict[str, list[str]] = defaultdict(list)
-        same: dict[object, str] = {}
-        for name, tap in self.taps.items():
-            where = (tap.node, tap.block.starts, tap.block.repeat)
-            self.measured[name] = same.setdefault(where, name)
-            if self.measured[name] == name:
-                self.at_node[tap.node].append(name)
+        for key, name in self.spaces.items():
+            self.at_node[self.taps[name].node].append(key)
         self.statistics = {
-            name: FeatureStatistics([len(self.taps[name].block.starts)] * len(networks), dtype)
-            for name in dict.fromkeys(self.measured.values())
+            key: FeatureStatistics([len(self.taps[name].block.starts)] * len(networks), dtype)
+            for key, name in self.spaces.items()
         }
 
     def update(self, x: Tensor) -> None:
@@ -100,9 +100,31 @@ class Calibration:
         self.lockstep.run(x, self._observe)
 
     def _observe(self, node: str, values: list[Tensor]) -> None:
-        for space in self.at_node.get(node, ()):
-            statistics = self.statistics[space].to(values[0].device)
-            statistics.update([self.taps[space].samples(value) for value in values])
+        for key in self.at_node.get(node, ()):
+            statistics = self.statistics[key].to(values[0].device)
+            tap = self.taps[self.spaces[key]]
+            statistics.update([tap.samples(value) for value in values])
+
+    def restore(self, known: Mapping[str, FeatureStatistics]) -> None:
+        """Add statistics that were gathered before, by tap.
+
+        Raises:
+            StatisticsError: if they are of other spaces.
+        """
+        missing = [self.spaces[key] for key in self.statistics if key not in known]
+        if missing:
+            raise StatisticsError(
+                f"The statistics file knows nothing of {len(missing)} of {len(self.statistics)} feature spaces, such "
+                f"as {missing[0]!r}: it was gathered with another `stop_at` or `merge_heads`. Delete it, or name "
+                "another, to gather anew."
+            )
+        device = next(next(iter(self.networks.values())).parameters()).device
+        for key, statistics in self.statistics.items():
+            statistics.to(device).merge_state(known[key].to(device))
+
+    def sum_over_processes(self) -> None:
+        """Put the samples of all processes into the statistics of each."""
+        sum_over_processes(list(self.statistics.values()))
 
     def check_finite(self) -> None:
         """Look for NaN and Inf in what was gathered so far.
@@ -110,8 +132,8 @@ class Calibration:
         Raises:
             CalibrationError: naming the first space and the tasks whose activations are not finite.
         """
-        for name in (space for node in self.lockstep.nodes for space in self.at_node.get(node.name, ())):
-            statistics = self.statistics[name]
+        for key in (key for node in self.lockstep.nodes for key in self.at_node.get(node.name, ())):
+            name, statistics = self.spaces[key], self.statistics[key]
             means = (statistics.origin + statistics.offset).chunk(len(self.tasks))
             spread = statistics.comoment.diagonal().chunk(len(self.tasks))
             bad = [
@@ -128,17 +150,17 @@ class Calibration:
                 )
 
     def take(self, space: str) -> Moments | None:
-        """Moments of a space over the batches of all processes; statistics that no other space needs are dropped.
+        """Moments of a space over what was gathered here; statistics that no other space needs are dropped.
 
         Returns:
             ``None`` for a space that is not measured.
         """
         if space not in self.measured:
             return None
-        source = self.measured.pop(space)
-        moments = self.statistics[source].compute()
-        if source not in self.measured.values():
-            del self.statistics[source]
+        key = self.measured.pop(space)
+        moments = self.statistics[key].moments()
+        if key not in self.measured.values():
+            del self.statistics[key]
         return self._project(self.taps[space], moments)
 
     def _project(self, tap: Tap, moments: Moments) -> Moments:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
@@ -29,6 +30,8 @@ class ZipItCallback(Callback):
         verify: prove the table of axes on the first calibration batch.
         statistics_memory: GiB that the statistics may take; where they need more, the calibration data is gone through
             several times.
+        statistics: a safetensors file for the statistics. One that is there stands for the calibration; else it is
+            written, and an interrupted calibration goes on from what it had gathered.
 
     Raises:
         ConfigurationError: if an argument is not one of those there are.
@@ -42,8 +45,11 @@ class ZipItCallback(Callback):
         merge_heads: bool = False,
         verify: bool = True,
         statistics_memory: float = 8.0,
+        statistics: str | Path | None = None,
     ) -> None:
-        self.settings = MergeSettings(stop_at, matcher or GreedyZip(), refine, merge_heads, verify, statistics_memory)
+        self.settings = MergeSettings(
+            stop_at, matcher or GreedyZip(), refine, merge_heads, verify, statistics_memory, statistics
+        )
         self._undo = ExitStack()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -61,11 +67,15 @@ class ZipItCallback(Callback):
             rank_zero_info(f"Merged {', '.join(pl_module.models)}: {report.summary() if report else ''}")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        merging = stage == "predict" and isinstance(pl_module, ZipItModule)
+        if merging and pl_module.needs_no_data:  # then Lightning skips its loop, with on_predict_end
+            self.on_predict_end(trainer, pl_module)
         self._undo.close()
-        if stage == "predict" and isinstance(pl_module, ZipItModule) and not pl_module._merged:
+        if merging and not pl_module.is_merged:
             raise CalibrationError(
                 "No calibration batch was seen: pass `dataloaders` or `datamodule` to ZipItModule, and let "
-                "limit_predict_batches be above 0."
+                "limit_predict_batches be above 0. Statistics that were gathered before do without data with "
+                "refine=None alone."
             )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -40,6 +41,7 @@ class ZipIt:
         merge_heads: bool = False,
         verify: bool = True,
         statistics_memory: float = 8.0,
+        statistics: str | Path | None = None,
         get_input: Callable[[Any], Tensor] = find_input,
     ) -> MultiHeadModule:
         """Merge N trained modules into one with a head per task, without training.
@@ -60,6 +62,8 @@ class ZipIt:
             verify: prove the table of axes on the first calibration batch.
             statistics_memory: GiB that the statistics may take; where they need more, the calibration data is gone
                 through several times.
+            statistics: a safetensors file for the statistics. One that is there stands for the calibration; else it is
+                written, and an interrupted calibration goes on from what it had gathered.
             get_input: from a batch to the backbone's input; by default the batch, its first item, or a well-known key.
 
         Returns:
@@ -74,9 +78,9 @@ class ZipIt:
         if problem := unsupported_strategy(self.trainer):  # before processes are spawned that could not bring it back
             raise ConfigurationError(problem)
         module = ZipItModule(models, backbone, dataloaders, datamodule, get_input)
-        if dataloaders is None and datamodule is None:
+        if dataloaders is None and datamodule is None and not (statistics and Path(statistics).is_file()):
             raise ConfigurationError("There is no calibration data: pass `dataloaders` or `datamodule`.")
-        callback = ZipItCallback(stop_at, matcher, refine, merge_heads, verify, statistics_memory)
+        callback = ZipItCallback(stop_at, matcher, refine, merge_heads, verify, statistics_memory, statistics)
         callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
         callbacks.append(callback)
         try:

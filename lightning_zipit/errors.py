@@ -49,5 +49,9 @@ class CalibrationError(ZipItError, RuntimeError):
     """The calibration data or the activations that it gives cannot be used."""
 
 
+class StatisticsError(ZipItError, RuntimeError):
+    """A statistics file cannot be read, or does not belong to the models."""
+
+
 class CheckpointError(ZipItError, RuntimeError):
     """A checkpoint cannot be read, or cannot be turned into a merged module."""

@@ -23,11 +23,11 @@ def replacing(output: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def find_output_problem(output: str | Path) -> str | None:
+def find_output_problem(output: str | Path, argument: str = "output") -> str | None:
     """Why a file cannot be written, as far as that is known before; ``None`` where it can."""
     path = Path(output)
     if path.is_dir():
-        return f"`output` is a folder: {path}. Give the name of a file inside it."
+        return f"`{argument}` is a folder: {path}. Give the name of a file inside it."
     if not path.parent.is_dir():
-        return f"The folder {path.parent} of `output` does not exist."
+        return f"The folder {path.parent} of `{argument}` does not exist."
     return None

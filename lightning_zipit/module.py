@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import copy
+import tempfile
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
-from lightning_zipit._lightning import predict_loaders
+from lightning_zipit._lightning import count_samples, predict_loaders, spawns_processes
+from lightning_zipit.collectives import share
 from lightning_zipit.errors import CalibrationError, ConfigurationError
+from lightning_zipit.files import replacing
 from lightning_zipit.multihead import MultiHeadModule
 from lightning_zipit.session import MergeSession, MergeSettings
 from lightning_zipit.sources import DelegatedTransfers, find_input, find_problems, get_backbone, name_tasks
@@ -52,10 +57,13 @@ class ZipItModule(DelegatedTransfers, LightningModule):
         self.datamodule = datamodule
         self.get_input = get_input
         self.session: MergeSession | None = None
+        self._settings = MergeSettings()
         self.copies = nn.ModuleDict()
         self._merged: tuple[MultiHeadModule, ...] = ()
         self._loaders: list[Any] = []
         self._datamodule_trainer: Any = None
+        # Where a process that ends with the calibration leaves the merged module for the one that goes on.
+        self._handover = Path(tempfile.gettempdir()) / f"lightning-zipit-{uuid.uuid4().hex}.ckpt"
         self._listed = False  # whether trainer.predict runs over our loaders, once for every pass
 
     @property
@@ -65,9 +73,21 @@ class ZipItModule(DelegatedTransfers, LightningModule):
 
     @property
     def merged(self) -> MultiHeadModule:
+        if not self._merged and self._handover.exists():
+            self._merged = (self._take_over(),)
         if not self._merged:
             raise ConfigurationError("There is no merged module yet: run trainer.predict with a ZipItCallback first.")
         return self._merged[0]
+
+    @property
+    def is_merged(self) -> bool:
+        """Whether there is a merged module."""
+        return bool(self._merged)
+
+    @property
+    def needs_no_data(self) -> bool:
+        """Whether a merge is prepared that goes through no data: its statistics were gathered before."""
+        return self.session is not None and self.session.passes == 0 and not self.is_merged
 
     def prepare(self, settings: MergeSettings, problems: Sequence[str] = ()) -> None:
         """Start a merge: look for everything that stands in its way, trace, and copy the sources.
@@ -75,7 +95,7 @@ class ZipItModule(DelegatedTransfers, LightningModule):
         Raises:
             ConfigurationError: with all problems that were found.
         """
-        self._merged, self._listed = (), False
+        self._merged, self._listed, self._settings = (), False, settings
         self._datamodule_trainer = self.datamodule.trainer if self.datamodule is not None else None
         unfit = find_problems(self.models, self.backbone)
         found = [*problems, *unfit, *self._loader_problems(self.dataloaders)]
@@ -153,15 +173,13 @@ class ZipItModule(DelegatedTransfers, LightningModule):
         else:
             named = {"of all tasks": loaders}
         problems = [f"The dataloader {where} is empty." for where, loader in named.items() if _is_empty(loader)]
+        why = ""
         if self._trainer is not None and self.trainer.world_size > 1:
-            problems += [
-                f"The dataloader {where} shuffles: each process would draw its own order, and samples would be "
-                f"counted twice "
-                "or not at all. Use shuffle=False."
-                for where, loader in named.items()
-                if isinstance(getattr(loader, "sampler", None), RandomSampler)
-            ]
-        return problems
+            why = "each process would draw its own order, and samples would be counted twice or not at all"
+        elif self._settings.statistics:
+            why = "a calibration that is interrupted could not go on where it was"
+        shuffled = [where for where, loader in named.items() if why and _is_shuffled(loader)]
+        return [*problems, *(f"The dataloader {where} shuffles: {why}. Use shuffle=False." for where in shuffled)]
 
     def _transfer(self, hook: str, dataloader_idx: int, *args: Any) -> Any:
         """The data module's own way to move a batch, else that of the source that the loader belongs to."""
@@ -191,6 +209,16 @@ class ZipItModule(DelegatedTransfers, LightningModule):
 
     # Calibration
 
+    def on_predict_start(self) -> None:
+        assert self.session is not None
+        if self.trainer.world_size > 1 and self.session.calibration_passes:
+            loaders = predict_loaders(self.trainer)[: self._loaders_per_pass()]
+            limits = self.trainer.num_predict_batches[: len(loaders)]
+            self.session.expected = [
+                count_samples(loader) if limit == _length(loader) else None
+                for loader, limit in zip(loaders, limits, strict=True)
+            ]
+
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> int:
         """Add a batch to the statistics (first passes) or to the re-estimated batch norm (last pass).
 
@@ -201,33 +229,50 @@ class ZipItModule(DelegatedTransfers, LightningModule):
         x = self.get_input(batch)
         if not isinstance(x, Tensor) or x.ndim == 0:
             raise CalibrationError(f"`get_input` must return a tensor with a batch axis, got {type(x).__name__}.")
-        index = dataloader_idx // self._loaders_per_pass()
+        index, loader = divmod(dataloader_idx, self._loaders_per_pass())
         if index < self.session.calibration_passes:
             networks = {task: get_backbone(model, self.backbone) for task, model in self.copies.items()}
-            self.session.calibrate(x, networks, index)
+            self.session.calibrate(x, networks, index, loader)
         else:
             if self.session.merged is None:
                 self.session.merge()
-                parameter = next(self.copies.parameters())
-                self.session.start_refining(x.device, parameter.dtype)
+                self._start_refining(x.device)
             self.session.refine(x, self._tasks_of(dataloader_idx))
         return len(x)
 
     def finish(self) -> None:
         """After the last batch: complete the merge and build the merged module."""
         assert self.session is not None
-        if self.session.passes == self.session.calibration_passes:
+        started = self.session.merged is not None  # by the first batch of the last pass
+        if not started:
             self.session.merge()
-        elif self.session.merged is None:
-            raise CalibrationError(
-                "The last pass over the calibration data saw no batch: give loaders that can be gone through several "
-                "times, or refine=None and a larger statistics_memory, which take one pass."
-            )
-        else:
+        if self.session.passes > self.session.calibration_passes:
+            if not any(share(lambda: started)):
+                raise CalibrationError(
+                    "The last pass over the calibration data saw no batch: give loaders that can be gone through "
+                    "several times, or refine=None and a larger statistics_memory, which take one pass."
+                )
+            if not started:
+                self._start_refining(self.device)
             self.session.finish_refining()
         with torch.inference_mode(False):
             merged = MultiHeadModule(self.models, self.backbone, self.session.settings, self.session.merged)
         self._merged = (merged,)
+        if spawns_processes(self.trainer) and self.trainer.is_global_zero:
+            content: dict[str, Any] = {"state_dict": merged.state_dict()}
+            merged.on_save_checkpoint(content)
+            with replacing(self._handover) as file:
+                torch.save(content, file)
+
+    def _start_refining(self, device: torch.device) -> None:
+        assert self.session is not None
+        self.session.start_refining(device, next(self.copies.parameters()).dtype)
+
+    def _take_over(self) -> MultiHeadModule:
+        try:
+            return MultiHeadModule.load_from_checkpoint(self._handover, models=self.models)
+        finally:
+            self._handover.unlink()
 
 
 class Batches:
@@ -244,10 +289,18 @@ class Batches:
 
 
 def _is_empty(loader: Any) -> bool:
+    return _length(loader) == 0
+
+
+def _length(loader: Any) -> int | None:
     try:
-        return len(loader) == 0
+        return len(loader)
     except TypeError:
-        return False  # an iterable of unknown length
+        return None  # an iterable of unknown length
+
+
+def _is_shuffled(loader: Any) -> bool:
+    return isinstance(getattr(loader, "sampler", None), (RandomSampler, SubsetRandomSampler, WeightedRandomSampler))
 
 
 def _in_fixed_order(loaders: Any) -> Any:

@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from lightning_zipit.errors import CheckpointError, ConfigurationError
+from lightning_zipit.errors import CheckpointError, ConfigurationError, ZipItError
 from lightning_zipit.graph import MergeGraph
 from lightning_zipit.rebuild import build_head, build_trunk
 from lightning_zipit.report import MergeReport
@@ -162,7 +162,14 @@ class MultiTaskModule(DelegatedTransfers, LightningModule):
         self._loader_tasks = self.tasks
 
     def configure_model(self) -> None:
+        """Runs that of every source module; a mesh of devices (FSDP2) then shards trunk and heads, each as one."""
         self._each_unlogged("configure_model")
+        if self.device_mesh is not None and self.device_mesh["data_parallel"].size() > 1:
+            from torch.distributed.fsdp import FSDPModule, fully_shard  # not in every build of torch
+
+            for part in (self.trunk, *self.heads.values()):
+                if not isinstance(part, FSDPModule) and any(True for _ in part.parameters()):
+                    fully_shard(part, mesh=self.device_mesh["data_parallel"])
 
     def _each_unlogged(self, hook: str, *args: Any) -> None:
         """Run a hook that may rebuild the source's network, and put the merged one back."""
@@ -360,7 +367,20 @@ class MultiHeadModule(MultiTaskModule):
         record = find_record(checkpoint)
         if record is None or record.get("format") != FORMAT:
             raise CheckpointError(f"{checkpoint_path} is not a checkpoint of a merged module (format {FORMAT}).")
-        given = name_tasks(models) if models is not None else {}
+        try:
+            return cls._from_record(record, checkpoint["state_dict"], name_tasks(models) if models is not None else {})
+        except ZipItError:
+            raise
+        except Exception as error:  # whatever a damaged record makes of its parts
+            raise CheckpointError(
+                f"{checkpoint_path} is damaged, or its source classes have changed since it was written: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+
+    @classmethod
+    def _from_record(
+        cls, record: dict[str, Any], weights: dict[str, Tensor], given: dict[str, LightningModule]
+    ) -> MultiHeadModule:
         if unknown := set(given) - set(record["sources"]):
             raise CheckpointError(f"models= names {sorted(unknown)}, but the tasks are {list(record['sources'])}.")
         sources = {
@@ -370,15 +390,10 @@ class MultiHeadModule(MultiTaskModule):
         settings = MergeSettings(stop_at=record["stop_at"], merge_heads=record["merge_heads"])
         example, barriers = read_example(record), record.get("barriers")
         module = cls(sources, record["backbone"], settings, example_input=example, barriers=barriers)
-        try:
-            module.load_state_dict(checkpoint["state_dict"])
-        except (RuntimeError, KeyError) as error:
-            raise CheckpointError(
-                f"The weights in {checkpoint_path} do not fit the network that its source classes make now: {error}"
-            ) from error
+        module.load_state_dict(weights)
         module._record["sources"] = record["sources"]
         module.report = MergeReport.from_dict(record["report"]) if record["report"] else None
-        return module.to(next(iter(checkpoint["state_dict"].values())).device)
+        return module.to(next(iter(weights.values())).device)
 
 
 def _trace_models(
@@ -402,7 +417,8 @@ def find_record(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
 def read_example(record: Mapping[str, Any]) -> Tensor | None:
     if record["input_shape"] is None:
         return None
-    return torch.zeros(1, *record["input_shape"], dtype=getattr(torch, record.get("input_dtype") or "float32"))
+    dtype = getattr(torch, record.get("input_dtype") or "float32")
+    return torch.zeros((), dtype=dtype).expand(1, *record["input_shape"])
 
 
 def read_checkpoint(

@@ -7,14 +7,17 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, get_args
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_zipit.calibration import Calibration, statistics_bytes
+from lightning_zipit.collectives import is_distributed, share
 from lightning_zipit.errors import (
     ArchitectureMismatchError,
     CalibrationError,
@@ -30,6 +33,7 @@ from lightning_zipit.merging import SpaceMap, families, match, merge_into, unmer
 from lightning_zipit.rebuild import build_head, build_trunk, set_unmerges
 from lightning_zipit.refine import BatchNormEstimator
 from lightning_zipit.report import Cost, MergeReport, SpaceReport, measure_cost, report_space
+from lightning_zipit.statistics_file import CalibrationStatistics, StatisticsRecord
 
 Refine = Literal["batch_norm"]
 
@@ -47,6 +51,8 @@ class MergeSettings:
         verify: prove the table of axes on the first calibration batch.
         statistics_memory: GiB that the statistics may take; where they need more, the calibration data is gone through
             several times, with the statistics of some spaces each time.
+        statistics: a safetensors file for the statistics. One that is there stands for the calibration; else it is
+            written, and an interrupted calibration goes on from what it had gathered.
 
     Raises:
         ConfigurationError: if an argument is not one of those there are.
@@ -58,6 +64,7 @@ class MergeSettings:
     merge_heads: bool = False
     verify: bool = True
     statistics_memory: float = 8.0
+    statistics: str | Path | None = None
 
     def __post_init__(self) -> None:
         if not self.statistics_memory > 0:
@@ -108,9 +115,25 @@ class MergeSession:
         self._reports: dict[str, SpaceReport] = {}
         self._pass = 0
         self._working: dict[str, nn.Module] = {}
+        self._record = StatisticsRecord(settings.statistics, self.backbones) if settings.statistics else None
+        self._seen: dict[int, int] = {}
+        self.expected: Sequence[int | None] = ()
+        if self._record is not None and self._record.complete is not None:
+            known = self._record.complete
+            self._example = known.example.clone()
+            self.graphs = trace_all(self.backbones, settings, like(known.example, self._first), barriers=known.barriers)
+            warn_of_barriers(next(iter(self.graphs.values())))
+            self.calibration_passes = 0
+            return
         with suppress(UnknownShapeError):  # traced again on the first batch, if its size is another
             self.graphs = trace_all(self.backbones, settings)
         self.calibration_passes = max(1, len(self._turns())) if self.graphs else 1
+        if self._record is not None and self.calibration_passes > 1:
+            raise ConfigurationError(
+                f"The statistics take more than statistics_memory={settings.statistics_memory} GiB, so that they would "
+                f"be gathered in {self.calibration_passes} passes, and a statistics file takes one: give more "
+                "`statistics_memory`, or no `statistics`."
+            )
 
     @property
     def passes(self) -> int:
@@ -122,16 +145,18 @@ class MergeSession:
         """Copies of the source networks in eval mode, to be moved and cast as the calibration needs."""
         return {task: copy.deepcopy(network).eval() for task, network in self.backbones.items()}
 
-    def calibrate(self, x: Tensor, networks: Mapping[str, nn.Module], index: int = 0) -> None:
+    def calibrate(self, x: Tensor, networks: Mapping[str, nn.Module], index: int = 0, loader: int = 0) -> None:
         """First passes: add a batch to the statistics of the spaces whose turn it is.
 
         Args:
             x: an input of the backbones.
             networks: copies of the source networks, in eval mode, where ``x`` is.
             index: the number of the pass, below :attr:`calibration_passes`.
+            loader: the number of the dataloader that ``x`` comes from.
 
         Raises:
             CalibrationError: if the first batch gives NaN or Inf.
+            StatisticsError: if the batches are not those of the calibration that is resumed.
             VerificationError: if the table of axes proves wrong everywhere.
         """
         if index != self._pass:
@@ -140,9 +165,28 @@ class MergeSession:
         first = self._calibration is None
         if self._calibration is None:
             self._calibration = self._start(x, networks)
+        before = self._seen.get(loader, 0)
+        if index == 0:
+            self._seen[loader] = before + len(x)
+        if self._record is not None and self._record.is_known(loader, before, len(x)):
+            return
         self._calibration.update(x)
         if first:
             self._calibration.check_finite()
+        if self._record is not None:
+            self._record.keep(lambda: self._gathered(partly=True))
+
+    def _gathered(self, partly: bool = False) -> CalibrationStatistics:
+        """What the calibration has gathered, of this process alone or (in the end) of all."""
+        assert self._calibration is not None and self._record is not None
+        return CalibrationStatistics(
+            self._record.fingerprints,
+            tuple(self._example.shape[1:]),
+            str(self._example.dtype).removeprefix("torch."),
+            next(iter(self.graphs.values())).barriers,
+            self._calibration.statistics,
+            self._seen if partly else {},
+        )
 
     def _start(self, x: Tensor, networks: Mapping[str, nn.Module]) -> Calibration:
         task = next(iter(networks))
@@ -155,11 +199,18 @@ class MergeSession:
                 if self.settings.verify and find_failing(networks[task], self.graphs[task], example.clone()):
                     self.graphs = trace_all(self.backbones, self.settings, like(example, self._first), verify=True)
             warn_of_barriers(self.graphs[task])
-        return Calibration(self.graphs[task], networks, [name for family in self._families() for name in family])
+        calibration = self._measuring(networks)
+        if self._record is not None and self._record.resumed is not None:
+            calibration.restore(self._record.resumed.statistics)
+        return calibration
+
+    def _measuring(self, networks: Mapping[str, nn.Module]) -> Calibration:
+        graph = next(iter(self.graphs.values()))
+        return Calibration(graph, networks, [name for family in self._families() for name in family])
 
     def _families(self) -> list[list[str]]:
         """The families of spaces whose turn it is in this pass; more turns than passes are taken in the last one."""
-        last = self._pass == self.calibration_passes - 1
+        last = self._pass >= self.calibration_passes - 1
         return [family for turn in self._turns()[self._pass : None if last else self._pass + 1] for family in turn]
 
     def _turns(self) -> list[list[list[str]]]:
@@ -167,20 +218,54 @@ class MergeSession:
         return split_families(graph, len(self.backbones), self.settings.statistics_memory * 2**30)
 
     def _match(self) -> None:
-        """Match the spaces of this pass, from the statistics of all processes."""
-        if self._calibration is None:
+        """Match the spaces of this pass, from the statistics of all processes; each matches a part of them."""
+        with torch.inference_mode(False), torch.no_grad():
+            if self._record is not None and self._record.complete is not None:
+                self._calibration = self._measuring(self.backbones)
+                self._calibration.restore(self._record.complete.statistics)
+            else:
+                self._complete_statistics()
+            for part in share(self._match_own_families):
+                for name, (space_map, report) in part.items():
+                    self._maps[name], self._reports[name] = space_map, report
+        if self._record is not None:
+            self._record.discard()
+        self._calibration = None  # the statistics have served
+
+    def _complete_statistics(self) -> None:
+        """Look at what was gathered, and sum it over all processes."""
+        if not any(share(lambda: self._calibration is not None)):
             raise CalibrationError(
                 "No calibration batch was seen: the dataloaders are empty. Merging needs a few hundred samples."
             )
-        graph = next(iter(self.graphs.values()))
-        with torch.inference_mode(False), torch.no_grad():
-            self._calibration.check_finite()
-            for family in self._families():
-                matched = match(graph, family, self._calibration.take, self.settings.matcher, len(self.backbones))
-                for name, space_map, similarity in matched:
-                    self._maps[name] = space_map
-                    self._reports[name] = report_space(graph.spaces[name], space_map, similarity)
-        self._calibration = None  # the statistics have served
+        share(self._check)
+        check_counts(share(lambda: self._seen), self.expected)
+        assert self._calibration is not None
+        if is_distributed():
+            self._calibration.sum_over_processes()
+
+    def _check(self) -> None:
+        if self._calibration is None:
+            raise CalibrationError(
+                "A process has seen no calibration batch: there are fewer batches than processes. Use a smaller batch "
+                "size, or fewer devices."
+            )
+        self._calibration.check_finite()
+
+    def _match_own_families(self) -> dict[str, tuple[SpaceMap, SpaceReport]]:
+        assert self._calibration is not None
+        rank, processes = (dist.get_rank(), dist.get_world_size()) if is_distributed() else (0, 1)
+        if self._record is not None and self._record.complete is None and rank == 0:
+            self._gathered().save(self._record.path)
+        graph, count = next(iter(self.graphs.values())), len(self.backbones)
+        turns = self._families()
+        costs = [sum(graph.spaces[name].size ** 2 for name in family) for family in turns]
+        matched: dict[str, tuple[SpaceMap, SpaceReport]] = {}
+        for number in split_evenly(costs, processes)[rank]:
+            found = match(graph, turns[number], self._calibration.take, self.settings.matcher, count)
+            for name, space_map, similarity in found:
+                matched[name] = space_map, report_space(graph.spaces[name], space_map, similarity)
+        return matched
 
     @property
     def _first(self) -> nn.Module:
@@ -330,9 +415,9 @@ def merge_backbones(
     networks = session.working_copies()
     with torch.no_grad():
         for index in range(session.calibration_passes):
-            for loader in loaders:
+            for number, loader in enumerate(loaders):
                 for x in loader:
-                    session.calibrate(x, networks, index)
+                    session.calibrate(x, networks, index, number)
         merged = session.merge()
         if session.passes > session.calibration_passes:
             parameter = next(session._first.parameters())
@@ -365,6 +450,46 @@ def split_families(graph: MergeGraph, num_models: int, limit: float) -> list[lis
         turns[-1].append(family)
         filled += size
     return turns
+
+
+def split_evenly(costs: Sequence[float], parts: int) -> list[list[int]]:
+    """Share out pieces of work, the largest first, always to whom has the least.
+
+    Args:
+        costs: what each piece takes.
+        parts: how many there are to share it.
+
+    Returns:
+        Per part, the numbers of its pieces.
+    """
+    shares: list[list[int]] = [[] for _ in range(parts)]
+    loads = [0.0] * parts
+    for number in sorted(range(len(costs)), key=lambda number: -costs[number]):
+        part = loads.index(min(loads))
+        shares[part].append(number)
+        loads[part] += costs[number]
+    return shares
+
+
+def check_counts(seen: Sequence[Mapping[int, int]], expected: Sequence[int | None]) -> None:
+    """Compare the samples that all processes have seen with the sizes of the data sets.
+
+    Args:
+        seen: per process, the samples of each loader.
+        expected: the samples of each loader's data set; ``None`` where that is not known.
+
+    Raises:
+        CalibrationError: if samples were counted twice or not at all.
+    """
+    for loader, size in enumerate(expected):
+        count = sum(counts.get(loader, 0) for counts in seen)
+        if size is not None and count != size:
+            raise CalibrationError(
+                f"The processes have seen {count} samples of calibration loader {loader}, whose data set has {size}: "
+                f"samples were {'counted twice' if count > size else 'left out'}. Leave sharing out the data to the "
+                "Trainer (use_distributed_sampler=True, its default), and use no shuffling and no distributed sampler "
+                "of your own: those shuffle in each process by themselves, or repeat samples to fill up."
+            )
 
 
 def has_batch_norm(module: nn.Module) -> bool:

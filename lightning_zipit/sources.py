@@ -15,7 +15,9 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import instantiate_module
 from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
 
+from lightning_zipit._lightning import forget_compilation
 from lightning_zipit.errors import CalibrationError, CheckpointError, ConfigurationError
 
 INPUT_KEYS = ("x", "image", "images", "img", "input", "inputs", "pixel_values", "data", "features")
@@ -28,14 +30,39 @@ RESERVED = frozenset(dir(nn.ModuleDict()))
 
 
 def name_tasks(models: Mapping[str, LightningModule] | Sequence[LightningModule]) -> dict[str, LightningModule]:
-    """The models by task; those of a sequence become ``task_0``, ``task_1``, …"""
+    """The models by task, without `torch.compile`; those of a sequence become ``task_0``, ``task_1``, …"""
     if isinstance(models, Mapping):
-        return dict(models)
+        return {task: uncompiled(model) for task, model in models.items()}
     if not isinstance(models, Sequence):
         raise ConfigurationError(
             f"`models` must be a mapping from task to model, or a sequence of models, got {models!r}."
         )
-    return {f"task_{index}": model for index, model in enumerate(models)}
+    return {f"task_{index}": uncompiled(model) for index, model in enumerate(models)}
+
+
+def uncompiled(model: Any) -> Any:
+    """A model without what `torch.compile` has put around it and its modules; it shares the model's tensors."""
+    if isinstance(model, OptimizedModule):
+        model = model._orig_mod
+    if not isinstance(model, nn.Module) or not any(map(_is_compiled, model.modules())):
+        return model
+    tensors = (*model.parameters(), *model.buffers())
+    model = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    forget_compilation(model)
+    for module in list(model.modules()):
+        module._compiled_call_impl = None
+        for name, child in module.named_children():
+            if isinstance(child, OptimizedModule):
+                setattr(module, name, child._orig_mod)
+    return model
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return (
+        isinstance(module, OptimizedModule)
+        or module._compiled_call_impl is not None
+        or getattr(module, "_compiler_ctx", None) is not None
+    )
 
 
 def find_problems(models: Mapping[str, Any], backbone: str) -> list[str]:

@@ -7,9 +7,10 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torchmetrics import Metric
+
+from lightning_zipit.collectives import all_reduce_sums
 
 STATES = ("count", "origin", "offset", "comoment")
 
@@ -37,7 +38,7 @@ class FeatureStatistics(Metric):
     Every update centres its samples by their own mean, takes their Gram matrix in ``gram_dtype`` and adds it to a
     float64 co-moment with the exact correction for the two means (Chan, Golub and LeVeque 1983), so that neither a
     large mean nor the split into batches costs precision. Across processes the co-moments are brought to the common
-    mean and summed: one all-reduce each for count, mean and co-moment.
+    mean and summed, by three all-reduces.
 
     Args:
         sizes: how many features each model has.
@@ -128,6 +129,10 @@ class FeatureStatistics(Metric):
         Raises:
             ValueError: if no sample was added.
         """
+        return self.moments()
+
+    def moments(self) -> Moments:
+        """Moments of the samples that this process holds; see :meth:`compute`."""
         count = int(self.count.item())
         if not count:
             raise ValueError("No sample was added to these statistics: call `update` first.")
@@ -159,16 +164,7 @@ class FeatureStatistics(Metric):
 
     def _sync_dist(self, dist_sync_fn: Any = None, process_group: Any = None) -> None:
         """True all-reduces instead of the default gathering of all states on all ranks."""
-        group = process_group or self.process_group
-        has_data = (self.count > 0).double()
-        packed = torch.cat([has_data[None], self.count[None], self.origin * has_data])
-        ranks, count, origins = all_reduce_sum(packed, group).split([1, 1, len(self.origin)])
-        origin = origins / ranks.clamp(min=1)
-        own_offset = (self.offset + (self.origin - origin)) * has_data
-        offset = all_reduce_sum(own_offset * self.count, group) / count.clamp(min=1)
-        apart = (own_offset - offset) * self.count.sqrt()
-        comoment = all_reduce_sum(torch.addr(self.comoment, apart, apart), group)
-        self.count, self.origin, self.offset, self.comoment = count[0], origin, offset, comoment
+        sum_over_processes([self], process_group or self.process_group)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -185,6 +181,38 @@ class FeatureStatistics(Metric):
     def set_dtype(self, dst_type: str | torch.dtype) -> FeatureStatistics:
         """Keep the states in float64, whatever type the surrounding module is cast to."""
         return self
+
+
+def sum_over_processes(statistics: Sequence[FeatureStatistics], group: Any = None) -> None:
+    """Put the samples of all processes into the statistics of each; the results are identical on all.
+
+    The co-moments are brought to the common mean and summed: three all-reduces, or one more for every 64 MiB.
+
+    Args:
+        statistics: the same on every process, in the same order, on one device.
+        group: the process group; by default all processes.
+    """
+    has_data = [(each.count > 0).double() for each in statistics]
+    origins = [
+        torch.cat([has[None], each.count[None], each.origin * has])
+        for has, each in zip(has_data, statistics, strict=True)
+    ]
+    all_reduce_sums(origins, group)
+    counts = [packed[1] for packed in origins]
+    origins = [packed[2:] / packed[0].clamp(min=1) for packed in origins]
+    own_offsets = [
+        (each.offset + (each.origin - origin)) * has
+        for each, origin, has in zip(statistics, origins, has_data, strict=True)
+    ]
+    offsets = [offset * each.count for offset, each in zip(own_offsets, statistics, strict=True)]
+    all_reduce_sums(offsets, group)
+    offsets = [offset / count.clamp(min=1) for offset, count in zip(offsets, counts, strict=True)]
+    for each, own_offset, offset in zip(statistics, own_offsets, offsets, strict=True):
+        apart = (own_offset - offset) * each.count.sqrt()
+        each.comoment = torch.addr(each.comoment, apart, apart)
+    all_reduce_sums([each.comoment for each in statistics], group)
+    for each, count, origin, offset in zip(statistics, counts, origins, offsets, strict=True):
+        each.count, each.origin, each.offset = count.clone(), origin, offset
 
 
 def batch_moments(features: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -216,13 +244,6 @@ def batch_moments(features: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor,
         apart = rest * count.sqrt()
         gram = gram.double().addmm_(apart[:, None], apart[None, :], alpha=-1)
     return count, origin.double(), shift.double() + rest, gram
-
-
-def all_reduce_sum(tensor: Tensor, group: Any = None) -> Tensor:
-    """The sum of ``tensor`` over all processes of ``group``, identical on each."""
-    total = tensor.clone()
-    dist.all_reduce(total, group=group)
-    return total
 
 
 @contextmanager

@@ -38,6 +38,8 @@ class ZipItTrainer(Trainer):
         matcher: Matcher | None = None,
         refine: Refine | None = "batch_norm",
         merge_heads: bool = False,
+        statistics_memory: float = 8.0,
+        statistics: str | None = None,
         output: str = "merged.ckpt",
         test: bool = False,
         classes: dict[str, str] | None = None,
@@ -57,6 +59,10 @@ class ZipItTrainer(Trainer):
             matcher: how features of the models are matched; GreedyZip by default.
             refine: batch_norm re-estimates running statistics in a second pass over the data; null does nothing.
             merge_heads: merge the last layer too, for models that share one output space.
+            statistics_memory: GiB that the statistics may take; where they need more, the calibration data is gone
+                through several times.
+            statistics: a safetensors file for the statistics. One that is there stands for the calibration; else it is
+                written, and an interrupted calibration goes on from what it had gathered.
             output: the file to write; one that is there is replaced.
             test: test the merged module afterwards, with the data module's test loaders: one per task.
             classes: task name → class path, for tasks whose model is of another class (--classes.TASK=CLASS_PATH).
@@ -73,7 +79,7 @@ class ZipItTrainer(Trainer):
             TraceError: if the backbone cannot be traced, or its table of axes proves wrong.
             CalibrationError: if the calibration data cannot be used.
         """
-        problems = _find_problems(checkpoints, output, datamodule, test, classes or {})
+        problems = _find_problems(checkpoints, output, datamodule, test, classes or {}, statistics)
         if problem := unsupported_strategy(self):  # here too, as an error in a spawned process loses its class
             problems.append(problem)
         if problems:
@@ -89,6 +95,8 @@ class ZipItTrainer(Trainer):
             matcher=matcher,
             refine=refine,
             merge_heads=merge_heads,
+            statistics_memory=statistics_memory,
+            statistics=statistics,
         )
         if self.is_global_zero:
             print(merged.report)
@@ -109,6 +117,7 @@ def _find_problems(
     datamodule: LightningDataModule | None,
     test: bool,
     classes: Mapping[str, str],
+    statistics: str | None,
 ) -> list[str]:
     """Everything that can be wrong with the arguments of a merge and is known before any file is read."""
     problems = []
@@ -128,9 +137,11 @@ def _find_problems(
             problems.append(f"`classes`, task {task!r}: {error}")
     if problem := find_output_problem(output):
         problems.append(problem)
-    if datamodule is None:
+    if statistics and (problem := find_output_problem(statistics, "statistics")):
+        problems.append(problem)
+    if datamodule is None and not (statistics and Path(statistics).is_file()):
         problems.append("There is no calibration data: give a data module.")
-    elif test and type(datamodule).test_dataloader is LightningDataModule.test_dataloader:
+    if test and (datamodule is None or type(datamodule).test_dataloader is LightningDataModule.test_dataloader):
         problems.append(f"`test` needs test data, but {type(datamodule).__name__} has no `test_dataloader`.")
     return problems
 

@@ -190,10 +190,6 @@ def test_a_merge_without_a_data_module_is_refused(folder):
     assert "calibration data" in failure.value.code
 
 
-def test_a_strategy_that_loses_the_merged_module_is_refused_before_it_spawns(folder):
-    assert "spawns" in message_of("merge", *SOURCES, "--trainer.strategy=ddp_spawn", "--trainer.devices=2")
-
-
 def test_a_failure_while_saving_keeps_the_old_file_and_no_half_of_the_new_one(folder, monkeypatch):
     def fill_the_disk(trainer, path, **kwargs):
         path.write_bytes(b"half")

@@ -1,64 +1,284 @@
-"""Two real gloo processes, started as a user starts them."""
+"""Real gloo processes, started as a user starts them."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-
-SCRIPT = """
-import os, sys, torch
 from helpers.nets import Lit, settle, trainer
 from torch.utils.data import DataLoader
-from lightning_zipit import ZipIt
-devices, out = int(sys.argv[1]), sys.argv[2]
+
+from lightning_zipit import CalibrationStatistics, MultiHeadModule, ZipIt
+
+ROOT = Path(__file__).parent
+ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT.parent}", "OMP_NUM_THREADS": "1"}
+
+COMMON = """
+import os, sys, torch
+from test_ddp import loaders, merge, models
+from helpers.nets import trainer
 torch.set_num_threads(1)
-torch.manual_seed(0)
-models = {"a": Lit(5), "b": Lit(7)}
-for model in models.values():
-    settle(model.net, torch.randn(16, 3, 16, 16))
-# Batches of 8 in one process are those of two processes with 4 each, up to the odd sample at the end.
-data = [DataLoader(torch.randn(count, 3, 16, 16), 8 // devices) for count in (53, 48)]
-run = trainer(devices=devices, strategy="ddp" if devices > 1 else "auto")
-merged = ZipIt(run).merge(models, dataloaders=data, backbone="net", stop_at="layer1.0")
-rank = os.environ.get("LOCAL_RANK", "0")
+out, rank = sys.argv[1], os.environ.get("LOCAL_RANK", "0")
+"""
+
+DDP = (
+    COMMON
+    + """
+from lightning_zipit import ZipIt
+from lightning_zipit.errors import CalibrationError
+def run(**arguments):
+    return trainer(devices=2, strategy="ddp", **arguments)
+merged = merge(run(), 2, f"{out}/two.safetensors")
 spaces = [vars(space) for space in merged.report.spaces]
-torch.save({"state": merged.state_dict(), "spaces": spaces}, f"{out}/{devices}-{rank}.pt")
+torch.save({"state": merged.state_dict(), "spaces": spaces}, f"{out}/2-{rank}.pt")
+merge(run(precision="64-true"), 2, f"{out}/two-64.safetensors")
+again = merge(run(), 2, f"{out}/two.safetensors")
+assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in merged.state_dict().items())
+from torch.utils.data import DistributedSampler, DataLoader
+data = loaders(2)
+def padded(loader):
+    return DataLoader(loader.dataset, 4, sampler=DistributedSampler(loader.dataset, 2, int(rank), shuffle=False))
+for given in (data, list(map(padded, data))):
+    try:
+        ZipIt(run(use_distributed_sampler=False)).merge(models(), given, backbone="net")
+    except CalibrationError as error:
+        print(f"rank {rank}: {error}", file=sys.stderr)
+limited = ZipIt(run(limit_predict_batches=2)).merge(models(), data, backbone="net")
+class Stream:
+    def __iter__(self):
+        yield from [torch.randn(4, 3, 16, 16)] * (rank == "0")
+try:
+    ZipIt(run()).merge(models(), Stream(), backbone="net")
+except CalibrationError as error:
+    print(f"rank {rank}: {error}", file=sys.stderr)
+"""
+)
+
+SPAWN = (
+    COMMON
+    + """
+if __name__ == "__main__":
+    run = trainer(devices=2, strategy="ddp_spawn")
+    merged = merge(run, 2)
+    run.save_checkpoint(f"{out}/spawned.ckpt", weights_only=True)
+    run.test(merged, [torch.utils.data.DataLoader([(torch.randn(3, 16, 16), 1)] * 8, 4)] * 2, verbose=False)
+"""
+)
+
+SHARDED = (
+    COMMON
+    + """
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning_zipit import ZipIt
+from lightning_zipit.errors import ConfigurationError
+from helpers.nets import images
+merged, data = merge(trainer(), 1), [images(), images(seed=1)]
+def results(run):
+    return [float(result[f"{task}/test_acc"]) for task, result in zip("ab", run.test(merged, data, verbose=False))]
+expected = results(trainer())
+assert results(trainer(devices=2, strategy="ddp")) == expected
+def run():
+    return trainer(devices=2, strategy=ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1))
+try:
+    ZipIt(run()).merge(models(), data, backbone="net")
+except ConfigurationError as error:
+    print(error, file=sys.stderr)
+merged.on_test_epoch_start = lambda: print(*{type(each).__name__ for each in merged.parameters()}, file=sys.stderr)
+assert results(run()) == expected
+"""
+)
+
+CLI = """
+import torch
+from helpers.nets import Lit, images
+from lightning.pytorch import LightningDataModule
+from lightning_zipit import ZipItCLI
+class Noise(LightningDataModule):
+    def train_dataloader(self):
+        return images(53, batch_size=4)
+    def test_dataloader(self):
+        return [images(), images(seed=1)]
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    ZipItCLI(Lit, Noise)
 """
 
 
+def models():
+    torch.manual_seed(0)
+    models = {"a": Lit(5), "b": Lit(7)}
+    for model in models.values():
+        settle(model.net, torch.randn(16, 3, 16, 16))
+    return models
+
+
+def loaders(devices):
+    """Batches of 8 in one process are those of two processes with 4 each, up to the odd sample at the end."""
+    generator = torch.Generator().manual_seed(0)
+    return [DataLoader(torch.randn(count, 3, 16, 16, generator=generator), 8 // devices) for count in (53, 48)]
+
+
+def merge(run, devices, statistics=None):
+    return ZipIt(run).merge(models(), loaders(devices), backbone="net", stop_at="layer1.0", statistics=statistics)
+
+
+def start(folder, script, *arguments, **environment):
+    (folder / "main.py").write_text(script)
+    command = [*arguments, str(folder / "main.py"), str(folder)]
+    result = subprocess.run(command, env=ENVIRONMENT | environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    return result
+
+
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ddp")
-    (folder / "main.py").write_text(SCRIPT)
-    root = Path(__file__).parent
-    environment = {**os.environ, "PYTHONPATH": f"{root}:{root.parent}"}
-    for devices in (1, 2):
-        command = [sys.executable, str(folder / "main.py"), str(devices), str(folder)]
-        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-        assert result.returncode == 0, result.stderr
-    return [torch.load(folder / f"{name}.pt", weights_only=True) for name in ("1-0", "2-0", "2-1")]
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("ddp")
 
 
-def test_both_ranks_have_the_same_network(results):
-    _, first, second = results
+@pytest.fixture(scope="module")
+def one(folder):
+    merge(trainer(precision="64-true"), 1, folder / "one-64.safetensors")
+    return merge(trainer(), 1, folder / "one.safetensors")
+
+
+@pytest.fixture(scope="module")
+def two(folder):
+    messages = start(folder, DDP, sys.executable).stderr
+    return *(torch.load(folder / f"2-{rank}.pt", weights_only=True) for rank in (0, 1)), messages
+
+
+def test_both_ranks_have_the_same_network(two):
+    first, second, _ = two
     assert all(torch.equal(tensor, second["state"][name]) for name, tensor in first["state"].items())
+    assert first["spaces"] == second["spaces"]
 
 
-def test_two_processes_merge_as_one_does(results):
-    one, two, _ = results
-    assert [space["across"] for space in one["spaces"]] == [space["across"] for space in two["spaces"]]
-    for name, tensor in one["state"].items():
+def test_two_processes_merge_as_one_does(one, two):
+    first, *_ = two
+    assert [space.across for space in one.report.spaces] == [space["across"] for space in first["spaces"]]
+    for name, tensor in one.state_dict().items():
         if "running" not in name and "num_batches" not in name:
-            assert torch.allclose(tensor, two["state"][name], atol=1e-6), name
+            assert torch.allclose(tensor, first["state"][name], atol=1e-6), name
 
 
-def test_statistics_of_batch_norm_are_averaged_over_the_batches_of_both(results):
-    one, two, _ = results
-    batches = {name: int(tensor) for name, tensor in two["state"].items() if "num_batches" in name}
+@pytest.mark.parametrize(("name", "tolerance"), [("{}-64", 1e-12), ("{}", 1e-6)])
+def test_two_processes_gather_the_statistics_of_one(folder, one, two, name, tolerance):
+    first, second = (
+        CalibrationStatistics.load(folder / f"{name.format(count)}.safetensors").statistics for count in ("one", "two")
+    )
+    assert first.keys() == second.keys()
+    for tap in first:
+        mine, other = first[tap].moments(), second[tap].moments()
+        assert mine.count == other.count
+        scale = mine.covariance.abs().max()
+        assert (mine.covariance - other.covariance).abs().max() <= tolerance * scale
+
+
+def test_statistics_of_batch_norm_are_averaged_over_the_batches_of_both(one, two):
+    first, *_ = two
+    batches = {name: int(tensor) for name, tensor in first["state"].items() if "num_batches" in name}
     assert set(batches.values()) == {14, 12, 14 + 12}  # head a, head b, trunk; 27 and 26 samples make seven batches
-    for name, tensor in one["state"].items():
+    for name, tensor in one.state_dict().items():
         if name.endswith("running_mean"):
-            assert torch.allclose(tensor, two["state"][name], atol=0.1), name
+            assert torch.allclose(tensor, first["state"][name], atol=0.1), name
+
+
+def test_samples_that_are_counted_twice_or_not_at_all_are_an_error_on_every_rank(two):
+    *_, messages = two
+    for rank in (0, 1):
+        assert (
+            f"rank {rank}: The processes have seen 106 samples of calibration loader 0, whose data set has 53"
+            in messages
+        )
+        assert (
+            f"rank {rank}: The processes have seen 54 samples of calibration loader 0, whose data set has 53"
+            in messages
+        )
+        assert f"rank {rank}: A process has seen no calibration batch" in messages
+
+
+def test_processes_that_are_spawned_hand_the_merged_module_over(folder, two):
+    start(folder, SPAWN, sys.executable)
+    spawned = MultiHeadModule.load_from_checkpoint(folder / "spawned.ckpt")
+    assert all(torch.equal(tensor, spawned.state_dict()[name]) for name, tensor in two[0]["state"].items())
+    assert spawned.report.spaces
+
+
+def test_sharding_strategies_test_a_merged_module_but_do_not_merge(folder):
+    messages = start(folder, SHARDED, sys.executable).stderr
+    assert "ModelParallelStrategy shards parameters" in messages
+    assert "DTensor" in messages
+
+
+@pytest.fixture
+def sources(tmp_path):
+    (tmp_path / "main.py").write_text(CLI)
+    run = trainer()
+    for task, model in models().items():
+        run.strategy.connect(model)
+        run.save_checkpoint(tmp_path / f"{task}.ckpt", weights_only=True)
+    return tmp_path
+
+
+OPTIONS = (
+    *("merge", "--checkpoints.a=a.ckpt", "--checkpoints.b=b.ckpt", "--backbone=net", "--trainer.accelerator=cpu"),
+    *("--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.enable_progress_bar=false"),
+)
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return str(listener.getsockname()[1])
+
+
+def test_torchrun_starts_a_merge_on_the_command_line(sources):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "main.py", *OPTIONS]
+    result = subprocess.run(
+        [*command, "--test", "--statistics=s.safetensors"],
+        env=ENVIRONMENT,
+        cwd=sources,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("Saved the merged module") == 1 and "b/test_acc" in result.stdout
+    assert list(MultiHeadModule.load_from_checkpoint(sources / "merged.ckpt", models=models()).heads) == ["a", "b"]
+    assert sorted(path.name for path in sources.iterdir()) == [
+        "a.ckpt",
+        "b.ckpt",
+        "main.py",
+        "merged.ckpt",
+        "s.safetensors",
+    ]
+
+
+def test_slurm_starts_a_merge_on_the_command_line(sources):
+    slurm = {
+        "SLURM_JOB_ID": "1",
+        "SLURM_JOB_NAME": "merge",
+        "SLURM_NTASKS": "2",
+        "SLURM_NTASKS_PER_NODE": "2",
+        "SLURM_NODELIST": "localhost",
+        "SLURM_NODEID": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": free_port(),
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "main.py", *OPTIONS],
+            env=ENVIRONMENT | slurm | {"SLURM_PROCID": rank, "SLURM_LOCALID": rank},
+            cwd=sources,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    printed = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], printed
+    assert ["Saved the merged module" in text for text in printed] == [True, False]

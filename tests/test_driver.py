@@ -266,13 +266,14 @@ def test_a_batch_without_an_input_says_how_to_name_it():
     merge(pair(), [batches, batches], get_input=lambda batch: batch["pixels"])
 
 
+@pytest.mark.parametrize("verify", [True, False])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_activations_that_are_not_finite_name_space_and_task(value):
+def test_activations_that_are_not_finite_name_space_and_task(value, verify):
     models = pair()
     with torch.no_grad():
         models["b"].net.layer1[0].bn1.bias[0] = value
     with pytest.raises(CalibrationError, match=r"task 'b' at feature space 'layer1.0.conv1'"):
-        merge(models, verify=False)
+        merge(models, verify=verify)
 
 
 def test_a_bad_refine_or_matcher_is_an_error():
@@ -292,9 +293,51 @@ def test_the_merged_module_is_a_multi_head_module():
     assert isinstance(merged, MultiHeadModule) and list(merged.heads) == ["a", "b"]
 
 
-def test_a_strategy_that_spawns_processes_is_refused_before_it_does():
-    with pytest.raises(ConfigurationError, match="spawns"):
-        ZipIt(trainer(strategy="ddp_spawn", devices=2)).merge(pair(), images(), backbone="net")
+@pytest.mark.parametrize("precision", ["64-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true"])
+def test_whatever_the_precision_the_matching_is_much_the_same_and_the_weights_keep_their_type(precision):
+    models = pair()
+    expected = ZipIt(trainer()).merge(models, dataloaders=loaders(), backbone="net", refine=None)
+    merged = ZipIt(trainer(precision=precision)).merge(models, dataloaders=loaders(), backbone="net", refine=None)
+    assert {parameter.dtype for parameter in merged.parameters()} == {torch.float32}
+    similarities = [[space.similarity for space in module.report.spaces] for module in (merged, expected)]
+    assert np.allclose(*similarities, atol=0.05)
+    if precision == "64-true":
+        assert equal(outputs(merged), outputs(expected))
+    refined = ZipIt(trainer(precision=precision)).merge(models, dataloaders=loaders(), backbone="net")
+    assert all(output.isfinite().all() for output in outputs(refined).values())
+
+
+def compiled(model, how):
+    model = copy.deepcopy(model)
+    if how == "the model":
+        return torch.compile(model, backend="eager")
+    if how == "a model that was tested":
+        compiled = torch.compile(model, backend="eager")
+        trainer().test(compiled, images(), verbose=False)
+        return compiled
+    if how == "the backbone":
+        model.net = torch.compile(model.net, backend="eager")
+    if how == "a part of it":
+        model.net.layer1 = torch.compile(model.net.layer1, backend="eager")
+    if how == "in place":
+        model.net.compile(backend="eager")
+    return model
+
+
+@pytest.mark.parametrize("how", ["the model", "a model that was tested", "the backbone", "a part of it", "in place"])
+def test_compiled_models_merge_as_they_would_uncompiled(how):
+    models = pair()
+    sources = {"a": compiled(models["a"], how), "b": models["b"]}
+    merged = ZipIt(trainer()).merge(sources, dataloaders=loaders(), backbone="net", stop_at="layer1")
+    expected = ZipIt(trainer()).merge(models, dataloaders=loaders(), backbone="net", stop_at="layer1")
+    assert equal(outputs(merged), outputs(expected))
+    tested = [trainer().test(module, loaders(), verbose=False) for module in (merged, expected)]
+    assert tested[0] == tested[1]
+
+
+def test_a_compiled_merged_module_gives_the_same_outputs():
+    merged = merge(pair())
+    assert equal(outputs(torch.compile(merged, backend="aot_eager", fullgraph=True)), outputs(merged))
 
 
 def test_a_loader_that_every_process_would_shuffle_by_itself_is_an_error():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.nets import Lit, images
+from helpers.nets import Lit, images, trainer
 
 import lightning_zipit
 
@@ -25,6 +25,7 @@ def run(name, tmp_path, monkeypatch):
         "vehicle_images": images(seed=1),
         "images": torch.randn(2, 3, 16, 16),
         "torch": torch,
+        "trainer": trainer(),
     }
     (code,) = [code for test, _, code in SNIPPETS if test == name]
     exec(code, scope)
@@ -38,6 +39,10 @@ def test_the_driver(tmp_path, monkeypatch):
 
 def test_the_callback(tmp_path, monkeypatch):
     assert run("callback", tmp_path, monkeypatch)["zipit"].merged.tasks == ["animals", "vehicles"]
+
+
+def test_statistics_of_two_sites(tmp_path, monkeypatch):
+    assert run("statistics", tmp_path, monkeypatch)["merged"].tasks == ["animals", "vehicles"]
 
 
 def test_the_table(tmp_path, monkeypatch):

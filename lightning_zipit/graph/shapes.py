@@ -46,9 +46,9 @@ def shapes_of(backbone: nn.Module, graph: fx.Graph, example: Tensor | None) -> d
     """
     meta = _on_meta(backbone)
     if example is not None:
-        samples = example[:1].expand(BATCH, *example.shape[1:]).clone()
+        samples = example[:1].expand(BATCH, *example.shape[1:])
         try:
-            return _record(meta, graph, samples.to("meta"))
+            return _record(meta, graph, torch.empty_like(samples, device="meta", memory_format=torch.contiguous_format))
         except Exception:  # whatever an operator raises that needs values
             return _record_or_explain(backbone, graph, samples)
     reason: Exception | None = None
@@ -80,7 +80,7 @@ def _record(backbone: nn.Module, graph: fx.Graph, x: Tensor) -> dict[str, tuple[
 
 def _record_or_explain(backbone: nn.Module, graph: fx.Graph, x: Tensor) -> dict[str, tuple[int, ...]]:
     try:
-        return _record(backbone, graph, x)
+        return _record(backbone, graph, x.clone())
     except Exception as error:
         raise TraceError(
             f"{type(backbone).__name__} cannot be run on an input of shape {tuple(x.shape)}: {_first_line(error)}. "

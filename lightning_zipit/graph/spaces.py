@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -129,6 +130,12 @@ class Tap:
     block: Block
     reader: str
     projections: tuple[Projection, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """A name for what is measured: taps that read the same entries of the same node have the same."""
+        entries = hashlib.blake2b(repr((self.block.starts, self.block.repeat)).encode(), digest_size=6)
+        return f"{self.node}-{entries.hexdigest()}"
 
     def samples(self, value: Tensor) -> Tensor:
         """The measured tensor as ``(batch × positions, features)``."""

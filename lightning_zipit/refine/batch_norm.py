@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-import torch.distributed as dist
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_zipit.collectives import all_reduce_sums, is_distributed
 from lightning_zipit.errors import CalibrationError
-from lightning_zipit.statistics import all_reduce_sum
 
 
 class BatchNormEstimator:
@@ -49,9 +49,8 @@ class BatchNormEstimator:
         Raises:
             CalibrationError: naming the norms that no batch of two or more samples has reached.
         """
-        if dist.is_available() and dist.is_initialized():
-            for norm in self.norms.values():
-                _average_over_ranks(norm)
+        if is_distributed():
+            average_over_processes(list(self.norms.values()))
         empty = [name for name, norm in self.norms.items() if not norm.num_batches_tracked]
         if empty:
             raise CalibrationError(
@@ -61,9 +60,16 @@ class BatchNormEstimator:
             )
 
 
-def _average_over_ranks(norm: _BatchNorm) -> None:
-    batches = norm.get_buffer("num_batches_tracked")
-    total = all_reduce_sum(batches)
-    for statistic in (norm.get_buffer("running_mean"), norm.get_buffer("running_var")):
-        statistic.copy_(all_reduce_sum(statistic.double() * batches) / total.clamp(min=1))
-    batches.copy_(total)
+def average_over_processes(norms: Sequence[_BatchNorm]) -> None:
+    """Average running statistics over the batches of all processes, in one all-reduce."""
+    sums = []
+    for norm in norms:
+        batches = norm.get_buffer("num_batches_tracked")
+        statistics = torch.stack([norm.get_buffer("running_mean"), norm.get_buffer("running_var")])
+        sums.append(torch.cat([batches[None].double(), (statistics.double() * batches).flatten()]))
+    all_reduce_sums(sums)
+    for norm, packed in zip(norms, sums, strict=True):
+        mean, variance = (packed[1:] / packed[0].clamp(min=1)).chunk(2)
+        norm.get_buffer("running_mean").copy_(mean)
+        norm.get_buffer("running_var").copy_(variance)
+        norm.get_buffer("num_batches_tracked").copy_(packed[0])

@@ -1,0 +1,254 @@
+"""Statistics in a file: reused, resumed, added up, and refused where they do not belong."""
+
+import pickle
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.nets import Lit, Wrap, images, settle, trainer
+from torch import nn
+from torch.utils.data import DataLoader
+
+from lightning_zipit import CalibrationStatistics, MergeSettings, ZipIt, merge_backbones, statistics_file
+from lightning_zipit.errors import CalibrationError, ConfigurationError, StatisticsError, ZipItError
+from lightning_zipit.session import MergeSession
+
+
+@pytest.fixture(scope="module")
+def models():
+    torch.manual_seed(0)
+    models = {"a": Lit(5), "b": Lit(7)}
+    for model in models.values():
+        settle(model.net, torch.randn(32, 3, 16, 16))
+    return models
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "statistics.safetensors"
+
+
+def loaders(seed=0):
+    return [images(seed=seed), images(40, seed=seed + 1)]
+
+
+def merge(models, path, data=None, **arguments):
+    data = loaders() if data is None else data
+    return ZipIt(trainer()).merge(models, data or None, backbone="net", statistics=path, **arguments)
+
+
+def same(first, second, **tolerance):
+    pairs = [(tensor, second.state_dict()[name]) for name, tensor in first.state_dict().items()]
+    return all(torch.allclose(a, b, **tolerance) if tolerance else torch.equal(a, b) for a, b in pairs)
+
+
+class Interrupted:
+    """A loader whose batches end in an error the first time."""
+
+    def __init__(self, loader, after):
+        self.batches, self.after = list(loader), after
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        for number, batch in enumerate(self.batches):
+            if number == self.after:
+                self.after = None
+                raise OSError("the disk has gone")
+            yield batch
+
+
+def test_statistics_that_are_there_stand_for_the_calibration(models, path, monkeypatch):
+    gathered = merge(models, path)
+    written = path.read_bytes()
+    monkeypatch.setattr(MergeSession, "calibrate", lambda *_: pytest.fail("there was another calibration"))
+    assert same(merge(models, path), gathered)
+    monkeypatch.undo()
+    assert same(merge(models, path, [], refine=None), merge(models, None, refine=None))  # without any data
+    assert path.read_bytes() == written and [*path.parent.iterdir()] == [path]
+
+
+def test_batch_norm_needs_data_even_so(models, path):
+    merge(models, path)
+    with pytest.raises(CalibrationError, match="refine=None"):
+        merge(models, path, [])
+
+
+def test_another_matcher_and_renamed_tasks_can_use_them(models, path):
+    merge(models, path)
+    renamed = dict(zip("xy", models.values(), strict=True))
+    assert list(merge(renamed, path, [], refine=None).heads) == ["x", "y"]
+
+
+def test_an_interrupted_calibration_goes_on_where_it_was(models, path, monkeypatch):
+    whole = merge(models, None)
+    monkeypatch.setattr(statistics_file, "SAVE_EVERY", 0)
+    data = [loaders()[0], Interrupted(loaders()[1], after=2)]
+    with pytest.raises(OSError, match="gone"):
+        merge(models, path, data)
+    (part,) = path.parent.iterdir()
+    assert CalibrationStatistics.load(part).seen == {0: 48, 1: 32}
+
+    counted = []
+    update = statistics_file.FeatureStatistics.update
+    monkeypatch.setattr(
+        statistics_file.FeatureStatistics, "update", lambda self, x: (counted.append(len(x[0])), update(self, x))[1]
+    )
+    resumed = merge(models, path, data)
+    spaces = len(resumed.report.spaces)
+    assert len(counted) == spaces  # one batch was left, of 8 samples
+    assert same(resumed, whole, atol=1e-6) and [*path.parent.iterdir()] == [path]
+
+
+def test_other_batches_than_before_cannot_go_on(models, path, monkeypatch):
+    monkeypatch.setattr(statistics_file, "SAVE_EVERY", 0)
+    with pytest.raises(OSError, match="gone"):
+        merge(models, path, [loaders()[0], Interrupted(loaders()[1], after=2)])
+    with pytest.raises(StatisticsError, match="same batch size"):
+        merge(models, path, [images(batch_size=20), images(40, batch_size=20)])
+
+
+def test_an_interruption_leaves_no_part_of_another_number_of_processes(models, path):
+    (path.parent / "statistics.part-1-of-4.safetensors").write_bytes(b"")
+    with pytest.raises(ConfigurationError, match=r"part-1-of-4.*another number of processes"):
+        merge(models, path)
+
+
+def test_statistics_of_other_weights_are_refused(models, path):
+    merge(models, path)
+    written = path.read_bytes()
+    other = {"a": models["a"], "b": Lit(7)}
+    with pytest.raises(StatisticsError, match=r"other networks.*'b'"):
+        merge(other, path)
+    assert path.read_bytes() == written
+
+
+def test_statistics_of_another_cut_are_refused(models, path):
+    merge(models, path, stop_at="layer1")
+    with pytest.raises(StatisticsError, match=r"stop_at"):
+        merge(models, path, stop_at="layer2")
+
+
+def test_statistics_of_two_sites_add_up(models, tmp_path):
+    everything = [
+        torch.utils.data.ConcatDataset(pair)
+        for pair in zip(*([x.dataset for x in loaders(seed)] for seed in (0, 5)), strict=True)
+    ]
+    for name, data in {
+        "here": loaders(),
+        "there": loaders(5),
+        "all": [DataLoader(dataset, 16) for dataset in everything],
+    }.items():
+        merge(models, tmp_path / f"{name}.safetensors", data, refine=None)
+    here, there, joint = (
+        CalibrationStatistics.load(tmp_path / f"{name}.safetensors") for name in ("here", "there", "all")
+    )
+    added = here + there
+    assert added.count == joint.count == here.count + there.count
+    for tap, statistics in joint.statistics.items():
+        expected, moments = statistics.moments(), added.statistics[tap].moments()
+        assert torch.allclose(moments.covariance, expected.covariance, rtol=1e-5, atol=1e-6)
+    added.save(tmp_path / "added.safetensors")
+    merged = merge(models, tmp_path / "added.safetensors", [], refine=None)
+    assert same(merged, merge(models, tmp_path / "all.safetensors", [], refine=None))
+
+
+def test_only_statistics_of_the_same_networks_add_up(models, tmp_path):
+    merge(models, tmp_path / "a.safetensors", refine=None)
+    merge({"a": Lit(5), "b": Lit(7)}, tmp_path / "b.safetensors", refine=None)
+    first, second = (CalibrationStatistics.load(tmp_path / f"{name}.safetensors") for name in "ab")
+    with pytest.raises(StatisticsError, match="networks"):
+        first + second
+
+
+def test_what_cannot_be_gone_on_with_is_told_before_any_work(models, path):
+    data = loaders()[0].dataset
+    with pytest.raises(ConfigurationError, match=r"shuffles.*interrupted"):
+        merge(models, path, [DataLoader(data, 16, shuffle=True)] * 2)
+    with pytest.raises(ConfigurationError, match=r"more .statistics_memory."):
+        merge(models, path, statistics_memory=1e-6)
+    with pytest.raises(ConfigurationError, match=r"folder .* of `statistics` does not exist"):
+        merge(models, path.parent / "nowhere" / "file.safetensors")
+    assert not [*path.parent.iterdir()]
+
+
+def test_the_input_and_what_could_not_be_merged_are_remembered(path):
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.last = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            x = self.second(self.first(x).relu())
+            return self.last(torch.cumsum(x, 1).relu())
+
+    models = {task: Wrap(Odd()) for task in "ab"}
+    data = DataLoader(torch.randn(32, 6), 8)
+    gathered = merge(models, path, data)
+    known = CalibrationStatistics.load(path)
+    assert known.input_shape == (6,) and list(known.barriers) == ["cumsum"]
+    assert same(merge(models, path, []), gathered)
+
+
+class Payload:
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return Path.touch, (self.target,)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    path = tmp_path_factory.mktemp("small") / "small.safetensors"
+    torch.manual_seed(0)
+    networks = {task: nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)) for task in "ab"}
+    merge_backbones(networks, [torch.randn(16, 3)], MergeSettings(statistics=path))
+    return path
+
+
+def test_a_file_of_another_kind_is_refused_and_nothing_in_it_is_executed(tmp_path, small):
+    target = tmp_path / "executed"
+    contents = {
+        "empty": b"",
+        "text": b"no statistics",
+        "pickle": pickle.dumps(Payload(target)),
+        "truncated": small.read_bytes()[:-9],
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(StatisticsError, match=name):
+            CalibrationStatistics.load(tmp_path / name)
+    torch.save(Payload(target), tmp_path / "checkpoint")
+    with pytest.raises(StatisticsError, match="checkpoint"):
+        CalibrationStatistics.load(tmp_path / "checkpoint")
+    with pytest.raises(StatisticsError, match="no statistics file"):
+        CalibrationStatistics.load(tmp_path / "missing")
+    assert not target.exists()
+
+
+def test_a_damaged_file_never_gives_statistics(tmp_path, small):
+    content, path, chance = small.read_bytes(), tmp_path / "damaged.safetensors", random.Random(0)
+    for _ in range(2000):
+        path.write_bytes(damaged := damage(content, chance))
+        if damaged != content:
+            with pytest.raises(ZipItError):
+                CalibrationStatistics.load(path)
+
+
+def damage(content, chance):
+    """Bytes cut off, changed, taken out, or put in."""
+    damaged, place = bytearray(content), chance.randrange(len(content))
+    kind = chance.choice(["cut", "change", "remove", "insert"])
+    if kind == "cut":
+        del damaged[place:]
+    elif kind == "change":
+        for _ in range(chance.randint(1, 8)):
+            damaged[chance.randrange(len(content))] = chance.randrange(256)
+    elif kind == "remove":
+        del damaged[place : place + chance.randint(1, 100)]
+    else:
+        damaged[place:place] = chance.randbytes(chance.randint(1, 50))
+    return bytes(damaged)
