@@ -16,6 +16,7 @@ from lightning_zipit.matchers import Matcher
 from lightning_zipit.statistics import Moments
 
 SCALE_HANDICAP = 1e-6
+ROWS_AT_ONCE = 1024
 
 
 @dataclass(frozen=True)
@@ -98,9 +99,12 @@ def similarity_of(moments: Moments) -> Tensor:
         float64 ``(N·C, N·C)``.
     """
     scale = moments.covariance.diagonal().clamp(min=torch.finfo(torch.float64).tiny).sqrt()
-    ratio = scale[:, None] / scale[None, :]
     similarity = F.correlation(moments.covariance)
-    return similarity * (1 - SCALE_HANDICAP * (1 - torch.minimum(ratio, ratio.T)))
+    for rows, own in zip(similarity.split(ROWS_AT_ONCE), scale.split(ROWS_AT_ONCE), strict=True):
+        ratio = own[:, None] / scale[None, :]
+        ratio = torch.minimum(ratio, ratio.reciprocal())
+        rows.mul_(ratio.sub_(1).mul_(SCALE_HANDICAP).add_(1))
+    return similarity
 
 
 def _of_units(

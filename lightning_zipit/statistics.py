@@ -88,6 +88,11 @@ class FeatureStatistics(Metric):
         self.add_state(
             "comoment", torch.zeros(total, total, dtype=torch.float64), dist_reduce_fx="sum", persistent=True
         )
+        self._shrink_default()
+
+    def _shrink_default(self) -> None:
+        """What `reset` copies is a matrix of zeros as large as the statistics: a single zero will do."""
+        self._defaults["comoment"] = torch.zeros_like(self.count).expand_as(self.comoment)
 
     def update(self, features: Sequence[Tensor]) -> None:
         """Add samples.
@@ -176,7 +181,9 @@ class FeatureStatistics(Metric):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        return super()._apply(move, *args, **kwargs)  # type: ignore[return-value]
+        super()._apply(move, *args, **kwargs)
+        self._shrink_default()
+        return self
 
     def set_dtype(self, dst_type: str | torch.dtype) -> FeatureStatistics:
         """Keep the states in float64, whatever type the surrounding module is cast to."""

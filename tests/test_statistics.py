@@ -141,6 +141,11 @@ def test_copied_and_pickled_statistics_go_on(features, duplicate):
     assert_same(statistics.compute(), dense_moments(features[:150]), 1e-12)
 
 
+def test_nothing_else_is_as_large_as_the_comoment():
+    statistics = FeatureStatistics([8, 8]).to("cpu")
+    assert sum(default.untyped_storage().nbytes() for default in statistics._defaults.values()) < 8 * 16 * 16
+
+
 def test_reset_statistics_start_afresh(features):
     statistics = gather(features + 1e4)
     statistics.reset()
