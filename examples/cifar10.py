@@ -28,11 +28,13 @@ MEAN = torch.tensor([125.307, 122.961, 113.8575]).reshape(3, 1, 1) / 255
 DEVIATION = torch.tensor([51.5865, 50.847, 51.255]).reshape(3, 1, 1) / 255
 
 
-MATCHERS = {
-    "average": Average(),
-    "permute": Permute(),
-    "zip": GreedyZip(),
-    "zip(0.3, 0.125)": GreedyZip(alpha=0.3, beta=0.125),
+METHODS = {
+    "average": {"matcher": Average()},
+    "permute": {"matcher": Permute()},
+    "zip": {"matcher": GreedyZip()},
+    "zip(0.3, 0.125)": {"matcher": GreedyZip(alpha=0.3, beta=0.125)},
+    "permute + least squares": {"matcher": Permute(), "refine": "least_squares"},
+    "zip + least squares": {"matcher": GreedyZip(), "refine": "least_squares"},
 }
 
 
@@ -111,7 +113,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with train/CLASS/*.jpg and test/CLASS/*.jpg")
     parser.add_argument("--checkpoints", type=Path, nargs="+", required=True, help="two or more trained networks")
     parser.add_argument("--stop-at", nargs="+", default=["none", "layer2", "layer1"], help="the trunk's last module")
-    parser.add_argument("--matchers", nargs="+", choices=list(MATCHERS), default=list(MATCHERS))
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--calibration-images", type=int, default=1500)
     parser.add_argument("--test-images", type=int, default=5000)
     parser.add_argument("--plot", type=Path, help="write joint accuracy over cost to this image file")
@@ -124,9 +126,9 @@ def main() -> None:
     calibration = load_images(arguments.data / "train", arguments.calibration_images)
     test = load_images(arguments.data / "test", arguments.test_images)
     merges = {
-        f"{name}, {stop_at or 'all layers'}": (MATCHERS[name], stop_at)
+        f"{name}, {stop_at or 'all layers'}": METHODS[name] | {"stop_at": stop_at}
         for stop_at in (None if name == "none" else name for name in arguments.stop_at)
-        for name in arguments.matchers
+        for name in arguments.methods
     }
     # One loader for both tasks: the calibration images hold the classes of all.
     rows = compare(models, classes, merges, DataLoader(calibration, 100), list(DataLoader(test, 500)), backbone="net")

@@ -17,7 +17,6 @@ from rich.table import Table
 from torch import Tensor
 
 from lightning_zipit import Ensemble, JointAccuracy, ZipIt
-from lightning_zipit.matchers import Matcher
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ def evaluate(
 def compare(
     models: Mapping[str, LightningModule],
     classes: Mapping[str, Sequence[int]],
-    merges: Mapping[str, tuple[Matcher, str | None]],
+    merges: Mapping[str, Mapping[str, Any]],
     calibration: Any,
     test: Iterable[tuple[Tensor, Tensor]],
     backbone: str,
@@ -67,7 +66,7 @@ def compare(
     Args:
         models: the trained modules by task.
         classes: the global labels of each task's outputs.
-        merges: by row name, a matcher and where the trunk stops.
+        merges: by row name, what :meth:`lightning_zipit.ZipIt.merge` is told: matcher, stop_at, refine.
         calibration: the dataloaders of the merge.
         test: test batches with global labels.
         backbone: the merged part of the modules.
@@ -82,10 +81,7 @@ def compare(
         rows.append(Row(f"model {task}", evaluate(alone, {task: classes[task]}, test), 0))
     report = None
     for name in merge_names:
-        matcher, stop_at = merges[name]
-        merged = ZipIt(quiet_trainer()).merge(
-            models, dataloaders=calibration, backbone=backbone, stop_at=stop_at, matcher=matcher
-        )
+        merged = ZipIt(quiet_trainer()).merge(models, dataloaders=calibration, backbone=backbone, **merges[name])
         report = merged.report
         assert report is not None
         rows.append(Row(name, evaluate(merged, classes, test), report.merged.flops))
@@ -114,6 +110,7 @@ def plot(title: str, rows: Sequence[Row], path: Path) -> None:
 
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     colours = {
+        "least squares": "tab:purple",
         "model": "tab:gray",
         "average": "tab:red",
         "permute": "tab:orange",

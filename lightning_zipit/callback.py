@@ -25,7 +25,7 @@ class ZipItCallback(Callback):
         stop_at: dotted name inside the backbone of the trunk's last module; ``None`` zips everything down to the last
             layer, which stays a head per task.
         matcher: similarity → labels; ``GreedyZip()`` by default.
-        refine: ``"batch_norm"`` re-estimates running statistics in a second pass, ``None`` does nothing.
+        refine: what follows merging; see :class:`~lightning_zipit.MergeSettings`.
         merge_heads: merge the last layer too, for models that share one output space.
         verify: prove the table of axes on the first calibration batch.
         statistics_memory: GiB that the statistics may take; where they need more, the calibration data is gone through

@@ -19,6 +19,11 @@ def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
+def rank_and_size() -> tuple[int, int]:
+    """The number of this process, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if is_distributed() else (0, 1)
+
+
 def all_reduce_sums(tensors: Sequence[Tensor], group: Any = None) -> None:
     """Sum each tensor over all processes of ``group``, in place; the results are identical on each.
 

@@ -231,12 +231,11 @@ class ZipItModule(DelegatedTransfers, LightningModule):
             raise CalibrationError(f"`get_input` must return a tensor with a batch axis, got {type(x).__name__}.")
         index, loader = divmod(dataloader_idx, self._loaders_per_pass())
         if index < self.session.calibration_passes:
-            networks = {task: get_backbone(model, self.backbone) for task, model in self.copies.items()}
-            self.session.calibrate(x, networks, index, loader)
+            self.session.calibrate(x, self._networks(), index, loader)
         else:
             if self.session.merged is None:
                 self.session.merge()
-                self._start_refining(x.device)
+                self.session.start_refining(self._networks(), x.device)
             self.session.refine(x, self._tasks_of(dataloader_idx))
         return len(x)
 
@@ -253,7 +252,7 @@ class ZipItModule(DelegatedTransfers, LightningModule):
                     "several times, or refine=None and a larger statistics_memory, which take one pass."
                 )
             if not started:
-                self._start_refining(self.device)
+                self.session.start_refining(self._networks(), self.device)
             self.session.finish_refining()
         with torch.inference_mode(False):
             merged = MultiHeadModule(self.models, self.backbone, self.session.settings, self.session.merged)
@@ -264,9 +263,8 @@ class ZipItModule(DelegatedTransfers, LightningModule):
             with replacing(self._handover) as file:
                 torch.save(content, file)
 
-    def _start_refining(self, device: torch.device) -> None:
-        assert self.session is not None
-        self.session.start_refining(device, next(self.copies.parameters()).dtype)
+    def _networks(self) -> dict[str, nn.Module]:
+        return {task: get_backbone(model, self.backbone) for task, model in self.copies.items()}
 
     def _take_over(self) -> MultiHeadModule:
         try:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -64,12 +64,16 @@ class MergeReport:
         sources: the cost of each source network by task.
         merged: the cost of the merged network for all tasks together.
         notes: what is not merged by what it does, and why; see :attr:`MergeGraph.notes`.
+        fits: for ``refine="least_squares"``, the share of the variance of its target that each layer explains, in the
+            order of the network; layers are named ``trunk.`` or ``heads.TASK.`` and what they are called in the
+            backbone.
     """
 
     spaces: tuple[SpaceReport, ...]
     sources: dict[str, Cost]
     merged: Cost
     notes: tuple[str, ...] = ()
+    fits: dict[str, float] = field(default_factory=dict)
 
     @property
     def ensemble(self) -> Cost:
@@ -99,9 +103,18 @@ class MergeReport:
         buffer = io.StringIO()
         console = Console(file=buffer, width=140)
         console.print(self.to_table())
-        for line in (self.summary(), *self.notes):
+        for line in (self.summary(), *self._describe_fits(), *self.notes):
             console.print(line, highlight=False, markup=False)
         return buffer.getvalue()
+
+    def _describe_fits(self) -> Iterator[str]:
+        if self.fits:
+            lowest = min(self.fits, key=self.fits.__getitem__)
+            mean = sum(self.fits.values()) / len(self.fits)
+            yield (
+                f"{len(self.fits)} layers were fitted and explain {mean:.1%} of their targets on average, the least "
+                f"{self.fits[lowest]:.1%} (`{lowest}`)."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """The report as dicts, lists and numbers."""
@@ -115,6 +128,7 @@ class MergeReport:
             sources={task: Cost(**cost) for task, cost in content["sources"].items()},
             merged=Cost(**content["merged"]),
             notes=tuple(content.get("notes", ())),
+            fits=dict(content.get("fits", {})),
         )
 
 

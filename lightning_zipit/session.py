@@ -6,18 +6,17 @@ import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_zipit.calibration import Calibration, statistics_bytes
-from lightning_zipit.collectives import is_distributed, share
+from lightning_zipit.collectives import is_distributed, rank_and_size, share
 from lightning_zipit.errors import (
     ArchitectureMismatchError,
     CalibrationError,
@@ -31,11 +30,13 @@ from lightning_zipit.graph.verify import find_failing
 from lightning_zipit.matchers import GreedyZip, Matcher
 from lightning_zipit.merging import SpaceMap, families, match, merge_into, unmerge_into
 from lightning_zipit.rebuild import build_head, build_trunk, set_unmerges
-from lightning_zipit.refine import BatchNormEstimator
+from lightning_zipit.refine import NAMED, BatchNorm, BatchNormEstimator, LayerByLayer, LeastSquares, Refinement
+from lightning_zipit.refine.walk import Walk
 from lightning_zipit.report import Cost, MergeReport, SpaceReport, measure_cost, report_space
 from lightning_zipit.statistics_file import CalibrationStatistics, StatisticsRecord
 
-Refine = Literal["batch_norm"]
+Refine = Literal["batch_norm", "repair", "least_squares"] | Refinement
+"""What follows merging: a refinement, or the name of one with its default settings."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,9 @@ class MergeSettings:
         stop_at: dotted name inside the backbone of the trunk's last module; ``None`` zips everything down to the last
             layer, which stays a head per task.
         matcher: similarity → labels.
-        refine: what follows merging: ``"batch_norm"`` re-estimates running statistics, ``None`` does nothing.
+        refine: what follows merging: ``"batch_norm"`` re-estimates running statistics, ``"least_squares"`` fits every
+            layer to the sources, ``"repair"`` gives it their means and deviations, ``None`` does nothing. Settings
+            other than the default come with an instance, such as ``LeastSquares(positions=None)``.
         merge_heads: merge the last layer too, for models that share one output space.
         verify: prove the table of axes on the first calibration batch.
         statistics_memory: GiB that the statistics may take; where they need more, the calibration data is gone through
@@ -69,10 +72,18 @@ class MergeSettings:
     def __post_init__(self) -> None:
         if not self.statistics_memory > 0:
             raise ConfigurationError(f"`statistics_memory` must be above 0 GiB, got {self.statistics_memory}.")
-        if self.refine not in (None, *get_args(Refine)):
-            raise ConfigurationError(f"`refine` must be None or one of {list(get_args(Refine))}, got {self.refine!r}.")
+        if self.refine is not None and not isinstance(self.refine, Refinement) and self.refine not in NAMED:
+            raise ConfigurationError(
+                f"`refine` must be None, one of {list(NAMED)}, or an instance of one of "
+                f"{[type(known).__name__ for known in NAMED.values()]}, got {self.refine!r}."
+            )
         if not isinstance(self.matcher, Matcher):
             raise ConfigurationError(f"`matcher` must be a Matcher such as GreedyZip(), got {self.matcher!r}.")
+
+    @property
+    def refinement(self) -> Refinement | None:
+        """What follows merging, with its settings."""
+        return NAMED[self.refine] if isinstance(self.refine, str) else self.refine
 
 
 @dataclass(frozen=True)
@@ -138,8 +149,10 @@ class MergeSession:
     @property
     def passes(self) -> int:
         """How often the calibration data is gone through: for statistics, and for batch norm."""
-        refining = self.settings.refine == "batch_norm" and any(map(has_batch_norm, self.backbones.values()))
-        return self.calibration_passes + refining
+        how = self.settings.refinement
+        if isinstance(how, BatchNorm) and not any(map(has_batch_norm, self.backbones.values())):
+            how = None
+        return self.calibration_passes + (how is not None)
 
     def working_copies(self) -> dict[str, nn.Module]:
         """Copies of the source networks in eval mode, to be moved and cast as the calibration needs."""
@@ -254,7 +267,7 @@ class MergeSession:
 
     def _match_own_families(self) -> dict[str, tuple[SpaceMap, SpaceReport]]:
         assert self._calibration is not None
-        rank, processes = (dist.get_rank(), dist.get_world_size()) if is_distributed() else (0, 1)
+        rank, processes = rank_and_size()
         if self._record is not None and self._record.complete is None and rank == 0:
             self._gathered().save(self._record.path)
         graph, count = next(iter(self.graphs.values())), len(self.backbones)
@@ -312,14 +325,16 @@ class MergeSession:
         merged = measure_cost(AllHeads(trunk, heads), x)
         return sources, merged
 
-    def start_refining(self, device: torch.device, dtype: torch.dtype) -> None:
+    def start_refining(self, networks: Mapping[str, nn.Module], device: torch.device) -> None:
         """Between the passes: make a copy of the merged networks that runs where the calibration does.
 
         Args:
+            networks: the copies of the source networks that the calibration used.
             device: where the batches are.
-            dtype: the type that the networks run in.
         """
         assert self.merged is not None
+        self._networks, dtype = dict(networks), next(next(iter(networks.values())).parameters()).dtype
+        self._kept: list[Tensor] = []
         with torch.inference_mode(False):
             self._working = {
                 name: copy.deepcopy(module).to(device=device, dtype=dtype).eval()
@@ -328,12 +343,15 @@ class MergeSession:
             self._estimator = BatchNormEstimator(self._working)
 
     def refine(self, x: Tensor, tasks: Iterable[str]) -> None:
-        """Second pass: add a batch to the running statistics of the trunk and of the heads of ``tasks``.
+        """Last pass: add a batch to the running statistics of the trunk and of the heads of ``tasks``, or keep it.
 
         Args:
             x: an input of the backbones.
             tasks: the tasks that the batch belongs to.
         """
+        if isinstance(self.settings.refinement, LayerByLayer):
+            self._kept.append(x)
+            return
         if len(x) == 1:
             return  # a single sample has no variance
         trunk = self._working["trunk"]
@@ -345,19 +363,36 @@ class MergeSession:
                 head(*crossing)
 
     def finish_refining(self) -> None:
-        """After the second pass: take the running statistics over into the merged networks.
+        """After the last pass: take what was refined over into the merged networks.
 
         Raises:
             CalibrationError: if a batch norm has seen no batch.
         """
         assert self.merged is not None
+        how = self.settings.refinement
         with torch.inference_mode(False), torch.no_grad():
-            self._estimator.finish()
+            if isinstance(how, LayerByLayer):
+                self._walk(how)
+            else:
+                self._estimator.finish()
             for name, module in {"trunk": self.merged.trunk, **_prefixed(self.merged.heads)}.items():
-                estimated = dict(self._working[name].named_buffers())
-                for buffer_name, buffer in module.named_buffers():
-                    buffer.copy_(estimated[buffer_name])
-        self._working = {}
+                for old, new in zip(
+                    module.state_dict().values(), self._working[name].state_dict().values(), strict=True
+                ):
+                    old.copy_(new)
+        self._working, self._networks, self._kept = {}, {}, []
+
+    def _walk(self, how: LayerByLayer) -> None:
+        assert self.merged is not None
+        trunk, heads = self._working["trunk"], {task: self._working[f"heads.{task}"] for task in self.backbones}
+        with torch.autocast(next(trunk.parameters()).device.type, enabled=False):
+            walk = Walk(trunk, heads, self._networks, self.graphs, self._maps, self._kept, how)
+            fits = walk.run()
+        unfitted = walk.find_unfitted(fits) if isinstance(how, LeastSquares) else []
+        note = (f"Kept the weights that merging gave them: {', '.join(f'`{name}`' for name in unfitted)}.",)
+        notes = self.merged.report.notes + note * bool(unfitted)
+        report = replace(self.merged.report, fits=fits, notes=notes)
+        self.merged = replace(self.merged, report=report)
 
 
 class AllHeads(nn.Module):
@@ -418,15 +453,15 @@ def merge_backbones(
             for number, loader in enumerate(loaders):
                 for x in loader:
                     session.calibrate(x, networks, index, number)
-        merged = session.merge()
+        session.merge()
         if session.passes > session.calibration_passes:
-            parameter = next(session._first.parameters())
-            session.start_refining(parameter.device, parameter.dtype)
+            session.start_refining(networks, next(session._first.parameters()).device)
             for index, loader in enumerate(loaders):
                 for x in loader:
                     session.refine(x, [tasks[index]] if per_task else tasks)
             session.finish_refining()
-    return merged
+    assert session.merged is not None
+    return session.merged
 
 
 def split_families(graph: MergeGraph, num_models: int, limit: float) -> list[list[list[str]]]:

@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_info
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lightning_zipit.collectives import is_distributed, share
+from lightning_zipit.collectives import rank_and_size, share
 from lightning_zipit.errors import ConfigurationError, StatisticsError
 from lightning_zipit.files import find_output_problem, replacing
 from lightning_zipit.statistics import STATES, FeatureStatistics
@@ -208,7 +207,7 @@ class StatisticsRecord:
         if problem := find_output_problem(self.path, "statistics"):
             raise ConfigurationError(problem)
         self.fingerprints = {task: fingerprint(network) for task, network in networks.items()}
-        rank, processes = (dist.get_rank(), dist.get_world_size()) if is_distributed() else (0, 1)
+        rank, processes = rank_and_size()
         self._own = self.path.with_name(f"{self.path.stem}.part-{rank}-of-{processes}{self.path.suffix}")
         others = [found for found in self.path.parent.glob(f"{self.path.stem}.part-*-of-*{self.path.suffix}")]
         strangers = [found.name for found in others if not found.stem.endswith(f"-of-{processes}")]

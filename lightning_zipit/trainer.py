@@ -57,7 +57,9 @@ class ZipItTrainer(Trainer):
             stop_at: dotted name inside the backbone of the last module that the tasks share. By default everything down
                 to the last layer, which stays a head per task.
             matcher: how features of the models are matched; GreedyZip by default.
-            refine: batch_norm re-estimates running statistics in a second pass over the data; null does nothing.
+            refine: what follows merging, in a second pass over the data: batch_norm re-estimates running statistics,
+                least_squares fits every layer to the sources, repair gives it their means and deviations, null does
+                nothing. Settings: --refine LeastSquares --refine.positions 256.
             merge_heads: merge the last layer too, for models that share one output space.
             statistics_memory: GiB that the statistics may take; where they need more, the calibration data is gone
                 through several times.

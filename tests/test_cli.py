@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from lightning_zipit import MultiHeadModule, ZipIt, ZipItCLI, ZipItTrainer, trac
 from lightning_zipit.cli import main
 from lightning_zipit.errors import CheckpointError, ConfigurationError
 from lightning_zipit.matchers import GreedyZip
+from lightning_zipit.refine import LeastSquares, Repair
 
 QUIET = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
 SOURCES = ["--checkpoints.cats", "a.ckpt", "--checkpoints.dogs", "b.ckpt", "--backbone", "net"]
@@ -131,6 +133,23 @@ def test_a_matcher_is_named_by_its_class_or_class_path(capsys, flags, name, argu
     matcher = yaml.safe_load(capsys.readouterr().out)["matcher"]
     assert matcher["class_path"] == f"lightning_zipit.matchers.{name}"
     assert matcher.get("init_args", {}) == arguments
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--refine=null"], None),
+        (["--refine=least_squares"], "least_squares"),
+        (["--refine=LeastSquares", "--refine.positions=32"], LeastSquares(positions=32)),
+        (["--refine=lightning_zipit.refine.Repair"], Repair()),
+    ],
+)
+def test_a_refinement_is_named_or_given_with_its_settings(folder, flags, expected, monkeypatch):
+    seen = []
+    monkeypatch.setattr(ZipIt, "merge", lambda self, *_, **arguments: seen.append(arguments["refine"]))
+    with suppress(Exception):  # what comes after has nothing to work on
+        cli("merge", *SOURCES, *flags)
+    assert seen == [expected]
 
 
 def test_the_hyperparameters_of_a_checkpoint_count_before_those_given(folder):

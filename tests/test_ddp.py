@@ -12,6 +12,7 @@ from helpers.nets import Lit, settle, trainer
 from torch.utils.data import DataLoader
 
 from lightning_zipit import CalibrationStatistics, MultiHeadModule, ZipIt
+from lightning_zipit.refine import LeastSquares
 
 ROOT = Path(__file__).parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT.parent}", "OMP_NUM_THREADS": "1"}
@@ -34,6 +35,9 @@ def run(**arguments):
 merged = merge(run(), 2, f"{out}/two.safetensors")
 spaces = [vars(space) for space in merged.report.spaces]
 torch.save({"state": merged.state_dict(), "spaces": spaces}, f"{out}/2-{rank}.pt")
+from lightning_zipit.refine import LeastSquares
+fitted = merge(run(), 2, refine=LeastSquares(positions=None))
+torch.save(fitted.state_dict(), f"{out}/fitted-{rank}.pt")
 merge(run(precision="64-true"), 2, f"{out}/two-64.safetensors")
 again = merge(run(), 2, f"{out}/two.safetensors")
 assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in merged.state_dict().items())
@@ -121,8 +125,10 @@ def loaders(devices):
     return [DataLoader(torch.randn(count, 3, 16, 16, generator=generator), 8 // devices) for count in (53, 48)]
 
 
-def merge(run, devices, statistics=None):
-    return ZipIt(run).merge(models(), loaders(devices), backbone="net", stop_at="layer1.0", statistics=statistics)
+def merge(run, devices, statistics=None, **arguments):
+    return ZipIt(run).merge(
+        models(), loaders(devices), backbone="net", stop_at="layer1.0", statistics=statistics, **arguments
+    )
 
 
 def start(folder, script, *arguments, **environment):
@@ -184,6 +190,13 @@ def test_statistics_of_batch_norm_are_averaged_over_the_batches_of_both(one, two
     for name, tensor in one.state_dict().items():
         if name.endswith("running_mean"):
             assert torch.allclose(tensor, first["state"][name], atol=0.1), name
+
+
+def test_two_processes_fit_layers_as_one_does(folder, two):
+    fitted = merge(trainer(), 1, refine=LeastSquares(positions=None)).state_dict()
+    first, second = (torch.load(folder / f"fitted-{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+    assert all(torch.allclose(tensor, first[name], rtol=1e-3, atol=1e-4) for name, tensor in fitted.items())
 
 
 def test_samples_that_are_counted_twice_or_not_at_all_are_an_error_on_every_rank(two):

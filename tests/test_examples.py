@@ -54,8 +54,10 @@ def test_zip_beats_permute_beats_average_on_cifar10(tmp_path):
     with tarfile.open(archive) as images:
         images.extractall(tmp_path, filter="data")
     joint = joint_accuracies(
-        *("examples/cifar10.py", "--data", tmp_path, "--stop-at", "none", "--matchers", "average", "permute", "zip"),
+        *("examples/cifar10.py", "--data", tmp_path, "--stop-at", "none", "--methods", "average", "permute", "zip"),
+        "zip + least squares",
         *("--checkpoints", checkpoints / "devA.pt", checkpoints / "devB.pt"),
         *("--calibration-images", "300", "--test-images", "600"),
     )
     assert joint["zip, all layers"] > joint["permute, all layers"] > joint["average, all layers"]
+    assert joint["zip + least squares, all layers"] > joint["zip, all layers"] + 5

@@ -1,0 +1,171 @@
+"""Fits a layer to a target in closed form."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_zipit.collectives import all_reduce_sums, is_distributed
+from lightning_zipit.refine.layers import Fitted, groups_of
+from lightning_zipit.statistics import full_precision
+
+MOST_INPUTS = 8192
+"""Layers with more inputs keep their weights: the normal equations of one take half a GiB at this size."""
+
+
+def patches(layer: Fitted, x: Tensor, positions: Tensor | None = None) -> Tensor:
+    """What a layer multiplies its weights with, group by group.
+
+    Args:
+        layer: a convolution of one or two dimensions, or a linear layer.
+        x: its input.
+        positions: which output positions to take, counted row by row; all by default.
+
+    Returns:
+        ``(groups, samples × positions, inputs of a group)``; the product with the weights of the group, ``(outputs,
+        inputs)``, is the layer's output without bias.
+    """
+    if isinstance(layer, nn.Linear):
+        rows = x.reshape(len(x), -1, x.shape[-1])
+        chosen = rows if positions is None else rows[:, positions]
+        return chosen.reshape(1, -1, x.shape[-1])
+    if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+        x = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
+        padding: tuple[int, ...] = (0,) * len(layer.kernel_size)
+    else:
+        padding = tuple(int(size) for size in layer.padding)
+    if layer.kernel_size == (1, 1) and layer.stride == (1, 1) and padding == (0, 0):
+        columns = x.flatten(2)
+    elif isinstance(layer, nn.Conv1d):
+        sizes = ((1, *layer.kernel_size), (1, *layer.dilation), (0, *padding), (1, *layer.stride))
+        columns = F.unfold(x.unsqueeze(2), *sizes)
+    else:
+        columns = F.unfold(x, layer.kernel_size, layer.dilation, padding, layer.stride)
+    if positions is not None:
+        columns = columns[..., positions]
+    grouped = columns.unflatten(1, (layer.groups, -1))  # (batch, groups, inputs, positions)
+    return grouped.permute(1, 0, 3, 2).flatten(1, 2)
+
+
+def samples(layer: Fitted, value: Tensor, positions: Tensor | None = None) -> Tensor:
+    """Values of the shape of a layer's output, ``(samples × positions, outputs)``, in the order of :func:`patches`."""
+    rows = value.reshape(len(value), -1, value.shape[-1]) if isinstance(layer, nn.Linear) else value.flatten(2).mT
+    return (rows if positions is None else rows[:, positions]).flatten(0, 1)
+
+
+class NormalEquations:
+    """Sums over samples from which the best weights of a layer follow; they add up over batches and processes.
+
+    Args:
+        groups: the number of groups.
+        inputs: inputs of a group.
+        outputs: outputs of a group.
+        device: where the samples are.
+    """
+
+    def __init__(self, groups: int, inputs: int, outputs: int, device: torch.device) -> None:
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(groups, *shape, dtype=torch.float64, device=device)
+
+        self.count = zeros(1)[:1]
+        self.inputs, self.outputs = zeros(inputs), zeros(outputs)
+        self.gram, self.cross, self.power = zeros(inputs, inputs), zeros(inputs, outputs), zeros(outputs)
+
+    def add(self, x: Tensor, target: Tensor) -> None:
+        """Add samples.
+
+        Args:
+            x: ``(groups, samples, inputs)``.
+            target: ``(groups, samples, outputs)``.
+        """
+        with full_precision(x.device.type):
+            x, target = x.float(), target.float()
+            self.count += x.shape[1]
+            self.inputs += x.sum(1, dtype=torch.float64)
+            self.outputs += target.sum(1, dtype=torch.float64)
+            self.gram += x.mT @ x
+            self.cross += x.mT @ target
+            self.power += target.square().sum(1, dtype=torch.float64)
+
+    def sum_over_processes(self) -> None:
+        """Put the samples of all processes into the sums of each."""
+        if is_distributed():
+            all_reduce_sums([self.count, self.inputs, self.outputs, self.gram, self.cross, self.power])
+
+    def solve(self, prior: Tensor, ridge: float, intercept: bool = True) -> tuple[Tensor, Tensor]:
+        """The weights and bias that minimise Σ‖W x + b - t‖² + λ‖W - prior‖².
+
+        Args:
+            prior: ``(groups, outputs, inputs)``.
+            ridge: λ as a share of the mean variance of the inputs.
+            intercept: whether there is a bias; without one it is 0.
+
+        Returns:
+            float64 ``(groups, outputs, inputs)`` and ``(groups, outputs)``.
+        """
+        mean, offset, gram, cross = self._centred(intercept)
+        strength = ridge * gram.diagonal(dim1=1, dim2=2).mean(1).clamp(min=torch.finfo(torch.float32).tiny)
+        identity = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
+        while True:
+            penalty = strength[:, None, None]
+            factor, failed = torch.linalg.cholesky_ex(gram + penalty * identity)
+            if not failed.any():
+                break
+            strength = torch.where(failed > 0, strength * 10, strength)
+        weight = torch.cholesky_solve(cross + penalty * prior.double().mT, factor).mT
+        return weight, offset - (weight @ mean[:, :, None]).squeeze(2)
+
+    def explained(self, weight: Tensor, bias: Tensor) -> float:
+        """The share of the target's variance that weights explain, over all outputs; 1 at best."""
+        mean, offset, gram, cross = self._centred()
+        total = (self.power / self.count - offset.square()).sum()
+        fitted = 2 * (weight * cross.mT).sum() - ((weight @ gram) * weight).sum()
+        shift = ((weight @ mean[:, :, None]).squeeze(2) + bias - offset).square().sum()
+        return ((fitted - shift) / total.clamp(min=torch.finfo(torch.float64).tiny)).item()
+
+    def moments_of(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance of W x per output, ``(groups, outputs)`` each."""
+        mean, _, gram, _ = self._centred()
+        return (weight @ mean[:, :, None]).squeeze(2), ((weight @ gram) * weight).sum(2).clamp(min=0)
+
+    def _centred(self, centre: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        mean, offset = (sums / self.count * centre for sums in (self.inputs, self.outputs))
+        gram = self.gram / self.count - mean[:, :, None] * mean[:, None, :]
+        cross = self.cross / self.count - mean[:, :, None] * offset[:, None, :]
+        return mean, offset, gram, cross
+
+
+def solve_layer(layer: Fitted, norm: _BatchNorm | None, equations: NormalEquations, ridge: float) -> float:
+    """Set the weights of a layer, and the norm behind it, to the solution of its normal equations.
+
+    The norm gets the statistics of what the layer gives now, and the scale and shift that undo them: in eval mode it
+    is then no more than a bias.
+
+    Args:
+        layer: the layer; its weights are what the solution is held to.
+        norm: the batch norm behind it.
+        equations: with the samples of all processes.
+        ridge: see :meth:`NormalEquations.solve`.
+
+    Returns:
+        The share of the target's variance that the layer explains.
+    """
+    old: Tensor = layer.weight.detach()
+    prior = old.flatten(1).double()
+    if norm is not None:
+        prior = prior * (norm.weight.double() / (norm.get_buffer("running_var").double() + norm.eps).sqrt())[:, None]
+    prior = prior.unflatten(0, (groups_of(layer), -1))
+    weight, bias = equations.solve(prior, ridge, intercept=norm is not None or layer.bias is not None)
+    layer.weight.copy_(weight.flatten(0, 1).reshape(old.shape))
+    if norm is not None:
+        mean, variance = (moment.flatten() for moment in equations.moments_of(weight))
+        norm.get_buffer("running_mean").copy_(mean)
+        norm.get_buffer("running_var").copy_(variance)
+        norm.weight.copy_((variance + norm.eps).sqrt())
+        norm.bias.copy_(bias.flatten() + mean)
+    if layer.bias is not None:
+        layer.bias.copy_(bias.flatten() if norm is None else torch.zeros_like(layer.bias))
+    return equations.explained(weight, bias)

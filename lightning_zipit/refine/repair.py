@@ -1,0 +1,67 @@
+"""Gives a layer's outputs the means and deviations that they should have (REPAIR, arXiv 2211.08403)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_zipit.collectives import all_reduce_sums, is_distributed
+from lightning_zipit.refine.layers import Fitted
+
+
+class OutputMoments:
+    """Mean and deviation per feature, gathered over batches and processes.
+
+    Args:
+        size: the number of features.
+        device: where the samples are.
+    """
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self.sums = torch.zeros(3, size, dtype=torch.float64, device=device)
+
+    def add(self, rows: Tensor) -> None:
+        """Add samples ``(samples, features)``."""
+        count = torch.full_like(self.sums[0], len(rows))
+        rows = rows.double()
+        self.sums += torch.stack([count, rows.sum(0), rows.square().sum(0)])
+
+    def sum_over_processes(self) -> None:
+        """Put the samples of all processes into the sums of each."""
+        if is_distributed():
+            all_reduce_sums([self.sums])
+
+    @property
+    def mean(self) -> Tensor:
+        """``(features,)``."""
+        return self.sums[1] / self.sums[0]
+
+    @property
+    def variance(self) -> Tensor:
+        """``(features,)``, with Bessel's correction."""
+        count, total, squares = self.sums
+        return ((squares - total.square() / count) / (count - 1).clamp(min=1)).clamp(min=0)
+
+
+def rescale_layer(layer: Fitted, norm: _BatchNorm | None, now: OutputMoments, mean: Tensor, std: Tensor) -> None:
+    """Let the outputs of a layer, behind its norm if it has one, have other means and deviations.
+
+    Args:
+        layer: the layer.
+        norm: the batch norm behind it.
+        now: the moments of what the layer gives, before the norm.
+        mean: the means to have, ``(outputs,)``.
+        std: the deviations to have, ``(outputs,)``.
+    """
+    dead = now.variance <= torch.finfo(torch.float32).tiny
+    ratio = torch.where(dead, torch.ones_like(std), std / now.variance.where(~dead, torch.ones_like(std)).sqrt())
+    if norm is not None:
+        norm.get_buffer("running_mean").copy_(now.mean)
+        norm.get_buffer("running_var").copy_(now.variance)
+        norm.weight.copy_(ratio * (now.variance + norm.eps).sqrt())
+        norm.bias.copy_(mean)
+        return
+    layer.weight.mul_(ratio.reshape(-1, *[1] * (layer.weight.ndim - 1)))
+    if layer.bias is not None:
+        layer.bias.copy_(mean + (layer.bias - now.mean) * ratio)

@@ -1,0 +1,246 @@
+"""Goes through the layers of a merged network in order, and adapts each to what the sources compute there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor, fx, nn
+
+from lightning_zipit.collectives import rank_and_size
+from lightning_zipit.graph import MergeGraph
+from lightning_zipit.merging import SpaceMap
+from lightning_zipit.rebuild import UNMERGE
+from lightning_zipit.refine.frontier import Frontier, Run, Values
+from lightning_zipit.refine.layers import Fitted, Layer, Norm, find_stops, groups_of, layer_of
+from lightning_zipit.refine.least_squares import MOST_INPUTS, NormalEquations, patches, samples, solve_layer
+from lightning_zipit.refine.repair import OutputMoments, rescale_layer
+from lightning_zipit.refine.settings import LayerByLayer, LeastSquares
+
+
+@dataclass(frozen=True)
+class Zip:
+    """How the features of the sources along an axis become those of the merged network: M, as indices.
+
+    Attributes:
+        targets: of each source, the merged feature of each of its features, ``(C,)``.
+        shares: of each source, what each feature contributes, ``(C,)``.
+    """
+
+    targets: tuple[Tensor, ...]
+    shares: tuple[Tensor, ...]
+
+    @classmethod
+    def of_outputs(
+        cls, graph: MergeGraph, parameter: str, maps: Mapping[str, SpaceMap], size: int, num_models: int
+    ) -> Zip:
+        """That of the outputs of one of the trunk's layers; outside all spaces, sources are averaged by number."""
+        ref = graph.axes.get(parameter, (None,))[0]
+        targets, shares = [], []
+        for source in range(num_models):
+            index, share = torch.arange(size), torch.full((size,), 1 / num_models, dtype=torch.float64)
+            if ref is not None:
+                index = ref.index({space: maps[space].targets(source) for space in ref.spaces})
+                for block in ref.blocks:
+                    share[block.entries()] = maps[block.space].shares(source)[:, None]
+            targets.append(index)
+            shares.append(share)
+        return cls(tuple(targets), tuple(shares))
+
+    @classmethod
+    def of_one(cls, size: int) -> Zip:
+        """That of a head, which has one source and its features."""
+        return cls((torch.arange(size),), (torch.ones(size),))
+
+    def __call__(self, values: Sequence[Tensor]) -> Tensor:
+        """M·[z_1 … z_N] of values ``(samples, C)``, one for each source."""
+        joint = torch.zeros_like(values[0])
+        for value, target, share in zip(values, self.targets, self.shares, strict=True):
+            joint.index_add_(1, target.to(value.device), value * share.to(value))
+        return joint
+
+
+class Walk:
+    """Adapts a merged network, layer by layer, on the calibration data of all processes.
+
+    Args:
+        trunk: the merged trunk; it is changed.
+        heads: the heads by task; they are changed.
+        sources: the source networks by task, in eval mode.
+        graphs: their merge graphs.
+        maps: the matching of each space.
+        batches: inputs, those of this process, on the device of the networks.
+        how: what to do with each layer.
+    """
+
+    def __init__(
+        self,
+        trunk: nn.Module,
+        heads: Mapping[str, nn.Module],
+        sources: Mapping[str, nn.Module],
+        graphs: Mapping[str, MergeGraph],
+        maps: Mapping[str, SpaceMap],
+        batches: Sequence[Tensor],
+        how: LayerByLayer,
+    ) -> None:
+        self.heads, self.sources, self.graphs, self.maps, self.how = heads, sources, graphs, maps, how
+        self.batches = batches
+        self.graph = next(iter(graphs.values()))
+        self.nodes = list(self.graph.trunk_graph())
+        crossing = {crossing.node for crossing in self.graph.crossings}
+        self.crossings = [node for node in self.nodes if node.name in crossing]
+        self.runs = [Run(network, self.nodes, self.crossings) for network in (trunk, *sources.values())]
+        self.head_nodes = {
+            task: [node for node in graph.fx_graph.nodes if node.name not in graph.trunk_nodes and node.op != "output"]
+            for task, graph in graphs.items()
+        }
+
+    def run(self) -> dict[str, float]:
+        """Go through the trunk, then through every head.
+
+        Returns:
+            For :class:`LeastSquares`, the share of the variance of its target that each layer explains; layers are
+            named ``trunk.`` or ``heads.TASK.`` and what they are called in the backbone.
+        """
+        fits: dict[str, float] = {}
+        stops = {"trunk": find_stops(self.graph.module, self.nodes, ())}
+        for task, nodes in self.head_nodes.items():
+            graph = self.graphs[task]
+            stops[f"heads.{task}"] = find_stops(graph.module, nodes, list(graph.trunk_graph()))
+        silent = rank_and_size()[0] != 0 or not Console().is_terminal
+        with Progress(transient=True, disable=silent) as progress:
+            bar = progress.add_task("refining layers", total=sum(map(len, stops.values())))
+            for part, count in stops.items():
+                for name, fit in self._parts(part).visit(count):
+                    progress.advance(bar)
+                    if fit is not None:
+                        fits[f"{part}.{name}"] = fit
+        return fits
+
+    def find_unfitted(self, fits: Collection[str]) -> list[str]:
+        """The modules of trunk and heads with matrices among their parameters that were not fitted."""
+        found = []
+        for part, network in {"trunk": self.runs[0].network, **self.heads}.items():
+            prefix = part if part == "trunk" else f"heads.{part}"
+            for name, parameter in network.named_parameters():
+                owner = f"{prefix}.{name}".rpartition(".")[0]
+                if parameter.ndim > 1 and owner not in fits:
+                    found.append(owner)
+        return list(dict.fromkeys(found))
+
+    def _parts(self, part: str) -> _Part:
+        limit = int(self.how.cache_bytes)
+        if part == "trunk":
+            self.trunk = Frontier(self.runs, len(self.batches), self._begin, limit)
+
+            def zip_of(name: str, size: int) -> Zip:
+                return Zip.of_outputs(self.graph, f"{name}.weight", self.maps, size, len(self.sources))
+
+            return _Part(self.trunk, zip_of, self.how)
+        task = part.partition(".")[2]
+        if not self.head_nodes[task]:
+            return _Part(Frontier([], 0, self._begin, limit), lambda _, size: Zip.of_one(size), self.how)
+        runs = [Run(network, self.head_nodes[task]) for network in (self.heads[task], self.sources[task])]
+        frontier = Frontier(runs, len(self.batches), lambda batch: self._begin_head(task, batch), limit)
+        return _Part(frontier, lambda _, size: Zip.of_one(size), self.how)
+
+    def _begin(self, batch: int) -> list[Values]:
+        inputs = next(node for node in self.nodes if node.op == "placeholder")
+        return [{inputs: self.batches[batch].clone()} for _ in self.runs]
+
+    def _begin_head(self, task: str, batch: int) -> list[Values]:
+        """What the trunk hands over: the merged one to the head, the source's own to the rest of the source."""
+        number = 1 + list(self.sources).index(task)
+        merged, own = self.trunk.finish(batch, (0, number))
+        graph = self.graphs[task]
+        by_name = {node.name: node for node in graph.trunk_graph()}
+        values = [{by_name[node.name]: held[node].clone() for node in self.crossings} for held in (merged, own)]
+        for crossing in graph.crossings:
+            if crossing.ref is not None and not crossing.absorbed:
+                node = by_name[crossing.node]
+                values[0][node] = self.heads[task].get_submodule(f"{UNMERGE}.{crossing.node}")(values[0][node])
+        return values
+
+
+class _Part:
+    """The trunk or a head on its way: takes it, and its sources, from stop to stop."""
+
+    def __init__(self, frontier: Frontier, zip_of: Callable[[str, int], Zip], how: LayerByLayer) -> None:
+        self.frontier, self.zip_of, self.how = frontier, zip_of, how
+        if frontier.runs:
+            self.merged = frontier.runs[0].network
+            self.position = {node: number for number, node in enumerate(frontier.runs[0].nodes)}
+        self.sources_at = 0
+        self.generator = torch.Generator().manual_seed(0)  # the same positions on every process
+
+    def visit(self, stops: Sequence[Layer | Norm]) -> Iterator[tuple[str, float | None]]:
+        for stop in stops:
+            if isinstance(stop, Norm):
+                self._renew(stop)
+                yield stop.name, None
+            elif isinstance(self.how, LeastSquares):
+                yield stop.name, self._solve(stop, self.how)
+            else:
+                self._rescale(stop)
+                yield stop.name, None
+
+    def _batches(self, stop: Layer | Norm, target: fx.Node | None = None) -> Iterator[list[Values]]:
+        """Per batch, the values of the merged network before a stop, and of the sources right behind a target."""
+        if target is not None:
+            self.sources_at = max(self.sources_at, self.position[target] + 1)
+        ends = [self.position[stop.node], *[self.sources_at] * (len(self.frontier.runs) - 1)]
+        return self.frontier.visit(ends)
+
+    def _positions(self, layer: Fitted, value: Tensor) -> Tensor | None:
+        count = value[0].numel() // (value.shape[-1] if isinstance(layer, nn.Linear) else value.shape[1])
+        if self.how.positions is None or count <= self.how.positions:
+            return None
+        return torch.randperm(count, generator=self.generator)[: self.how.positions].to(value.device)
+
+    def _solve(self, stop: Layer, how: LeastSquares) -> float | None:
+        layer, norm = layer_of(self.merged, stop)
+        inputs, outputs, groups = layer.weight[0].numel(), len(layer.weight), groups_of(layer)
+        if inputs > MOST_INPUTS:
+            return None
+        zipped = self.zip_of(stop.name, outputs)
+        equations = NormalEquations(groups, inputs, outputs // groups, layer.weight.device)
+        for values, *sources in self._batches(stop, stop.target):
+            chosen = self._positions(layer, sources[0][stop.target])
+            target = zipped([samples(layer, each[stop.target], chosen) for each in sources])
+            if stop.beside is not None:
+                target -= samples(layer, values[stop.beside], chosen)
+            x = patches(layer, values[stop.input], chosen)
+            equations.add(x, target.unflatten(1, (groups, -1)).movedim(1, 0))
+        equations.sum_over_processes()
+        return solve_layer(layer, norm, equations, how.ridge)
+
+    def _rescale(self, stop: Layer) -> None:
+        layer, norm = layer_of(self.merged, stop)
+        size, device = len(layer.weight), layer.weight.device
+        zipped, now = self.zip_of(stop.name, size), OutputMoments(size, device)
+        wanted = [OutputMoments(size, device) for _ in self.frontier.runs[1:]]
+        at = stop.norm or stop.node
+        for values, *sources in self._batches(stop, at):
+            chosen = self._positions(layer, sources[0][at])
+            now.add(samples(layer, layer(values[stop.input]), chosen))
+            for moments, each in zip(wanted, sources, strict=True):
+                moments.add(samples(layer, each[at], chosen))
+        for moments in (now, *wanted):
+            moments.sum_over_processes()
+        mean = zipped([moments.mean[None] for moments in wanted])[0]
+        std = zipped([moments.variance.sqrt()[None] for moments in wanted])[0]
+        rescale_layer(layer, norm, now, mean, std)
+
+    def _renew(self, stop: Norm) -> None:
+        """Statistics of what reaches a norm that stands by itself."""
+        norm = self.merged.get_submodule(stop.name)
+        mean = norm.get_buffer("running_mean")
+        now = OutputMoments(len(mean), mean.device)
+        for values, *_ in self._batches(stop):
+            now.add(values[stop.input].movedim(1, -1).flatten(0, -2))
+        now.sum_over_processes()
+        mean.copy_(now.mean)
+        norm.get_buffer("running_var").copy_(now.variance)

@@ -1,0 +1,248 @@
+"""Refinements that go through the layers: least squares and REPAIR."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from architectures import relative_error
+from helpers.nets import HandWrittenViT, Lit, PlainNet, SmallResNet, images, settle, torchvision_net, trainer
+from torch import nn
+from torchvision.models import DenseNet
+
+from lightning_zipit import MergeSettings, MultiHeadModule, ZipIt, merge_backbones, trace
+from lightning_zipit.errors import ConfigurationError
+from lightning_zipit.graph import permute_spaces
+from lightning_zipit.graph.verify import random_permutations
+from lightning_zipit.matchers import Average, GreedyZip
+from lightning_zipit.refine import LeastSquares, Repair
+from lightning_zipit.refine.least_squares import NormalEquations, patches, samples
+from lightning_zipit.session import AllHeads
+
+EVERYTHING = {"positions": None}
+
+LAYERS = {
+    "linear": (nn.Linear(6, 4), (5, 6)),
+    "linear over tokens": (nn.Linear(6, 4), (5, 7, 6)),
+    "one by one": (nn.Conv2d(6, 4, 1), (3, 6, 5, 4)),
+    "strided": (nn.Conv2d(6, 4, 3, stride=2, padding=1), (3, 6, 9, 8)),
+    "dilated, rectangular": (nn.Conv2d(6, 4, (3, 1), dilation=2, padding=(2, 1)), (3, 6, 9, 8)),
+    "reflecting": (nn.Conv2d(6, 4, 3, padding=1, padding_mode="reflect"), (3, 6, 9, 8)),
+    "same": (nn.Conv2d(6, 4, 4, padding="same"), (3, 6, 9, 8)),
+    "grouped": (nn.Conv2d(6, 4, 3, groups=2), (3, 6, 9, 8)),
+    "depthwise": (nn.Conv2d(6, 6, 3, groups=6), (3, 6, 9, 8)),
+    "one dimension": (nn.Conv1d(6, 4, 3, stride=2, padding=2), (3, 6, 9)),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", LAYERS)
+def test_patches_times_weights_are_what_the_layer_gives(name):
+    layer, shape = LAYERS[name]
+    x = torch.randn(shape)
+    groups = getattr(layer, "groups", 1)
+    weight = layer.weight.flatten(1).unflatten(0, (groups, -1))
+    positions = torch.tensor([2, 0]) if x.ndim > 2 else None
+    for chosen in (None, positions):
+        product = (patches(layer, x, chosen) @ weight.mT).movedim(0, 1).flatten(1) + layer.bias
+        assert torch.allclose(product, samples(layer, layer(x), chosen), atol=1e-5)
+
+
+@pytest.mark.parametrize("ridge", [1e-9, 0.1])
+@pytest.mark.parametrize("intercept", [True, False])
+def test_normal_equations_give_the_solution_of_a_dense_computation(ridge, intercept):
+    torch.manual_seed(0)
+    x, prior = torch.randn(2, 300, 5).double() + 2, torch.randn(2, 3, 5).double()
+    target = x @ torch.randn(2, 5, 3).double() + torch.randn(2, 300, 3).double() + 4
+    equations = NormalEquations(2, 5, 3, x.device)
+    for part in (slice(100), slice(100, 300)):
+        equations.add(x[:, part], target[:, part])
+    weight, bias = equations.solve(prior, ridge, intercept)
+    for group in range(2):
+        mean = x[group].mean(0) if intercept else torch.zeros(5)
+        offset = target[group].mean(0) if intercept else torch.zeros(3)
+        centred = (x[group] - mean).numpy()
+        strength = ridge * np.square(centred).mean()
+        rows = np.concatenate([centred, np.sqrt(300 * strength) * np.eye(5)])
+        wanted = np.concatenate([(target[group] - offset).numpy(), np.sqrt(300 * strength) * prior[group].T.numpy()])
+        expected = np.linalg.lstsq(rows, wanted, rcond=None)[0].T
+        assert np.allclose(weight[group].numpy(), expected, atol=1e-4)
+        assert np.allclose(
+            bias[group].numpy(), (offset - torch.from_numpy(expected).to(mean) @ mean).numpy(), atol=1e-3
+        )
+
+
+def test_the_explained_share_is_that_of_the_residuals():
+    x = torch.randn(1, 400, 5)
+    target = x @ torch.randn(5, 3) + torch.randn(400, 3)
+    equations = NormalEquations(1, 5, 3, x.device)
+    equations.add(x, target)
+    weight, bias = equations.solve(torch.zeros(1, 3, 5), 1e-6)
+    residual = target[0] - x[0] @ weight[0].T.float() - bias[0].float()
+    assert equations.explained(weight, bias) == pytest.approx(
+        1 - (residual.var(0).sum() / target[0].var(0).sum()).item(), abs=1e-4
+    )
+
+
+def test_inputs_that_are_constant_or_the_same_leave_a_solution():
+    x = torch.randn(1, 50, 1).expand(1, 50, 6).clone()
+    x[..., 0] = 3
+    equations = NormalEquations(1, 6, 2, x.device)
+    equations.add(x, x[..., 1:3])
+    weight, bias = equations.solve(torch.zeros(1, 2, 6), 1e-9)
+    assert weight.isfinite().all() and torch.allclose(
+        x[0] @ weight[0].T.float() + bias[0].float(), x[0, :, 1:3], atol=1e-3
+    )
+
+
+NETWORKS = {
+    "residual": (SmallResNet, 16, ("layer1.0", "layer1.1.conv1")),
+    "no norm": (PlainNet, 16, ("features.2",)),
+    "attention": (HandWrittenViT, 16, ("blocks.0",)),
+    "depthwise": (lambda: torchvision_net("mobilenet_v3_small"), 64, ("features.4",)),
+    "concatenated": (lambda: torchvision_net("squeezenet1_1"), 64, ("features.4",)),
+    "shuffled": (lambda: torchvision_net("shufflenet_v2_x0_5"), 64, ("stage2",)),
+    "norm first": (lambda: DenseNet(8, (2, 2), 16, num_classes=5), 32, ("features.denseblock1",)),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "how", [LeastSquares(**EVERYTHING, ridge=1e-6), Repair(**EVERYTHING)], ids=["least squares", "repair"]
+)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_model_merged_with_a_permuted_copy_stays_the_same_function(name, how):
+    if isinstance(how, Repair) and name == "concatenated":
+        pytest.skip("REPAIR averages the moments of features that are never active, which may wake them")
+    torch.manual_seed(0)
+    make, size, cuts = NETWORKS[name]
+    x = torch.randn(64 if size < 32 else 24, 3, size, size)
+    net = settle(make(), x).eval()
+    graph = trace(net, example_input=x[:1])
+    permuted = permute_spaces(net, graph, random_permutations(graph))
+    for stop_at in (None, *cuts):
+        merged = merge_backbones({"a": net, "b": permuted}, list(x.split(16)), MergeSettings(stop_at, refine=how))
+        assert relative_error(AllHeads(merged.trunk, merged.heads)(x[:8]), net(x[:8])) < 2e-2, stop_at
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", NETWORKS)
+def test_least_squares_come_closer_to_the_sources_than_zipping_alone(name):
+    torch.manual_seed(0)
+    make, size, cuts = NETWORKS[name]
+    x = torch.randn(96 if size < 32 else 32, 3, size, size)
+    nets = {task: settle(make(), x).eval() for task in "ab"}
+
+    def distance(refine, stop_at):
+        merged = merge_backbones(nets, list(x.split(16)), MergeSettings(stop_at, refine=refine))
+        outputs = AllHeads(merged.trunk, merged.heads)(x)
+        return sum(((outputs[task] - net(x)).square().mean() / net(x).var()).item() for task, net in nets.items())
+
+    for stop_at in (None, cuts[0]):
+        assert distance("least_squares", stop_at) < 0.7 * distance("batch_norm", stop_at), stop_at
+
+
+def merge(models, refine, **arguments):
+    data = [images(), images(40, seed=1)]
+    return ZipIt(trainer()).merge(models, data, backbone="net", refine=refine, **arguments)
+
+
+@pytest.fixture(scope="module")
+def models():
+    torch.manual_seed(0)
+    models = {"a": Lit(5), "b": Lit(7)}
+    for model in models.values():
+        settle(model.net, torch.randn(32, 3, 16, 16))
+    return models
+
+
+@pytest.mark.parametrize("stop_at", [None, "layer1"])
+def test_activations_that_do_not_fit_into_the_cache_are_computed_anew(models, stop_at):
+    kept = merge(models, LeastSquares(), stop_at=stop_at).state_dict()
+    recomputed = merge(models, LeastSquares(cache_bytes=0), stop_at=stop_at).state_dict()
+    assert all(torch.equal(tensor, recomputed[name]) for name, tensor in kept.items())
+
+
+def test_sources_stay_as_they_were_and_the_result_can_be_saved(models, tmp_path):
+    before = copy.deepcopy([model.state_dict() for model in models.values()])
+    run = trainer()
+    merged = ZipIt(run).merge(models, images(), backbone="net", refine="least_squares")
+    for model, old in zip(models.values(), before, strict=True):
+        assert all(torch.equal(tensor, old[name]) for name, tensor in model.state_dict().items())
+    run.save_checkpoint(tmp_path / "merged.ckpt", weights_only=True)
+    again = MultiHeadModule.load_from_checkpoint(tmp_path / "merged.ckpt")
+    x = torch.randn(4, 3, 16, 16)
+    assert all(torch.equal(output, again(x)[task]) for task, output in merged.eval()(x).items())
+    assert again.report.fits == merged.report.fits
+
+
+def test_the_report_says_how_well_each_layer_fits_and_which_were_left(models):
+    report = merge(models, "least_squares", stop_at="layer1").report
+    assert "trunk.layer1.1.conv2" in report.fits and "heads.b.linear" in report.fits
+    assert all(0 < fit <= 1 for fit in report.fits.values())
+    assert "layers were fitted" in str(report) and not any("Kept the weights" in note for note in report.notes)
+
+    class Recurring(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.again, self.last = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.last(self.again(self.again(self.first(x).relu()).relu()).relu())
+
+    merged = merge_backbones(
+        {task: Recurring() for task in "ab"}, torch.randn(2, 16, 6), MergeSettings(refine="least_squares")
+    )
+    assert "Kept the weights that merging gave them: `trunk.again`." in merged.report.notes
+    assert set(merged.report.fits) == {"trunk.first", "heads.a.last", "heads.b.last"}
+
+
+def test_in_training_mode_the_norms_have_the_statistics_of_what_reaches_them():
+    """So that fine-tuning starts from the fitted network."""
+    torch.manual_seed(0)
+    x = torch.randn(256, 3, 16, 16)
+    nets = {task: settle(SmallResNet(), x) for task in "ab"}
+    merged = merge_backbones(nets, [x], MergeSettings(refine=LeastSquares(positions=None)))
+    network = AllHeads(merged.trunk, merged.heads)
+    with torch.no_grad():
+        fitted = network.eval()(x)
+        trained = network.train()(x)
+    assert all((trained[task] - output).abs().mean() < 1e-2 * output.std() for task, output in fitted.items())
+
+
+def test_repair_gives_outputs_the_mean_deviation_of_the_sources():
+    torch.manual_seed(0)
+    x = torch.randn(128, 3, 16, 16)
+    nets = {task: PlainNet() for task in "ab"}
+    settings = MergeSettings(matcher=Average(), refine=Repair(positions=None))
+    merged = merge_backbones(nets, [x], settings)
+    with torch.no_grad():
+        own = merged.trunk.get_submodule("features.0")(x)
+        sources = [net.features[0](x) for net in nets.values()]
+    for moment in (torch.mean, torch.std):
+        expected = sum(moment(value, (0, 2, 3)) for value in sources) / 2
+        assert torch.allclose(moment(own, (0, 2, 3)), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_heads_can_be_merged_and_fitted_too(models):
+    same = {"a": models["a"], "b": copy.deepcopy(models["a"])}
+    merged = merge(same, "least_squares", merge_heads=True)
+    x = torch.randn(8, 3, 16, 16)
+    outputs = merged.eval()(x)
+    assert torch.equal(outputs["a"], outputs["b"])
+    assert relative_error(outputs, models["a"].eval()(x)) < 5e-2
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: MergeSettings(refine="nothing"), "'repair', 'least_squares'"),
+        (lambda: MergeSettings(refine=GreedyZip()), "LeastSquares"),
+        (lambda: LeastSquares(positions=0), "positions"),
+        (lambda: LeastSquares(ridge=0), "ridge"),
+        (lambda: Repair(cache_bytes=-1), "cache_bytes"),
+    ],
+)
+def test_bad_settings_are_errors(make, message):
+    with pytest.raises((ConfigurationError, ValueError), match=message):
+        make()
