@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -154,16 +154,12 @@ class MergeSession:
             how = None
         return self.calibration_passes + (how is not None)
 
-    def working_copies(self) -> dict[str, nn.Module]:
-        """Copies of the source networks in eval mode, to be moved and cast as the calibration needs."""
-        return {task: copy.deepcopy(network).eval() for task, network in self.backbones.items()}
-
     def calibrate(self, x: Tensor, networks: Mapping[str, nn.Module], index: int = 0, loader: int = 0) -> None:
         """First passes: add a batch to the statistics of the spaces whose turn it is.
 
         Args:
             x: an input of the backbones.
-            networks: copies of the source networks, in eval mode, where ``x`` is.
+            networks: the source networks or copies of them, in eval mode, where ``x`` is.
             index: the number of the pass, below :attr:`calibration_passes`.
             loader: the number of the dataloader that ``x`` comes from.
 
@@ -329,7 +325,7 @@ class MergeSession:
         """Between the passes: make a copy of the merged networks that runs where the calibration does.
 
         Args:
-            networks: the copies of the source networks that the calibration used.
+            networks: the networks that the calibration used.
             device: where the batches are.
         """
         assert self.merged is not None
@@ -447,8 +443,10 @@ def merge_backbones(
             f"{len(loaders)} sets of batches were given for {len(backbones)} tasks: give one each."
         )
     tasks = list(backbones)
-    networks = session.working_copies()
-    with torch.no_grad():
+    networks = session.backbones
+    with torch.no_grad(), ExitStack() as stack:
+        for network in networks.values():
+            stack.enter_context(evaluating(network))
         for index in range(session.calibration_passes):
             for number, loader in enumerate(loaders):
                 for x in loader:
