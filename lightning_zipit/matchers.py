@@ -12,7 +12,7 @@ from lightning_zipit import functional as F
 
 OWN_MODEL_HANDICAP = 1e-6
 
-__all__ = ["Average", "GreedyZip", "Matcher", "Permute"]
+__all__ = ["Average", "GreedyZip", "KMeans", "Matcher", "Optimal", "Permute"]
 
 
 class Matcher(ABC):
@@ -90,6 +90,31 @@ class Permute(Matcher):
 
     def __call__(self, similarity: Tensor, num_models: int) -> Tensor:
         return F.permute(similarity, num_models)
+
+
+@dataclass(frozen=True)
+class Optimal(Matcher):
+    """Pair the features of two models up, within or across them, with the highest total similarity (ZipIt!, appendix).
+
+    Exact and slow: minutes for a space of 256 features a model; see :func:`~lightning_zipit.functional.optimal`.
+    """
+
+    def __call__(self, similarity: Tensor, num_models: int) -> Tensor:
+        return F.optimal(similarity, num_models)
+
+
+@dataclass(frozen=True)
+class KMeans(Matcher):
+    """Cluster the features of all models by k-means (ZipIt!, appendix); see :func:`~lightning_zipit.functional.kmeans`.
+
+    Args:
+        seed: of the centres to start from.
+    """
+
+    seed: int = 0
+
+    def __call__(self, similarity: Tensor, num_models: int) -> Tensor:
+        return F.kmeans(similarity, num_models, seed=self.seed)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from helpers.features import correlations, mixed_features, shuffled_copies
 
 from lightning_zipit import FeatureStatistics
 from lightning_zipit import functional as F
-from lightning_zipit.matchers import Average, GreedyZip, Matcher, Permute
+from lightning_zipit.matchers import Average, GreedyZip, KMeans, Matcher, Optimal, Permute
 
 SIZE = 24
 
@@ -146,3 +146,45 @@ def test_a_matcher_of_ones_own_only_needs_to_be_callable():
     assert Reverse()(torch.eye(4), 2).tolist() == [1, 0, 1, 0]
     with pytest.raises(TypeError):
         Matcher()
+
+
+def pairings(features):
+    """Every way to pair features up."""
+    if not features:
+        yield []
+        return
+    first, *others = features
+    for partner in others:
+        rest = [feature for feature in others if feature != partner]
+        yield from ([(first, partner), *pairs] for pairs in pairings(rest))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_optimal_pairs_have_the_highest_total_similarity_of_all(seed):
+    similarity = torch.randn(8, 8, generator=torch.Generator().manual_seed(seed)).double()
+    similarity = similarity + similarity.T
+    labels = Optimal()(similarity, 2)
+    assert labels.bincount().tolist() == [2] * 4
+    total = sum(similarity[tuple((labels == label).nonzero().flatten())].item() for label in range(4))
+    assert total == pytest.approx(max(sum(similarity[pair].item() for pair in pairs) for pairs in pairings(range(8))))
+
+
+def test_optimal_pairs_are_for_two_models():
+    with pytest.raises(ValueError, match="2 models"):
+        Optimal()(torch.eye(6), 3)
+
+
+@pytest.mark.parametrize("num_models", [2, 3])
+@pytest.mark.parametrize("matcher", [KMeans(), KMeans(seed=1)], ids=str)
+def test_k_means_finds_copies(matcher, num_models):
+    features, _ = shuffled_copies(mixed_features(300, SIZE), num_models, 0)
+    labels = matcher(measured(features, num_models), num_models)
+    assert labels.bincount(minlength=SIZE).min() >= 1 and int(labels.max()) == SIZE - 1
+    together = (labels[:, None] == labels[None, :]).double()
+    assert (measured(features, num_models)[together > 0] > 0.5).all()
+
+
+def test_k_means_gives_every_cluster_a_feature_even_where_all_are_alike():
+    for similarity in (torch.ones(12, 12), torch.zeros(12, 12), torch.eye(12)):
+        labels = KMeans()(similarity, 3)
+        assert sorted(labels.unique().tolist()) == [0, 1, 2, 3] and labels[0] == 0
