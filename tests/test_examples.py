@@ -47,17 +47,22 @@ def test_the_command_line_as_its_readme_says(tmp_path):
     assert "LitDigits" in run("-c", notebook)
 
 
-def test_zip_beats_permute_beats_average_on_cifar10(tmp_path):
+def test_least_squares_beat_zip_beats_permute_on_cifar10(tmp_path):
     archive, checkpoints = SHARED / "data" / "cifar10-images.tar.xz", SHARED / "checkpoints"
     if not (archive.exists() and checkpoints.exists()):
         pytest.skip("CIFAR-10 and the pair of trained networks are not beside this checkout")
+
+    def some(member, path):
+        """The first hundred images of each class: writing all sixty thousand takes longer than the test."""
+        return tarfile.data_filter(member, path) if member.isdir() or "/00" in member.name else None
+
     with tarfile.open(archive) as images:
-        images.extractall(tmp_path, filter="data")
+        images.extractall(tmp_path, filter=some)
     joint = joint_accuracies(
-        *("examples/cifar10.py", "--data", tmp_path, "--stop-at", "none", "--methods", "average", "permute", "zip"),
+        *("examples/cifar10.py", "--data", tmp_path, "--stop-at", "none", "--methods", "permute", "zip"),
         "zip + least squares",
         *("--checkpoints", checkpoints / "devA.pt", checkpoints / "devB.pt"),
         *("--calibration-images", "300", "--test-images", "600"),
     )
-    assert joint["zip, all layers"] > joint["permute, all layers"] > joint["average, all layers"]
+    assert joint["zip, all layers"] > joint["permute, all layers"]
     assert joint["zip + least squares, all layers"] > joint["zip, all layers"] + 5

@@ -79,7 +79,7 @@ def test_there_is_no_similarity_where_nothing_was_measured_or_matched():
 def test_a_report_goes_through_plain_data_and_back(report):
     content = json.loads(json.dumps(report.to_dict()))
     assert repr(MergeReport.from_dict(content)) == repr(report)  # NaN does not equal itself, but reads the same
-    assert list(content) == ["spaces", "sources", "merged", "notes"]
+    assert list(content) == ["spaces", "sources", "merged", "notes", "fits"]
 
 
 def test_a_saved_report_loads_with_weights_only(report, tmp_path):

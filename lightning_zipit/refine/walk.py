@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -113,8 +114,8 @@ class Walk:
         silent = rank_and_size()[0] != 0 or not Console().is_terminal
         with Progress(transient=True, disable=silent) as progress:
             bar = progress.add_task("refining layers", total=sum(map(len, stops.values())))
-            for part, count in stops.items():
-                for name, fit in self._parts(part).visit(count):
+            for part, own in stops.items():
+                for name, fit in self._start(part).visit(own):
                     progress.advance(bar)
                     if fit is not None:
                         fits[f"{part}.{name}"] = fit
@@ -123,15 +124,15 @@ class Walk:
     def find_unfitted(self, fits: Collection[str]) -> list[str]:
         """The modules of trunk and heads with matrices among their parameters that were not fitted."""
         found = []
-        for part, network in {"trunk": self.runs[0].network, **self.heads}.items():
-            prefix = part if part == "trunk" else f"heads.{part}"
+        parts = [("trunk", self.runs[0].network), *((f"heads.{task}", head) for task, head in self.heads.items())]
+        for part, network in parts:
             for name, parameter in network.named_parameters():
-                owner = f"{prefix}.{name}".rpartition(".")[0]
+                owner = f"{part}.{name}".rpartition(".")[0]
                 if parameter.ndim > 1 and owner not in fits:
                     found.append(owner)
         return list(dict.fromkeys(found))
 
-    def _parts(self, part: str) -> _Part:
+    def _start(self, part: str) -> _Part:
         limit = int(self.how.cache_bytes)
         if part == "trunk":
             self.trunk = Frontier(self.runs, len(self.batches), self._begin, limit)
@@ -157,12 +158,20 @@ class Walk:
         merged, own = self.trunk.finish(batch, (0, number))
         graph = self.graphs[task]
         by_name = {node.name: node for node in graph.trunk_graph()}
-        values = [{by_name[node.name]: held[node].clone() for node in self.crossings} for held in (merged, own)]
+        values: list[Values] = [
+            # Clones, as the head may write into them, and the other heads read them too.
+            {by_name[node.name]: fx.node.map_aggregate(held[node], _cloned) for node in self.crossings}
+            for held in (merged, own)
+        ]
         for crossing in graph.crossings:
             if crossing.ref is not None and not crossing.absorbed:
                 node = by_name[crossing.node]
                 values[0][node] = self.heads[task].get_submodule(f"{UNMERGE}.{crossing.node}")(values[0][node])
         return values
+
+
+def _cloned(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 class _Part:

@@ -8,7 +8,7 @@ import torch
 from architectures import relative_error
 from helpers.nets import HandWrittenViT, Lit, PlainNet, SmallResNet, images, settle, torchvision_net, trainer
 from torch import nn
-from torchvision.models import DenseNet
+from torchvision.models import DenseNet, ShuffleNetV2
 
 from lightning_zipit import MergeSettings, MultiHeadModule, ZipIt, merge_backbones, trace
 from lightning_zipit.errors import ConfigurationError
@@ -99,9 +99,9 @@ NETWORKS = {
     "residual": (SmallResNet, 16, ("layer1.0", "layer1.1.conv1")),
     "no norm": (PlainNet, 16, ("features.2",)),
     "attention": (HandWrittenViT, 16, ("blocks.0",)),
-    "depthwise": (lambda: torchvision_net("mobilenet_v3_small"), 64, ("features.4",)),
+    "depthwise": (lambda: torchvision_net("mobilenet_v3_small", width_mult=0.4), 64, ("features.4",)),
     "concatenated": (lambda: torchvision_net("squeezenet1_1"), 64, ("features.4",)),
-    "shuffled": (lambda: torchvision_net("shufflenet_v2_x0_5"), 64, ("stage2",)),
+    "shuffled": (lambda: ShuffleNetV2([2, 2, 2], [8, 16, 32, 48, 64], num_classes=5), 64, ("stage2",)),
     "norm first": (lambda: DenseNet(8, (2, 2), 16, num_classes=5), 32, ("features.denseblock1",)),
 }
 
