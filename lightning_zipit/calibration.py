@@ -106,7 +106,7 @@ class Calibration:
             statistics.update([tap.samples(value) for value in values])
 
     def restore(self, known: Mapping[str, FeatureStatistics]) -> None:
-        """Add statistics that were gathered before, by tap.
+        """Add statistics that were gathered before, by tap; they are used up.
 
         Raises:
             StatisticsError: if they are of other spaces.
@@ -121,6 +121,7 @@ class Calibration:
         device = next(next(iter(self.networks.values())).parameters()).device
         for key, statistics in self.statistics.items():
             statistics.to(device).merge_state(known[key].to(device))
+            known[key].free()
 
     def sum_over_processes(self) -> None:
         """Put the samples of all processes into the statistics of each."""
@@ -160,7 +161,7 @@ class Calibration:
         key = self.measured.pop(space)
         moments = self.statistics[key].moments()
         if key not in self.measured.values():
-            del self.statistics[key]
+            self.statistics.pop(key).free()
         return self._project(self.taps[space], moments)
 
     def _project(self, tap: Tap, moments: Moments) -> Moments:

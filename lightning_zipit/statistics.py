@@ -144,6 +144,15 @@ class FeatureStatistics(Metric):
         covariance = (self.comoment + self.comoment.T).div_(2 * max(count - 1, 1))
         return Moments(count, self.origin + self.offset, covariance)
 
+    def free(self) -> None:
+        """Give the memory back, and with it what was gathered.
+
+        A metric holds methods that are bound to it: once forgotten, it waits for the garbage collector, and its matrix
+        with it.
+        """
+        for name in STATES:
+            setattr(self, name, getattr(self, name).new_empty(0))
+
     def __add__(self, other: FeatureStatistics) -> FeatureStatistics:  # type: ignore[override]
         """Statistics of the samples of both, for example of two sites."""
         if not isinstance(other, FeatureStatistics) or other.sizes != self.sizes:

@@ -1,6 +1,7 @@
 """Merging with a Trainer: the driver and the callback."""
 
 import copy
+import gc
 import random
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ from lightning.pytorch import LightningDataModule
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_zipit import MergeSettings, MultiHeadModule, ZipIt, ZipItCallback, ZipItModule
+from lightning_zipit import FeatureStatistics, MergeSettings, MultiHeadModule, ZipIt, ZipItCallback, ZipItModule
 from lightning_zipit.errors import ArchitectureMismatchError, CalibrationError, ConfigurationError
 from lightning_zipit.matchers import Average, GreedyZip, Permute
 
@@ -119,6 +120,21 @@ def test_batch_norm_of_the_trunk_sees_all_data_and_of_a_head_its_own():
     assert torch.allclose(norm.running_mean, mean, atol=1e-5) and norm.num_batches_tracked == len(batches)
     assert one.heads["a"].get_submodule("layer2.0.bn1").num_batches_tracked == len(batches) // 2
     assert norm.momentum == models["a"].net.bn1.momentum
+
+
+def test_a_merge_leaves_no_statistics_to_the_garbage_collector(tmp_path):
+    def held():
+        return sum(each.comoment.numel() for each in gc.get_objects() if isinstance(each, FeatureStatistics))
+
+    models = pair()
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(2):  # gathers, and then reads what was gathered
+            ZipIt(trainer()).merge(models, loaders(), backbone="net", statistics=tmp_path / "s.safetensors")
+            assert not held()
+    finally:
+        gc.enable()
 
 
 def test_networks_without_batch_norm_take_one_pass():
