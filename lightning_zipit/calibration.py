@@ -97,7 +97,8 @@ class Calibration:
         Args:
             x: an input of the networks.
         """
-        self.lockstep.run(x, self._observe)
+        if self.taps:
+            self.lockstep.run(x, self._observe)
 
     def _observe(self, node: str, values: list[Tensor]) -> None:
         for key in self.at_node.get(node, ()):

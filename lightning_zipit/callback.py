@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_zipit._lightning import unsupported_strategy
 from lightning_zipit.errors import CalibrationError
 from lightning_zipit.matchers import GreedyZip, Matcher
+from lightning_zipit.merging import SimilarityKind
 from lightning_zipit.module import ZipItModule
 from lightning_zipit.session import MergeSettings, Refine
 
@@ -32,6 +33,7 @@ class ZipItCallback(Callback):
             several times.
         statistics: a safetensors file for the statistics. One that is there stands for the calibration; else it is
             written, and an interrupted calibration goes on from what it had gathered.
+        similarity: how alike features are; see :class:`~lightning_zipit.MergeSettings`.
 
     Raises:
         ConfigurationError: if an argument is not one of those there are.
@@ -46,9 +48,10 @@ class ZipItCallback(Callback):
         verify: bool = True,
         statistics_memory: float = 8.0,
         statistics: str | Path | None = None,
+        similarity: SimilarityKind = "correlation",
     ) -> None:
         self.settings = MergeSettings(
-            stop_at, matcher or GreedyZip(), refine, merge_heads, verify, statistics_memory, statistics
+            stop_at, matcher or GreedyZip(), refine, merge_heads, verify, statistics_memory, statistics, similarity
         )
         self._undo = ExitStack()
 

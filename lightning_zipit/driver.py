@@ -13,6 +13,7 @@ from lightning_zipit._lightning import unsupported_strategy
 from lightning_zipit.callback import ZipItCallback
 from lightning_zipit.errors import ConfigurationError
 from lightning_zipit.matchers import Matcher
+from lightning_zipit.merging import SimilarityKind
 from lightning_zipit.module import ZipItModule
 from lightning_zipit.multihead import MultiHeadModule
 from lightning_zipit.session import Refine
@@ -42,6 +43,7 @@ class ZipIt:
         verify: bool = True,
         statistics_memory: float = 8.0,
         statistics: str | Path | None = None,
+        similarity: SimilarityKind = "correlation",
         get_input: Callable[[Any], Tensor] = find_input,
     ) -> MultiHeadModule:
         """Merge N trained modules into one with a head per task, without training.
@@ -64,6 +66,7 @@ class ZipIt:
                 through several times.
             statistics: a safetensors file for the statistics. One that is there stands for the calibration; else it is
                 written, and an interrupted calibration goes on from what it had gathered.
+            similarity: how alike features are; see :class:`~lightning_zipit.MergeSettings`.
             get_input: from a batch to the backbone's input; by default the batch, its first item, or a well-known key.
 
         Returns:
@@ -80,7 +83,9 @@ class ZipIt:
         module = ZipItModule(models, backbone, dataloaders, datamodule, get_input)
         if dataloaders is None and datamodule is None and not (statistics and Path(statistics).is_file()):
             raise ConfigurationError("There is no calibration data: pass `dataloaders` or `datamodule`.")
-        callback = ZipItCallback(stop_at, matcher, refine, merge_heads, verify, statistics_memory, statistics)
+        callback = ZipItCallback(
+            stop_at, matcher, refine, merge_heads, verify, statistics_memory, statistics, similarity
+        )
         callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
         callbacks.append(callback)
         try:

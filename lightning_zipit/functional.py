@@ -6,14 +6,29 @@ Features of N models with C features each are numbered side by side: feature ``c
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import networkx as nx
 import numpy as np
 import torch
+from scipy.cluster import hierarchy
 from scipy.optimize import linear_sum_assignment
+from scipy.spatial.distance import squareform
 from torch import Tensor
 
-__all__ = ["average", "correlation", "greedy_zip", "kmeans", "merge_matrices", "optimal", "permute"]
+__all__ = [
+    "agglomerative",
+    "average",
+    "correlation",
+    "cycle_consistent",
+    "greedy_zip",
+    "kmeans",
+    "merge_matrices",
+    "optimal",
+    "permute",
+]
+
+Linkage = Literal["average", "complete", "single"]
 
 
 def correlation(covariance: Tensor) -> Tensor:
@@ -231,6 +246,84 @@ def permute(similarity: Tensor, num_models: int) -> Tensor:
     return torch.cat(labels)
 
 
+def cycle_consistent(similarity: Tensor, num_models: int, rounds: int = 100) -> Tensor:
+    """Match all models to each other, one feature to one, so that the total similarity over all pairs is high.
+
+    Every model is matched to a common order, so that going from model to model and back ends where it began (C²M³,
+    arXiv 2405.17897, section 3). Starting from :func:`permute`, each model in turn is matched to the sum of all others
+    in that order, exactly, until nothing changes: the total grows with every step, up to a local maximum.
+
+    Args:
+        similarity: symmetric and finite, ``(n, n)`` with ``n`` a multiple of ``num_models``.
+        num_models: how many models the features come from.
+        rounds: how often every model is matched anew, at most.
+
+    Returns:
+        int64 labels ``(n,)`` on the CPU, with ``n / num_models`` clusters; the first model's features are in order.
+
+    Raises:
+        ValueError: if ``similarity`` is not square or not finite, or its size not a multiple of ``num_models``.
+
+    Example:
+        >>> cycle_consistent(torch.tensor([[1.0, 0.1, 0.2, 0.9], [0.1, 1.0, 0.8, 0.3], [0.2, 0.8, 1.0, 0.0],
+        ...                                [0.9, 0.3, 0.0, 1.0]]), num_models=2)
+        tensor([0, 1, 1, 0])
+    """
+    labels = permute(similarity, num_models).reshape(num_models, -1).numpy()
+    width = labels.shape[1]
+    blocks = similarity.detach().double().cpu().numpy().reshape(num_models, width, num_models, width)
+    for _ in range(rounds):
+        changed = False
+        for model in range(1, num_models):
+            others = [other for other in range(num_models) if other != model]
+            gain = np.sum([blocks[model][:, other, labels[other].argsort()] for other in others], axis=0)  # (C, merged)
+            best = linear_sum_assignment(gain, maximize=True)[1]
+            if gain[range(width), best].sum() > gain[range(width), labels[model]].sum() + 1e-9 * width:
+                labels[model], changed = best, True
+        if not changed:
+            break
+    return torch.from_numpy(labels.flatten())
+
+
+def agglomerative(similarity: Tensor, num_models: int, linkage: Linkage = "average") -> Tensor:
+    """Cluster features bottom up, the most similar clusters first, until as many are left as one model has features.
+
+    Args:
+        similarity: symmetric and finite, ``(n, n)`` with ``n`` a multiple of ``num_models``; the diagonal is ignored.
+        num_models: how many models the features come from.
+        linkage: the similarity of two clusters: the mean over their pairs, the lowest (``"complete"``) or the highest
+            (``"single"``).
+
+    Returns:
+        int64 labels ``(n,)`` on the CPU, with ``n / num_models`` clusters, numbered by their lowest feature.
+
+    Raises:
+        ValueError: if ``similarity`` is not square or not finite, or its size not a multiple of ``num_models``.
+
+    Example:
+        >>> agglomerative(torch.tensor([[1.0, 0.1, 0.2, 0.9], [0.1, 1.0, 0.8, 0.3], [0.2, 0.8, 1.0, 0.0],
+        ...                             [0.9, 0.3, 0.0, 1.0]]), num_models=2)
+        tensor([0, 1, 1, 0])
+    """
+    check_matching(similarity, num_models)
+    if not similarity.isfinite().all():
+        raise ValueError("`similarity` holds NaN or Inf; similarities must be finite.")
+    values = similarity.detach().double().cpu().numpy()
+    if len(values) == 1:
+        return torch.zeros(1, dtype=torch.int64)
+    distance = values.max() - values
+    np.fill_diagonal(distance, 0)
+    tree = hierarchy.linkage(squareform(distance, checks=False), linkage)
+    return by_lowest(torch.from_numpy(hierarchy.cut_tree(tree, len(values) // num_models)[:, 0].astype(np.int64)))
+
+
+def by_lowest(labels: Tensor) -> Tensor:
+    """The same clusters, numbered by their lowest feature."""
+    count = int(labels.max()) + 1
+    first = torch.full((count,), len(labels)).scatter_reduce_(0, labels, torch.arange(len(labels)), "amin")
+    return first.argsort().argsort()[labels]
+
+
 def optimal(similarity: Tensor, num_models: int) -> Tensor:
     """Pair the features of two models up, within or across them, so that the total similarity is the highest.
 
@@ -310,8 +403,7 @@ def kmeans(similarity: Tensor, num_models: int, rounds: int = 100, seed: int = 0
         if torch.equal(before, labels):
             break
         centres = torch.zeros_like(centres).index_add_(0, labels, points) / counts[:, None]
-    first = torch.full((width,), len(points)).scatter_reduce_(0, labels, torch.arange(len(points)), "amin")
-    return first.argsort().argsort()[labels]
+    return by_lowest(labels)
 
 
 def _spread(points: Tensor, count: int, generator: torch.Generator) -> Tensor:

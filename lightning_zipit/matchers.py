@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -12,7 +13,18 @@ from lightning_zipit import functional as F
 
 OWN_MODEL_HANDICAP = 1e-6
 
-__all__ = ["Average", "GreedyZip", "KMeans", "Matcher", "Optimal", "Permute"]
+__all__ = [
+    "Agglomerative",
+    "Average",
+    "CycleConsistent",
+    "DualSpace",
+    "GreedyZip",
+    "KMeans",
+    "Matcher",
+    "Optimal",
+    "Permute",
+    "WeightMatching",
+]
 
 
 class Matcher(ABC):
@@ -123,3 +135,86 @@ class Average(Matcher):
 
     def __call__(self, similarity: Tensor, num_models: int) -> Tensor:
         return F.average(len(similarity), num_models)
+
+
+@dataclass(frozen=True)
+class Agglomerative(Matcher):
+    """Cluster features bottom up; see :func:`~lightning_zipit.functional.agglomerative`.
+
+    Args:
+        linkage: how similar two clusters are: as their members on ``"average"``, or as the least similar two
+            (``"complete"``), or the most similar (``"single"``).
+
+    Raises:
+        ValueError: if ``linkage`` is none of these.
+    """
+
+    linkage: F.Linkage = "average"
+
+    def __post_init__(self) -> None:
+        if self.linkage not in get_args(F.Linkage):
+            raise ValueError(f"`linkage` must be one of {get_args(F.Linkage)}, got {self.linkage!r}.")
+
+    def __call__(self, similarity: Tensor, num_models: int) -> Tensor:
+        return F.agglomerative(similarity, num_models, self.linkage)
+
+
+@dataclass(frozen=True)
+class CycleConsistent(Matcher):
+    """Match three models or more, one feature to one, all to all at once (C²M³, arXiv 2405.17897).
+
+    ``Permute`` matches every model to the first; which is first then matters, and what the others have in common is
+    lost. For two models both are the same.
+    """
+
+    def __call__(self, similarity: Tensor, num_models: int) -> Tensor:
+        return F.cycle_consistent(similarity, num_models)
+
+
+@dataclass(frozen=True)
+class DualSpace(Matcher):
+    """Match by weights and activations together (MuDSC, arXiv 2403.01753).
+
+    The similarity of a space is τ·(cosine of weights) + (1 - τ)·(similarity of activations). As the weights of one
+    space are in the order of those around it, all spaces are matched in turn until none changes any more.
+
+    Args:
+        tau: the share of the weights, 0 to 1.
+        matcher: what turns a similarity into labels.
+        rounds: how often all spaces are gone through, at most.
+        seed: of the order in which they are.
+
+    Raises:
+        ValueError: if ``tau`` lies outside 0 to 1, ``rounds`` is below 1, or ``matcher`` is a ``DualSpace`` itself.
+    """
+
+    tau: float = 0.5
+    matcher: Matcher = field(default_factory=Permute)
+    rounds: int = 20
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.tau <= 1.0:
+            raise ValueError(f"`tau` must lie between 0 and 1, got {self.tau}.")
+        if self.rounds < 1:
+            raise ValueError(f"`rounds` must be at least 1, got {self.rounds}.")
+        if not isinstance(self.matcher, Matcher) or isinstance(self.matcher, DualSpace):
+            raise ValueError(f"`matcher` must be a Matcher of similarities such as Permute(), got {self.matcher!r}.")
+
+    def __call__(self, similarity: Tensor, num_models: int) -> Tensor:
+        return self.matcher(similarity, num_models)
+
+
+@dataclass(frozen=True)
+class WeightMatching(DualSpace):
+    """Match by weights alone, without data (Git Re-Basin, arXiv 2209.04836, algorithm 1).
+
+    Calibration data then only serves the refinement that follows.
+    """
+
+    tau: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.tau != 1.0:
+            raise ValueError("`WeightMatching` looks at weights alone: `DualSpace` has a share `tau` of them.")

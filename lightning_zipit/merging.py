@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from lightning_zipit.graph.spaces import unit_members, units_around, units_first
 from lightning_zipit.matchers import Matcher
 from lightning_zipit.statistics import Moments
 
+SimilarityKind = Literal["correlation", "absolute", "cosine", "covariance"]
 SCALE_HANDICAP = 1e-6
 ROWS_AT_ONCE = 1024
 
@@ -53,7 +55,7 @@ def families(graph: MergeGraph) -> list[list[str]]:
 def match(
     graph: MergeGraph,
     family: Sequence[str],
-    moments: Callable[[str], Moments | None],
+    similarity_of: Callable[[str], Tensor | None],
     matcher: Matcher,
     num_models: int,
 ) -> Iterator[tuple[str, SpaceMap, Tensor | None]]:
@@ -62,15 +64,15 @@ def match(
     Args:
         graph: the merge graph.
         family: one of :func:`families`.
-        moments: from a space to the moments of its features, models side by side; ``None`` where it is not measured.
+        similarity_of: from a space to the similarity of its features, ``(N·C, N·C)``; ``None`` where there is none.
         matcher: similarity → labels.
         num_models: N.
 
     Yields:
-        Per space its name, its map (one that is pinned or not measured is matched by number; groups and heads come
-        first, then features within those that have become one), and its similarity where it was measured.
+        Per space its name, its map (one without a similarity is matched by number; groups and heads come first, then
+        features within those that have become one), and its similarity.
     """
-    similarities = {name: similarity_of(known) for name in family if (known := moments(name)) is not None}
+    similarities = {name: known for name in family if (known := similarity_of(name)) is not None}
     for name in reversed(family):  # members before their units
         members = [graph.spaces[other] for other in family if graph.spaces[other].units == name]
         if members and not graph.spaces[name].pinned:
@@ -87,19 +89,29 @@ def match(
         yield name, SpaceMap(labels[name], num_models), similarities.get(name)
 
 
-def similarity_of(moments: Moments) -> Tensor:
-    """The correlation of features, lowered by up to a millionth where two differ in scale.
+def similarity_from(moments: Moments, kind: SimilarityKind = "correlation") -> Tensor:
+    """How alike features are, lowered by up to a millionth where two differ in scale.
 
     Features that are active on the same few samples are perfectly correlated; only their scales tell them apart.
 
     Args:
         moments: of the features, models side by side.
+        kind: ``"correlation"``, ``"absolute"`` (its absolute value), ``"cosine"`` (of activations that are not
+            centred), or ``"covariance"``.
 
     Returns:
         float64 ``(N·C, N·C)``.
     """
+    if kind == "covariance":
+        return moments.covariance
     scale = moments.covariance.diagonal().clamp(min=torch.finfo(torch.float64).tiny).sqrt()
-    similarity = F.correlation(moments.covariance)
+    if kind == "cosine":
+        share = (moments.count - 1) / moments.count
+        similarity = F.correlation(torch.addr(moments.covariance, moments.mean, moments.mean, beta=share))
+    else:
+        similarity = F.correlation(moments.covariance)
+    if kind == "absolute":
+        similarity.abs_()
     for rows, own in zip(similarity.split(ROWS_AT_ONCE), scale.split(ROWS_AT_ONCE), strict=True):
         ratio = own[:, None] / scale[None, :]
         ratio = torch.minimum(ratio, ratio.reciprocal())

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -27,13 +27,22 @@ from lightning_zipit.errors import (
 from lightning_zipit.graph import MergeGraph, evaluating, trace
 from lightning_zipit.graph.notes import reached
 from lightning_zipit.graph.verify import find_failing
-from lightning_zipit.matchers import GreedyZip, Matcher
-from lightning_zipit.merging import SpaceMap, families, match, merge_into, unmerge_into
+from lightning_zipit.matchers import DualSpace, GreedyZip, Matcher
+from lightning_zipit.merging import (
+    SimilarityKind,
+    SpaceMap,
+    families,
+    match,
+    merge_into,
+    similarity_from,
+    unmerge_into,
+)
 from lightning_zipit.rebuild import build_head, build_trunk, set_unmerges
 from lightning_zipit.refine import NAMED, BatchNorm, BatchNormEstimator, LayerByLayer, LeastSquares, Refinement
 from lightning_zipit.refine.walk import Walk
 from lightning_zipit.report import Cost, MergeReport, SpaceReport, measure_cost, report_space
 from lightning_zipit.statistics_file import CalibrationStatistics, StatisticsRecord
+from lightning_zipit.weight_matching import match_by_weights
 
 Refine = Literal["batch_norm", "repair", "least_squares"] | Refinement
 """What follows merging: a refinement, or the name of one with its default settings."""
@@ -47,6 +56,8 @@ class MergeSettings:
         stop_at: dotted name inside the backbone of the trunk's last module; ``None`` zips everything down to the last
             layer, which stays a head per task.
         matcher: similarity → labels.
+        similarity: how alike features are: ``"correlation"``, ``"absolute"`` (its absolute value), ``"cosine"``, or
+            ``"covariance"`` of their activations.
         refine: what follows merging: ``"batch_norm"`` re-estimates running statistics, ``"least_squares"`` fits every
             layer to the sources, ``"repair"`` gives it their means and deviations, ``None`` does nothing. Settings
             other than the default come with an instance, such as ``LeastSquares(positions=None)``.
@@ -68,8 +79,13 @@ class MergeSettings:
     verify: bool = True
     statistics_memory: float = 8.0
     statistics: str | Path | None = None
+    similarity: SimilarityKind = "correlation"
 
     def __post_init__(self) -> None:
+        if self.similarity not in get_args(SimilarityKind):
+            raise ConfigurationError(
+                f"`similarity` must be one of {get_args(SimilarityKind)}, got {self.similarity!r}."
+            )
         if not self.statistics_memory > 0:
             raise ConfigurationError(f"`statistics_memory` must be above 0 GiB, got {self.statistics_memory}.")
         if self.refine is not None and not isinstance(self.refine, Refinement) and self.refine not in NAMED:
@@ -124,6 +140,7 @@ class MergeSession:
         self._calibration: Calibration | None = None
         self._maps: dict[str, SpaceMap] = {}
         self._reports: dict[str, SpaceReport] = {}
+        self._similarities: dict[str, Tensor] = {}  # of all spaces, for a matcher that looks at them together
         self._pass = 0
         self._working: dict[str, nn.Module] = {}
         self._record = StatisticsRecord(settings.statistics, self.backbones) if settings.statistics else None
@@ -215,7 +232,9 @@ class MergeSession:
 
     def _measuring(self, networks: Mapping[str, nn.Module]) -> Calibration:
         graph = next(iter(self.graphs.values()))
-        return Calibration(graph, networks, [name for family in self._families() for name in family])
+        spaces = [name for family in self._families() for name in family]
+        by_weights = isinstance(self.settings.matcher, DualSpace) and self.settings.matcher.tau == 1
+        return Calibration(graph, networks, [] if by_weights else spaces)
 
     def _families(self) -> list[list[str]]:
         """The families of spaces whose turn it is in this pass; more turns than passes are taken in the last one."""
@@ -234,9 +253,11 @@ class MergeSession:
                 self._calibration.restore(self._record.complete.statistics)
             else:
                 self._complete_statistics()
-            for part in share(self._match_own_families):
-                for name, (space_map, report) in part.items():
-                    self._maps[name], self._reports[name] = space_map, report
+            if isinstance(self.settings.matcher, DualSpace):
+                self._keep_similarities()
+            else:
+                for part in share(self._match_own_families):
+                    self._take_over(part)
         if self._record is not None:
             self._record.discard()
         self._calibration = None  # the statistics have served
@@ -261,17 +282,45 @@ class MergeSession:
             )
         self._calibration.check_finite()
 
-    def _match_own_families(self) -> dict[str, tuple[SpaceMap, SpaceReport]]:
-        assert self._calibration is not None
-        rank, processes = rank_and_size()
-        if self._record is not None and self._record.complete is None and rank == 0:
+    def _take_over(self, matched: Mapping[str, tuple[SpaceMap, SpaceReport]]) -> None:
+        for name, (space_map, report) in matched.items():
+            self._maps[name], self._reports[name] = space_map, report
+
+    def _keep_similarities(self) -> None:
+        """On every process those of all spaces, as a space is matched by weights that depend on all others."""
+        share(self._save)
+        for name in (name for family in self._families() for name in family):
+            similarity = self._similarity(name)
+            if similarity is not None:
+                self._similarities[name] = similarity.cpu()
+
+    def _save(self) -> None:
+        if self._record is not None and self._record.complete is None and rank_and_size()[0] == 0:
             self._gathered().save(self._record.path)
+
+    def _similarity(self, space: str) -> Tensor | None:
+        assert self._calibration is not None
+        moments = self._calibration.take(space)
+        return None if moments is None else similarity_from(moments, self.settings.similarity)
+
+    def _match_by_weights(self, matcher: DualSpace) -> dict[str, tuple[SpaceMap, SpaceReport]]:
+        graph, networks = self.graphs[next(iter(self.backbones))], list(self.backbones.values())
+        matched = match_by_weights(graph, networks, self._similarities, matcher)
+        self._similarities.clear()
+        return {
+            name: (space_map, report_space(graph.spaces[name], space_map, similarity))
+            for name, (space_map, similarity) in matched.items()
+        }
+
+    def _match_own_families(self) -> dict[str, tuple[SpaceMap, SpaceReport]]:
+        self._save()
+        rank, processes = rank_and_size()
         graph, count = next(iter(self.graphs.values())), len(self.backbones)
         turns = self._families()
         costs = [sum(graph.spaces[name].size ** 2 for name in family) for family in turns]
         matched: dict[str, tuple[SpaceMap, SpaceReport]] = {}
         for number in split_evenly(costs, processes)[rank]:
-            found = match(graph, turns[number], self._calibration.take, self.settings.matcher, count)
+            found = match(graph, turns[number], self._similarity, self.settings.matcher, count)
             for name, space_map, similarity in found:
                 matched[name] = space_map, report_space(graph.spaces[name], space_map, similarity)
         return matched
@@ -298,6 +347,8 @@ class MergeSession:
             )
         self._match()
         with torch.inference_mode(False), torch.no_grad():
+            if isinstance(self.settings.matcher, DualSpace):
+                self._take_over(self._match_by_weights(self.settings.matcher))
             tasks, maps = list(self.backbones), self._maps
             graph = self.graphs[tasks[0]]
             trunk = build_trunk(graph).eval()

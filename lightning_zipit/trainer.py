@@ -16,6 +16,7 @@ from lightning_zipit.driver import ZipIt
 from lightning_zipit.errors import CheckpointError, ConfigurationError
 from lightning_zipit.files import find_output_problem, replacing
 from lightning_zipit.matchers import Matcher
+from lightning_zipit.merging import SimilarityKind
 from lightning_zipit.multihead import MultiHeadModule, read_checkpoint
 from lightning_zipit.session import Refine
 from lightning_zipit.sources import INSTANTIATOR, find_class
@@ -40,6 +41,7 @@ class ZipItTrainer(Trainer):
         merge_heads: bool = False,
         statistics_memory: float = 8.0,
         statistics: str | None = None,
+        similarity: SimilarityKind = "correlation",
         output: str = "merged.ckpt",
         test: bool = False,
         classes: dict[str, str] | None = None,
@@ -65,6 +67,8 @@ class ZipItTrainer(Trainer):
                 through several times.
             statistics: a safetensors file for the statistics. One that is there stands for the calibration; else it is
                 written, and an interrupted calibration goes on from what it had gathered.
+            similarity: how alike two features are, by their activations: correlation, absolute (its absolute value),
+                cosine, or covariance.
             output: the file to write; one that is there is replaced.
             test: test the merged module afterwards, with the data module's test loaders: one per task.
             classes: task name → class path, for tasks whose model is of another class (--classes.TASK=CLASS_PATH).
@@ -99,6 +103,7 @@ class ZipItTrainer(Trainer):
             merge_heads=merge_heads,
             statistics_memory=statistics_memory,
             statistics=statistics,
+            similarity=similarity,
         )
         if self.is_global_zero:
             print(merged.report)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import permutations
 
 import pytest
 import torch
@@ -8,7 +9,18 @@ from helpers.features import correlations, mixed_features, shuffled_copies
 
 from lightning_zipit import FeatureStatistics
 from lightning_zipit import functional as F
-from lightning_zipit.matchers import Average, GreedyZip, KMeans, Matcher, Optimal, Permute
+from lightning_zipit.matchers import (
+    Agglomerative,
+    Average,
+    CycleConsistent,
+    DualSpace,
+    GreedyZip,
+    KMeans,
+    Matcher,
+    Optimal,
+    Permute,
+    WeightMatching,
+)
 
 SIZE = 24
 
@@ -188,3 +200,69 @@ def test_k_means_gives_every_cluster_a_feature_even_where_all_are_alike():
     for similarity in (torch.ones(12, 12), torch.zeros(12, 12), torch.eye(12)):
         labels = KMeans()(similarity, 3)
         assert sorted(labels.unique().tolist()) == [0, 1, 2, 3] and labels[0] == 0
+
+
+def bottom_up(similarity, count, linkage):
+    """Agglomerative clustering as it is defined: look at all pairs of clusters, join the most similar, repeat."""
+    of_two = {"average": torch.mean, "complete": torch.min, "single": torch.max}[linkage]
+    clusters = [[feature] for feature in range(len(similarity))]
+    while len(clusters) > count:
+        pairs = [(a, b) for a in range(len(clusters)) for b in range(a + 1, len(clusters))]
+        a, b = max(pairs, key=lambda pair: of_two(similarity[clusters[pair[0]]][:, clusters[pair[1]]]).item())
+        clusters[a] += clusters.pop(b)
+    return sorted(sorted(cluster) for cluster in clusters)
+
+
+@pytest.mark.parametrize("linkage", ["average", "complete", "single"])
+@pytest.mark.parametrize("num_models", [1, 2, 3])
+def test_agglomerative_clusters_are_those_of_the_definition(num_models, linkage):
+    similarity = correlations(mixed_features(50, num_models * 8))
+    labels = Agglomerative(linkage)(similarity, num_models)
+    found = [(labels == label).nonzero().flatten().tolist() for label in range(8)]
+    assert sorted(found) == bottom_up(similarity, 8, linkage) and found[0][0] == 0
+
+
+def total_of(similarity, labels, num_models):
+    """The similarity of all features of different models that have become one."""
+    orders = [own.argsort() for own in labels.chunk(num_models)]
+    blocks = similarity.unflatten(0, (num_models, -1)).unflatten(2, (num_models, -1))
+    pairs = [(a, b) for a in range(num_models) for b in range(a + 1, num_models)]
+    return sum(blocks[a, orders[a], b, orders[b]].sum().item() for a, b in pairs)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_cycle_consistent_matching_is_the_best_of_all_or_nearly(seed):
+    similarity = torch.randn(12, 12, generator=torch.Generator().manual_seed(seed)).double()
+    similarity = similarity + similarity.T
+    labels = CycleConsistent()(similarity, 3)
+    assert_one_of_each_model(labels, 3)
+    every = [torch.tensor([*range(4), *a, *b]) for a in permutations(range(4)) for b in permutations(range(4))]
+    totals = sorted(total_of(similarity, other, 3) for other in every)
+    own = total_of(similarity, labels, 3)
+    assert own >= total_of(similarity, Permute()(similarity, 3), 3)
+    assert totals.index(pytest.approx(own)) >= 0.9 * len(totals)
+
+
+def test_cycle_consistent_matching_finds_copies_and_is_permute_for_two():
+    features, _ = shuffled_copies(mixed_features(300, SIZE), 4, 0)
+    labels = CycleConsistent()(measured(features, 4), 4)
+    assert torch.equal(features[:, labels[:SIZE].argsort()][:, labels], features)
+    similarity = correlations(mixed_features(50, 2 * SIZE))
+    assert torch.equal(CycleConsistent()(similarity, 2), Permute()(similarity, 2))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: DualSpace(tau=1.5), "tau"),
+        (lambda: DualSpace(rounds=0), "rounds"),
+        (lambda: DualSpace(matcher=WeightMatching()), "DualSpace|similarities"),
+        (lambda: WeightMatching(tau=0.5), "DualSpace"),
+        (lambda: Agglomerative("nearest"), "linkage"),
+        (lambda: Agglomerative()(torch.full((4, 4), float("nan")), 2), "NaN"),
+        (lambda: CycleConsistent()(torch.full((4, 4), float("nan")), 2), "NaN"),
+    ],
+)
+def test_other_matchers_refuse_bad_arguments(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

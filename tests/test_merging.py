@@ -16,7 +16,7 @@ from lightning_zipit.merging import (
     match,
     merge_into,
     merge_parameter,
-    similarity_of,
+    similarity_from,
     unmerge_into,
 )
 
@@ -231,7 +231,13 @@ def test_measured_spaces_are_matched_by_similarity_and_the_others_by_number():
     graph = MergeGraph(spaces, {}, (), frozenset(), None, nn.Identity(), torch.fx.Graph())
     features = mixed_features(50, 12)
     measured = {"b": Moments(50, features.mean(0), features.T.cov())}
-    matched = [item for family in families(graph) for item in match(graph, family, measured.get, GreedyZip(), 2)]
+    matched = [
+        item
+        for family in families(graph)
+        for item in match(
+            graph, family, {name: similarity_from(each) for name, each in measured.items()}.get, GreedyZip(), 2
+        )
+    ]
     maps = {name: space_map for name, space_map, _ in matched}
     similarities = {name: similarity for name, _, similarity in matched if similarity is not None}
     assert list(maps) == ["a", "b"]
@@ -245,7 +251,7 @@ def test_measured_spaces_are_matched_by_similarity_and_the_others_by_number():
 def test_features_that_are_active_on_the_same_sample_are_told_apart_by_their_scale(matcher):
     features = torch.zeros(50, 6, dtype=torch.float64)
     features[7] = torch.tensor([1.0, 2.0, 4.0, 4.0, 1.0, 2.0])
-    similarity = similarity_of(Moments(50, features.mean(0), features.T.cov()))
+    similarity = similarity_from(Moments(50, features.mean(0), features.T.cov()))
     assert matcher(similarity, 2).tolist() == [0, 1, 2, 2, 0, 1]
 
 
@@ -259,7 +265,12 @@ def test_features_are_matched_within_the_units_that_have_become_one(matcher):
     features = mixed_features(200, 12)
     measured = {"inner": Moments(200, features.mean(0), features.T.cov())}
     (family,) = families(graph)
-    maps = {name: space_map for name, space_map, _ in match(graph, family, measured.get, matcher, 2)}
+    maps = {
+        name: space_map
+        for name, space_map, _ in match(
+            graph, family, {name: similarity_from(each) for name, each in measured.items()}.get, matcher, 2
+        )
+    }
     assert maps["inner"].labels.unique().tolist() == list(range(6))
     units = torch.tensor(spaces["inner"].unit_of)
     for model in range(2):
