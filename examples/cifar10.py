@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms.functional import pil_to_tensor
 
-from lightning_zipit.matchers import Average, GreedyZip, Permute
+from lightning_zipit.matchers import Agglomerative, Average, DualSpace, GreedyZip, KMeans, Permute, WeightMatching
 
 MEAN = torch.tensor([125.307, 122.961, 113.8575]).reshape(3, 1, 1) / 255
 DEVIATION = torch.tensor([51.5865, 50.847, 51.255]).reshape(3, 1, 1) / 255
@@ -32,9 +32,24 @@ METHODS = {
     "average": {"matcher": Average()},
     "permute": {"matcher": Permute()},
     "zip": {"matcher": GreedyZip()},
-    "zip(0.3, 0.125)": {"matcher": GreedyZip(alpha=0.3, beta=0.125)},
     "permute + least squares": {"matcher": Permute(), "refine": "least_squares"},
     "zip + least squares": {"matcher": GreedyZip(), "refine": "least_squares"},
+}
+OTHERS = {
+    "zip(0.3, 0.125)": {"matcher": GreedyZip(alpha=0.3, beta=0.125)},
+    "zip, absolute": {"matcher": GreedyZip(), "similarity": "absolute"},
+    "zip, cosine": {"matcher": GreedyZip(), "similarity": "cosine"},
+    "zip, covariance": {"matcher": GreedyZip(), "similarity": "covariance"},
+    "weights": {"matcher": WeightMatching()},
+    "dual space": {"matcher": DualSpace()},
+    "dual space, zip": {"matcher": DualSpace(matcher=GreedyZip())},
+    "k-means": {"matcher": KMeans()},
+    "agglomerative": {"matcher": Agglomerative()},
+    "average + least squares": {"matcher": Average(), "refine": "least_squares"},
+    "weights + least squares": {"matcher": WeightMatching(), "refine": "least_squares"},
+    "dual space, zip + least squares": {"matcher": DualSpace(matcher=GreedyZip()), "refine": "least_squares"},
+    "k-means + least squares": {"matcher": KMeans(), "refine": "least_squares"},
+    "agglomerative + least squares": {"matcher": Agglomerative(), "refine": "least_squares"},
 }
 
 
@@ -113,7 +128,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with train/CLASS/*.jpg and test/CLASS/*.jpg")
     parser.add_argument("--checkpoints", type=Path, nargs="+", required=True, help="two or more trained networks")
     parser.add_argument("--stop-at", nargs="+", default=["none", "layer2", "layer1"], help="the trunk's last module")
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=[*METHODS, *OTHERS], default=list(METHODS))
     parser.add_argument("--calibration-images", type=int, default=1500)
     parser.add_argument("--test-images", type=int, default=5000)
     parser.add_argument("--plot", type=Path, help="write joint accuracy over cost to this image file")
@@ -126,7 +141,7 @@ def main() -> None:
     calibration = load_images(arguments.data / "train", arguments.calibration_images)
     test = load_images(arguments.data / "test", arguments.test_images)
     merges = {
-        f"{name}, {stop_at or 'all layers'}": METHODS[name] | {"stop_at": stop_at}
+        f"{name}, {stop_at or 'all layers'}": (METHODS | OTHERS)[name] | {"stop_at": stop_at}
         for stop_at in (None if name == "none" else name for name in arguments.stop_at)
         for name in arguments.methods
     }

@@ -66,7 +66,7 @@ def compare(
     Args:
         models: the trained modules by task.
         classes: the global labels of each task's outputs.
-        merges: by row name, what :meth:`lightning_zipit.ZipIt.merge` is told: matcher, stop_at, refine.
+        merges: by row name, what :meth:`lightning_zipit.ZipIt.merge` is told: matcher, stop_at, refine, …
         calibration: the dataloaders of the merge.
         test: test batches with global labels.
         backbone: the merged part of the modules.

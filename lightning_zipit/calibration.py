@@ -116,8 +116,9 @@ class Calibration:
         if missing:
             raise StatisticsError(
                 f"The statistics file knows nothing of {len(missing)} of {len(self.statistics)} feature spaces, such "
-                f"as {missing[0]!r}: it was gathered with another `stop_at` or `merge_heads`. Delete it, or name "
-                "another, to gather anew."
+                f"as {missing[0]!r}: it was gathered with another `stop_at` or `merge_heads`, or for another "
+                "`refine` (least squares measure features in front of their activation function, unless "
+                "`pre_activations` is false). Delete it, or name another, to gather anew."
             )
         device = next(next(iter(self.networks.values())).parameters()).device
         for key, statistics in self.statistics.items():

@@ -26,6 +26,7 @@ from lightning_zipit.errors import (
 )
 from lightning_zipit.graph import MergeGraph, evaluating, trace
 from lightning_zipit.graph.notes import reached
+from lightning_zipit.graph.taps import before_activations
 from lightning_zipit.graph.verify import find_failing
 from lightning_zipit.matchers import DualSpace, GreedyZip, Matcher
 from lightning_zipit.merging import (
@@ -233,6 +234,9 @@ class MergeSession:
     def _measuring(self, networks: Mapping[str, nn.Module]) -> Calibration:
         graph = next(iter(self.graphs.values()))
         spaces = [name for family in self._families() for name in family]
+        how = self.settings.refinement
+        if isinstance(how, LeastSquares) and how.pre_activations:
+            graph = before_activations(graph)
         by_weights = isinstance(self.settings.matcher, DualSpace) and self.settings.matcher.tau == 1
         return Calibration(graph, networks, [] if by_weights else spaces)
 

@@ -45,6 +45,12 @@ def test_statistics_of_two_sites(tmp_path, monkeypatch):
     assert run("statistics", tmp_path, monkeypatch)["merged"].tasks == ["animals", "vehicles"]
 
 
+def test_a_matcher_of_ones_own(tmp_path, monkeypatch):
+    scope = run("matcher", tmp_path, monkeypatch)
+    for space in scope["merged"].report.spaces:
+        assert space.across == space.size and space.within == 0
+
+
 def test_the_table(tmp_path, monkeypatch):
     assert "layer2.0.conv2" in run("trace", tmp_path, monkeypatch)["graph"].spaces
 

@@ -60,12 +60,15 @@ class LeastSquares(LayerByLayer):
             computed anew for each layer.
         ridge: how strongly weights are held to those that zipping gives, as a share of the mean variance of a layer's
             inputs.
+        pre_activations: match features by what they are in front of their activation function, as that is what layers
+            are fitted to, and not behind it, as the paper does. Statistics are then those of other tensors.
 
     Raises:
         ValueError: if a number is out of range.
     """
 
     ridge: float = 3e-3
+    pre_activations: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -11,8 +11,9 @@ from torch import nn
 from torchvision.models import DenseNet, ShuffleNetV2
 
 from lightning_zipit import MergeSettings, MultiHeadModule, ZipIt, merge_backbones, trace
-from lightning_zipit.errors import ConfigurationError
+from lightning_zipit.errors import ConfigurationError, StatisticsError
 from lightning_zipit.graph import permute_spaces
+from lightning_zipit.graph.taps import before_activations
 from lightning_zipit.graph.verify import random_permutations
 from lightning_zipit.matchers import Average, GreedyZip
 from lightning_zipit.refine import LeastSquares, Repair
@@ -222,6 +223,29 @@ def test_repair_gives_outputs_the_mean_deviation_of_the_sources():
     for moment in (torch.mean, torch.std):
         expected = sum(moment(value, (0, 2, 3)) for value in sources) / 2
         assert torch.allclose(moment(own, (0, 2, 3)), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_features_are_matched_by_what_is_fitted(models, tmp_path):
+    """In front of their activation function, unless it is asked for otherwise: that is then the matching of zipping."""
+    behind, in_front = LeastSquares(pre_activations=False), LeastSquares()
+    file = tmp_path / "statistics.safetensors"
+    plain, same, other = (merge(models, refine) for refine in ("batch_norm", behind, in_front))
+
+    def matched(merged):
+        return [(space.name, space.across, space.similarity) for space in merged.report.spaces]
+
+    assert matched(plain) == matched(same) != matched(other)
+    merge(models, "batch_norm", statistics=file)
+    merge(models, behind, statistics=file)
+    with pytest.raises(StatisticsError, match="pre_activations"):
+        merge(models, in_front, statistics=file)
+
+
+def test_taps_move_in_front_of_activation_functions_and_no_further():
+    spaces = before_activations(trace(SmallResNet())).spaces
+    assert [spaces[name].tap.node for name in ("conv1", "layer1.0.conv1")] == ["add_1", "layer1_0_bn1"]
+    pooled = trace(nn.Sequential(nn.Conv2d(3, 4, 3), nn.PReLU(4), nn.MaxPool2d(2), nn.Dropout(), nn.Conv2d(4, 2, 1)))
+    assert [graph.spaces["0"].tap.node for graph in (pooled, before_activations(pooled))] == ["_3", "_2"]
 
 
 def test_heads_can_be_merged_and_fitted_too(models):

@@ -6,4 +6,10 @@ A rule returns the value of its output. Modules and functions share one rule whe
 from lightning_zipit.graph.rules import attention, elementwise, layers, shapes
 from lightning_zipit.graph.rules.elementwise import POOLING
 
-__all__ = ["POOLING", "attention", "elementwise", "layers", "shapes"]
+POINTWISE = {
+    *(elementwise.elementwise, elementwise.elementwise_module, elementwise.unchanged, elementwise.unchanged_module),
+    *(layers.prelu, layers.prelu_module),
+}
+"""Rules of what acts on each entry by itself, such as activation functions."""
+
+__all__ = ["POINTWISE", "POOLING", "attention", "elementwise", "layers", "shapes"]

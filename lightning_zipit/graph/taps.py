@@ -1,0 +1,41 @@
+"""Where features are measured."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import fx
+
+from lightning_zipit.graph.registry import find_rule
+from lightning_zipit.graph.rules import POINTWISE
+from lightning_zipit.graph.spaces import FeatureSpace, MergeGraph
+
+
+def before_activations(graph: MergeGraph) -> MergeGraph:
+    """The same graph, whose features are measured in front of the activation functions that precede their taps.
+
+    Args:
+        graph: a merge graph, which is left as it is.
+
+    Returns:
+        A graph of the same spaces. A tap moves back through operators that act on each entry by itself; one behind
+        anything else, such as max pooling or a norm, stays.
+
+    Example:
+        >>> from torch import nn
+        >>> from lightning_zipit import trace
+        >>> graph = trace(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)))
+        >>> graph.spaces["0"].tap.node, before_activations(graph).spaces["0"].tap.node
+        ('_1', '_0')
+    """
+    nodes = {node.name: node for node in graph.fx_graph.nodes}
+
+    def moved(space: FeatureSpace) -> FeatureSpace:
+        if space.tap is None:
+            return space
+        node: fx.Node = nodes[space.tap.node]
+        while find_rule(node, graph.module) in POINTWISE:
+            node = node.all_input_nodes[0]
+        return replace(space, tap=replace(space.tap, node=node.name))
+
+    return replace(graph, spaces={name: moved(space) for name, space in graph.spaces.items()})
