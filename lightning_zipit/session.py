@@ -28,7 +28,7 @@ from lightning_zipit.graph import MergeGraph, evaluating, trace
 from lightning_zipit.graph.notes import reached
 from lightning_zipit.graph.taps import before_activations
 from lightning_zipit.graph.verify import find_failing
-from lightning_zipit.matchers import DualSpace, GreedyZip, Matcher
+from lightning_zipit.matchers import Average, DualSpace, GreedyZip, Matcher
 from lightning_zipit.merging import (
     SimilarityKind,
     SpaceMap,
@@ -43,7 +43,7 @@ from lightning_zipit.refine import NAMED, BatchNorm, BatchNormEstimator, LayerBy
 from lightning_zipit.refine.walk import Walk
 from lightning_zipit.report import Cost, MergeReport, SpaceReport, measure_cost, report_space
 from lightning_zipit.statistics_file import CalibrationStatistics, StatisticsRecord
-from lightning_zipit.weight_matching import match_by_weights
+from lightning_zipit.weight_matching import common_start, match_by_weights
 
 Refine = Literal["batch_norm", "repair", "least_squares"] | Refinement
 """What follows merging: a refinement, or the name of one with its default settings."""
@@ -363,7 +363,11 @@ class MergeSession:
                 unmerge_into(heads[task], self.graphs[task].axes, maps, source)
                 set_unmerges(heads[task], self.graphs[task], maps, source)
             spaces = tuple(self._reports[name] for name in graph.spaces)
-            report = MergeReport(spaces, *self._costs(trunk, heads), graph.notes)
+            alike = common_start(graph, list(self.backbones.values()), maps)
+            notes = (
+                graph.notes if alike is None or isinstance(self.settings.matcher, Average) else (*graph.notes, alike)
+            )
+            report = MergeReport(spaces, *self._costs(trunk, heads), notes)
         self.merged = MergedBackbone(trunk, heads, report, self._example, self.graphs)
         return self.merged
 

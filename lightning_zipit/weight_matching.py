@@ -14,6 +14,8 @@ from lightning_zipit.graph.notes import reached
 from lightning_zipit.matchers import DualSpace
 from lightning_zipit.merging import SpaceMap, contract, families, match
 
+ALIKE = 0.5
+"""From which cosine on the weights of networks are alike."""
 Table = Mapping[str, tuple[AxisRef | None, ...]]
 
 
@@ -136,6 +138,35 @@ def _ungrouped(weight: Tensor, axes: Sequence[AxisRef | None]) -> tuple[Tensor, 
     dense = own.new_zeros(ref.groups, ref.groups, *own.shape[1:])
     dense[range(ref.groups), range(ref.groups)] = own
     return dense.transpose(1, 2).flatten(2, 3).flatten(0, 1), [axes[0], replace(ref, groups=1), *axes[2:]]
+
+
+def common_start(graph: MergeGraph, networks: Sequence[nn.Module], maps: Mapping[str, SpaceMap]) -> str | None:
+    """A note for people where the networks seem to be trained from one start, as their weights are alike by number.
+
+    Those of networks that were initialised apart have cosines near 0.
+
+    Args:
+        graph: the merge graph.
+        networks: the source networks.
+        maps: the matching of each space.
+
+    Returns:
+        The note, or ``None``.
+    """
+    matrices = [name for name in trunk_parameters(graph) if graph.module.get_parameter(name).ndim > 1]
+    first, *others = (
+        torch.cat([network.get_parameter(name).detach().flatten().cpu().float() for name in matrices])
+        for network in networks
+    )
+    cosine = min(torch.cosine_similarity(first, other, dim=0).item() for other in others)
+    if cosine < ALIKE:
+        return None
+    labels = [space_map.labels for space_map in maps.values()]
+    same = sum(int((own == F.average(len(own), len(networks))).sum()) for own in labels) / sum(map(len, labels))
+    return (
+        f"The sources seem to be trained from one start: their weights are alike, feature by feature (cosine "
+        f"{cosine:.2f}). {same:.0%} of the features were matched by number; matcher=Average() does so with all."
+    )
 
 
 def trunk_parameters(graph: MergeGraph) -> Table:

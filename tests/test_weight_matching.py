@@ -1,5 +1,6 @@
 """Matching by weights: with no data, and together with activations."""
 
+import copy
 from itertools import permutations
 
 import pytest
@@ -13,7 +14,7 @@ from lightning_zipit import MergeSettings, ZipIt, merge_backbones, trace
 from lightning_zipit.errors import ConfigurationError
 from lightning_zipit.graph import permute_spaces
 from lightning_zipit.graph.verify import random_permutations
-from lightning_zipit.matchers import DualSpace, GreedyZip, Permute, WeightMatching
+from lightning_zipit.matchers import Average, DualSpace, GreedyZip, Permute, WeightMatching
 from lightning_zipit.session import AllHeads
 
 
@@ -116,3 +117,21 @@ def test_other_similarities_find_copies_too(similarity):
 def test_a_similarity_that_there_is_not_is_an_error():
     with pytest.raises(ConfigurationError, match="similarity"):
         MergeSettings(similarity="distance")
+
+
+def test_the_report_says_where_sources_seem_to_be_trained_from_one_start():
+    x = torch.randn(64, 3, 16, 16)
+    net = settle(SmallResNet(), x)
+    tuned = copy.deepcopy(net)
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            if parameter.ndim > 1:
+                parameter.add_(torch.randn_like(parameter), alpha=0.2 * parameter.std().item())
+
+    def notes(other, matcher):
+        settings = MergeSettings(matcher=matcher, refine=None)
+        return " ".join(merge_backbones({"a": net, "b": other}, [x], settings).report.notes)
+
+    assert "one start" in notes(tuned, Permute()) and "100% of the features" in notes(tuned, Permute())
+    assert "one start" not in notes(tuned, Average())
+    assert "one start" not in notes(settle(SmallResNet(), x), Permute())
