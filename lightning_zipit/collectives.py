@@ -27,12 +27,14 @@ def rank_and_size() -> tuple[int, int]:
 def all_reduce_sums(tensors: Sequence[Tensor], group: Any = None) -> None:
     """Sum each tensor over all processes of ``group``, in place; the results are identical on each.
 
-    Small tensors travel together: one all-reduce for every 64 MiB.
+    Small tensors travel together: one all-reduce for every 64 MiB. Without a process group, they stay as they are.
 
     Args:
         tensors: the same shapes in the same order on every process, of one type, on one device.
         group: the process group; by default all processes.
     """
+    if not is_distributed():
+        return
     bucket: list[Tensor] = []
     for number, tensor in enumerate(tensors):
         bucket.append(tensor)

@@ -103,9 +103,8 @@ def greedy_zip(similarity: Tensor, num_models: int, width: int, alpha: float = 0
     working = similarity.detach().cpu()
     if working.dtype not in (torch.float32, torch.float64):
         working = working.float()
+    _check_finite(working)
     original = working.numpy()
-    if not np.isfinite(original).all():
-        raise ValueError("`similarity` holds NaN or Inf; similarities must be finite.")
     n = len(original)
     budget = np.full(num_models, math.floor((n - width) // num_models * beta))
     return torch.from_numpy(_GreedyZip(original, num_models, alpha, budget).run(width))
@@ -233,8 +232,7 @@ def permute(similarity: Tensor, num_models: int) -> Tensor:
         tensor([0, 1, 1, 0])
     """
     check_matching(similarity, num_models)
-    if not similarity.isfinite().all():
-        raise ValueError("`similarity` holds NaN or Inf; similarities must be finite.")
+    _check_finite(similarity)
     width = len(similarity) // num_models
     labels = [torch.arange(width)]
     for model in range(1, num_models):
@@ -306,8 +304,7 @@ def agglomerative(similarity: Tensor, num_models: int, linkage: Linkage = "avera
         tensor([0, 1, 1, 0])
     """
     check_matching(similarity, num_models)
-    if not similarity.isfinite().all():
-        raise ValueError("`similarity` holds NaN or Inf; similarities must be finite.")
+    _check_finite(similarity)
     values = similarity.detach().double().cpu().numpy()
     if len(values) == 1:
         return torch.zeros(1, dtype=torch.int64)
@@ -348,8 +345,7 @@ def optimal(similarity: Tensor, num_models: int) -> Tensor:
     check_matching(similarity, num_models)
     if num_models != 2:
         raise ValueError(f"Pairs are for 2 models, got {num_models}: use greedy_zip, which makes larger clusters.")
-    if not similarity.isfinite().all():
-        raise ValueError("`similarity` holds NaN or Inf; similarities must be finite.")
+    _check_finite(similarity)
     weights = similarity.detach().double().cpu().numpy()
     weights = weights - weights.min() + 1  # networkx takes 0 for no edge; all pairings grow by the same
     np.fill_diagonal(weights, 0)
@@ -385,8 +381,7 @@ def kmeans(similarity: Tensor, num_models: int, rounds: int = 100, seed: int = 0
         tensor([0, 1, 1, 0])
     """
     check_matching(similarity, num_models)
-    if not similarity.isfinite().all():
-        raise ValueError("`similarity` holds NaN or Inf; similarities must be finite.")
+    _check_finite(similarity)
     values, vectors = torch.linalg.eigh(similarity.detach().double().cpu())
     points = vectors * values.clamp(min=0).sqrt()
     width = len(points) // num_models
@@ -522,6 +517,11 @@ def merge_matrices(labels: Tensor, num_models: int) -> tuple[list[Tensor], list[
 def _check_square(matrix: Tensor, name: str) -> None:
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
         raise ValueError(f"`{name}` must be a square matrix, got shape {tuple(matrix.shape)}.")
+
+
+def _check_finite(similarity: Tensor) -> None:
+    if not similarity.isfinite().all():
+        raise ValueError("`similarity` holds NaN or Inf; similarities must be finite.")
 
 
 def check_matching(similarity: Tensor, num_models: int, width: int = 1) -> None:

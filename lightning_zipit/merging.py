@@ -166,12 +166,27 @@ def contract(weight: Tensor, axes: Sequence[AxisRef | None], maps: Mapping[str, 
     known = [(axis, ref) for axis, ref in enumerate(axes) if ref is not None]
     for axis, ref in sorted(known, key=lambda item: item[1].groups == 1):  # groups are rows of the source's order
         if ref.role == "producer":
-            shares = torch.ones(ref.size, dtype=torch.float64)
-            for block in ref.blocks:
-                shares[block.entries()] = maps[block.space].shares(source)[:, None]
-            weight = weight * ref.along(shares, weight, axis)
+            weight = weight * ref.along(shares_along(ref, maps, source), weight, axis)
         weight = ref.scatter_add(weight, axis, {space: maps[space].targets(source) for space in ref.spaces})
     return weight
+
+
+def shares_along(ref: AxisRef, maps: Mapping[str, SpaceMap], source: int, elsewhere: float = 1.0) -> Tensor:
+    """What each entry of an axis of one source model contributes to the merged entry: M_i, as a vector.
+
+    Args:
+        ref: what the axis holds.
+        maps: the matching of each space.
+        source: the number i of the source model.
+        elsewhere: of entries that hold no feature.
+
+    Returns:
+        float64 ``(size,)``.
+    """
+    shares = torch.full((ref.size,), elsewhere, dtype=torch.float64)
+    for block in ref.blocks:
+        shares[block.entries()] = maps[block.space].shares(source)[:, None]
+    return shares
 
 
 def merge_parameter(copies: Sequence[Tensor], axes: Sequence[AxisRef | None], maps: Mapping[str, SpaceMap]) -> Tensor:

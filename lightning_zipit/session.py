@@ -363,10 +363,9 @@ class MergeSession:
                 unmerge_into(heads[task], self.graphs[task].axes, maps, source)
                 set_unmerges(heads[task], self.graphs[task], maps, source)
             spaces = tuple(self._reports[name] for name in graph.spaces)
-            alike = common_start(graph, list(self.backbones.values()), maps)
-            notes = (
-                graph.notes if alike is None or isinstance(self.settings.matcher, Average) else (*graph.notes, alike)
-            )
+            notes = graph.notes
+            if not isinstance(self.settings.matcher, Average):
+                notes += common_start(graph, list(self.backbones.values()), maps)
             report = MergeReport(spaces, *self._costs(trunk, heads), notes)
         self.merged = MergedBackbone(trunk, heads, report, self._example, self.graphs)
         return self.merged

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -43,16 +43,15 @@ def match_by_weights(
     maps = {name: SpaceMap(F.average(count * space.size, count), count) for name, space in graph.spaces.items()}
     similarities: dict[str, Tensor | None] = {}
 
-    def known(name: str) -> Tensor | None:
-        return None if graph.spaces[name].pinned else activations.get(name)
-
     def weighed(name: str) -> Tensor | None:
-        weights = None if graph.spaces[name].pinned else weight_similarity(table, networks, name, maps)
-        if weights is None or name not in activations:
-            return weights if weights is not None else known(name)
-        return weights.mul_(matcher.tau).add_(activations[name], alpha=1 - matcher.tau)
+        if graph.spaces[name].pinned:
+            return None
+        weights, measured = weight_similarity(table, networks, name, maps), activations.get(name)
+        if weights is None or measured is None:
+            return measured if weights is None else weights
+        return weights.mul_(matcher.tau).add_(measured, alpha=1 - matcher.tau)
 
-    def go_through(order: Sequence[list[str]], similarity_of: Callable[[str], Tensor | None]) -> bool:
+    def go_through(order: Iterable[list[str]], similarity_of: Callable[[str], Tensor | None]) -> bool:
         changed = False
         for family in order:
             for name, space_map, similarity in match(graph, family, similarity_of, inner, count):
@@ -62,11 +61,12 @@ def match_by_weights(
 
     everything, generator = families(graph), torch.Generator().manual_seed(matcher.seed)
     if activations:
-        go_through(everything, known)
-    for number in range(matcher.rounds):
-        order = torch.randperm(len(everything), generator=generator).tolist() if number else range(len(everything))
-        if not go_through([everything[number] for number in order], weighed):
+        go_through(everything, activations.get)
+    order = everything
+    for _ in range(matcher.rounds):
+        if not go_through(order, weighed):
             break
+        order = [everything[number] for number in torch.randperm(len(everything), generator=generator).tolist()]
     return {name: (maps[name], similarities.get(name)) for name in graph.spaces}
 
 
@@ -140,7 +140,7 @@ def _ungrouped(weight: Tensor, axes: Sequence[AxisRef | None]) -> tuple[Tensor, 
     return dense.transpose(1, 2).flatten(2, 3).flatten(0, 1), [axes[0], replace(ref, groups=1), *axes[2:]]
 
 
-def common_start(graph: MergeGraph, networks: Sequence[nn.Module], maps: Mapping[str, SpaceMap]) -> str | None:
+def common_start(graph: MergeGraph, networks: Sequence[nn.Module], maps: Mapping[str, SpaceMap]) -> tuple[str, ...]:
     """A note for people where the networks seem to be trained from one start, as their weights are alike by number.
 
     Those of networks that were initialised apart have cosines near 0.
@@ -151,21 +151,21 @@ def common_start(graph: MergeGraph, networks: Sequence[nn.Module], maps: Mapping
         maps: the matching of each space.
 
     Returns:
-        The note, or ``None``.
+        The note, or nothing.
     """
     matrices = [name for name in trunk_parameters(graph) if graph.module.get_parameter(name).ndim > 1]
-    first, *others = (
-        torch.cat([network.get_parameter(name).detach().flatten().cpu().float() for name in matrices])
-        for network in networks
-    )
-    cosine = min(torch.cosine_similarity(first, other, dim=0).item() for other in others)
+    products = torch.zeros(len(networks), len(networks), dtype=torch.float64)
+    for name in matrices:
+        own = torch.stack([network.get_parameter(name).detach().flatten().cpu().float() for network in networks])
+        products += own @ own.T
+    cosine = F.correlation(products)[0, 1:].min().item()
     if cosine < ALIKE:
-        return None
+        return ()
     labels = [space_map.labels for space_map in maps.values()]
     same = sum(int((own == F.average(len(own), len(networks))).sum()) for own in labels) / sum(map(len, labels))
     return (
         f"The sources seem to be trained from one start: their weights are alike, feature by feature (cosine "
-        f"{cosine:.2f}). {same:.0%} of the features were matched by number; matcher=Average() does so with all."
+        f"{cosine:.2f}). {same:.0%} of the features were matched by number; matcher=Average() does so with all.",
     )
 
 

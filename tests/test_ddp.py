@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.nets import Lit, settle, trainer
+from helpers.nets import settled_pair, trainer
 from torch.utils.data import DataLoader
 
 from lightning_zipit import CalibrationStatistics, MultiHeadModule, ZipIt
@@ -112,11 +112,7 @@ if __name__ == "__main__":
 
 
 def models():
-    torch.manual_seed(0)
-    models = {"a": Lit(5), "b": Lit(7)}
-    for model in models.values():
-        settle(model.net, torch.randn(16, 3, 16, 16))
-    return models
+    return settled_pair(16)
 
 
 def loaders(devices):

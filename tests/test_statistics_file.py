@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.nets import Lit, Wrap, images, settle, trainer
+from helpers.nets import Lit, Wrap, images, settled_pair, trainer
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -17,11 +17,7 @@ from lightning_zipit.session import MergeSession
 
 @pytest.fixture(scope="module")
 def models():
-    torch.manual_seed(0)
-    models = {"a": Lit(5), "b": Lit(7)}
-    for model in models.values():
-        settle(model.net, torch.randn(32, 3, 16, 16))
-    return models
+    return settled_pair()
 
 
 @pytest.fixture

@@ -20,7 +20,28 @@ PASSING = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Identity)
 
 
 @dataclass(frozen=True)
-class Layer:
+class Stop:
+    """A place on the way through the layers.
+
+    Attributes:
+        node: the call of its module.
+    """
+
+    node: fx.Node
+
+    @property
+    def name(self) -> str:
+        """The full name of the module."""
+        return str(self.node.target)
+
+    @property
+    def input(self) -> fx.Node:
+        """The node whose value the module is given."""
+        return self.node.all_input_nodes[0]
+
+
+@dataclass(frozen=True)
+class Layer(Stop):
     """A layer with weights, and what its fit is compared with.
 
     Attributes:
@@ -30,37 +51,14 @@ class Layer:
         beside: the other summand, where the target is a sum.
     """
 
-    node: fx.Node
     norm: fx.Node | None
     target: fx.Node
     beside: fx.Node | None = None
 
-    @property
-    def name(self) -> str:
-        """The full name of the layer."""
-        return str(self.node.target)
-
-    @property
-    def input(self) -> fx.Node:
-        """The node whose value the layer is given."""
-        return self.node.all_input_nodes[0]
-
 
 @dataclass(frozen=True)
-class Norm:
+class Norm(Stop):
     """A batch norm that stands by itself: its statistics are those of what reaches it."""
-
-    node: fx.Node
-
-    @property
-    def name(self) -> str:
-        """The full name of the norm."""
-        return str(self.node.target)
-
-    @property
-    def input(self) -> fx.Node:
-        """The node whose value the norm is given."""
-        return self.node.all_input_nodes[0]
 
 
 def layer_of(network: nn.Module, stop: Layer) -> tuple[Fitted, _BatchNorm | None]:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_zipit.collectives import all_reduce_sums, is_distributed
+from lightning_zipit.collectives import all_reduce_sums
 from lightning_zipit.refine.layers import Fitted, groups_of
 from lightning_zipit.statistics import full_precision
 
@@ -92,8 +92,7 @@ class NormalEquations:
 
     def sum_over_processes(self) -> None:
         """Put the samples of all processes into the sums of each."""
-        if is_distributed():
-            all_reduce_sums([self.count, self.inputs, self.outputs, self.gram, self.cross, self.power])
+        all_reduce_sums([self.count, self.inputs, self.outputs, self.gram, self.cross, self.power])
 
     def solve(self, prior: Tensor, ridge: float, intercept: bool = True) -> tuple[Tensor, Tensor]:
         """The weights and bias that minimise Σ‖W x + b - t‖² + λ‖W - prior‖².

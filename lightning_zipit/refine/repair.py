@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_zipit.collectives import all_reduce_sums, is_distributed
+from lightning_zipit.collectives import all_reduce_sums
 from lightning_zipit.refine.layers import Fitted
 
 
@@ -29,8 +29,7 @@ class OutputMoments:
 
     def sum_over_processes(self) -> None:
         """Put the samples of all processes into the sums of each."""
-        if is_distributed():
-            all_reduce_sums([self.sums])
+        all_reduce_sums([self.sums])
 
     @property
     def mean(self) -> Tensor:

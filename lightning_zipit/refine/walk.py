@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from lightning_zipit.collectives import rank_and_size
 from lightning_zipit.graph import MergeGraph
-from lightning_zipit.merging import SpaceMap
+from lightning_zipit.merging import SpaceMap, shares_along
 from lightning_zipit.rebuild import UNMERGE
 from lightning_zipit.refine.frontier import Frontier, Run, Values
 from lightning_zipit.refine.layers import Fitted, Layer, Norm, find_stops, groups_of, layer_of
@@ -45,8 +45,7 @@ class Zip:
             index, share = torch.arange(size), torch.full((size,), 1 / num_models, dtype=torch.float64)
             if ref is not None:
                 index = ref.index({space: maps[space].targets(source) for space in ref.spaces})
-                for block in ref.blocks:
-                    share[block.entries()] = maps[block.space].shares(source)[:, None]
+                share = shares_along(ref, maps, source, elsewhere=1 / num_models)
             targets.append(index)
             shares.append(share)
         return cls(tuple(targets), tuple(shares))

@@ -153,6 +153,15 @@ def settle(net, *batches):
     return net.eval()
 
 
+def settled_pair(count=32):
+    """Two modules of 5 and 7 classes with statistics of batch norm; ``count`` is of the images they come from."""
+    torch.manual_seed(0)
+    models = {"a": Lit(5), "b": Lit(7)}
+    for model in models.values():
+        settle(model.net, torch.randn(count, 3, 16, 16))
+    return models
+
+
 def torchvision_net(name, **arguments):
     """A torchvision model with 5 classes; the fully connected layers of AlexNet and VGG have 64 features."""
     net = getattr(torchvision.models, name)(num_classes=5, **arguments)

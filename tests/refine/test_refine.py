@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 import torch
 from architectures import relative_error
-from helpers.nets import HandWrittenViT, Lit, PlainNet, SmallResNet, images, settle, torchvision_net, trainer
+from helpers.nets import (
+    HandWrittenViT,
+    PlainNet,
+    SmallResNet,
+    images,
+    settle,
+    settled_pair,
+    torchvision_net,
+    trainer,
+)
 from torch import nn
 from torchvision.models import DenseNet, ShuffleNetV2
 
@@ -150,11 +159,7 @@ def merge(models, refine, **arguments):
 
 @pytest.fixture(scope="module")
 def models():
-    torch.manual_seed(0)
-    models = {"a": Lit(5), "b": Lit(7)}
-    for model in models.values():
-        settle(model.net, torch.randn(32, 3, 16, 16))
-    return models
+    return settled_pair()
 
 
 @pytest.mark.parametrize("stop_at", [None, "layer1"])
