@@ -129,6 +129,7 @@ def main() -> None:
     parser.add_argument("--checkpoints", type=Path, nargs="+", required=True, help="two or more trained networks")
     parser.add_argument("--stop-at", nargs="+", default=["none", "layer2", "layer1"], help="the trunk's last module")
     parser.add_argument("--methods", nargs="+", choices=[*METHODS, *OTHERS], default=list(METHODS))
+    parser.add_argument("--widths", nargs="+", type=float, default=[1.0], help="ratios of the trunk's to one network's")
     parser.add_argument("--calibration-images", type=int, default=1500)
     parser.add_argument("--test-images", type=int, default=5000)
     parser.add_argument("--plot", type=Path, help="write joint accuracy over cost to this image file")
@@ -141,9 +142,11 @@ def main() -> None:
     calibration = load_images(arguments.data / "train", arguments.calibration_images)
     test = load_images(arguments.data / "test", arguments.test_images)
     merges = {
-        f"{name}, {stop_at or 'all layers'}": (METHODS | OTHERS)[name] | {"stop_at": stop_at}
+        f"{name}, {stop_at or 'all layers'}{f', width {width:g}' * (width != 1)}": (METHODS | OTHERS)[name]
+        | {"stop_at": stop_at, "width": width}
         for stop_at in (None if name == "none" else name for name in arguments.stop_at)
         for name in arguments.methods
+        for width in arguments.widths
     }
     # One loader for both tasks: the calibration images hold the classes of all.
     rows = compare(models, classes, merges, DataLoader(calibration, 100), list(DataLoader(test, 500)), backbone="net")

@@ -105,7 +105,7 @@ def print_table(title: str, rows: Sequence[Row], tasks: Sequence[str]) -> None:
 
 
 def plot(title: str, rows: Sequence[Row], path: Path) -> None:
-    """Joint accuracy over cost, one point a network."""
+    """Joint accuracy over cost, one point a network; a line joins what differs in width alone."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
@@ -117,12 +117,20 @@ def plot(title: str, rows: Sequence[Row], path: Path) -> None:
         "zip": "tab:blue",
         "ensemble": "tab:green",
     }
+    series: dict[str, list[Row]] = {}
     for row in rows:
-        kind = next((kind for kind in colours if kind in row.name), "zip")
-        axes.scatter(row.flops / 1e6, row.accuracy["joint"], color=colours[kind], s=40)
-        axes.annotate(
-            row.name, (row.flops / 1e6, row.accuracy["joint"]), xytext=(5, 4), textcoords="offset points", fontsize=8
-        )
+        series.setdefault(row.name.partition(", width")[0], []).append(row)
+    lines = any(len(members) > 1 for members in series.values())  # they take colours of their own
+    for name, members in series.items():
+        points = sorted((row.flops / 1e6, row.accuracy["joint"]) for row in members)
+        if len(points) > 1:
+            axes.plot(*zip(*points, strict=True), marker="o", label=name)
+            continue
+        kind = next((kind for kind in colours if kind in name), "zip")
+        axes.scatter(*points[0], color="black" if lines else colours[kind], s=40)
+        axes.annotate(name, points[0], xytext=(5, 4), textcoords="offset points", fontsize=8)
+    if lines:
+        axes.legend(fontsize=8, loc="lower right")
     axes.set(xlabel="MFLOPs for one sample", ylabel="joint accuracy in %", title=title)
     axes.margins(x=0.2)
     axes.grid(alpha=0.3)

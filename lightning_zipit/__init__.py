@@ -13,7 +13,8 @@ from lightning_zipit.metrics import JointAccuracy
 from lightning_zipit.module import ZipItModule
 from lightning_zipit.multihead import Ensemble, MultiHeadModule
 from lightning_zipit.report import MergeReport
-from lightning_zipit.session import MergeSettings, merge_backbones
+from lightning_zipit.session import merge_backbones
+from lightning_zipit.settings import MergeSettings
 from lightning_zipit.statistics import FeatureStatistics, Moments
 from lightning_zipit.statistics_file import CalibrationStatistics
 from lightning_zipit.trainer import ZipItTrainer

@@ -11,10 +11,12 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_zipit._lightning import unsupported_strategy
 from lightning_zipit.errors import CalibrationError
-from lightning_zipit.matchers import GreedyZip, Matcher
+from lightning_zipit.matchers import Average, GreedyZip, Matcher
 from lightning_zipit.merging import SimilarityKind
 from lightning_zipit.module import ZipItModule
-from lightning_zipit.session import MergeSettings, Refine
+from lightning_zipit.settings import MergeSettings, Refine
+from lightning_zipit.task_vectors import Combination
+from lightning_zipit.widths import Width
 
 
 class ZipItCallback(Callback):
@@ -25,7 +27,7 @@ class ZipItCallback(Callback):
     Args:
         stop_at: dotted name inside the backbone of the trunk's last module; ``None`` zips everything down to the last
             layer, which stays a head per task.
-        matcher: similarity → labels; ``GreedyZip()`` by default.
+        matcher: similarity → labels; ``GreedyZip()`` by default, ``Average()`` with ``combine``.
         refine: what follows merging; see :class:`~lightning_zipit.MergeSettings`.
         merge_heads: merge the last layer too, for models that share one output space.
         verify: prove the table of axes on the first calibration batch.
@@ -34,6 +36,12 @@ class ZipItCallback(Callback):
         statistics: a safetensors file for the statistics. One that is there stands for the calibration; else it is
             written, and an interrupted calibration goes on from what it had gathered.
         similarity: how alike features are; see :class:`~lightning_zipit.MergeSettings`.
+        width: how many features the merged network has, as a ratio to one source's: above 1 it is more accurate and
+            costs more, below 1 the opposite; for all spaces, or by the name of the space. ``"auto"`` chooses them
+            within ``flops``. A single model can be folded with a width below 1.
+        flops: for ``width="auto"``, what the merged network may cost, as a ratio to one source's FLOPs.
+        combine: how changes to the ``base`` of the :class:`~lightning_zipit.ZipItModule` are combined, instead of
+            averaging weights: ``TaskArithmetic()``, ``Ties()`` or ``Dare()``. Features are then matched by number.
 
     Raises:
         ConfigurationError: if an argument is not one of those there are.
@@ -49,9 +57,22 @@ class ZipItCallback(Callback):
         statistics_memory: float = 8.0,
         statistics: str | Path | None = None,
         similarity: SimilarityKind = "correlation",
+        width: Width = 1.0,
+        flops: float | None = None,
+        combine: Combination | None = None,
     ) -> None:
         self.settings = MergeSettings(
-            stop_at, matcher or GreedyZip(), refine, merge_heads, verify, statistics_memory, statistics, similarity
+            stop_at,
+            matcher or (Average() if combine is not None else GreedyZip()),
+            refine,
+            merge_heads,
+            verify,
+            statistics_memory,
+            statistics,
+            similarity,
+            width,
+            flops,
+            combine,
         )
         self._undo = ExitStack()
 

@@ -16,8 +16,10 @@ from lightning_zipit.matchers import Matcher
 from lightning_zipit.merging import SimilarityKind
 from lightning_zipit.module import ZipItModule
 from lightning_zipit.multihead import MultiHeadModule
-from lightning_zipit.session import Refine
+from lightning_zipit.settings import Refine
 from lightning_zipit.sources import find_input
+from lightning_zipit.task_vectors import Combination
+from lightning_zipit.widths import Width
 
 
 class ZipIt:
@@ -44,6 +46,10 @@ class ZipIt:
         statistics_memory: float = 8.0,
         statistics: str | Path | None = None,
         similarity: SimilarityKind = "correlation",
+        width: Width = 1.0,
+        flops: float | None = None,
+        base: LightningModule | None = None,
+        combine: Combination | None = None,
         get_input: Callable[[Any], Tensor] = find_input,
     ) -> MultiHeadModule:
         """Merge N trained modules into one with a head per task, without training.
@@ -58,7 +64,7 @@ class ZipIt:
             backbone: dotted name of the part to merge, the same in each module; ``""`` for the whole ``forward``.
             stop_at: dotted name inside the backbone of the trunk's last module; ``None`` zips everything down to the
                 last layer, which stays a head per task.
-            matcher: similarity → labels; ``GreedyZip()`` by default.
+            matcher: similarity → labels; ``GreedyZip()`` by default, ``Average()`` with ``combine``.
             refine: what follows merging; see :class:`~lightning_zipit.MergeSettings`.
             merge_heads: merge the last layer too, for models that share one output space.
             verify: prove the table of axes on the first calibration batch.
@@ -67,6 +73,13 @@ class ZipIt:
             statistics: a safetensors file for the statistics. One that is there stands for the calibration; else it is
                 written, and an interrupted calibration goes on from what it had gathered.
             similarity: how alike features are; see :class:`~lightning_zipit.MergeSettings`.
+            width: how many features the merged network has, as a ratio to one source's: above 1 it is more accurate and
+                costs more, below 1 the opposite; for all spaces, or by the name of the space. ``"auto"`` chooses them
+                within ``flops``. A single model can be folded with a width below 1.
+            flops: for ``width="auto"``, what the merged network may cost, as a ratio to one source's FLOPs.
+            base: the module that all were trained from, for ``combine``.
+            combine: how changes to ``base`` are combined, instead of averaging weights: ``TaskArithmetic()``,
+                ``Ties()`` or ``Dare()``. Features are then matched by number.
             get_input: from a batch to the backbone's input; by default the batch, its first item, or a well-known key.
 
         Returns:
@@ -80,11 +93,21 @@ class ZipIt:
         """
         if problem := unsupported_strategy(self.trainer):  # before processes are spawned that could not bring it back
             raise ConfigurationError(problem)
-        module = ZipItModule(models, backbone, dataloaders, datamodule, get_input)
+        module = ZipItModule(models, backbone, dataloaders, datamodule, get_input, base)
         if dataloaders is None and datamodule is None and not (statistics and Path(statistics).is_file()):
             raise ConfigurationError("There is no calibration data: pass `dataloaders` or `datamodule`.")
         callback = ZipItCallback(
-            stop_at, matcher, refine, merge_heads, verify, statistics_memory, statistics, similarity
+            stop_at,
+            matcher,
+            refine,
+            merge_heads,
+            verify,
+            statistics_memory,
+            statistics,
+            similarity,
+            width,
+            flops,
+            combine,
         )
         callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
         callbacks.append(callback)

@@ -26,6 +26,7 @@ __all__ = [
     "merge_matrices",
     "optimal",
     "permute",
+    "ties",
 ]
 
 Linkage = Literal["average", "complete", "single"]
@@ -283,17 +284,20 @@ def cycle_consistent(similarity: Tensor, num_models: int, rounds: int = 100) -> 
     return torch.from_numpy(labels.flatten())
 
 
-def agglomerative(similarity: Tensor, num_models: int, linkage: Linkage = "average") -> Tensor:
-    """Cluster features bottom up, the most similar clusters first, until as many are left as one model has features.
+def agglomerative(
+    similarity: Tensor, num_models: int, linkage: Linkage = "average", width: int | None = None
+) -> Tensor:
+    """Cluster features bottom up, the most similar clusters first.
 
     Args:
         similarity: symmetric and finite, ``(n, n)`` with ``n`` a multiple of ``num_models``; the diagonal is ignored.
         num_models: how many models the features come from.
         linkage: the similarity of two clusters: the mean over their pairs, the lowest (``"complete"``) or the highest
             (``"single"``).
+        width: how many clusters to leave, 1 to n; as many as one model has features by default.
 
     Returns:
-        int64 labels ``(n,)`` on the CPU, with ``n / num_models`` clusters, numbered by their lowest feature.
+        int64 labels ``(n,)`` on the CPU, with ``width`` clusters, numbered by their lowest feature.
 
     Raises:
         ValueError: if ``similarity`` is not square or not finite, or its size not a multiple of ``num_models``.
@@ -303,7 +307,7 @@ def agglomerative(similarity: Tensor, num_models: int, linkage: Linkage = "avera
         ...                             [0.9, 0.3, 0.0, 1.0]]), num_models=2)
         tensor([0, 1, 1, 0])
     """
-    check_matching(similarity, num_models)
+    width = width_of(similarity, num_models, width)
     _check_finite(similarity)
     values = similarity.detach().double().cpu().numpy()
     if len(values) == 1:
@@ -311,7 +315,7 @@ def agglomerative(similarity: Tensor, num_models: int, linkage: Linkage = "avera
     distance = values.max() - values
     np.fill_diagonal(distance, 0)
     tree = hierarchy.linkage(squareform(distance, checks=False), linkage)
-    return by_lowest(torch.from_numpy(hierarchy.cut_tree(tree, len(values) // num_models)[:, 0].astype(np.int64)))
+    return by_lowest(torch.from_numpy(hierarchy.cut_tree(tree, width)[:, 0].astype(np.int64)))
 
 
 def by_lowest(labels: Tensor) -> Tensor:
@@ -357,8 +361,8 @@ def optimal(similarity: Tensor, num_models: int) -> Tensor:
     return torch.from_numpy(np.unique(lowest, return_inverse=True)[1].astype(np.int64))
 
 
-def kmeans(similarity: Tensor, num_models: int, rounds: int = 100, seed: int = 0) -> Tensor:
-    """Cluster features by k-means, with as many clusters as one model has features (ZipIt!, appendix).
+def kmeans(similarity: Tensor, num_models: int, rounds: int = 100, seed: int = 0, width: int | None = None) -> Tensor:
+    """Cluster features by k-means (ZipIt!, appendix).
 
     Features are points whose inner products are the similarities: the square root of the matrix, its negative
     eigenvalues left out. A cluster that runs empty takes the point that lies farthest from its own centre.
@@ -368,9 +372,10 @@ def kmeans(similarity: Tensor, num_models: int, rounds: int = 100, seed: int = 0
         num_models: how many models the features come from.
         rounds: of assigning points and moving centres, at most.
         seed: of the centres to start from (k-means++).
+        width: how many clusters to make, 1 to n; as many as one model has features by default.
 
     Returns:
-        int64 labels ``(n,)`` on the CPU, with ``n / num_models`` clusters, numbered by their lowest feature.
+        int64 labels ``(n,)`` on the CPU, with ``width`` clusters, numbered by their lowest feature.
 
     Raises:
         ValueError: if ``similarity`` is not square or not finite, or its size not a multiple of ``num_models``.
@@ -380,11 +385,10 @@ def kmeans(similarity: Tensor, num_models: int, rounds: int = 100, seed: int = 0
         ...                      [0.9, 0.3, 0.0, 1.0]]), num_models=2)
         tensor([0, 1, 1, 0])
     """
-    check_matching(similarity, num_models)
+    width = width_of(similarity, num_models, width)
     _check_finite(similarity)
     values, vectors = torch.linalg.eigh(similarity.detach().double().cpu())
     points = vectors * values.clamp(min=0).sqrt()
-    width = len(points) // num_models
     centres = points[_spread(points, width, torch.Generator().manual_seed(seed))]
     labels = torch.full((len(points),), -1)
     for _ in range(rounds):
@@ -452,6 +456,64 @@ def unit_similarity(similarity: Tensor, members: Tensor, num_models: int) -> Ten
             rows, columns = linear_sum_assignment(blocks[first, second], maximize=True)
             result[first, second] = result[second, first] = blocks[first, second][rows, columns].mean()
     return torch.from_numpy(result)
+
+
+def ties(vectors: Tensor, density: float) -> Tensor:
+    """Combine changes of weights: trim, elect a sign, average those that have it (TIES-Merging, arXiv 2306.01708).
+
+    Args:
+        vectors: ``(N, P)``, the changes of P weights in each of N models.
+        density: the share of each model's changes that is kept, the largest; above 0 to 1.
+
+    Returns:
+        ``(P,)``; 0 where all changes are trimmed or cancel.
+
+    Raises:
+        ValueError: if ``density`` is out of range, or ``vectors`` is no matrix.
+
+    Example:
+        >>> ties(torch.tensor([[3.0, -2.0, 0.1], [1.0, 4.0, -0.2]]), density=0.6)
+        tensor([2., 4., 0.])
+    """
+    if vectors.ndim != 2:
+        raise ValueError(f"`vectors` must be a matrix, got shape {tuple(vectors.shape)}.")
+    if not 0.0 < density <= 1.0:
+        raise ValueError(f"`density` must lie above 0 and not above 1, got {density}.")
+    size = vectors.shape[1]
+    trimmed = max(size - math.ceil(density * size), 0)
+    kept = vectors.clone()
+    if trimmed:
+        threshold = vectors.abs().kthvalue(trimmed, dim=1, keepdim=True).values
+        kept[vectors.abs() <= threshold] = 0
+    sign = kept.sum(0).sign()
+    agreeing = (kept.sign() == sign) & (kept != 0)
+    return (kept * agreeing).sum(0) / agreeing.sum(0).clamp(min=1)
+
+
+def zip_loss(similarity: Tensor, labels: Tensor) -> float:
+    """The share of the features' variance that is lost when every feature becomes the mean of its cluster.
+
+    Features count as scaled to variance 1; what is kept is Σ over clusters of the mean of their similarities, times
+    their size: the objective of k-means.
+
+    Args:
+        similarity: of the features, ``(n, n)``.
+        labels: int64 ``(n,)``, the cluster of each.
+
+    Returns:
+        0 where nothing is merged, or only what is the same, up to 1.
+
+    Example:
+        >>> similarity = torch.tensor([[1.0, 0.0, 0.8], [0.0, 1.0, 0.0], [0.8, 0.0, 1.0]])
+        >>> round(zip_loss(similarity, torch.tensor([0, 1, 0])), 4)
+        0.0667
+    """
+    labels = labels.to(similarity.device)
+    sizes = labels.bincount().to(similarity.dtype)
+    of_cluster = similarity.new_zeros(len(sizes), len(labels)).index_add_(0, labels, similarity)
+    kept = (of_cluster.gather(0, labels[None])[0] / sizes[labels]).sum()
+    total = similarity.diagonal().sum().clamp(min=torch.finfo(similarity.dtype).tiny)
+    return float((1 - kept / total).clamp(0, 1))
 
 
 def average(num_features: int, num_models: int) -> Tensor:
@@ -522,6 +584,12 @@ def _check_square(matrix: Tensor, name: str) -> None:
 def _check_finite(similarity: Tensor) -> None:
     if not similarity.isfinite().all():
         raise ValueError("`similarity` holds NaN or Inf; similarities must be finite.")
+
+
+def width_of(similarity: Tensor, num_models: int, width: int | None) -> int:
+    """The number of clusters that is asked for, that of one model's features by default; see :func:`check_matching`."""
+    check_matching(similarity, num_models, 1 if width is None else width)
+    return len(similarity) // num_models if width is None else width
 
 
 def check_matching(similarity: Tensor, num_models: int, width: int = 1) -> None:

@@ -15,6 +15,7 @@ OWN_MODEL_HANDICAP = 1e-6
 
 __all__ = [
     "Agglomerative",
+    "AnyWidthMatcher",
     "Average",
     "CycleConsistent",
     "DualSpace",
@@ -43,8 +44,25 @@ class Matcher(ABC):
         """
 
 
+class AnyWidthMatcher(Matcher):
+    """A matcher that can leave more or fewer features than one model has, as ``width=`` of a merge asks for."""
+
+    @abstractmethod
+    def __call__(self, similarity: Tensor, num_models: int, width: int | None = None) -> Tensor:
+        """Match the features of one space.
+
+        Args:
+            similarity: float64 ``(N·C, N·C)``, the models side by side; dead features have zeros only.
+            num_models: N.
+            width: how many features to leave, 1 to N·C; C by default.
+
+        Returns:
+            int64 labels ``(N·C,)`` with ``width`` clusters.
+        """
+
+
 @dataclass(frozen=True)
-class GreedyZip(Matcher):
+class GreedyZip(AnyWidthMatcher):
     """Zip features across and within models, the most similar pair first (ZipIt!, section 4.1).
 
     Dead features (constant on the calibration data) are set aside first, one of each model to a cluster, as far as
@@ -76,13 +94,15 @@ class GreedyZip(Matcher):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"`{name}` must lie between 0 and 1, got {getattr(self, name)}.")
 
-    def __call__(self, similarity: Tensor, num_models: int) -> Tensor:
-        F.check_matching(similarity, num_models)
+    def __call__(self, similarity: Tensor, num_models: int, width: int | None = None) -> Tensor:
+        width = F.width_of(similarity, num_models, width)
         size = len(similarity) // num_models
         dead = (similarity.diagonal() == 0).reshape(num_models, size)
         paired = int(dead.sum(1).min())
         aside = dead & (dead.cumsum(1) <= paired)
         live = (~aside).flatten().nonzero().flatten()
+        # Where the size is free, dead features share one place if they can, and live ones get the rest.
+        spare = paired if width == size else max(width - len(live), min(paired, 1, width - 1))
         labels = torch.empty(len(similarity), dtype=torch.int64)
         if len(live):
             chosen = similarity if len(live) == len(similarity) else similarity[live][:, live]
@@ -90,9 +110,10 @@ class GreedyZip(Matcher):
             for own in range(num_models):
                 block = slice(own * (size - paired), (own + 1) * (size - paired))
                 compared[block, block].sub_(compared[block, block].abs(), alpha=OWN_MODEL_HANDICAP)
-            zipped = F.greedy_zip(compared, num_models, size - paired, self.alpha, self.beta)
+            zipped = F.greedy_zip(compared, num_models, width - spare, self.alpha, self.beta)
             labels[live.cpu()] = zipped
-        labels[aside.flatten().cpu()] = torch.arange(size - paired, size).repeat(num_models)
+        places = max(spare, 1)
+        labels[aside.flatten().cpu()] = width - places + torch.arange(num_models * paired) % places
         return labels
 
 
@@ -116,7 +137,7 @@ class Optimal(Matcher):
 
 
 @dataclass(frozen=True)
-class KMeans(Matcher):
+class KMeans(AnyWidthMatcher):
     """Cluster the features of all models by k-means (ZipIt!, appendix); see :func:`~lightning_zipit.functional.kmeans`.
 
     Args:
@@ -125,8 +146,8 @@ class KMeans(Matcher):
 
     seed: int = 0
 
-    def __call__(self, similarity: Tensor, num_models: int) -> Tensor:
-        return F.kmeans(similarity, num_models, seed=self.seed)
+    def __call__(self, similarity: Tensor, num_models: int, width: int | None = None) -> Tensor:
+        return F.kmeans(similarity, num_models, seed=self.seed, width=width)
 
 
 @dataclass(frozen=True)
@@ -138,7 +159,7 @@ class Average(Matcher):
 
 
 @dataclass(frozen=True)
-class Agglomerative(Matcher):
+class Agglomerative(AnyWidthMatcher):
     """Cluster features bottom up; see :func:`~lightning_zipit.functional.agglomerative`.
 
     Args:
@@ -155,8 +176,8 @@ class Agglomerative(Matcher):
         if self.linkage not in get_args(F.Linkage):
             raise ValueError(f"`linkage` must be one of {get_args(F.Linkage)}, got {self.linkage!r}.")
 
-    def __call__(self, similarity: Tensor, num_models: int) -> Tensor:
-        return F.agglomerative(similarity, num_models, self.linkage)
+    def __call__(self, similarity: Tensor, num_models: int, width: int | None = None) -> Tensor:
+        return F.agglomerative(similarity, num_models, self.linkage, width)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_zipit import functional as F
 from lightning_zipit.graph import AxisRef, FeatureSpace, MergeGraph
 from lightning_zipit.graph.spaces import unit_members, units_around, units_first
-from lightning_zipit.matchers import Matcher
+from lightning_zipit.matchers import AnyWidthMatcher, Matcher
 from lightning_zipit.statistics import Moments
 
 SimilarityKind = Literal["correlation", "absolute", "cosine", "covariance"]
@@ -34,6 +34,11 @@ class SpaceMap:
 
     labels: Tensor
     num_models: int
+
+    @property
+    def width(self) -> int:
+        """How many features the merged network has."""
+        return int(self.labels.max()) + 1
 
     def targets(self, source: int) -> Tensor:
         """The merged feature of each feature of one source model, ``(C,)``: U_i as indices."""
@@ -58,6 +63,7 @@ def match(
     similarity_of: Callable[[str], Tensor | None],
     matcher: Matcher,
     num_models: int,
+    widths: Mapping[str, int] | None = None,
 ) -> Iterator[tuple[str, SpaceMap, Tensor | None]]:
     """Match the features of one family of spaces.
 
@@ -67,6 +73,7 @@ def match(
         similarity_of: from a space to the similarity of its features, ``(N·C, N·C)``; ``None`` where there is none.
         matcher: similarity → labels.
         num_models: N.
+        widths: of spaces without units, how many features are to be left; those of one model by default.
 
     Yields:
         Per space its name, its map (one without a similarity is matched by number; groups and heads come first, then
@@ -83,7 +90,11 @@ def match(
         if space.units is not None:
             labels[name] = _match_within(space, labels[space.units], similarities.get(name), matcher, num_models)
         elif name in similarities:
-            labels[name] = matcher(similarities[name], num_models).cpu()
+            width = widths.get(name) if widths else None
+            if isinstance(matcher, AnyWidthMatcher) and width is not None:
+                labels[name] = matcher(similarities[name], num_models, width).cpu()
+            else:
+                labels[name] = matcher(similarities[name], num_models).cpu()
         else:
             labels[name] = F.average(num_models * space.size, num_models)
         yield name, SpaceMap(labels[name], num_models), similarities.get(name)
@@ -160,15 +171,21 @@ def contract(weight: Tensor, axes: Sequence[AxisRef | None], maps: Mapping[str, 
         source: the number i of the source model.
 
     Returns:
-        float64, of the shape of ``weight``.
+        float64, of the shape of ``weight`` but for axes of spaces that are resized.
     """
     weight = weight.detach().cpu().double()
     known = [(axis, ref) for axis, ref in enumerate(axes) if ref is not None]
     for axis, ref in sorted(known, key=lambda item: item[1].groups == 1):  # groups are rows of the source's order
         if ref.role == "producer":
             weight = weight * ref.along(shares_along(ref, maps, source), weight, axis)
-        weight = ref.scatter_add(weight, axis, {space: maps[space].targets(source) for space in ref.spaces})
+        targets = {space: maps[space].targets(source) for space in ref.spaces}
+        weight = ref.scatter_add(weight, axis, targets, merged_axis(ref, maps))
     return weight
+
+
+def merged_axis(ref: AxisRef, maps: Mapping[str, SpaceMap]) -> AxisRef:
+    """What an axis of a source model is in the merged network."""
+    return ref.resized({space: maps[space].width for space in ref.spaces})
 
 
 def shares_along(ref: AxisRef, maps: Mapping[str, SpaceMap], source: int, elsewhere: float = 1.0) -> Tensor:
@@ -221,7 +238,8 @@ def merge_into(
     """Write the merged parameters and buffers into a trunk.
 
     Args:
-        target: a module with parameters under the names that they have in the sources.
+        target: a module with parameters under the names that they have in the sources, of the sizes of the merged
+            network.
         sources: the source networks.
         axes: the table of axes.
         maps: the matching of each space.
@@ -233,12 +251,18 @@ def merge_into(
 
 
 def unmerge_into(
-    target: nn.Module, axes: Mapping[str, tuple[AxisRef | None, ...]], maps: Mapping[str, SpaceMap], source: int
+    target: nn.Module,
+    network: nn.Module,
+    axes: Mapping[str, tuple[AxisRef | None, ...]],
+    maps: Mapping[str, SpaceMap],
+    source: int,
 ) -> None:
     """Let the first layers of one head read the merged features: W_i U_i.
 
     Args:
-        target: the head of one source model, with that model's parameters.
+        target: the head of one source model, with parameters under the names that they have there, of the sizes of the
+            merged network.
+        network: that model.
         axes: the table of axes.
         maps: the matching of each space.
         source: the number i of the source model.
@@ -247,7 +271,7 @@ def unmerge_into(
         for name, tensor in _tensors(target):
             refs = axes.get(name, ())
             if any(refs):
-                tensor.copy_(contract(tensor, refs, maps, source))
+                tensor.copy_(contract(attrgetter(name)(network), refs, maps, source))
 
 
 def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:

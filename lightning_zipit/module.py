@@ -19,8 +19,10 @@ from lightning_zipit.collectives import share
 from lightning_zipit.errors import CalibrationError, ConfigurationError
 from lightning_zipit.files import replacing
 from lightning_zipit.multihead import MultiHeadModule
-from lightning_zipit.session import MergeSession, MergeSettings
+from lightning_zipit.session import MergeSession
+from lightning_zipit.settings import MergeSettings
 from lightning_zipit.sources import DelegatedTransfers, find_input, find_problems, get_backbone, name_tasks
+from lightning_zipit.widths import changes_size
 
 
 class ZipItModule(DelegatedTransfers, LightningModule):
@@ -36,6 +38,7 @@ class ZipItModule(DelegatedTransfers, LightningModule):
         datamodule: where the loaders come from instead: its ``calibration_dataloader()``, else its
             ``train_dataloader()`` in a fixed order.
         get_input: from a batch to the backbone's input; by default the batch, its first item, or a well-known key.
+        base: the module that all were trained from, for a merge with ``combine``.
 
     Attributes:
         merged: the merged module, once ``trainer.predict`` has run.
@@ -48,10 +51,12 @@ class ZipItModule(DelegatedTransfers, LightningModule):
         dataloaders: Any = None,
         datamodule: LightningDataModule | None = None,
         get_input: Callable[[Any], Tensor] = find_input,
+        base: LightningModule | None = None,
     ) -> None:
         super().__init__()
-        # In a tuple, so that the user's modules are no submodules: nothing that moves or casts this one reaches them.
+        # In tuples, so that the user's modules are no submodules: nothing that moves or casts this one reaches them.
         self._originals = (name_tasks(models),)
+        self._base = (base,)
         self.backbone = backbone
         self.dataloaders = dataloaders
         self.datamodule = datamodule
@@ -97,16 +102,18 @@ class ZipItModule(DelegatedTransfers, LightningModule):
         """
         self._merged, self._listed, self._settings = (), False, settings
         self._datamodule_trainer = self.datamodule.trainer if self.datamodule is not None else None
-        unfit = find_problems(self.models, self.backbone)
+        (base,) = self._base
+        unfit = find_problems(self.models if base is None else {**self.models, "base": base}, self.backbone)
         found = [*problems, *unfit, *self._loader_problems(self.dataloaders)]
         if self.dataloaders is not None and self.datamodule is not None:
             found.append("Both `dataloaders` and `datamodule` were given: give one of them.")
-        if len(self.models) == 1:
-            found.append("One model alone cannot be merged: give at least two.")
+        if len(self.models) == 1 and not changes_size(settings.width):
+            found.append("One model alone cannot be merged: give at least two, or fold it with a `width` below 1.")
         if not unfit:
             networks = {task: get_backbone(model, self.backbone) for task, model in self.models.items()}
             try:
-                self.session = MergeSession(networks, settings)
+                start = None if base is None else get_backbone(base, self.backbone)
+                self.session = MergeSession(networks, settings, start)
             except ConfigurationError as error:
                 if not found:
                     raise

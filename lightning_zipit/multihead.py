@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from lightning_zipit.errors import CheckpointError, ConfigurationError, ZipItError
 from lightning_zipit.graph import MergeGraph
+from lightning_zipit.graph.agreement import trace_all
 from lightning_zipit.rebuild import build_head, build_trunk
 from lightning_zipit.report import MergeReport
-from lightning_zipit.session import MergedBackbone, MergeSettings, like, trace_all
+from lightning_zipit.session import MergedBackbone, like
+from lightning_zipit.settings import MergeSettings
 from lightning_zipit.sources import (
     DelegatedTransfers,
     describe_source,
@@ -279,6 +281,7 @@ class MultiHeadModule(MultiTaskModule):
         merged: trunk, heads and report of a merge.
         example_input: an input of the backbone, where one that fits cannot be guessed; its values do not matter.
         barriers: nodes that stay in the heads, as :attr:`MergeGraph.barriers` has them.
+        widths: per space its number of features, where that is not the sources'.
 
     Raises:
         ConfigurationError: if the models cannot be merged.
@@ -300,14 +303,15 @@ class MultiHeadModule(MultiTaskModule):
         merged: MergedBackbone | None = None,
         example_input: Tensor | None = None,
         barriers: Mapping[str, str] | None = None,
+        widths: Mapping[str, int] | None = None,
     ) -> None:
         models = name_tasks(models)
         settings = settings or MergeSettings()
         example = merged.example if merged is not None else example_input
         graphs = merged.graphs if merged is not None else _trace_models(models, backbone, settings, example, barriers)
         if merged is None:
-            trunk: nn.Module = build_trunk(next(iter(graphs.values())))
-            heads: Mapping[str, nn.Module] = {task: build_head(graph) for task, graph in graphs.items()}
+            trunk: nn.Module = build_trunk(next(iter(graphs.values())), widths)
+            heads: Mapping[str, nn.Module] = {task: build_head(graph, widths) for task, graph in graphs.items()}
         else:
             trunk, heads = merged.trunk, merged.heads
         used = {
@@ -324,6 +328,7 @@ class MultiHeadModule(MultiTaskModule):
             "merge_heads": settings.merge_heads,
             "input_shape": None if example is None else list(example.shape[1:]),
             "barriers": next(iter(graphs.values())).barriers,
+            "widths": dict(merged.widths if merged is not None else widths or {}),
             "input_dtype": None if example is None else str(example.dtype).removeprefix("torch."),
         }
 
@@ -388,8 +393,14 @@ class MultiHeadModule(MultiTaskModule):
             for task, description in record["sources"].items()
         }
         settings = MergeSettings(stop_at=record["stop_at"], merge_heads=record["merge_heads"])
-        example, barriers = read_example(record), record.get("barriers")
-        module = cls(sources, record["backbone"], settings, example_input=example, barriers=barriers)
+        module = cls(
+            sources,
+            record["backbone"],
+            settings,
+            example_input=read_example(record),
+            barriers=record["barriers"],
+            widths=record["widths"],
+        )
         module.load_state_dict(weights)
         module._record["sources"] = record["sources"]
         module.report = MergeReport.from_dict(record["report"]) if record["report"] else None
@@ -405,7 +416,7 @@ def _trace_models(
 ) -> dict[str, MergeGraph]:
     networks = {task: get_backbone(model, backbone) for task, model in models.items()}
     fitting = None if example is None else like(example, next(iter(networks.values())))
-    return trace_all(networks, settings, fitting, barriers=barriers)
+    return trace_all(networks, settings.stop_at, settings.merge_heads, fitting, barriers=barriers)
 
 
 def find_record(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:

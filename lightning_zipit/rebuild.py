@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from lightning_zipit.graph import MergeGraph
-from lightning_zipit.merging import SpaceMap
+from lightning_zipit.graph import AxisRef, MergeGraph
+from lightning_zipit.merging import SpaceMap, merge_into, merged_axis, unmerge_into
 
 UNMERGE = "unmerge"
 """Name of the submodule of a head that holds its explicit unmerges."""
@@ -38,11 +40,37 @@ class Unmerge(nn.Module):
         return f"{len(self.index)}, axis={self.axis}"
 
 
-def build_trunk(graph: MergeGraph) -> fx.GraphModule:
+def build_merged(
+    graphs: Sequence[MergeGraph], networks: Sequence[nn.Module], maps: Mapping[str, SpaceMap]
+) -> tuple[fx.GraphModule, list[fx.GraphModule]]:
+    """Merge networks: build the trunk and the heads, and fill in their weights.
+
+    Args:
+        graphs: the merge graph of each source network.
+        networks: the source networks.
+        maps: the matching of each space.
+
+    Returns:
+        The trunk, and the head of each source, in eval mode.
+    """
+    widths = {name: space_map.width for name, space_map in maps.items()}
+    trunk = build_trunk(graphs[0], widths).eval()
+    merge_into(trunk, networks, graphs[0].axes, maps)
+    heads = []
+    for source, graph in enumerate(graphs):
+        head = build_head(graph, widths).eval()
+        unmerge_into(head, networks[source], graph.axes, maps, source)
+        set_unmerges(head, graph, maps, source)
+        heads.append(head)
+    return trunk, heads
+
+
+def build_trunk(graph: MergeGraph, widths: Mapping[str, int] | None = None) -> fx.GraphModule:
     """The part of the network that all tasks share, with copies of the traced network's weights.
 
     Args:
         graph: the merge graph of the network.
+        widths: per space its number of features, where that is another; parameters of another size are zeros.
 
     Returns:
         A module from the input to a tuple of what the heads take.
@@ -53,14 +81,16 @@ def build_trunk(graph: MergeGraph) -> fx.GraphModule:
         built[node] = trunk.node_copy(node, built.__getitem__)
     by_name = {node.name: node for node in built}
     trunk.output(tuple(built[by_name[crossing.node]] for crossing in graph.crossings))
-    return _module(graph.module, trunk, "Trunk")
+    return _module(graph.module, trunk, "Trunk", graph.axes, widths)
 
 
-def build_head(graph: MergeGraph) -> fx.GraphModule:
+def build_head(graph: MergeGraph, widths: Mapping[str, int] | None = None) -> fx.GraphModule:
     """The rest of one task's network, with copies of its weights.
 
     Args:
         graph: the merge graph of that task's network.
+        widths: per space of the trunk its number of features, where that is another; parameters of another size are
+            zeros.
 
     Returns:
         A module from what the trunk hands over to the network's own output. Where a value of the trunk is not read by
@@ -85,7 +115,7 @@ def build_head(graph: MergeGraph) -> fx.GraphModule:
     for node in graph.fx_graph.nodes:
         if node.name not in graph.trunk_nodes and node.op != "placeholder":
             built[node] = head.node_copy(node, built.__getitem__)
-    return _module(root, head, "Head")
+    return _module(root, head, "Head", graph.axes, widths)
 
 
 VIEWS = {
@@ -124,12 +154,68 @@ def set_unmerges(head: nn.Module, graph: MergeGraph, maps: Mapping[str, SpaceMap
     for crossing in graph.crossings:
         if crossing.ref is not None and not crossing.absorbed:
             targets = {space: maps[space].targets(source) for space in crossing.ref.spaces}
-            head.get_buffer(f"{UNMERGE}.{crossing.node}.index").copy_(crossing.ref.index(targets))
+            index = crossing.ref.index(targets, merged_axis(crossing.ref, maps))
+            head.get_buffer(f"{UNMERGE}.{crossing.node}.index").copy_(index)
 
 
-def _module(root: nn.Module, graph: fx.Graph, name: str) -> fx.GraphModule:
+def _module(
+    root: nn.Module,
+    graph: fx.Graph,
+    name: str,
+    axes: Mapping[str, tuple[AxisRef | None, ...]],
+    widths: Mapping[str, int] | None,
+) -> fx.GraphModule:
     graph.lint()
     module = fx.GraphModule(root, graph, class_name=name)
     module = copy.deepcopy(module)  # own weights: the traced network stays as it is
     module.meta.clear()
+    if widths:
+        _resize(module, axes, widths)
     return module
+
+
+def _resize(module: nn.Module, axes: Mapping[str, tuple[AxisRef | None, ...]], widths: Mapping[str, int]) -> None:
+    """Give parameters and buffers the sizes that widths ask for, and tell the modules that hold them."""
+    known: dict[int, Tensor] = {}  # tied weights stay one
+    holders: dict[nn.Module, None] = {}
+    named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    for name, tensor in named:
+        refs = axes.get(name, ())
+        # An axis in groups is shorter than what it refers to, and never resized.
+        shape = [
+            size if ref is None or ref.groups > 1 else ref.resized(widths).size
+            for ref, size in zip(refs, tensor.shape, strict=bool(refs))
+        ]
+        if not refs or torch.Size(shape) == tensor.shape:
+            continue
+        if id(tensor) not in known:
+            zeros = tensor.new_zeros(shape)
+            known[id(tensor)] = nn.Parameter(zeros, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else zeros
+        owner, _, attribute = name.rpartition(".")
+        holder = module.get_submodule(owner)
+        setattr(holder, attribute, known[id(tensor)])
+        holders[holder] = None
+    for holder in holders:
+        _tell_sizes(holder)
+
+
+def _tell_sizes(module: nn.Module) -> None:
+    """Set what a module says about its size to that of its parameters."""
+    weight = getattr(module, "weight", None)
+    if isinstance(module, _ConvNd):
+        depthwise = module.groups > 1 and module.weight.shape[1] == 1  # other groups are not resized
+        module.groups = len(module.weight) if depthwise else module.groups
+        sizes = [len(module.weight), module.weight.shape[1] * module.groups]
+        module.in_channels, module.out_channels = sizes if isinstance(module, _ConvTransposeNd) else sizes[::-1]
+    elif isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, _NormBase):
+        module.num_features = len(weight if weight is not None else module.get_buffer("running_mean"))
+    elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        module.normalized_shape = tuple(weight.shape)  # type: ignore[union-attr]
+    elif isinstance(module, nn.GroupNorm):
+        module.num_channels = len(module.weight)
+    elif isinstance(module, nn.PReLU):
+        module.num_parameters = len(module.weight)
+    elif isinstance(module, nn.Embedding):
+        module.embedding_dim = module.weight.shape[1]

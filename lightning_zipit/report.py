@@ -25,6 +25,7 @@ class SpaceReport:
         name: the module that writes the space first.
         tap: the module that reads it where it was measured, "the cut", or "" where it was matched by number.
         size: features of one model.
+        width: features of the merged network.
         within: clusters of two or more features that lie within one model.
         across: clusters with features of several models.
         similarity: mean similarity of the pairs of features that share a cluster; NaN where there are none or the
@@ -34,6 +35,7 @@ class SpaceReport:
     name: str
     tap: str
     size: int
+    width: int
     within: int
     across: int
     similarity: float
@@ -83,11 +85,12 @@ class MergeReport:
     def to_table(self) -> Table:
         """The matching of every space, for people."""
         table = Table()
-        for heading in ("space", "read by", "features", "within", "across", "similarity"):
+        for heading in ("space", "read by", "features", "merged", "within", "across", "similarity"):
             table.add_column(heading, justify="left" if heading in ("space", "read by") else "right", overflow="fold")
         for space in self.spaces:
             similarity = f"{space.similarity:.3f}" if space.similarity == space.similarity else "–"
-            table.add_row(space.name, space.tap, str(space.size), str(space.within), str(space.across), similarity)
+            counts = map(str, (space.size, space.width, space.within, space.across))
+            table.add_row(space.name, space.tap, *counts, similarity)
         return table
 
     def summary(self) -> str:
@@ -164,7 +167,7 @@ def report_space(space: FeatureSpace, space_map: SpaceMap, similarity: Tensor | 
         mean = float(inside / pairs)
     within = int(((models == 1) & (members.sum(0) > 1)).sum())
     tap = space.tap.reader if space.tap else ""
-    return SpaceReport(space.name, tap, size, within, int((models > 1).sum()), mean)
+    return SpaceReport(space.name, tap, size, space_map.width, within, int((models > 1).sum()), mean)
 
 
 def measure_cost(module: nn.Module, x: Tensor) -> Cost:

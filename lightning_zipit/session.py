@@ -7,100 +7,42 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Literal, get_args
+from functools import cache
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_zipit import functional as F
 from lightning_zipit.calibration import Calibration, statistics_bytes
 from lightning_zipit.collectives import is_distributed, rank_and_size, share
 from lightning_zipit.errors import (
-    ArchitectureMismatchError,
     CalibrationError,
     ConfigurationError,
     UnknownShapeError,
-    ZipItError,
 )
-from lightning_zipit.graph import MergeGraph, evaluating, trace
-from lightning_zipit.graph.notes import reached
+from lightning_zipit.graph import FeatureSpace, MergeGraph, evaluating
+from lightning_zipit.graph.agreement import trace_all
 from lightning_zipit.graph.taps import before_activations
 from lightning_zipit.graph.verify import find_failing
-from lightning_zipit.matchers import Average, DualSpace, GreedyZip, Matcher
+from lightning_zipit.matchers import Average, DualSpace
 from lightning_zipit.merging import (
-    SimilarityKind,
     SpaceMap,
     families,
     match,
-    merge_into,
     similarity_from,
-    unmerge_into,
 )
-from lightning_zipit.rebuild import build_head, build_trunk, set_unmerges
-from lightning_zipit.refine import NAMED, BatchNorm, BatchNormEstimator, LayerByLayer, LeastSquares, Refinement
+from lightning_zipit.rebuild import build_merged
+from lightning_zipit.refine import BatchNorm, BatchNormEstimator, LayerByLayer, LeastSquares
 from lightning_zipit.refine.walk import Walk
 from lightning_zipit.report import Cost, MergeReport, SpaceReport, measure_cost, report_space
+from lightning_zipit.settings import MergeSettings
 from lightning_zipit.statistics_file import CalibrationStatistics, StatisticsRecord
+from lightning_zipit.task_vectors import combine_into
 from lightning_zipit.weight_matching import common_start, match_by_weights
-
-Refine = Literal["batch_norm", "repair", "least_squares"] | Refinement
-"""What follows merging: a refinement, or the name of one with its default settings."""
-
-
-@dataclass(frozen=True)
-class MergeSettings:
-    """What a merge is asked to do.
-
-    Attributes:
-        stop_at: dotted name inside the backbone of the trunk's last module; ``None`` zips everything down to the last
-            layer, which stays a head per task.
-        matcher: similarity → labels.
-        similarity: how alike features are: ``"correlation"``, ``"absolute"`` (its absolute value), ``"cosine"``, or
-            ``"covariance"`` of their activations.
-        refine: what follows merging: ``"batch_norm"`` re-estimates running statistics, ``"least_squares"`` fits every
-            layer to the sources, ``"repair"`` gives it their means and deviations, ``None`` does nothing. Settings
-            other than the default come with an instance, such as ``LeastSquares(positions=None)``.
-        merge_heads: merge the last layer too, for models that share one output space.
-        verify: prove the table of axes on the first calibration batch.
-        statistics_memory: GiB that the statistics may take; where they need more, the calibration data is gone through
-            several times, with the statistics of some spaces each time.
-        statistics: a safetensors file for the statistics. One that is there stands for the calibration; else it is
-            written, and an interrupted calibration goes on from what it had gathered.
-
-    Raises:
-        ConfigurationError: if an argument is not one of those there are.
-    """
-
-    stop_at: str | None = None
-    matcher: Matcher = field(default_factory=GreedyZip)
-    refine: Refine | None = "batch_norm"
-    merge_heads: bool = False
-    verify: bool = True
-    statistics_memory: float = 8.0
-    statistics: str | Path | None = None
-    similarity: SimilarityKind = "correlation"
-
-    def __post_init__(self) -> None:
-        if self.similarity not in get_args(SimilarityKind):
-            raise ConfigurationError(
-                f"`similarity` must be one of {get_args(SimilarityKind)}, got {self.similarity!r}."
-            )
-        if not self.statistics_memory > 0:
-            raise ConfigurationError(f"`statistics_memory` must be above 0 GiB, got {self.statistics_memory}.")
-        if self.refine is not None and not isinstance(self.refine, Refinement) and self.refine not in NAMED:
-            raise ConfigurationError(
-                f"`refine` must be None, one of {list(NAMED)}, or an instance of one of "
-                f"{[type(known).__name__ for known in NAMED.values()]}, got {self.refine!r}."
-            )
-        if not isinstance(self.matcher, Matcher):
-            raise ConfigurationError(f"`matcher` must be a Matcher such as GreedyZip(), got {self.matcher!r}.")
-
-    @property
-    def refinement(self) -> Refinement | None:
-        """What follows merging, with its settings."""
-        return NAMED[self.refine] if isinstance(self.refine, str) else self.refine
+from lightning_zipit.widths import FlopsModel, find_choices, spend
 
 
 @dataclass(frozen=True)
@@ -113,6 +55,7 @@ class MergedBackbone:
         report: what the merge did.
         example: zeros of the shape and type of one calibration sample, ``(1, …)``.
         graphs: the merge graph of each source network.
+        widths: per space its number of features, where that is not the sources'.
     """
 
     trunk: nn.Module
@@ -120,6 +63,27 @@ class MergedBackbone:
     report: MergeReport
     example: Tensor
     graphs: dict[str, MergeGraph]
+    widths: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Matched:
+    """A matching of one space.
+
+    Attributes:
+        space_map: the labels.
+        report: for people.
+        loss: what is lost by it; see :func:`~lightning_zipit.functional.zip_loss`.
+    """
+
+    space_map: SpaceMap
+    report: SpaceReport
+    loss: float = 0.0
+
+    @classmethod
+    def of(cls, space: FeatureSpace, space_map: SpaceMap, similarity: Tensor | None) -> Matched:
+        loss = 0.0 if similarity is None else F.zip_loss(similarity, space_map.labels)
+        return cls(space_map, report_space(space, space_map, similarity), loss)
 
 
 class MergeSession:
@@ -128,19 +92,30 @@ class MergeSession:
     Args:
         backbones: the source networks by task; they are read, never changed.
         settings: what to do.
+        base: the network that they were trained from, for ``settings.combine``.
 
     Raises:
         ConfigurationError: with every problem that can be known before any data is seen.
     """
 
-    def __init__(self, backbones: Mapping[str, nn.Module], settings: MergeSettings) -> None:
+    def __init__(
+        self, backbones: Mapping[str, nn.Module], settings: MergeSettings, base: nn.Module | None = None
+    ) -> None:
+        if (base is None) != (settings.combine is None):
+            raise ConfigurationError(
+                "`combine` adds up what training changed since `base`, the module that all sources were trained from: "
+                f"give both or neither, got combine={settings.combine!r} and {'no' if base is None else 'a'} base."
+            )
         self.backbones = dict(backbones)
         self.settings = settings
+        self.base = base
         self.graphs: dict[str, MergeGraph] = {}
         self.merged: MergedBackbone | None = None
         self._calibration: Calibration | None = None
+        self._choices: dict[str, tuple[int, ...]] = {}  # per space, the widths that it may have
+        self._size_notes: tuple[str, ...] = ()
+        self._matched: dict[str, list[Matched]] = {}  # per space, one for every width
         self._maps: dict[str, SpaceMap] = {}
-        self._reports: dict[str, SpaceReport] = {}
         self._similarities: dict[str, Tensor] = {}  # of all spaces, for a matcher that looks at them together
         self._pass = 0
         self._working: dict[str, nn.Module] = {}
@@ -150,12 +125,13 @@ class MergeSession:
         if self._record is not None and self._record.complete is not None:
             known = self._record.complete
             self._example = known.example.clone()
-            self.graphs = trace_all(self.backbones, settings, like(known.example, self._first), barriers=known.barriers)
+            self.graphs = self._trace(known.example, barriers=known.barriers)
             warn_of_barriers(next(iter(self.graphs.values())))
+            self._choose_from(known.example)
             self.calibration_passes = 0
             return
         with suppress(UnknownShapeError):  # traced again on the first batch, if its size is another
-            self.graphs = trace_all(self.backbones, settings)
+            self.graphs = self._trace()
         self.calibration_passes = max(1, len(self._turns())) if self.graphs else 1
         if self._record is not None and self.calibration_passes > 1:
             raise ConfigurationError(
@@ -222,14 +198,38 @@ class MergeSession:
             example = x[:8].detach()
             with torch.inference_mode(False), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
                 if not self.graphs or any(graph.input_shape != x.shape[1:] for graph in self.graphs.values()):
-                    self.graphs = trace_all(self.backbones, self.settings, like(example, self._first))
+                    self.graphs = self._trace(example)
                 if self.settings.verify and find_failing(networks[task], self.graphs[task], example.clone()):
-                    self.graphs = trace_all(self.backbones, self.settings, like(example, self._first), verify=True)
+                    self.graphs = self._trace(example, verify=True)
+                self._choose_from(example)
             warn_of_barriers(self.graphs[task])
         calibration = self._measuring(networks)
         if self._record is not None and self._record.resumed is not None:
             calibration.restore(self._record.resumed.statistics)
         return calibration
+
+    def _trace(self, example: Tensor | None = None, **arguments: Any) -> dict[str, MergeGraph]:
+        fitting = None if example is None else like(example, self._first)
+        return trace_all(self.backbones, self.settings.stop_at, self.settings.merge_heads, fitting, **arguments)
+
+    def _choose_from(self, example: Tensor) -> None:
+        """Find the widths that there are to choose from."""
+        graph, settings = next(iter(self.graphs.values())), self.settings
+        example = like(example, self._first)
+        found = find_choices(graph, self._first, example, settings.width, len(self.backbones))
+        self._choices, self._size_notes = found
+        if settings.flops is not None:
+            flops = self._flops_model()
+            least = flops({name: widths[0] for name, widths in self._choices.items()}) / flops.source
+            if settings.flops < least:
+                raise ConfigurationError(
+                    f"A merged network of these sources has {least:.2f} times the FLOPs of one at least, more than "
+                    f"flops={settings.flops}: give it more, or cut it elsewhere with `stop_at`."
+                )
+
+    def _flops_model(self) -> FlopsModel:
+        networks = list(self.backbones.values())
+        return FlopsModel.of(list(self.graphs.values()), networks, like(self._example, self._first))
 
     def _measuring(self, networks: Mapping[str, nn.Module]) -> Calibration:
         graph = next(iter(self.graphs.values()))
@@ -261,7 +261,7 @@ class MergeSession:
                 self._keep_similarities()
             else:
                 for part in share(self._match_own_families):
-                    self._take_over(part)
+                    self._matched.update(part)
         if self._record is not None:
             self._record.discard()
         self._calibration = None  # the statistics have served
@@ -286,10 +286,6 @@ class MergeSession:
             )
         self._calibration.check_finite()
 
-    def _take_over(self, matched: Mapping[str, tuple[SpaceMap, SpaceReport]]) -> None:
-        for name, (space_map, report) in matched.items():
-            self._maps[name], self._reports[name] = space_map, report
-
     def _keep_similarities(self) -> None:
         """On every process those of all spaces, as a space is matched by weights that depend on all others."""
         share(self._save)
@@ -307,27 +303,46 @@ class MergeSession:
         moments = self._calibration.take(space)
         return None if moments is None else similarity_from(moments, self.settings.similarity)
 
-    def _match_by_weights(self, matcher: DualSpace) -> dict[str, tuple[SpaceMap, SpaceReport]]:
+    def _match_by_weights(self, matcher: DualSpace) -> dict[str, list[Matched]]:
         graph, networks = self.graphs[next(iter(self.backbones))], list(self.backbones.values())
-        matched = match_by_weights(graph, networks, self._similarities, matcher)
+        widths = {name: chosen for name, (chosen,) in self._choices.items()}
+        matched = match_by_weights(graph, networks, self._similarities, matcher, widths)
         self._similarities.clear()
-        return {
-            name: (space_map, report_space(graph.spaces[name], space_map, similarity))
-            for name, (space_map, similarity) in matched.items()
-        }
+        return {name: [Matched.of(graph.spaces[name], *found)] for name, found in matched.items()}
 
-    def _match_own_families(self) -> dict[str, tuple[SpaceMap, SpaceReport]]:
+    def _match_own_families(self) -> dict[str, list[Matched]]:
         self._save()
         rank, processes = rank_and_size()
         graph, count = next(iter(self.graphs.values())), len(self.backbones)
         turns = self._families()
         costs = [sum(graph.spaces[name].size ** 2 for name in family) for family in turns]
-        matched: dict[str, tuple[SpaceMap, SpaceReport]] = {}
+        matched: dict[str, list[Matched]] = {}
         for number in split_evenly(costs, processes)[rank]:
-            found = match(graph, turns[number], self._similarity, self.settings.matcher, count)
-            for name, space_map, similarity in found:
-                matched[name] = space_map, report_space(graph.spaces[name], space_map, similarity)
+            similarity_of = cache(self._similarity)
+            for widths in self._widths_of(turns[number]):
+                found = match(graph, turns[number], similarity_of, self.settings.matcher, count, widths)
+                for name, space_map, similarity in found:
+                    one = Matched.of(graph.spaces[name], space_map, similarity)
+                    matched.setdefault(name, []).append(one)
         return matched
+
+    def _widths_of(self, family: Sequence[str]) -> list[dict[str, int]]:
+        """The widths to match a family with, one after the other; a family of several spaces has but one."""
+        if len(family) > 1:
+            return [{}]
+        return [{name: width} for name in family for width in self._choices[name]]
+
+    def _choose(self) -> dict[str, Matched]:
+        """Of every space, the matching of the width that it is to have."""
+        widths = {name: found[0].space_map.width for name, found in self._matched.items()}
+        if self.settings.flops is not None:
+            losses = {name: {one.space_map.width: one.loss for one in found} for name, found in self._matched.items()}
+            flops = self._flops_model()
+            widths = spend(flops, losses, self.settings.flops * flops.source)
+        return {
+            name: next(one for one in found if one.space_map.width == widths[name])
+            for name, found in self._matched.items()
+        }
 
     @property
     def _first(self) -> nn.Module:
@@ -352,22 +367,22 @@ class MergeSession:
         self._match()
         with torch.inference_mode(False), torch.no_grad():
             if isinstance(self.settings.matcher, DualSpace):
-                self._take_over(self._match_by_weights(self.settings.matcher))
-            tasks, maps = list(self.backbones), self._maps
-            graph = self.graphs[tasks[0]]
-            trunk = build_trunk(graph).eval()
-            merge_into(trunk, list(self.backbones.values()), graph.axes, maps)
-            heads: dict[str, nn.Module] = {}
-            for source, task in enumerate(tasks):
-                heads[task] = build_head(self.graphs[task]).eval()
-                unmerge_into(heads[task], self.graphs[task].axes, maps, source)
-                set_unmerges(heads[task], self.graphs[task], maps, source)
-            spaces = tuple(self._reports[name] for name in graph.spaces)
-            notes = graph.notes
+                self._matched = self._match_by_weights(self.settings.matcher)
+            chosen = self._choose()
+            networks = list(self.backbones.values())
+            self._maps = maps = {name: one.space_map for name, one in chosen.items()}
+            graph = self.graphs[next(iter(self.backbones))]
+            trunk, built = build_merged([self.graphs[task] for task in self.backbones], networks, maps)
+            heads: dict[str, nn.Module] = dict(zip(self.backbones, built, strict=True))
+            if self.settings.combine is not None and self.base is not None:
+                combine_into(trunk, networks, self.base, self.settings.combine)
+            spaces = tuple(chosen[name].report for name in graph.spaces)
+            notes = graph.notes + self._size_notes
             if not isinstance(self.settings.matcher, Average):
-                notes += common_start(graph, list(self.backbones.values()), maps)
+                notes += common_start(graph, networks, maps)
             report = MergeReport(spaces, *self._costs(trunk, heads), notes)
-        self.merged = MergedBackbone(trunk, heads, report, self._example, self.graphs)
+        widths = {name: one.width for name, one in maps.items() if one.width != graph.spaces[name].size}
+        self.merged = MergedBackbone(trunk, heads, report, self._example, self.graphs, widths)
         return self.merged
 
     def _costs(self, trunk: nn.Module, heads: Mapping[str, nn.Module]) -> tuple[dict[str, Cost], Cost]:
@@ -471,6 +486,7 @@ def merge_backbones(
     backbones: Mapping[str, nn.Module],
     batches: Sequence[Iterable[Tensor]] | Iterable[Tensor],
     settings: MergeSettings | None = None,
+    base: nn.Module | None = None,
 ) -> MergedBackbone:
     """Merge plain networks, without a Trainer.
 
@@ -478,6 +494,7 @@ def merge_backbones(
         backbones: the source networks by task, on one device; they are left as they are.
         batches: inputs, to be gone through several times: a list with one iterable per task, or one iterable for all.
         settings: what to do; by default everything down to the last layer is zipped.
+        base: the network that they were trained from, for ``settings.combine``.
 
     Returns:
         The merged networks.
@@ -493,7 +510,7 @@ def merge_backbones(
         >>> merged.heads["b"](*merged.trunk(torch.randn(5, 1, 8, 8))).shape
         torch.Size([5, 2])
     """
-    session = MergeSession(backbones, settings or MergeSettings())
+    session = MergeSession(backbones, settings or MergeSettings(), base)
     per_task = isinstance(batches, (list, tuple)) and batches and not isinstance(batches[0], Tensor)
     loaders: list[Iterable[Tensor]] = list(batches) if per_task else [batches]  # type: ignore[list-item]
     if per_task and len(loaders) != len(backbones):
@@ -588,93 +605,10 @@ def has_batch_norm(module: nn.Module) -> bool:
     return any(isinstance(child, _BatchNorm) and child.track_running_stats for child in module.modules())
 
 
-def trace_all(
-    backbones: Mapping[str, nn.Module],
-    settings: MergeSettings,
-    example: Tensor | None = None,
-    verify: bool = False,
-    barriers: Mapping[str, str] | None = None,
-) -> dict[str, MergeGraph]:
-    """Trace all source networks and make sure that their trunks are the same network.
-
-    Args:
-        backbones: the source networks by task.
-        settings: where to cut them.
-        example: an input of the networks, where their reshapes need one.
-        verify: prove the table of the first network on the example; a space that fails becomes a barrier for all.
-        barriers: nodes that shall stay in the heads, and why.
-
-    Returns:
-        The merge graph of each.
-
-    Raises:
-        ConfigurationError: with all differences.
-        TraceError: if a network cannot be traced.
-    """
-    graphs: dict[str, MergeGraph] = {}
-    problems: list[str] = []
-    for task, backbone in backbones.items():
-        try:
-            graphs[task] = trace(
-                backbone,
-                settings.stop_at,
-                example_input=example,
-                merge_heads=settings.merge_heads,
-                verify=example if verify and not graphs else None,
-                barriers=next(iter(graphs.values())).barriers if graphs else barriers,
-            )
-        except ZipItError as error:
-            if not graphs:
-                raise
-            problems.append(f"Task {task!r}: {error}")
-            continue
-        reference = next(iter(graphs))
-        difference = first_difference(graphs[reference], graphs[task])
-        if difference:
-            problems.append(f"The networks of tasks {reference!r} and {task!r} differ: {difference}.")
-    if problems:
-        raise ArchitectureMismatchError.collect(problems)
-    return graphs
-
-
 def warn_of_barriers(graph: MergeGraph) -> None:
     """Say what stays per task although the trunk should have held it."""
     if graph.barriers:
         rank_zero_warn("Part of the trunk could not be merged and stays per task. " + " ".join(graph.barriers.values()))
-
-
-def first_difference(first: MergeGraph, second: MergeGraph) -> str | None:
-    """Where the trunks of two networks part, for people; ``None`` where they are the same network.
-
-    The heads may differ: they are not merged.
-    """
-    nodes, others = list(first.trunk_graph()), list(second.trunk_graph())
-    shapes, other_shapes = _trunk_shapes(first), _trunk_shapes(second)
-    for name in (*shapes, *other_shapes):
-        if shapes.get(name) != other_shapes.get(name):
-            pair = f"{shapes.get(name)} in the first and {other_shapes.get(name)} in the second"
-            return f"parameter `{name}` has shape {pair}"
-    for node, other in zip(nodes, others, strict=False):
-        operator, other_operator = (_operator(graph, item) for graph, item in ((first, node), (second, other)))
-        if operator != other_operator:
-            return f"node `{node.name}` is {operator} in the first and {other_operator} in the second"
-    if len(nodes) != len(others):
-        return f"one trunk has {len(nodes)} nodes and the other {len(others)}"
-    if [crossing.node for crossing in first.crossings] != [crossing.node for crossing in second.crossings]:
-        return "their heads read different values of the trunk"
-    return None
-
-
-def _trunk_shapes(graph: MergeGraph) -> dict[str, tuple[int, ...]]:
-    tensors = dict((*graph.module.named_parameters(), *graph.module.named_buffers()))
-    nodes = list(graph.trunk_graph())
-    return {name: tuple(tensors[name].shape) for name in reached(nodes, set(nodes), tensors)}
-
-
-def _operator(graph: MergeGraph, node: torch.fx.Node) -> str:
-    if node.op == "call_module":
-        return f"{graph.module.get_submodule(str(node.target))} with {node.args} {node.kwargs}"
-    return f"{getattr(node.target, '__name__', node.target)} with {node.args} {node.kwargs}"
 
 
 def like(x: Tensor, module: nn.Module) -> Tensor:

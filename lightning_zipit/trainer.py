@@ -18,8 +18,10 @@ from lightning_zipit.files import find_output_problem, replacing
 from lightning_zipit.matchers import Matcher
 from lightning_zipit.merging import SimilarityKind
 from lightning_zipit.multihead import MultiHeadModule, read_checkpoint
-from lightning_zipit.session import Refine
+from lightning_zipit.settings import Refine
 from lightning_zipit.sources import INSTANTIATOR, find_class
+from lightning_zipit.task_vectors import Combination
+from lightning_zipit.widths import Width, changes_size
 
 CLASS_PATH = "_class_path"
 """The hyperparameter that holds the class of a model which Lightning's command line was given by class path."""
@@ -42,6 +44,10 @@ class ZipItTrainer(Trainer):
         statistics_memory: float = 8.0,
         statistics: str | None = None,
         similarity: SimilarityKind = "correlation",
+        width: Width = 1.0,
+        flops: float | None = None,
+        base: str | None = None,
+        combine: Combination | None = None,
         output: str = "merged.ckpt",
         test: bool = False,
         classes: dict[str, str] | None = None,
@@ -69,6 +75,13 @@ class ZipItTrainer(Trainer):
                 written, and an interrupted calibration goes on from what it had gathered.
             similarity: how alike two features are, by their activations: correlation, absolute (its absolute value),
                 cosine, or covariance.
+            width: how many features the merged network has, as a ratio to one source's: above 1 it is more accurate and
+                costs more, below 1 the opposite; for all spaces, or by the name of the space. auto chooses them within
+                flops. A single checkpoint can be folded with a width below 1.
+            flops: for width auto, what the merged network may cost, as a ratio to one source's FLOPs.
+            base: the checkpoint that all were trained from, for combine.
+            combine: how changes to base are combined, instead of averaging weights: TaskArithmetic, Ties or Dare.
+                Features are then matched by number (--matcher Average).
             output: the file to write; one that is there is replaced.
             test: test the merged module afterwards, with the data module's test loaders: one per task.
             classes: task name → class path, for tasks whose model is of another class (--classes.TASK=CLASS_PATH).
@@ -86,6 +99,14 @@ class ZipItTrainer(Trainer):
             CalibrationError: if the calibration data cannot be used.
         """
         problems = _find_problems(checkpoints, output, datamodule, test, classes or {}, statistics)
+        if base and not Path(base).is_file():
+            problems.append(f"There is no checkpoint file {base} (`base`).")
+        if not checkpoints or (len(checkpoints) == 1 and not changes_size(width)):
+            problems.insert(
+                0,
+                "A merge needs at least two checkpoints, each named for its task (or one, with a width below 1); got "
+                f"{len(checkpoints)}.",
+            )
         if problem := unsupported_strategy(self):  # here too, as an error in a spawned process loses its class
             problems.append(problem)
         if problems:
@@ -104,6 +125,10 @@ class ZipItTrainer(Trainer):
             statistics_memory=statistics_memory,
             statistics=statistics,
             similarity=similarity,
+            width=width,
+            flops=flops,
+            base=load_source(base, model, None, weights_only, "base") if base else None,
+            combine=combine,
         )
         if self.is_global_zero:
             print(merged.report)
@@ -128,8 +153,6 @@ def _find_problems(
 ) -> list[str]:
     """Everything that can be wrong with the arguments of a merge and is known before any file is read."""
     problems = []
-    if len(checkpoints) < 2:
-        problems.append(f"A merge needs at least two checkpoints, each named for its task; got {len(checkpoints)}.")
     for task, path in checkpoints.items():
         if not Path(path).is_file():
             problems.append(f"There is no checkpoint file {path} (task {task!r}).")

@@ -20,7 +20,11 @@ Table = Mapping[str, tuple[AxisRef | None, ...]]
 
 
 def match_by_weights(
-    graph: MergeGraph, networks: Sequence[nn.Module], activations: Mapping[str, Tensor], matcher: DualSpace
+    graph: MergeGraph,
+    networks: Sequence[nn.Module],
+    activations: Mapping[str, Tensor],
+    matcher: DualSpace,
+    widths: Mapping[str, int] | None = None,
 ) -> dict[str, tuple[SpaceMap, Tensor | None]]:
     """Match all spaces by weights and activations, by coordinate descent.
 
@@ -34,6 +38,7 @@ def match_by_weights(
         networks: the source networks.
         activations: per space, its similarity by activations, ``(N·C, N·C)``.
         matcher: how the two similarities are weighed, and what matches them.
+        widths: how many features are to be left in each space; those of one model by default.
 
     Returns:
         Per space its map, and its similarity where it was matched by one.
@@ -54,7 +59,7 @@ def match_by_weights(
     def go_through(order: Iterable[list[str]], similarity_of: Callable[[str], Tensor | None]) -> bool:
         changed = False
         for family in order:
-            for name, space_map, similarity in match(graph, family, similarity_of, inner, count):
+            for name, space_map, similarity in match(graph, family, similarity_of, inner, count, widths):
                 changed |= not torch.equal(space_map.labels, maps[name].labels)
                 maps[name], similarities[name] = space_map, similarity
         return changed
@@ -158,7 +163,7 @@ def common_start(graph: MergeGraph, networks: Sequence[nn.Module], maps: Mapping
     for name in matrices:
         own = torch.stack([network.get_parameter(name).detach().flatten().cpu().float() for network in networks])
         products += own @ own.T
-    cosine = F.correlation(products)[0, 1:].min().item()
+    cosine = min(F.correlation(products)[0, 1:].tolist(), default=0.0)
     if cosine < ALIKE:
         return ()
     labels = [space_map.labels for space_map in maps.values()]

@@ -17,6 +17,7 @@ from lightning_zipit.cli import main
 from lightning_zipit.errors import CheckpointError, ConfigurationError
 from lightning_zipit.matchers import GreedyZip
 from lightning_zipit.refine import LeastSquares, Repair
+from lightning_zipit.task_vectors import Ties
 
 QUIET = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
 SOURCES = ["--checkpoints.cats", "a.ckpt", "--checkpoints.dogs", "b.ckpt", "--backbone", "net"]
@@ -138,18 +139,22 @@ def test_a_matcher_is_named_by_its_class_or_class_path(capsys, flags, name, argu
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (["--refine=null"], None),
-        (["--refine=least_squares"], "least_squares"),
-        (["--refine=LeastSquares", "--refine.positions=32"], LeastSquares(positions=32)),
-        (["--refine=lightning_zipit.refine.Repair"], Repair()),
+        (["--refine=null"], {"refine": None}),
+        (["--refine=least_squares"], {"refine": "least_squares"}),
+        (["--refine=LeastSquares", "--refine.positions=32"], {"refine": LeastSquares(positions=32)}),
+        (["--refine=lightning_zipit.refine.Repair"], {"refine": Repair()}),
+        (["--width=1.5"], {"width": 1.5, "flops": None}),
+        (["--width=auto", "--flops=1.2"], {"width": "auto", "flops": 1.2}),
+        (["--width.stem=0.5", "--width.body=2"], {"width": {"stem": 0.5, "body": 2.0}}),
+        (["--matcher=Average", "--combine=Ties", "--combine.density=0.3"], {"combine": Ties(density=0.3)}),
     ],
 )
-def test_a_refinement_is_named_or_given_with_its_settings(folder, flags, expected, monkeypatch):
-    seen = []
-    monkeypatch.setattr(ZipIt, "merge", lambda self, *_, **arguments: seen.append(arguments["refine"]))
+def test_settings_are_given_as_flags(folder, flags, expected, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(ZipIt, "merge", lambda self, *_, **arguments: seen.update(arguments))
     with suppress(Exception):  # what comes after has nothing to work on
         cli("merge", *SOURCES, *flags)
-    assert seen == [expected]
+    assert {name: seen[name] for name in expected} == expected
 
 
 def test_the_hyperparameters_of_a_checkpoint_count_before_those_given(folder):

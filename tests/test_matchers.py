@@ -97,6 +97,20 @@ def test_greedy_zip_leaves_the_width_of_one_model_whatever_is_dead(seed):
     assert labels.unique().tolist() == list(range(SIZE))
 
 
+@pytest.mark.parametrize("matcher", [GreedyZip(), GreedyZip(beta=0.0), KMeans(), Agglomerative()], ids=str)
+@pytest.mark.parametrize("num_models", [1, 2, 3])
+def test_any_width_is_left_whatever_is_dead(matcher, num_models):
+    generator = torch.Generator().manual_seed(num_models)
+    for share in (0.0, 0.4, 1.0):
+        alive = torch.rand(num_models * SIZE, generator=generator) > share
+        similarity = correlations(mixed_features(50, num_models * SIZE) * alive)
+        for width in range(1, num_models * SIZE + 1):
+            assert matcher(similarity, num_models, width).unique().tolist() == list(range(width))
+        for width in (0, num_models * SIZE + 1):
+            with pytest.raises(ValueError, match="`width` must lie between 1 and"):
+                matcher(similarity, num_models, width)
+
+
 def test_greedy_zip_does_not_merge_live_features_for_the_sake_of_dead_ones():
     features = mixed_features(50, 2 * SIZE)
     features[:, [1, 5, SIZE, SIZE + 2, SIZE + 3]] = 0

@@ -222,7 +222,7 @@ def test_every_parameter_and_buffer_is_merged_by_its_axes():
 def test_a_head_reads_the_merged_features_as_its_own(source):
     maps, head, features = random_maps(2), network(1)["head"], torch.randn(8, 6)
     expected = head(features[:, maps["b"].targets(source)])
-    unmerge_into(head, {"weight": AXES["head.weight"]}, maps, source)
+    unmerge_into(head, head, {"weight": AXES["head.weight"]}, maps, source)
     torch.testing.assert_close(head(features), expected)
 
 

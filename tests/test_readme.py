@@ -21,6 +21,7 @@ def run(name, tmp_path, monkeypatch):
     scope = {
         "animals": Lit(5),
         "vehicles": Lit(5),
+        "pretrained": Lit(9),
         "animal_images": images(),
         "vehicle_images": images(seed=1),
         "images": torch.randn(2, 3, 16, 16),
@@ -49,6 +50,16 @@ def test_a_matcher_of_ones_own(tmp_path, monkeypatch):
     scope = run("matcher", tmp_path, monkeypatch)
     for space in scope["merged"].report.spaces:
         assert space.across == space.size and space.within == 0
+
+
+def test_changes_to_a_base(tmp_path, monkeypatch):
+    assert run("base", tmp_path, monkeypatch)["merged"].tasks == ["animals", "vehicles"]
+
+
+@pytest.mark.parametrize("name", ["width", "fold"])
+def test_widths(name, tmp_path, monkeypatch):
+    report = run(name, tmp_path, monkeypatch)["merged"].report
+    assert any(space.width != space.size for space in report.spaces)
 
 
 def test_the_table(tmp_path, monkeypatch):

@@ -32,11 +32,11 @@ def similarity_of(pairs, size=6):
 def report():
     return MergeReport(
         spaces=(
-            SpaceReport("stem.conv1", "layer1.0.conv1", 16, 2, 14, 0.75),
+            SpaceReport("stem.conv1", "layer1.0.conv1", 16, 16, 2, 14, 0.75),
             SpaceReport(
-                "encoder.layers.encoder_layer_11.mlp.0", "encoder.layers.encoder_layer_11.mlp.3", 64, 0, 64, 0.5
+                "encoder.layers.encoder_layer_11.mlp.0", "encoder.layers.encoder_layer_11.mlp.3", 64, 96, 0, 64, 0.5
             ),
-            SpaceReport("layer3.0.conv1", "", 32, 0, 32, math.nan),
+            SpaceReport("layer3.0.conv1", "", 32, 32, 0, 32, math.nan),
         ),
         sources={"animals": Cost(2_000_000, 300_000), "vehicles": Cost(3_000_000, 400_000)},
         merged=Cost(2_500_000, 350_000),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -30,6 +30,16 @@ class Block:
     space: str
     starts: range | tuple[int, ...]
     repeat: int = 1
+
+    @property
+    def size(self) -> int:
+        """How many features there are."""
+        return len(self.starts)
+
+    @property
+    def contiguous(self) -> bool:
+        """Whether its entries are neighbours in order, with nothing between them."""
+        return isinstance(self.starts, range) and (self.size == 1 or self.starts.step == self.repeat)
 
     def entries(self) -> Tensor:
         """Indices along the axis, ``(features, repeat)``."""
@@ -71,16 +81,45 @@ class AxisRef:
     def spaces(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(block.space for block in self.blocks))
 
-    def index(self, tables: Mapping[str, Tensor]) -> Tensor:
+    def resized(self, widths: Mapping[str, int]) -> AxisRef:
+        """The same axis of a network whose spaces have other numbers of features: the same blocks in the same order.
+
+        Args:
+            widths: per space its number of features; spaces that are left out keep theirs. The blocks of one that is
+                resized must be contiguous.
+        """
+        growth = [(widths.get(block.space, block.size) - block.size) * block.repeat for block in self.blocks]
+        if not any(growth):
+            return self
+        blocks = []
+        for block, extra in zip(self.blocks, growth, strict=True):
+            starts = self._behind_growth(torch.as_tensor(block.starts), growth).numpy()
+            if extra:
+                starts = starts[0] + np.arange(widths[block.space]) * block.repeat
+            blocks.append(replace(block, starts=as_starts(starts)))
+        return replace(self, blocks=tuple(blocks), size=self.size + sum(growth))
+
+    def _behind_growth(self, entries: Tensor, growth: Sequence[int]) -> Tensor:
+        """Where entries lie once blocks have grown at their ends."""
+        moved = entries.clone()
+        for block, extra in zip(self.blocks, growth, strict=True):
+            moved += extra * (entries > block.starts[0])
+        return moved
+
+    def index(self, tables: Mapping[str, Tensor], resized: AxisRef | None = None) -> Tensor:
         """Per entry of the axis, the entry that a per-space index table sends it to, ``(size,)``.
 
         Args:
-            tables: per space an int64 vector ``(features,)`` with values among the features.
+            tables: per space an int64 vector ``(features,)`` with values among the features that it leads to.
+            resized: the axis that it leads to, where that has another size.
         """
-        index = torch.arange(self.size)
-        for block in self.blocks:
-            entries = block.entries()
-            index[entries] = entries[tables[block.space]]
+        index, blocks = torch.arange(self.size), self.blocks
+        if resized is not None and resized is not self:
+            blocks = resized.blocks
+            growth = [(new.size - old.size) * old.repeat for new, old in zip(blocks, self.blocks, strict=True)]
+            index = self._behind_growth(index, growth)
+        for block, new in zip(self.blocks, blocks, strict=True):
+            index[block.entries()] = new.entries()[tables[block.space]]
         return index
 
     def along(self, values: Tensor, weight: Tensor, axis: int) -> Tensor:
@@ -98,13 +137,17 @@ class AxisRef:
         within = self.along(index % (self.size // self.groups), weight, axis)
         return weight.gather(axis, within.expand_as(weight))
 
-    def scatter_add(self, weight: Tensor, axis: int, tables: Mapping[str, Tensor]) -> Tensor:
-        """The weight whose entry ``index(tables)[k]`` along the axis is the sum of the entries k of the given one."""
-        index, zeros = self.index(tables).to(weight.device), torch.zeros_like(weight)
+    def scatter_add(
+        self, weight: Tensor, axis: int, tables: Mapping[str, Tensor], resized: AxisRef | None = None
+    ) -> Tensor:
+        """The weight in which entry ``index(tables, resized)[k]`` is the sum of the entries k of the given one."""
+        resized = resized or self
+        index = self.index(tables, resized).to(weight.device)
         if self.groups == 1:
-            return zeros.index_add_(axis, index, weight)
+            shape = (*weight.shape[:axis], resized.size, *weight.shape[axis + 1 :])
+            return weight.new_zeros(shape).index_add_(axis, index, weight)
         within = self.along(index % (self.size // self.groups), weight, axis)
-        return zeros.scatter_add_(axis, within.expand_as(weight), weight)
+        return torch.zeros_like(weight).scatter_add_(axis, within.expand_as(weight), weight)
 
     def __str__(self) -> str:
         arrow = "→" if self.role == "producer" else "←"

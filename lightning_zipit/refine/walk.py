@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from lightning_zipit.collectives import rank_and_size
 from lightning_zipit.graph import MergeGraph
-from lightning_zipit.merging import SpaceMap, shares_along
+from lightning_zipit.merging import SpaceMap, merged_axis, shares_along
 from lightning_zipit.rebuild import UNMERGE
 from lightning_zipit.refine.frontier import Frontier, Run, Values
 from lightning_zipit.refine.layers import Fitted, Layer, Norm, find_stops, groups_of, layer_of
@@ -27,10 +27,12 @@ class Zip:
     """How the features of the sources along an axis become those of the merged network: M, as indices.
 
     Attributes:
+        size: how many features the merged network has, W.
         targets: of each source, the merged feature of each of its features, ``(C,)``.
         shares: of each source, what each feature contributes, ``(C,)``.
     """
 
+    size: int
     targets: tuple[Tensor, ...]
     shares: tuple[Tensor, ...]
 
@@ -44,20 +46,21 @@ class Zip:
         for source in range(num_models):
             index, share = torch.arange(size), torch.full((size,), 1 / num_models, dtype=torch.float64)
             if ref is not None:
-                index = ref.index({space: maps[space].targets(source) for space in ref.spaces})
+                targets_of = {space: maps[space].targets(source) for space in ref.spaces}
+                index = ref.index(targets_of, merged_axis(ref, maps))
                 share = shares_along(ref, maps, source, elsewhere=1 / num_models)
             targets.append(index)
             shares.append(share)
-        return cls(tuple(targets), tuple(shares))
+        return cls(size, tuple(targets), tuple(shares))
 
     @classmethod
     def of_one(cls, size: int) -> Zip:
         """That of a head, which has one source and its features."""
-        return cls((torch.arange(size),), (torch.ones(size),))
+        return cls(size, (torch.arange(size),), (torch.ones(size),))
 
     def __call__(self, values: Sequence[Tensor]) -> Tensor:
-        """M·[z_1 … z_N] of values ``(samples, C)``, one for each source."""
-        joint = torch.zeros_like(values[0])
+        """M·[z_1 … z_N], ``(samples, W)``, of values ``(samples, C)``, one for each source."""
+        joint = values[0].new_zeros(len(values[0]), self.size)
         for value, target, share in zip(values, self.targets, self.shares, strict=True):
             joint.index_add_(1, target.to(value.device), value * share.to(value))
         return joint
@@ -229,7 +232,7 @@ class _Part:
         layer, norm = layer_of(self.merged, stop)
         size, device = len(layer.weight), layer.weight.device
         zipped, now = self.zip_of(stop.name, size), OutputMoments(size, device)
-        wanted = [OutputMoments(size, device) for _ in self.frontier.runs[1:]]
+        wanted = [OutputMoments(len(targets), device) for targets in zipped.targets]
         at = stop.norm or stop.node
         for values, *sources in self._batches(stop, at):
             chosen = self._positions(layer, sources[0][at])

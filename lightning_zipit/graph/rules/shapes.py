@@ -138,16 +138,10 @@ def stack(ctx: Context, tensors: Sequence[Value], dim: int = 0) -> Value:
 @rule("size", getattr)
 def size(ctx: Context, input: Value, dim: Any = None) -> Any:
     if isinstance(dim, str) and dim in ("T", "mT"):
-        return _transposed(ctx, input)
+        return rearrange(ctx, input, dim)
     if input.shape is None or dim not in (None, "shape", "ndim"):
         return input.shape[dim] if input.shape is not None and isinstance(dim, int) else None
     return len(input.shape) if dim == "ndim" else input.shape
-
-
-def _transposed(ctx: Context, x: Value) -> Value:
-    if isinstance(x, Parameter):
-        return Parameter(x.name, x.shape[::-1], x.axes[::-1])
-    raise ctx.error("only parameters are understood to be transposed that way")
 
 
 @rule("dim", "ndimension")

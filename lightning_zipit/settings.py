@@ -1,0 +1,111 @@
+"""What a merge is asked to do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, get_args
+
+from lightning_zipit.errors import ConfigurationError
+from lightning_zipit.matchers import AnyWidthMatcher, Average, DualSpace, GreedyZip, Matcher
+from lightning_zipit.merging import SimilarityKind
+from lightning_zipit.refine import NAMED, Refinement
+from lightning_zipit.task_vectors import Combination
+from lightning_zipit.widths import Width, changes_size
+
+Refine = Literal["batch_norm", "repair", "least_squares"] | Refinement
+"""What follows merging: a refinement, or the name of one with its default settings."""
+
+
+@dataclass(frozen=True)
+class MergeSettings:
+    """What a merge is asked to do.
+
+    Attributes:
+        stop_at: dotted name inside the backbone of the trunk's last module; ``None`` zips everything down to the last
+            layer, which stays a head per task.
+        matcher: similarity → labels.
+        similarity: how alike features are: ``"correlation"``, ``"absolute"`` (its absolute value), ``"cosine"``, or
+            ``"covariance"`` of their activations.
+        refine: what follows merging: ``"batch_norm"`` re-estimates running statistics, ``"least_squares"`` fits every
+            layer to the sources, ``"repair"`` gives it their means and deviations, ``None`` does nothing. Settings
+            other than the default come with an instance, such as ``LeastSquares(positions=None)``.
+        merge_heads: merge the last layer too, for models that share one output space.
+        verify: prove the table of axes on the first calibration batch.
+        statistics_memory: GiB that the statistics may take; where they need more, the calibration data is gone through
+            several times, with the statistics of some spaces each time.
+        statistics: a safetensors file for the statistics. One that is there stands for the calibration; else it is
+            written, and an interrupted calibration goes on from what it had gathered.
+        width: how many features the merged network has, as a ratio to one source's (1): above 1 it is more accurate and
+            costs more, up to N, where nothing is merged; for all spaces, or by the name of the space. ``"auto"``
+            chooses them within ``flops``. A single model can be folded with a width below 1.
+        flops: for ``width="auto"``, what the merged network may cost, as a ratio to one source's FLOPs.
+        combine: for sources that were trained from one base and are matched by number: how their changes to it are
+            combined, such as ``Ties()``, instead of averaging weights.
+
+    Raises:
+        ConfigurationError: if an argument is not one of those there are.
+    """
+
+    stop_at: str | None = None
+    matcher: Matcher = field(default_factory=GreedyZip)
+    refine: Refine | None = "batch_norm"
+    merge_heads: bool = False
+    verify: bool = True
+    statistics_memory: float = 8.0
+    statistics: str | Path | None = None
+    similarity: SimilarityKind = "correlation"
+    width: Width = 1.0
+    flops: float | None = None
+    combine: Combination | None = None
+
+    def __post_init__(self) -> None:
+        self._check_width()
+        if self.similarity not in get_args(SimilarityKind):
+            raise ConfigurationError(
+                f"`similarity` must be one of {get_args(SimilarityKind)}, got {self.similarity!r}."
+            )
+        if not self.statistics_memory > 0:
+            raise ConfigurationError(f"`statistics_memory` must be above 0 GiB, got {self.statistics_memory}.")
+        if self.refine is not None and not isinstance(self.refine, Refinement) and self.refine not in NAMED:
+            raise ConfigurationError(
+                f"`refine` must be None, one of {list(NAMED)}, or an instance of one of "
+                f"{[type(known).__name__ for known in NAMED.values()]}, got {self.refine!r}."
+            )
+        if not isinstance(self.matcher, Matcher):
+            raise ConfigurationError(f"`matcher` must be a Matcher such as GreedyZip(), got {self.matcher!r}.")
+        if self.combine is not None and not isinstance(self.combine, Combination):
+            raise ConfigurationError(f"`combine` must be a Combination such as Ties(), got {self.combine!r}.")
+        if self.combine is not None and not isinstance(self.matcher, Average):
+            raise ConfigurationError(
+                f"`combine` adds up changes of weights by their number: use matcher=Average(), got {self.matcher!r}."
+            )
+
+    def _check_width(self) -> None:
+        if (self.width == "auto") != (self.flops is not None):
+            raise ConfigurationError(
+                '`flops` is the budget of width="auto": give both or neither, got '
+                f"width={self.width!r} and flops={self.flops}."
+            )
+        if self.flops is not None and not self.flops > 0:
+            raise ConfigurationError(f"`flops` must be above 0, got {self.flops}.")
+        if isinstance(self.width, str) and self.width != "auto":
+            raise ConfigurationError(
+                f'`width` must be a ratio, ratios by the name of the space, or "auto", got {self.width!r}.'
+            )
+        inner = self.matcher.matcher if isinstance(self.matcher, DualSpace) else self.matcher
+        if changes_size(self.width) and isinstance(inner, Matcher) and not isinstance(inner, AnyWidthMatcher):
+            raise ConfigurationError(
+                f"{type(inner).__name__} leaves as many features as one model has: width={self.width!r} needs another "
+                "matcher, such as GreedyZip, KMeans or Agglomerative."
+            )
+        if self.width == "auto" and isinstance(self.matcher, DualSpace):
+            raise ConfigurationError(
+                f'width="auto" matches every space several times, and {type(self.matcher).__name__} all spaces '
+                "together: give ratios, or another matcher."
+            )
+
+    @property
+    def refinement(self) -> Refinement | None:
+        """What follows merging, with its settings."""
+        return NAMED[self.refine] if isinstance(self.refine, str) else self.refine
