@@ -1,4 +1,4 @@
-"""Merges two networks that were fine-tuned from one checkpoint, by number and by what features do.
+"""Merges two networks that were fine-tuned from one checkpoint, by number, by what changed, and by what features do.
 
     python benchmarks/finetuned.py --data DIR --checkpoint A.pt
 
@@ -12,6 +12,7 @@ import argparse
 import copy
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,7 @@ from cifar10 import LitResNet20, load_images, load_model
 from comparison import compare, print_table
 
 from lightning_zipit.matchers import Average, GreedyZip, Permute
+from lightning_zipit.task_vectors import Dare, TaskArithmetic, Ties
 
 TASKS = {"first": [0, 1, 2, 3, 4], "last": [5, 6, 7, 8, 9]}
 
@@ -73,11 +75,16 @@ def main() -> None:
         torch.save({task: model.state_dict() for task, model in models.items()}, arguments.cache)
     calibration = load_images(arguments.data / "train", 1500)
     test = load_images(arguments.data / "test", 5000)
-    merges = {
+    merges: dict[str, dict[str, Any]] = {
         f"{name}{' + least squares' * (refine == 'least_squares')}": {"matcher": matcher, "refine": refine}
         for refine in ("batch_norm", "least_squares")
         for name, matcher in {"average": Average(), "permute": Permute(), "zip": GreedyZip()}.items()
     }
+    changes = {"task arithmetic": TaskArithmetic(), "TIES": Ties(), "DARE": Dare()}
+    for refine in ("batch_norm", "least_squares"):
+        for name, combine in changes.items():
+            how = {"base": base, "combine": combine, "refine": refine}
+            merges[f"{name}{' + least squares' * (refine == 'least_squares')}"] = how
     rows = compare(models, TASKS, merges, DataLoader(calibration, 100), list(DataLoader(test, 500)), backbone="net")
     print_table("CIFAR-10: two ResNet-20s that were fine-tuned from one", rows, list(models))
 
