@@ -30,10 +30,12 @@ def plain(networks: list[nn.Module], batches: list[Tensor]) -> None:
 
 
 def calibrate(networks: list[nn.Module], batches: list[Tensor]) -> None:
-    calibration = Calibration(trace(networks[0]), {str(index): network for index, network in enumerate(networks)})
+    graph = trace(networks[0])
+    calibration = Calibration(graph, {str(index): network for index, network in enumerate(networks)})
     for x in batches:
         calibration.update(x)
-    calibration.compute()
+    for space in graph.spaces:
+        calibration.take(space)
 
 
 WORK: dict[str, Callable[[list[nn.Module], list[Tensor]], None]] = {"plain": plain, "calibrate": calibrate}

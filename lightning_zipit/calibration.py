@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import operator
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from lightning_zipit.errors import CalibrationError, StatisticsError
 from lightning_zipit.graph import MergeGraph, Tap
+from lightning_zipit.graph.record import IN_PLACE
 from lightning_zipit.statistics import FeatureStatistics, Moments, sum_over_processes
 
 
@@ -41,9 +44,7 @@ class Lockstep:
         try:
             for node in self.nodes:
                 for interpreter in self.interpreters:
-                    # A clone: an operator that works in place must not change what the next network sees.
-                    value = x.clone() if node.op == "placeholder" else interpreter.run_node(node)
-                    interpreter.env[node] = value
+                    interpreter.env[node] = self._run(interpreter, node, x)
                 observe(node.name, [interpreter.env[node] for interpreter in self.interpreters])
                 for interpreter in self.interpreters:
                     for source in self.finished[node]:
@@ -51,6 +52,14 @@ class Lockstep:
         finally:
             for interpreter in self.interpreters:
                 interpreter.env.clear()
+
+    @staticmethod
+    def _run(interpreter: fx.Interpreter, node: fx.Node, x: Tensor) -> Any:
+        if node.op == "placeholder":
+            return x.clone()  # an operator that works in place must not change what the next network sees
+        if node.meta.get(IN_PLACE):
+            return operator.iadd(*fx.node.map_arg(node.args, interpreter.env.__getitem__))
+        return interpreter.run_node(node)
 
 
 class Calibration:
@@ -61,6 +70,7 @@ class Calibration:
         networks: the source networks by task, in eval mode.
         spaces: the names of the spaces to measure; by default all.
         dtype: the type of the Gram matrices of a batch; see :class:`~lightning_zipit.FeatureStatistics`.
+        positions: how many positions of each sample are measured, at random; by default all.
     """
 
     def __init__(
@@ -69,7 +79,11 @@ class Calibration:
         networks: Mapping[str, nn.Module],
         spaces: Collection[str] | None = None,
         dtype: torch.dtype = torch.float32,
+        positions: int | None = None,
     ) -> None:
+        self.positions = positions
+        self._marks: Tensor | None = None  # of the samples of this batch
+        self._chosen: dict[int, Tensor] = {}  # positions of each of them, by how many there are
         self.networks = dict(networks)
         self.tasks = list(networks)
         self.lockstep = Lockstep(graph, list(networks.values()))
@@ -86,10 +100,18 @@ class Calibration:
         self.at_node: dict[str, list[str]] = defaultdict(list)
         for key, name in self.spaces.items():
             self.at_node[self.taps[name].node].append(key)
-        self.statistics = {
+        self._statistics = {
             key: FeatureStatistics([len(self.taps[name].block.starts)] * len(networks), dtype)
             for key, name in self.spaces.items()
         }
+        self._waiting: dict[str, list[list[Tensor]]] = defaultdict(list)
+
+    @property
+    def statistics(self) -> dict[str, FeatureStatistics]:
+        """The statistics of all samples so far, by the key of the tap."""
+        for key in list(self._waiting):
+            self._add_waiting(key)
+        return self._statistics
 
     def update(self, x: Tensor) -> None:
         """Add a batch.
@@ -98,13 +120,43 @@ class Calibration:
             x: an input of the networks.
         """
         if self.taps:
+            self._marks = None if self.positions is None else marks(x)
+            self._chosen.clear()
             self.lockstep.run(x, self._observe)
 
     def _observe(self, node: str, values: list[Tensor]) -> None:
+        """Add samples; where they are fewer than the features, together with those of the next batches.
+
+        Products are then few and large, and statistics, which are much larger than the samples, are added to once.
+        """
         for key in self.at_node.get(node, ()):
-            statistics = self.statistics[key].to(values[0].device)
-            tap = self.taps[self.spaces[key]]
-            statistics.update([tap.samples(value) for value in values])
+            statistics = self._statistics[key].to(values[0].device)
+            features = [self._choose(self.taps[self.spaces[key]].features(value)) for value in values]
+            total = sum(statistics.sizes)
+            if features[0][0].numel() > total and key not in self._waiting:
+                statistics.update(features, features_first=True)
+                continue
+            self._waiting[key].append([copied(feature, value) for feature, value in zip(features, values, strict=True)])
+            if sum(feature.shape[1] for feature, *_ in self._waiting[key]) > total:
+                self._add_waiting(key)
+
+    def _choose(self, features: Tensor) -> Tensor:
+        """Some positions of every sample, ``(features, batch, …)`` to ``(features, batch, positions)``."""
+        if self._marks is None or features.ndim < 3 or features.shape[1] % len(self._marks):
+            return features
+        assert self.positions is not None
+        flat = features.flatten(2)
+        size = flat.shape[2]
+        if size <= self.positions:
+            return features
+        if size not in self._chosen:
+            self._chosen[size] = choose_positions(self._marks, size, self.positions)
+        index = self._chosen[size].repeat_interleave(flat.shape[1] // len(self._marks), 0)  # windows are samples
+        return flat.gather(2, index.expand(len(flat), -1, -1))
+
+    def _add_waiting(self, key: str) -> None:
+        batches = self._waiting.pop(key)
+        self._statistics[key].update([torch.cat(parts, 1) for parts in zip(*batches, strict=True)], features_first=True)
 
     def restore(self, known: Mapping[str, FeatureStatistics]) -> None:
         """Add statistics that were gathered before, by tap; they are used up.
@@ -137,7 +189,7 @@ class Calibration:
         """
         for key in (key for node in self.lockstep.nodes for key in self.at_node.get(node.name, ())):
             name, statistics = self.spaces[key], self.statistics[key]
-            means = (statistics.origin + statistics.offset).chunk(len(self.tasks))
+            means = statistics.total.chunk(len(self.tasks))
             spread = statistics.comoment.diagonal().chunk(len(self.tasks))
             bad = [
                 task
@@ -182,6 +234,32 @@ class Calibration:
             columns = torch.cat([rows for _, rows in per_model]).chunk(len(weights), dim=1)
             covariances.append(torch.cat([part @ weight.T for part, weight in zip(columns, weights, strict=True)], 1))
         return Moments(moments.count, torch.stack(means).mean(0), torch.stack(covariances).sum(0))
+
+
+def copied(features: Tensor, value: Tensor) -> Tensor:
+    """Features as ``(features, samples)`` that no operator of the network that works in place can change."""
+    flat = features.flatten(1)
+    return flat.clone() if flat.untyped_storage().data_ptr() == value.untyped_storage().data_ptr() else flat
+
+
+def marks(x: Tensor) -> Tensor:
+    """A number for each sample of a batch that depends on nothing but its content, ``(batch,)``."""
+    return x.detach().contiguous().view(torch.uint8).flatten(1).sum(1, dtype=torch.int64)
+
+
+def choose_positions(marks: Tensor, size: int, count: int) -> Tensor:
+    """Positions that look random and depend on the sample alone: the same on whatever process it is seen.
+
+    Args:
+        marks: ``(batch,)``, see :func:`marks`.
+        size: how many positions there are.
+        count: how many to choose, at most ``size``.
+
+    Returns:
+        ``(batch, count)``, all different: a run of one fixed permutation, which begins at the sample's mark.
+    """
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(size)).to(marks.device)
+    return order[(marks[:, None] + torch.arange(count, device=marks.device)) % size]
 
 
 def statistics_bytes(graph: MergeGraph, space: str, num_models: int) -> int:

@@ -42,6 +42,8 @@ class ZipItCallback(Callback):
         flops: for ``width="auto"``, what the merged network may cost, as a ratio to one source's FLOPs.
         combine: how changes to the ``base`` of the :class:`~lightning_zipit.ZipItModule` are combined, instead of
             averaging weights: ``TaskArithmetic()``, ``Ties()`` or ``Dare()``. Features are then matched by number.
+        positions: how many positions of each image or sequence the statistics are taken from, at random; ``None`` for
+            all.
 
     Raises:
         ConfigurationError: if an argument is not one of those there are.
@@ -60,6 +62,7 @@ class ZipItCallback(Callback):
         width: Width = 1.0,
         flops: float | None = None,
         combine: Combination | None = None,
+        positions: int | None = None,
     ) -> None:
         self.settings = MergeSettings(
             stop_at,
@@ -73,6 +76,7 @@ class ZipItCallback(Callback):
             width,
             flops,
             combine,
+            positions,
         )
         self._undo = ExitStack()
 

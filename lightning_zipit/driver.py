@@ -50,6 +50,7 @@ class ZipIt:
         flops: float | None = None,
         base: LightningModule | None = None,
         combine: Combination | None = None,
+        positions: int | None = None,
         get_input: Callable[[Any], Tensor] = find_input,
     ) -> MultiHeadModule:
         """Merge N trained modules into one with a head per task, without training.
@@ -80,6 +81,8 @@ class ZipIt:
             base: the module that all were trained from, for ``combine``.
             combine: how changes to ``base`` are combined, instead of averaging weights: ``TaskArithmetic()``,
                 ``Ties()`` or ``Dare()``. Features are then matched by number.
+            positions: how many positions of each image or sequence the statistics are taken from, at random; ``None``
+                for all.
             get_input: from a batch to the backbone's input; by default the batch, its first item, or a well-known key.
 
         Returns:
@@ -108,6 +111,7 @@ class ZipIt:
             width,
             flops,
             combine,
+            positions,
         )
         callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
         callbacks.append(callback)

@@ -238,7 +238,7 @@ class MergeSession:
         if isinstance(how, LeastSquares) and how.pre_activations:
             graph = before_activations(graph)
         by_weights = isinstance(self.settings.matcher, DualSpace) and self.settings.matcher.tau == 1
-        return Calibration(graph, networks, [] if by_weights else spaces)
+        return Calibration(graph, networks, [] if by_weights else spaces, positions=self.settings.positions)
 
     def _families(self) -> list[list[str]]:
         """The families of spaces whose turn it is in this pass; more turns than passes are taken in the last one."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -12,10 +13,13 @@ from torchmetrics import Metric
 
 from lightning_zipit.collectives import all_reduce_sums
 
-STATES = ("count", "origin", "offset", "comoment")
+STATES = ("count", "origin", "total", "comoment")
 
-ROWS_AT_ONCE = 65_536
-"""Samples that are centred and multiplied at a time: bounds the memory of one update."""
+LEAF = 64
+"""Rows of a product that are not worth halving."""
+
+AT_ONCE = 2**22
+"""Entries of samples that are shifted and multiplied at a time: bounds the memory of one update."""
 
 
 class Moments(NamedTuple):
@@ -35,10 +39,9 @@ class Moments(NamedTuple):
 class FeatureStatistics(Metric):
     """Mean and covariance of the features of N models, side by side.
 
-    Every update centres its samples by their own mean, takes their Gram matrix in ``gram_dtype`` and adds it to a
-    float64 co-moment with the exact correction for the two means (Chan, Golub and LeVeque 1983), so that neither a
-    large mean nor the split into batches costs precision. Across processes the co-moments are brought to the common
-    mean and summed, by three all-reduces.
+    Samples are shifted by an origin near their mean, Gram matrices of a batch are taken in ``gram_dtype`` and added up
+    in float64, and what the mean differs from the origin is corrected in the end, so that neither a large mean nor the
+    split into batches costs precision. Statistics of several origins are brought to one before they are added.
 
     Args:
         sizes: how many features each model has.
@@ -61,9 +64,9 @@ class FeatureStatistics(Metric):
     higher_is_better = None
     is_differentiable = False
     count: Tensor
-    origin: Tensor  # near the first samples' mean: what is added to it stays small, so that no digit of it is lost
-    offset: Tensor  # of the mean from the origin
-    comoment: Tensor
+    origin: Tensor  # near the mean, so that no digit is lost; of a feature that is constant, its value
+    total: Tensor  # of the samples' offsets from the origin
+    comoment: Tensor  # of these offsets, on and above the diagonal; what lies below means nothing
 
     def __init__(
         self,
@@ -81,52 +84,84 @@ class FeatureStatistics(Metric):
             raise ValueError(f"`dtype` must be torch.float32 or torch.float64, got {gram_dtype}.")
         self.sizes = tuple(sizes)
         self.gram_dtype = gram_dtype
-        total = sum(sizes)
-        self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum", persistent=True)
-        self.add_state("origin", torch.zeros(total, dtype=torch.float64), dist_reduce_fx="sum", persistent=True)
-        self.add_state("offset", torch.zeros(total, dtype=torch.float64), dist_reduce_fx="sum", persistent=True)
-        self.add_state(
-            "comoment", torch.zeros(total, total, dtype=torch.float64), dist_reduce_fx="sum", persistent=True
-        )
+        size = sum(sizes)
+        for name, shape in zip(STATES, [(), (size,), (size,), (size, size)], strict=True):
+            self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum", persistent=True)
+        self._samples = 0  # since the origin was set
         self._shrink_default()
 
     def _shrink_default(self) -> None:
         """What `reset` copies is a matrix of zeros as large as the statistics: a single zero will do."""
         self._defaults["comoment"] = torch.zeros_like(self.count).expand_as(self.comoment)
 
-    def update(self, features: Sequence[Tensor]) -> None:
+    def update(self, features: Sequence[Tensor], features_first: bool = False) -> None:
         """Add samples.
 
         Args:
             features: of each model ``(samples, C_i)``, the same samples in the same order.
+            features_first: they are ``(C_i, samples, …)`` instead, every position a sample.
 
         Raises:
             ValueError: if the shapes are not those of ``sizes``, or the numbers of samples differ.
         """
         shapes = [tuple(feature.shape) for feature in features]
-        samples = shapes[0][0] if shapes and shapes[0] else 0
-        if shapes != [(samples, size) for size in self.sizes]:
+        given = [feature if features_first or feature.ndim != 2 else feature.T for feature in features]
+        positions = tuple(given[0].shape[1:]) if given else ()
+        if not positions or [tuple(feature.shape) for feature in given] != [(size, *positions) for size in self.sizes]:
+            expected = "(C, samples, …)" if features_first else "(samples, C)"
             raise ValueError(
-                f"`features` must be {len(self.sizes)} tensors of shapes (samples, C) with C in {list(self.sizes)} "
+                f"`features` must be {len(self.sizes)} tensors of shapes {expected} with C in {list(self.sizes)} "
                 f"and equal samples, got shapes {shapes}."
             )
-        with torch.no_grad(), full_precision(features[0].device.type):
-            for rows in zip(*(feature.split(ROWS_AT_ONCE) for feature in features), strict=True):
-                if len(rows[0]):
-                    self._add(*batch_moments(torch.cat(rows, dim=1), self.gram_dtype))
+        total = sum(self.sizes)
+        at_once = max(AT_ONCE // total, 2 * total) // max(1, math.prod(positions[1:]))
+        with torch.no_grad(), full_precision(given[0].device.type):
+            for parts in zip(*(feature.split(max(1, at_once), dim=1) for feature in given), strict=True):
+                if parts[0].numel():
+                    self._add_samples(parts)
 
-    def _add(self, count: Tensor, origin: Tensor, offset: Tensor, comoment: Tensor) -> None:
+    def _add_samples(self, features: Sequence[Tensor]) -> None:
+        """Add samples of each model, ``(C_i, samples, …)``: one pass that shifts and copies them, and one product."""
+        samples, size = features[0][0].numel(), sum(self.sizes)
+        self._unseal()
+        if not self._samples:
+            self._set_origin(features)
+        self._samples += samples
+        # Fewer samples than features: copies of a feature are told apart from near copies by the last digits, and the
+        # product is cheap.
+        dtype = torch.float64 if self._samples <= size else self.gram_dtype
+        dtype = torch.promote_types(features[0].dtype, dtype)
+        rows = torch.empty(size, *features[0].shape[1:], dtype=dtype, device=features[0].device)
+        origins = self.origin.to(dtype).split(self.sizes)
+        for part, feature, origin in zip(rows.split(self.sizes), features, origins, strict=True):
+            torch.sub(feature, origin.view(-1, *[1] * (feature.ndim - 1)), out=part)
+        rows = rows.view(size, samples)
+        self.count += samples
+        self.total += rows.mean(1).double() * samples
+        add_gram(self.comoment, rows)
+
+    def _unseal(self) -> None:
+        """States made in inference mode, where every tensor is sealed on leaving it, are made anew outside."""
         if self.comoment.is_inference() and not torch.is_inference_mode_enabled():
-            for name in STATES:  # made in inference mode, where every tensor is sealed on leaving it
+            for name in STATES:
                 setattr(self, name, getattr(self, name).clone())
-        # In place: states that were made outside inference mode stay usable there and after.
-        self.origin.copy_(torch.where(self.count == 0, origin, self.origin))
-        offset = offset + (origin - self.origin)
-        total = self.count + count
-        apart = (offset - self.offset) * (self.count * count / total).sqrt()
-        self.comoment.add_(comoment).addmm_(apart[:, None], apart[None, :])
-        self.offset.lerp_(offset, count / total)
-        self.count.copy_(total)
+
+    def _set_origin(self, features: Sequence[Tensor]) -> None:
+        """An origin that single precision holds without rounding: near the mean of all samples, or of the first."""
+        if self.count > 0:
+            origin = self.origin.to(torch.promote_types(features[0].dtype, torch.float32))
+        else:
+            origin = torch.cat([mean_by_first(feature) for feature in features])
+        self._move_origin(origin.double())
+
+    def _move_origin(self, origin: Tensor) -> None:
+        """Σ (x + d)(x + d)ᵀ = Σ x xᵀ + d (Σ x)ᵀ + (Σ x + n d) dᵀ, for offsets x from the origin that was."""
+        moved = self.origin - origin
+        self.comoment.addr_(moved, self.total)
+        self.total += self.count * moved
+        self.comoment.addr_(self.total, moved)
+        self.origin.copy_(origin)
+        self._samples = 0
 
     def compute(self) -> Moments:
         """Moments of all samples of all processes.
@@ -141,8 +176,15 @@ class FeatureStatistics(Metric):
         count = int(self.count.item())
         if not count:
             raise ValueError("No sample was added to these statistics: call `update` first.")
-        covariance = (self.comoment + self.comoment.T).div_(2 * max(count - 1, 1))
-        return Moments(count, self.origin + self.offset, covariance)
+        offset = self.total / count
+        covariance = self.comoment.addr(offset, offset, alpha=-count).triu_().div_(max(count - 1, 1))
+        covariance += covariance.triu(1).T
+        return Moments(count, self.origin + offset, covariance)
+
+    def reset(self) -> None:
+        """Forget all samples."""
+        super().reset()
+        self._samples = 0
 
     def free(self) -> None:
         """Give the memory back, and with it what was gathered.
@@ -168,13 +210,20 @@ class FeatureStatistics(Metric):
             if not isinstance(incoming_state, FeatureStatistics) or incoming_state.sizes != self.sizes:
                 raise ValueError("Only statistics of the same sizes can be added to each other.")
             incoming_state = incoming_state.metric_state
-        count, *rest = (torch.as_tensor(incoming_state[name]) for name in STATES)
-        if [state.shape for state in rest] != [self.origin.shape, self.offset.shape, self.comoment.shape]:
+        states = {name: torch.as_tensor(incoming_state[name]) for name in STATES}
+        if any(state.shape != getattr(self, name).shape for name, state in states.items()):
             raise ValueError("Only statistics of the same sizes can be added to each other.")
         self._computed = None
-        if count > 0:
+        if states["count"] > 0:
             self._update_count += 1
-            self._add(count, *rest)
+            self._unseal()
+            if not self.count:
+                self._move_origin(states["origin"])
+            moved = states["origin"] - self.origin
+            total = states["total"] + states["count"] * moved
+            self.comoment.add_(states["comoment"]).addr_(moved, states["total"]).addr_(total, moved)
+            self.total += total
+            self.count += states["count"]
 
     def _sync_dist(self, dist_sync_fn: Any = None, process_group: Any = None) -> None:
         """True all-reduces instead of the default gathering of all states on all ranks."""
@@ -184,6 +233,7 @@ class FeatureStatistics(Metric):
         super()._load_from_state_dict(*args, **kwargs)
         self._computed = None
         self._update_count = int(self.count > 0)
+        self._samples = 0
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> FeatureStatistics:
         def move(tensor: Tensor) -> Tensor:  # to another device, never to another type
@@ -202,64 +252,43 @@ class FeatureStatistics(Metric):
 def sum_over_processes(statistics: Sequence[FeatureStatistics], group: Any = None) -> None:
     """Put the samples of all processes into the statistics of each; the results are identical on all.
 
-    The co-moments are brought to the common mean and summed: three all-reduces, or one more for every 64 MiB.
+    The co-moments are brought to a common origin and summed: three all-reduces, or one more for every 64 MiB.
 
     Args:
         statistics: the same on every process, in the same order, on one device.
         group: the process group; by default all processes.
     """
-    has_data = [(each.count > 0).double() for each in statistics]
-    origins = [
-        torch.cat([has[None], each.count[None], each.origin * has])
-        for has, each in zip(has_data, statistics, strict=True)
-    ]
+    origins = [torch.cat([(each.count > 0).double()[None], each.origin * (each.count > 0)]) for each in statistics]
     all_reduce_sums(origins, group)
-    counts = [packed[1] for packed in origins]
-    origins = [packed[2:] / packed[0].clamp(min=1) for packed in origins]
-    own_offsets = [
-        (each.offset + (each.origin - origin)) * has
-        for each, origin, has in zip(statistics, origins, has_data, strict=True)
-    ]
-    offsets = [offset * each.count for offset, each in zip(own_offsets, statistics, strict=True)]
-    all_reduce_sums(offsets, group)
-    offsets = [offset / count.clamp(min=1) for offset, count in zip(offsets, counts, strict=True)]
-    for each, own_offset, offset in zip(statistics, own_offsets, offsets, strict=True):
-        apart = (own_offset - offset) * each.count.sqrt()
-        each.comoment = torch.addr(each.comoment, apart, apart)
+    for each, (shares, *_), packed in zip(statistics, origins, origins, strict=True):
+        each._unseal()
+        each._move_origin(packed[1:] / shares.clamp(min=1))
+    all_reduce_sums([state for each in statistics for state in (each.count[None], each.total)], group)
     all_reduce_sums([each.comoment for each in statistics], group)
-    for each, count, origin, offset in zip(statistics, counts, origins, offsets, strict=True):
-        each.count, each.origin, each.offset = count.clone(), origin, offset
 
 
-def batch_moments(features: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Count, mean (as origin and offset) and co-moment of one batch.
-
-    The batch is shifted by its first sample, which is exact where values lie close together and leaves zeros of a
-    constant, and then by its mean; what rounding that mean leaves is corrected in float64.
+def add_gram(total: Tensor, rows: Tensor) -> None:
+    """Add ``rows rowsᵀ`` to a symmetric matrix, in place, on and above its diagonal, which is half of the work.
 
     Args:
-        features: ``(samples, n)``, at least one sample.
-        dtype: the type of the Gram matrix, unless that of ``features`` is wider.
-
-    Returns:
-        All float64: the count, an origin ``(n,)`` near the mean, the offset of the mean from it ``(n,)``, and the
-        co-moment Σ (x - mean)(x - mean)ᵀ ``(n, n)``.
+        total: ``(n, n)``.
+        rows: ``(n, samples)``.
     """
-    # Fewer samples than features: copies of a feature are told apart from near copies by the last digits, and the
-    # product is cheap.
-    dtype = torch.float64 if len(features) <= features.shape[1] else dtype
-    features = features.to(torch.promote_types(features.dtype, dtype))
-    count = torch.tensor(len(features), dtype=torch.float64, device=features.device)
-    origin = features[0]
-    centred = features - origin
-    shift = centred.mean(0, dtype=torch.float64).to(features.dtype)
-    centred -= shift
-    rest = centred.mean(0, dtype=torch.float64)  # (n,)
-    gram = centred.T @ centred  # (n, n)
-    if gram.dtype != torch.float64:  # else what rounding the mean has left is below the digits of the Gram matrix
-        apart = rest * count.sqrt()
-        gram = gram.double().addmm_(apart[:, None], apart[None, :], alpha=-1)
-    return count, origin.double(), shift.double() + rest, gram
+    size = len(rows)
+    if size <= LEAF:
+        total += rows @ rows.T
+        return
+    first, second = slice(size // 2), slice(size // 2, size)
+    total[first, second] += rows[first] @ rows[second].T
+    for half in (first, second):
+        add_gram(total[half, half], rows[half])
+
+
+def mean_by_first(features: Tensor) -> Tensor:
+    """The mean of each feature, ``(C, …)`` to ``(C,)``: exactly its value, where it has but one."""
+    rows = features.flatten(1)
+    first = rows[:, 0].to(torch.promote_types(rows.dtype, torch.float32))
+    return first + (rows - first[:, None]).mean(1)
 
 
 @contextmanager

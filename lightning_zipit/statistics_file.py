@@ -21,7 +21,7 @@ from lightning_zipit.errors import ConfigurationError, StatisticsError
 from lightning_zipit.files import find_output_problem, replacing
 from lightning_zipit.statistics import STATES, FeatureStatistics
 
-FORMAT = 1
+FORMAT = 2
 HEADER = "lightning_zipit"
 
 SAVE_EVERY = 30.0

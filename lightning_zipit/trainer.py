@@ -48,6 +48,7 @@ class ZipItTrainer(Trainer):
         flops: float | None = None,
         base: str | None = None,
         combine: Combination | None = None,
+        positions: int | None = None,
         output: str = "merged.ckpt",
         test: bool = False,
         classes: dict[str, str] | None = None,
@@ -82,6 +83,8 @@ class ZipItTrainer(Trainer):
             base: the checkpoint that all were trained from, for combine.
             combine: how changes to base are combined, instead of averaging weights: TaskArithmetic, Ties or Dare.
                 Features are then matched by number (--matcher Average).
+            positions: how many positions of each image or sequence the statistics are taken from, at random; all by
+                default.
             output: the file to write; one that is there is replaced.
             test: test the merged module afterwards, with the data module's test loaders: one per task.
             classes: task name → class path, for tasks whose model is of another class (--classes.TASK=CLASS_PATH).
@@ -129,6 +132,7 @@ class ZipItTrainer(Trainer):
             flops=flops,
             base=load_source(base, model, None, weights_only, "base") if base else None,
             combine=combine,
+            positions=positions,
         )
         if self.is_global_zero:
             print(merged.report)

@@ -89,9 +89,12 @@ def test_an_interrupted_calibration_goes_on_where_it_was(models, path, monkeypat
 
     counted = []
     update = statistics_file.FeatureStatistics.update
-    monkeypatch.setattr(
-        statistics_file.FeatureStatistics, "update", lambda self, x: (counted.append(len(x[0])), update(self, x))[1]
-    )
+
+    def counting(self, features, **how):
+        counted.append(features)
+        update(self, features, **how)
+
+    monkeypatch.setattr(statistics_file.FeatureStatistics, "update", counting)
     resumed = merge(models, path, data)
     spaces = len(resumed.report.spaces)
     assert len(counted) == spaces  # one batch was left, of 8 samples

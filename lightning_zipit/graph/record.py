@@ -15,9 +15,22 @@ from lightning_zipit.graph.naming import describe
 from lightning_zipit.graph.registry import module_rule_of
 from lightning_zipit.graph.shapes import evaluating
 
+IN_PLACE = "in_place"
+"""Marks an addition that the forward does in place, which torch.fx records as any other."""
+
+
+class _Value(fx.Proxy):
+    def __iadd__(self, other: Any) -> Any:
+        total = self + other
+        total.node.meta[IN_PLACE] = True
+        return total
+
 
 class Tracer(fx.Tracer):
     """Records modules that have a rule, and those of torch.nn, as single nodes; goes into all others."""
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Value(node, self)
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         if isinstance(module, (nn.Sequential, *FORWARDS)):

@@ -180,13 +180,13 @@ class Tap:
         entries = hashlib.blake2b(repr((self.block.starts, self.block.repeat)).encode(), digest_size=6)
         return f"{self.node}-{entries.hexdigest()}"
 
-    def samples(self, value: Tensor) -> Tensor:
-        """The measured tensor as ``(batch × positions, features)``."""
-        last = value.movedim(self.axes, tuple(range(-len(self.axes), 0))).flatten(-len(self.axes))
-        if self.block.starts == range(last.shape[-1]) and self.block.repeat == 1:
-            return last.reshape(-1, last.shape[-1])
-        chosen = last[..., self.block.entries().to(value.device)]  # (…, features, repeat)
-        return chosen.movedim(-1, -2).reshape(-1, chosen.shape[-2])
+    def features(self, value: Tensor) -> Tensor:
+        """The measured tensor as ``(features, batch, …)``; the positions of a sample follow, a view where it can be."""
+        first = value.movedim(self.axes, tuple(range(len(self.axes)))).flatten(0, len(self.axes) - 1)
+        if self.block.starts == range(len(first)) and self.block.repeat == 1:
+            return first
+        chosen = first[self.block.entries().to(value.device)]  # (features, repeat, batch, …)
+        return chosen.squeeze(1) if self.block.repeat == 1 else chosen.movedim(1, -1)
 
 
 @dataclass(frozen=True)
