@@ -18,6 +18,7 @@ from torch import Tensor
 
 __all__ = [
     "agglomerative",
+    "agreement",
     "average",
     "correlation",
     "cycle_consistent",
@@ -541,6 +542,33 @@ def zip_losses(similarity: Tensor, labels: Tensor, num_models: int) -> Tensor:
     lost = (variance - 2 * with_mean + of_means[labels]).view(num_models, -1).sum(1)
     total = variance.reshape(num_models, -1).sum(1)
     return torch.where(total > 0, lost / total.clamp(min=torch.finfo(total.dtype).tiny), 0.0)
+
+
+def agreement(features: Tensor, merged: Tensor) -> Tensor:
+    """The correlation of each feature of a source with each feature of the merged network, on the same samples.
+
+    Args:
+        features: of the source, ``(samples, C)``; or ``(samples, C, …)`` with positions, each of which counts.
+        merged: of the merged network, ``(samples, W)`` or ``(samples, W, …)``.
+
+    Returns:
+        float64 ``(C, W)``; 0 for features that are constant.
+
+    Raises:
+        ValueError: if the numbers of samples differ.
+
+    Example:
+        >>> source = torch.tensor([[1.0, 0.0], [2.0, 1.0], [3.0, 0.0]])
+        >>> agreement(source, -source).round(decimals=2)
+        tensor([[-1.,  0.],
+                [ 0., -1.]], dtype=torch.float64)
+    """
+    own, other = (each.double().movedim(1, -1).flatten(0, -2) for each in (features, merged))
+    if len(own) != len(other):
+        raise ValueError(f"`features` have {len(own)} samples and `merged` {len(other)}: give those of the same input.")
+    joint = torch.cat([own, other], 1)
+    centred = joint - joint.mean(0)
+    return correlation(centred.T @ centred)[: own.shape[1], own.shape[1] :]
 
 
 def by_chance(similarity: Tensor, labels: Tensor, num_models: int) -> tuple[float, float]:
