@@ -20,6 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_zipit import functional as F
+from lightning_zipit.diagnosis import Finding, diagnose
 from lightning_zipit.errors import CheckpointError
 from lightning_zipit.files import replacing
 from lightning_zipit.graph import FeatureSpace
@@ -171,12 +172,27 @@ class MergeReport:
         return buffer.getvalue()
 
     def show(self) -> None:
-        """Print the report: as wide as the terminal, or plain where the output is no terminal."""
+        """Print the report and its diagnosis: as wide as the terminal, or plain where the output is no terminal."""
         console = Console()
         if console.is_terminal:
             console.print(self)
         else:
             print(self, end="")
+        for finding in self.diagnose():
+            print(f"Look at this: {finding}")
+
+    def diagnose(self) -> list[Finding]:
+        """What is likely to cost accuracy, judged by what was measured: each with what to try.
+
+        Findings are of spaces that are matched no better than at random (``"chance"``), of too little calibration data
+        (``"samples"``), of features that are constant on it (``"dead"``), of a task that loses more than another
+        (``"crowded"``), of a depth from which on the models have little in common (``"collapse"``), and of batch norms
+        that re-estimation moved far (``"norms"``).
+
+        Returns:
+            The findings; none for a merge in which nothing stands out.
+        """
+        return diagnose(self)
 
     def _describe_fits(self) -> Iterator[str]:
         if self.fits:

@@ -70,6 +70,10 @@ def test_plots(tmp_path, monkeypatch):
     plt.close("all")
 
 
+def test_a_diagnosis(tmp_path, monkeypatch):
+    assert run("diagnosis", tmp_path, monkeypatch)["finding"].message
+
+
 def test_the_table(tmp_path, monkeypatch):
     assert "layer2.0.conv2" in run("trace", tmp_path, monkeypatch)["graph"].spaces
 
