@@ -6,10 +6,10 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_zipit._lightning import unsupported_strategy
+from lightning_zipit.announce import announce
 from lightning_zipit.errors import CalibrationError
 from lightning_zipit.matchers import Average, GreedyZip, Matcher
 from lightning_zipit.merging import SimilarityKind
@@ -22,7 +22,8 @@ from lightning_zipit.widths import Width
 class ZipItCallback(Callback):
     """Merges the models of a :class:`~lightning_zipit.ZipItModule` while ``trainer.predict`` runs over it.
 
-    Any other module is left alone. The random state is as before when ``trainer.predict`` returns or fails.
+    Any other module is left alone. The random state is as before when ``trainer.predict`` returns or fails. The report
+    is printed, unless the Trainer shows neither a progress bar nor a model summary, and given to its loggers.
 
     Args:
         stop_at: dotted name inside the backbone of the trunk's last module; ``None`` zips everything down to the last
@@ -91,8 +92,6 @@ class ZipItCallback(Callback):
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if isinstance(pl_module, ZipItModule):
             pl_module.finish()
-            report = pl_module.merged.report
-            rank_zero_info(f"Merged {', '.join(pl_module.models)}: {report.summary() if report else ''}")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         merging = stage == "predict" and isinstance(pl_module, ZipItModule)
@@ -105,6 +104,8 @@ class ZipItCallback(Callback):
                 "limit_predict_batches be above 0. Statistics that were gathered before do without data with "
                 "refine=None alone."
             )
+        if stage == "predict" and isinstance(pl_module, ZipItModule):  # the progress bar is closed by now
+            announce(trainer, pl_module.merged.report)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._undo.close()

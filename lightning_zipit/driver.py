@@ -55,6 +55,9 @@ class ZipIt:
     ) -> MultiHeadModule:
         """Merge N trained modules into one with a head per task, without training.
 
+        The report is printed, unless the Trainer shows neither a progress bar nor a model summary, and given to its
+        loggers.
+
         Args:
             models: the source modules by task, or a sequence of them (tasks are then ``task_0``, ``task_1``, …). They
                 and the random state are left exactly as they were.

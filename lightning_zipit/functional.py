@@ -18,6 +18,7 @@ from torch import Tensor
 
 __all__ = [
     "agglomerative",
+    "agreement",
     "average",
     "correlation",
     "cycle_consistent",
@@ -508,12 +509,98 @@ def zip_loss(similarity: Tensor, labels: Tensor) -> float:
         >>> round(zip_loss(similarity, torch.tensor([0, 1, 0])), 4)
         0.0667
     """
+    return float(zip_losses(similarity, labels, 1).clamp(0, 1))
+
+
+def zip_losses(similarity: Tensor, labels: Tensor, num_models: int) -> Tensor:
+    """What each model loses of its features' variance when every feature becomes the mean of its cluster.
+
+    Σ_i E(x_i - z_i)² / Σ_i E x_i² over the features of one model, with z_i the mean of the cluster of feature i: above
+    1 where the clusters vary more than what they stand for. Weighted by the models' variances, the losses add up to
+    :func:`zip_loss`.
+
+    Args:
+        similarity: of the features, ``(N·C, N·C)``.
+        labels: int64 ``(N·C,)``, the cluster of each.
+        num_models: N.
+
+    Returns:
+        Of the type of ``similarity``, ``(N,)``; 0 for a model without variance.
+
+    Example:
+        >>> similarity = torch.tensor([[1.0, 0.9, 0.0, 0.0], [0.9, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0],
+        ...                            [0.0, 0.0, 0.0, 1.0]])
+        >>> zip_losses(similarity, torch.tensor([0, 0, 1, 1]), num_models=2)
+        tensor([0.0500, 0.5000])
+    """
     labels = labels.to(similarity.device)
     sizes = labels.bincount().to(similarity.dtype)
     of_cluster = similarity.new_zeros(len(sizes), len(labels)).index_add_(0, labels, similarity)
-    kept = (of_cluster.gather(0, labels[None])[0] / sizes[labels]).sum()
-    total = similarity.diagonal().sum().clamp(min=torch.finfo(similarity.dtype).tiny)
-    return float((1 - kept / total).clamp(0, 1))
+    with_mean = of_cluster.gather(0, labels[None])[0] / sizes[labels]  # of each feature with its cluster's mean
+    of_means = with_mean.new_zeros(len(sizes)).index_add_(0, labels, with_mean) / sizes
+    variance = similarity.diagonal()
+    lost = (variance - 2 * with_mean + of_means[labels]).view(num_models, -1).sum(1)
+    total = variance.reshape(num_models, -1).sum(1)
+    return torch.where(total > 0, lost / total.clamp(min=torch.finfo(total.dtype).tiny), 0.0)
+
+
+def agreement(features: Tensor, merged: Tensor) -> Tensor:
+    """The correlation of each feature of a source with each feature of the merged network, on the same samples.
+
+    Args:
+        features: of the source, ``(samples, C)``; or ``(samples, C, …)`` with positions, each of which counts.
+        merged: of the merged network, ``(samples, W)`` or ``(samples, W, …)``.
+
+    Returns:
+        float64 ``(C, W)``; 0 for features that are constant.
+
+    Raises:
+        ValueError: if the numbers of samples differ.
+
+    Example:
+        >>> source = torch.tensor([[1.0, 0.0], [2.0, 1.0], [3.0, 0.0]])
+        >>> agreement(source, -source).round(decimals=2)
+        tensor([[-1.,  0.],
+                [ 0., -1.]], dtype=torch.float64)
+    """
+    own, other = (each.double().movedim(1, -1).flatten(0, -2) for each in (features, merged))
+    if len(own) != len(other):
+        raise ValueError(f"`features` have {len(own)} samples and `merged` {len(other)}: give those of the same input.")
+    joint = torch.cat([own, other], 1)
+    centred = joint - joint.mean(0)
+    return correlation(centred.T @ centred)[: own.shape[1], own.shape[1] :]
+
+
+def by_chance(similarity: Tensor, labels: Tensor, num_models: int) -> tuple[float, float]:
+    """The mean similarity inside clusters if each model's features were dealt out to them at random.
+
+    Args:
+        similarity: of the features, ``(N·C, N·C)``.
+        labels: int64 ``(N·C,)``, the cluster of each.
+        num_models: N.
+
+    Returns:
+        Its expectation, and its deviation from one deal to another, which takes pairs for independent; NaN where no two
+        features share a cluster.
+
+    Example:
+        >>> similarity = torch.tensor([[1.0, 0.0, 0.8, 0.2], [0.0, 1.0, 0.2, 0.8], [0.8, 0.2, 1.0, 0.0],
+        ...                            [0.2, 0.8, 0.0, 1.0]])
+        >>> tuple(round(value, 2) for value in by_chance(similarity, torch.tensor([0, 1, 0, 1]), num_models=2))
+        (0.5, 0.21)
+    """
+    size = len(labels) // num_models
+    blocks = [rows.unflatten(1, (num_models, size)) for rows in similarity.split(size)]  # N of (C, N, C)
+    own = similarity.diagonal().view(num_models, size)
+    count = (size**2 - size * torch.eye(num_models).to(similarity)).clamp(min=1)
+    mean = (torch.stack([block.sum((0, 2)) for block in blocks]) - own.sum(1).diag()) / count  # (N, N)
+    square = torch.stack([torch.linalg.vector_norm(block, dim=(0, 2)).square() for block in blocks])
+    variance = ((square - own.square().sum(1).diag()) / count - mean.square()).clamp(min=0)
+    labels = labels.to(similarity.device)
+    members = similarity.new_zeros(num_models, int(labels.max()) + 1)  # how many features of a model a cluster has
+    members.scatter_add_(1, labels.view(num_models, size), torch.ones_like(own))
+    pairs = members @ members.T - size * torch.eye(num_models).to(similarity)  # (N, N), each pair twice
+    return float((pairs * mean).sum() / pairs.sum()), float((2 * (pairs * variance).sum()).sqrt() / pairs.sum())
 
 
 def average(num_features: int, num_models: int) -> Tensor:

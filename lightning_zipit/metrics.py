@@ -34,6 +34,8 @@ class JointAccuracy(Metric):
     full_state_update = False
     higher_is_better = True
     is_differentiable = False
+    plot_lower_bound = 0.0
+    plot_upper_bound = 1.0
     correct: Tensor
     total: Tensor
 
@@ -81,3 +83,15 @@ class JointAccuracy(Metric):
         seen = accuracy[1:][self.total[1:] > 0]
         mean = seen.mean() if len(seen) else accuracy.new_zeros(())
         return {"joint": accuracy[0], **per_task, "mean": mean}
+
+    def plot(self, val: Any = None, ax: Any = None) -> Any:
+        """Plot accuracies, or how they went from value to value; see :meth:`torchmetrics.Metric.plot`.
+
+        Args:
+            val: what :meth:`compute` or ``forward`` returned, or a sequence of that; by default what is computed now.
+            ax: where to draw.
+
+        Returns:
+            The figure and its axes.
+        """
+        return self._plot(val, ax)

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import csv
 import io
+import json
+import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
+from lightning_zipit import functional as F
+from lightning_zipit.diagnosis import Finding, diagnose
+from lightning_zipit.errors import CheckpointError
+from lightning_zipit.files import replacing
 from lightning_zipit.graph import FeatureSpace
 from lightning_zipit.merging import SpaceMap
+from lightning_zipit.statistics import Moments
 
 
 @dataclass(frozen=True)
@@ -28,8 +39,15 @@ class SpaceReport:
         width: features of the merged network.
         within: clusters of two or more features that lie within one model.
         across: clusters with features of several models.
-        similarity: mean similarity of the pairs of features that share a cluster; NaN where there are none or the
-            space was not measured.
+        similarity: mean similarity of the pairs of features that share a cluster, at most 1; NaN where there are none
+            or the space was not measured.
+        lowest: the lowest similarity of such a pair.
+        chance: what the mean would be if each model's features were dealt out to the clusters at random.
+        deviation: of that mean from one deal to another.
+        losses: of each model, the share of its features' variance that is lost when every feature becomes the mean of
+            its cluster; see :func:`~lightning_zipit.functional.zip_losses`.
+        samples: how many the similarity comes from: images times positions, where there are positions.
+        dead: of each model, how many features are constant on the calibration data.
     """
 
     name: str
@@ -39,6 +57,44 @@ class SpaceReport:
     within: int
     across: int
     similarity: float
+    lowest: float = math.nan
+    chance: float = math.nan
+    deviation: float = math.nan
+    losses: tuple[float, ...] = ()
+    samples: int = 0
+    dead: tuple[int, ...] = ()
+
+    @property
+    def alone(self) -> int:
+        """Clusters of one feature: what was left as it is."""
+        return self.width - self.within - self.across
+
+
+class Measure(NamedTuple):
+    """What is known of a space's statistics beside the similarity; see :class:`SpaceReport`."""
+
+    samples: int = 0
+    dead: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, moments: Moments, num_models: int) -> Measure:
+        """That of statistics of N models, side by side."""
+        constant = (moments.covariance.diagonal() == 0).view(num_models, -1).sum(1)
+        return cls(moments.count, tuple(constant.tolist()))
+
+
+@dataclass(frozen=True)
+class NormShift:
+    """How far the running statistics of a batch norm were from what they are after re-estimation.
+
+    Attributes:
+        mean: how far the means moved, in deviations before; the mean over features.
+        variance: the variances after, as a ratio to those before; the geometric mean over features. Below 1 where
+            merging made features vary less (the variance collapse of REPAIR, arXiv 2211.08403).
+    """
+
+    mean: float
+    variance: float
 
 
 @dataclass(frozen=True)
@@ -69,6 +125,8 @@ class MergeReport:
         fits: for ``refine="least_squares"``, the share of the variance of its target that each layer explains, in the
             order of the network; layers are named ``trunk.`` or ``heads.TASK.`` and what they are called in the
             backbone.
+        shifts: for ``refine="batch_norm"``, how far re-estimation moved each batch norm from what merging gave it;
+            norms are named as in ``fits``.
     """
 
     spaces: tuple[SpaceReport, ...]
@@ -76,6 +134,7 @@ class MergeReport:
     merged: Cost
     notes: tuple[str, ...] = ()
     fits: dict[str, float] = field(default_factory=dict)
+    shifts: dict[str, NormShift] = field(default_factory=dict)
 
     @property
     def ensemble(self) -> Cost:
@@ -85,12 +144,12 @@ class MergeReport:
     def to_table(self) -> Table:
         """The matching of every space, for people."""
         table = Table()
-        for heading in ("space", "read by", "features", "merged", "within", "across", "similarity"):
+        for heading in ("space", "read by", "features", "merged", "within", "across", "alone", "similarity", "lowest"):
             table.add_column(heading, justify="left" if heading in ("space", "read by") else "right", overflow="fold")
         for space in self.spaces:
-            similarity = f"{space.similarity:.3f}" if space.similarity == space.similarity else "–"
-            counts = map(str, (space.size, space.width, space.within, space.across))
-            table.add_row(space.name, space.tap, *counts, similarity)
+            counts = map(str, (space.size, space.width, space.within, space.across, space.alone))
+            shown = ("–" if math.isnan(value) else f"{value:.3f}" for value in (space.similarity, space.lowest))
+            table.add_row(space.name, space.tap, *counts, *shown)
         return table
 
     def summary(self) -> str:
@@ -102,13 +161,38 @@ class MergeReport:
             f"ensemble {_short(self.ensemble.flops)}, {_short(self.ensemble.parameters)}"
         )
 
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        yield self.to_table()
+        for line in (self.summary(), *self._describe_fits(), *self._describe_shifts(), *self.notes):
+            yield Text(line)
+
     def __str__(self) -> str:
         buffer = io.StringIO()
-        console = Console(file=buffer, width=140)
-        console.print(self.to_table())
-        for line in (self.summary(), *self._describe_fits(), *self.notes):
-            console.print(line, highlight=False, markup=False)
+        Console(file=buffer, width=160).print(self)
         return buffer.getvalue()
+
+    def show(self) -> None:
+        """Print the report and its diagnosis: as wide as the terminal, or plain where the output is no terminal."""
+        console = Console()
+        if console.is_terminal:
+            console.print(self)
+        else:
+            print(self, end="")
+        for finding in self.diagnose():
+            print(f"Look at this: {finding}")
+
+    def diagnose(self) -> list[Finding]:
+        """What is likely to cost accuracy, judged by what was measured: each with what to try.
+
+        Findings are of spaces that are matched no better than at random (``"chance"``), of too little calibration data
+        (``"samples"``), of features that are constant on it (``"dead"``), of a task that loses more than another
+        (``"crowded"``), of a depth from which on the models have little in common (``"collapse"``), and of batch norms
+        that re-estimation moved far (``"norms"``).
+
+        Returns:
+            The findings; none for a merge in which nothing stands out.
+        """
+        return diagnose(self)
 
     def _describe_fits(self) -> Iterator[str]:
         if self.fits:
@@ -119,6 +203,35 @@ class MergeReport:
                 f"{self.fits[lowest]:.1%} (`{lowest}`)."
             )
 
+    def _describe_shifts(self) -> Iterator[str]:
+        if self.shifts:
+            means = {name: shift.mean for name, shift in self.shifts.items()}
+            ratios = {name: shift.variance for name, shift in self.shifts.items()}
+            most, least = max(means, key=means.__getitem__), min(ratios, key=ratios.__getitem__)
+            yield (
+                f"{len(self.shifts)} batch norms were re-estimated: means moved by {_mean(means.values()):.2f} "
+                f"deviations on average, the most {means[most]:.2f} (`{most}`); variances are "
+                f"{_mean(ratios.values()):.2f} of the merged ones, the least {ratios[least]:.2f} (`{least}`)."
+            )
+
+    def metrics(self) -> dict[str, float]:
+        """The report in a few numbers: means over spaces, layers or norms, and what merging and the ensemble cost."""
+        known = [space for space in self.spaces if not math.isnan(space.similarity)]
+        numbers = {
+            "similarity": _mean(space.similarity for space in known),
+            "lowest_similarity": min((space.lowest for space in known), default=math.nan),
+            "loss": _mean(_mean(space.losses) for space in known),
+            "fit": _mean(self.fits.values()),
+            "mean_shift": _mean(shift.mean for shift in self.shifts.values()),
+            "variance_ratio": _mean(shift.variance for shift in self.shifts.values()),
+            "flops": float(self.merged.flops),
+            "parameters": float(self.merged.parameters),
+            "flops_of_ensemble": float(self.ensemble.flops),
+        }
+        for kind in ("within", "across", "alone"):
+            numbers[kind] = float(sum(getattr(space, kind) for space in self.spaces))
+        return {name: value for name, value in numbers.items() if not math.isnan(value)}
+
     def to_dict(self) -> dict[str, Any]:
         """The report as dicts, lists and numbers."""
         return asdict(self) | {"spaces": [asdict(space) for space in self.spaces], "notes": list(self.notes)}
@@ -127,12 +240,78 @@ class MergeReport:
     def from_dict(cls, content: Mapping[str, Any]) -> MergeReport:
         """The report that :meth:`to_dict` wrote."""
         return cls(
-            spaces=tuple(SpaceReport(**space) for space in content["spaces"]),
+            spaces=tuple(SpaceReport(**_read(space)) for space in content["spaces"]),
             sources={task: Cost(**cost) for task, cost in content["sources"].items()},
             merged=Cost(**content["merged"]),
             notes=tuple(content.get("notes", ())),
-            fits=dict(content.get("fits", {})),
+            fits=_read(content.get("fits", {})),
+            shifts={name: NormShift(**_read(shift)) for name, shift in content.get("shifts", {}).items()},
         )
+
+    def to_rows(self) -> list[dict[str, Any]]:
+        """One row per space, with what belongs to one model under ``losses/TASK`` and ``dead/TASK``."""
+        rows = []
+        for space in self.spaces:
+            row = asdict(space) | {"alone": space.alone}
+            for name in ("losses", "dead"):
+                known = row.pop(name) or (None,) * len(self.sources)
+                row |= {f"{name}/{task}": value for task, value in zip(self.sources, known, strict=True)}
+            rows.append(row)
+        return rows
+
+    def to_csv(self) -> str:
+        """:meth:`to_rows` as CSV, with a header; what was not measured is left empty."""
+        rows = [{name: "" if value != value else value for name, value in row.items()} for row in self.to_rows()]
+        buffer = io.StringIO()
+        writer = csv.DictWriter(buffer, fieldnames=[*rows[0]] if rows else [], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        return buffer.getvalue()
+
+    def to_json(self) -> str:
+        """:meth:`to_dict` as JSON; what was not measured is null."""
+        return json.dumps(_without_nan(self.to_dict()), indent=2, allow_nan=False)
+
+    def save(self, path: str | Path) -> None:
+        """Write the report to a JSON file; one that is there is replaced."""
+        with replacing(Path(path)) as file:
+            file.write_text(self.to_json(), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> MergeReport:
+        """Read the report that :meth:`save` wrote.
+
+        Raises:
+            CheckpointError: if the file holds no report.
+        """
+        try:
+            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise CheckpointError(
+                f"{path} holds no report of a merge, as MergeReport.save writes it: {type(error).__name__}: {error}"
+            ) from error
+
+
+def _mean(values: Any) -> float:
+    """NaN where there are none."""
+    known = list(values)
+    return sum(known) / len(known) if known else math.nan
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _without_nan(held) for name, held in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(held) for held in value]
+    return None if value != value else value
+
+
+def _read(content: Mapping[str, Any]) -> dict[str, Any]:
+    """What JSON made of a dataclass: lists for tuples, and null for NaN."""
+    return {
+        name: tuple(value) if isinstance(value, list) else math.nan if value is None else value
+        for name, value in content.items()
+    }
 
 
 def _short(number: float) -> str:
@@ -144,13 +323,16 @@ def _short(number: float) -> str:
     return f"{number:.3g} T"
 
 
-def report_space(space: FeatureSpace, space_map: SpaceMap, similarity: Tensor | None) -> SpaceReport:
+def report_space(
+    space: FeatureSpace, space_map: SpaceMap, similarity: Tensor | None, measure: Measure | None = None
+) -> SpaceReport:
     """Count the clusters of a space.
 
     Args:
         space: the space.
         space_map: its matching.
         similarity: ``(N·C, N·C)``, where the space was measured.
+        measure: what else is known of its statistics.
     """
     labels, num_models = space_map.labels, space_map.num_models
     size = len(labels) // num_models
@@ -158,16 +340,48 @@ def report_space(space: FeatureSpace, space_map: SpaceMap, similarity: Tensor | 
     for model in range(num_models):
         members[model].index_add_(0, space_map.targets(model), torch.ones(size))
     models = (members > 0).sum(0)
-    pairs = float((members.sum(0) * (members.sum(0) - 1)).sum())
-    mean = float("nan")
-    if similarity is not None and pairs:
-        similarity = similarity.cpu()
-        of_cluster = similarity.new_zeros(members.shape[1], len(labels)).index_add_(0, labels, similarity)
-        inside = of_cluster[labels, torch.arange(len(labels))].sum() - similarity.diagonal().sum()
-        mean = float(inside / pairs)
-    within = int(((models == 1) & (members.sum(0) > 1)).sum())
-    tap = space.tap.reader if space.tap else ""
-    return SpaceReport(space.name, tap, size, space_map.width, within, int((models > 1).sum()), mean)
+    within, across = int(((models == 1) & (members.sum(0) > 1)).sum()), int((models > 1).sum())
+    found = SpaceReport(
+        space.name, space.tap.reader if space.tap else "", size, space_map.width, within, across, math.nan
+    )
+    if measure is not None:
+        found = replace(found, samples=measure.samples, dead=measure.dead)
+    if similarity is None:
+        return found
+    similarity = F.correlation(similarity.cpu())  # a covariance becomes one; all others are scaled already
+    matched = similarity[(labels[:, None] == labels).fill_diagonal_(False)]
+    if len(matched):
+        found = replace(found, similarity=float(matched.mean()), lowest=float(matched.min()))
+    chance, deviation = F.by_chance(similarity, labels, num_models)
+    losses = tuple(F.zip_losses(similarity, labels, num_models).tolist())
+    return replace(found, chance=chance, deviation=deviation, losses=losses)
+
+
+def measure_shifts(before: Mapping[str, nn.Module], after: Mapping[str, nn.Module]) -> dict[str, NormShift]:
+    """Compare the running statistics of batch norms.
+
+    Args:
+        before: modules by name.
+        after: the same modules with other statistics.
+
+    Returns:
+        By the names of module and norm, for norms with running statistics.
+    """
+    shifts = {}
+    for prefix, module in before.items():
+        for name, norm in module.named_modules():
+            if not isinstance(norm, _BatchNorm) or not norm.track_running_stats:
+                continue
+            renewed = after[prefix].get_submodule(name)
+            (mean, variance), (new_mean, new_variance) = (
+                [each.get_buffer(key).double().cpu() for key in ("running_mean", "running_var")]
+                for each in (norm, renewed)
+            )
+            variance, new_variance = variance + norm.eps, new_variance + norm.eps
+            apart = (new_mean - mean).abs() / variance.sqrt()
+            ratio = (new_variance / variance).log().mean().exp()
+            shifts[f"{prefix}.{name}".rstrip(".")] = NormShift(float(apart.mean()), float(ratio))
+    return shifts
 
 
 def measure_cost(module: nn.Module, x: Tensor) -> Cost:

@@ -37,7 +37,15 @@ from lightning_zipit.merging import (
 from lightning_zipit.rebuild import build_merged
 from lightning_zipit.refine import BatchNorm, BatchNormEstimator, LayerByLayer, LeastSquares
 from lightning_zipit.refine.walk import Walk
-from lightning_zipit.report import Cost, MergeReport, SpaceReport, measure_cost, report_space
+from lightning_zipit.report import (
+    Cost,
+    Measure,
+    MergeReport,
+    SpaceReport,
+    measure_cost,
+    measure_shifts,
+    report_space,
+)
 from lightning_zipit.settings import MergeSettings
 from lightning_zipit.statistics_file import CalibrationStatistics, StatisticsRecord
 from lightning_zipit.task_vectors import combine_into
@@ -81,9 +89,11 @@ class Matched:
     loss: float = 0.0
 
     @classmethod
-    def of(cls, space: FeatureSpace, space_map: SpaceMap, similarity: Tensor | None) -> Matched:
+    def of(
+        cls, space: FeatureSpace, space_map: SpaceMap, similarity: Tensor | None, measure: Measure | None = None
+    ) -> Matched:
         loss = 0.0 if similarity is None else F.zip_loss(similarity, space_map.labels)
-        return cls(space_map, report_space(space, space_map, similarity), loss)
+        return cls(space_map, report_space(space, space_map, similarity, measure), loss)
 
 
 class MergeSession:
@@ -116,6 +126,7 @@ class MergeSession:
         self._size_notes: tuple[str, ...] = ()
         self._matched: dict[str, list[Matched]] = {}  # per space, one for every width
         self._maps: dict[str, SpaceMap] = {}
+        self._measures: dict[str, Measure] = {}
         self._similarities: dict[str, Tensor] = {}  # of all spaces, for a matcher that looks at them together
         self._pass = 0
         self._working: dict[str, nn.Module] = {}
@@ -301,14 +312,18 @@ class MergeSession:
     def _similarity(self, space: str) -> Tensor | None:
         assert self._calibration is not None
         moments = self._calibration.take(space)
-        return None if moments is None else similarity_from(moments, self.settings.similarity)
+        if moments is None:
+            return None
+        self._measures[space] = Measure.of(moments, len(self.backbones))
+        return similarity_from(moments, self.settings.similarity)
 
     def _match_by_weights(self, matcher: DualSpace) -> dict[str, list[Matched]]:
         graph, networks = self.graphs[next(iter(self.backbones))], list(self.backbones.values())
         widths = {name: chosen for name, (chosen,) in self._choices.items()}
         matched = match_by_weights(graph, networks, self._similarities, matcher, widths)
         self._similarities.clear()
-        return {name: [Matched.of(graph.spaces[name], *found)] for name, found in matched.items()}
+        measures = self._measures
+        return {name: [Matched.of(graph.spaces[name], *found, measures.get(name))] for name, found in matched.items()}
 
     def _match_own_families(self) -> dict[str, list[Matched]]:
         self._save()
@@ -322,7 +337,7 @@ class MergeSession:
             for widths in self._widths_of(turns[number]):
                 found = match(graph, turns[number], similarity_of, self.settings.matcher, count, widths)
                 for name, space_map, similarity in found:
-                    one = Matched.of(graph.spaces[name], space_map, similarity)
+                    one = Matched.of(graph.spaces[name], space_map, similarity, self._measures.get(name))
                     matched.setdefault(name, []).append(one)
         return matched
 
@@ -439,12 +454,15 @@ class MergeSession:
         """
         assert self.merged is not None
         how = self.settings.refinement
+        parts = {"trunk": self.merged.trunk, **_prefixed(self.merged.heads)}
         with torch.inference_mode(False), torch.no_grad():
             if isinstance(how, LayerByLayer):
                 self._walk(how)
             else:
                 self._estimator.finish()
-            for name, module in {"trunk": self.merged.trunk, **_prefixed(self.merged.heads)}.items():
+                shifts = measure_shifts(parts, self._working)
+                self.merged = replace(self.merged, report=replace(self.merged.report, shifts=shifts))
+            for name, module in parts.items():
                 for old, new in zip(
                     module.state_dict().values(), self._working[name].state_dict().values(), strict=True
                 ):

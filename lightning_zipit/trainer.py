@@ -12,6 +12,7 @@ from typing import Any
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
 from lightning_zipit._lightning import unsupported_strategy
+from lightning_zipit.announce import is_talkative
 from lightning_zipit.driver import ZipIt
 from lightning_zipit.errors import CheckpointError, ConfigurationError
 from lightning_zipit.files import find_output_problem, replacing
@@ -134,8 +135,8 @@ class ZipItTrainer(Trainer):
             combine=combine,
             positions=positions,
         )
-        if self.is_global_zero:
-            print(merged.report)
+        if self.is_global_zero and merged.report is not None and not is_talkative(self):  # else it was printed
+            merged.report.show()
         with replacing(Path(output)) as file:
             # Weights only: the optimizers and callbacks of this Trainer have no part in a merge.
             self.save_checkpoint(file, weights_only=True)

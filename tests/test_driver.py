@@ -1,8 +1,10 @@
 """Merging with a Trainer: the driver and the callback."""
 
 import copy
+import csv
 import gc
 import random
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 import torch
 from helpers.nets import Lit, LitWhole, PlainNet, Wrap, images, settle, trainer
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -224,6 +227,25 @@ def test_the_report_counts_clusters_and_costs():
     assert [space.name for space in report.spaces] == ["conv1", "layer1.0.conv1", "layer1.1.conv1"]
     assert report.sources["a"].flops < report.merged.flops < report.ensemble.flops
     assert all(0 < space.across <= space.size for space in report.spaces)
+    assert all(space.chance < space.similarity and space.lowest < space.similarity for space in report.spaces)
+    assert all(space.samples == 2 * 48 * 16 * 16 and len(space.losses) == 2 for space in report.spaces)
+    norms = ("trunk.bn1", *(f"trunk.layer1.{block}.bn{number}" for block in (0, 1) for number in (1, 2)))
+    assert set(norms) < set(report.shifts) and any(name.startswith("heads.b.layer2") for name in report.shifts)
+    assert all(0 < shift.mean < 10 and 0.01 < shift.variance < 10 for shift in report.shifts.values())
+    assert max(shift.mean for shift in report.shifts.values()) > 0.05
+
+
+@pytest.mark.parametrize("shown", ["enable_progress_bar", "enable_model_summary", None])
+def test_the_report_is_printed_and_logged_unless_the_trainer_is_silent(shown, capsys, tmp_path):
+    logger = CSVLogger(tmp_path)
+    run = trainer(logger=logger, **({shown: True} if shown else {}))
+    merged = ZipIt(run).merge(pair(), dataloaders=loaders(), backbone="net", stop_at="layer1")
+    assert capsys.readouterr().out.count(merged.report.summary()) == (shown is not None)
+    (row,) = csv.DictReader((Path(logger.log_dir) / "metrics.csv").open())
+    assert float(row["zipit/flops"]) == merged.report.merged.flops
+    assert {name.removeprefix("zipit/"): float(value) for name, value in row.items() if "zipit" in name} == (
+        pytest.approx(merged.report.metrics())
+    )
 
 
 # What goes wrong

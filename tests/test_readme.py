@@ -28,8 +28,8 @@ def run(name, tmp_path, monkeypatch):
         "torch": torch,
         "trainer": trainer(),
     }
-    (code,) = [code for test, _, code in SNIPPETS if test == name]
-    exec(code, scope)
+    for code in [code for test, _, code in SNIPPETS if test == name]:
+        exec(code, scope)
     return scope
 
 
@@ -60,6 +60,18 @@ def test_changes_to_a_base(tmp_path, monkeypatch):
 def test_widths(name, tmp_path, monkeypatch):
     report = run(name, tmp_path, monkeypatch)["merged"].report
     assert any(space.width != space.size for space in report.spaces)
+
+
+def test_plots(tmp_path, monkeypatch):
+    plt = pytest.importorskip("matplotlib.pyplot")
+    plt.switch_backend("agg")
+    assert run("plots", tmp_path, monkeypatch)["ax"].get_ylabel() == "joint accuracy in %"
+    assert (tmp_path / "clusters.png").exists() and len(plt.get_fignums()) == 5
+    plt.close("all")
+
+
+def test_a_diagnosis(tmp_path, monkeypatch):
+    assert run("diagnosis", tmp_path, monkeypatch)["finding"].message
 
 
 def test_the_table(tmp_path, monkeypatch):
