@@ -1,0 +1,355 @@
+"""Times and memory, as ratios that are measured side by side in one run: ``make bench``.
+
+python benchmarks/speed.py [--only matching calibration …] [--json FILE] [--write docs/performance.md]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torchvision
+from baselines import plain_calibrate, plain_greedy_zip
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from lightning_zipit import MergeGraph, trace
+from lightning_zipit.calibration import Calibration, statistics_bytes
+from lightning_zipit.functional import greedy_zip
+from lightning_zipit.matchers import GreedyZip
+from lightning_zipit.merging import SpaceMap, families, match, similarity_from
+from lightning_zipit.rebuild import build_merged
+from lightning_zipit.report import measure_cost
+
+BEGIN, END = "<!-- measured -->", "<!-- end -->"
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """One line of the table: the median of several ratios, and the lowest and highest of them."""
+
+    what: str
+    against: str
+    median: float
+    low: float
+    high: float
+    runs: int
+
+    @classmethod
+    def of(cls, what: str, against: str, values: Sequence[float]) -> Ratio:
+        return cls(what, against, statistics.median(values), min(values), max(values), len(values))
+
+    def __str__(self) -> str:
+        def shown(value: float) -> str:
+            return f"{value:.0f}" if value >= 20 else f"{value:.2f}"
+
+        return shown(self.median) + (f" ({shown(self.low)} to {shown(self.high)})" if self.runs > 1 else "")
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def in_turn(first: Callable[[], Any], second: Callable[[], Any], repeats: int) -> list[float]:
+    """How many times longer the first takes than the second, one after the other, again and again."""
+    first(), second()  # warm up
+    return [seconds(first) / seconds(second) for _ in range(repeats)]
+
+
+# Matching
+
+
+def activations_like(n: int) -> Tensor:
+    """Correlations of rectified, mixed noise with a common part, as activations have."""
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(n, n, generator=generator) / n**0.5
+    common = torch.randn(3000, 1, generator=generator)
+    return torch.corrcoef((torch.randn(3000, n, generator=generator) @ mixing + common).relu().T)
+
+
+def matching(repeats: int) -> Iterator[Ratio]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    taken = {}
+    for n in (1024, 2048, 4096):
+        matrix = activations_like(n)
+
+        def zipped(alpha: float = 0.1, beta: float = 1.0, matrix: Tensor = matrix) -> Tensor:
+            return greedy_zip(matrix, 2, len(matrix) // 2, alpha, beta)
+
+        zipped()
+        taken[n] = min(seconds(zipped) for _ in range(repeats))
+        if n < 4096:
+            start = time.perf_counter()
+            plain = plain_greedy_zip(matrix, 2, n // 2, 0.1, 1.0)
+            elapsed = time.perf_counter() - start
+            assert torch.equal(zipped(), plain)
+            yield Ratio.of(f"the plain O(n³) greedy search, n = {n}", "`functional.greedy_zip`", [elapsed / taken[n]])
+            slowest = max(seconds(partial(zipped, alpha, beta)) for alpha in (0.1, 0.3, 1.0) for beta in (0.1, 1.0))
+            yield Ratio.of(
+                f"`greedy_zip`, slowest of α ∈ {{0.1, 0.3, 1}}, β ∈ {{0.1, 1}}, n = {n}",
+                "α = 0.1, β = 1",
+                [slowest / taken[n]],
+            )
+        else:
+            passes = min(seconds(matrix.argmax) for _ in range(2 * repeats))
+            yield Ratio.of("`greedy_zip`, n = 4096", "one `argmax` over the matrix", [taken[n] / passes])
+    for n in (1024, 2048):
+        yield Ratio.of(f"`greedy_zip`, n = {2 * n}", f"n = {n}", [taken[2 * n] / taken[n]])
+    torch.set_num_threads(threads)
+
+
+# Calibration
+
+
+def resnet50s(batches: int = 12) -> tuple[MergeGraph, dict[str, nn.Module], list[Tensor]]:
+    torch.manual_seed(0)
+    networks = {task: torchvision.models.resnet50(num_classes=10).eval() for task in "ab"}
+    return trace(networks["a"]), networks, [torch.randn(8, 3, 224, 224) for _ in range(batches)]
+
+
+def forwards(networks: Sequence[nn.Module], batches: Sequence[Tensor]) -> None:
+    for network in networks:
+        for x in batches:
+            network(x)
+
+
+def calibrate(
+    graph: MergeGraph, networks: dict[str, nn.Module], batches: Sequence[Tensor], positions: int | None = None
+) -> Calibration:
+    calibration = Calibration(graph, networks, positions=positions)
+    for x in batches:
+        calibration.update(x)
+    assert calibration.statistics  # what waits is added
+    return calibration
+
+
+def calibration(repeats: int) -> Iterator[Ratio]:
+    graph, networks, batches = resnet50s()
+    sources = list(networks.values())
+    against = "forwards of both"
+    plainly = in_turn(
+        lambda: plain_calibrate(graph, sources, batches), lambda: forwards(sources, batches), max(1, repeats // 2)
+    )
+    yield Ratio.of("calibration as the paper describes it, two ResNet-50s, 8 × 3 × 224 × 224", against, plainly)
+    for positions in (None, 64):
+        ratios = in_turn(
+            lambda: calibrate(graph, networks, batches, positions),  # noqa: B023 (called at once)
+            lambda: forwards(sources, batches),
+            repeats,
+        )
+        yield Ratio.of(
+            "calibration" + (f", `positions={positions}`" if positions else ", all positions"), against, ratios
+        )
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def grown_bytes(work: Callable[[], Any]) -> int:
+    """How far the resident memory of this process rises above where it is, looked at every millisecond (Linux)."""
+    before, highest, done = resident_bytes(), 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal highest
+        while not done.wait(0.001):
+            highest = max(highest, resident_bytes())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    work()
+    done.set()
+    watcher.join()
+    return highest - before
+
+
+def grow(what: str) -> None:
+    """Print how much memory a work takes, in a process of its own that has made networks and batches."""
+    graph, networks, batches = resnet50s(batches=3)
+    work = {
+        "forwards": lambda: forwards(list(networks.values()), batches),
+        "calibrate": lambda: calibrate(graph, networks, batches),
+    }
+    print(grown_bytes(work[what]))
+
+
+def memory(repeats: int) -> Iterator[Ratio]:
+    graph, _, _ = resnet50s(batches=0)
+    held = sum(statistics_bytes(graph, space, 2) for space in graph.spaces)
+
+    def grown(what: str) -> int:
+        command = [sys.executable, __file__, "--grow", what]
+        return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+    ratios = [(grown("calibrate") - held) / grown("forwards") for _ in range(max(1, repeats // 3))]
+    yield Ratio.of(
+        "peak memory of calibration, without the statistics", "forwards, one network after the other", ratios
+    )
+
+
+def two_ranks(repeats: int) -> Iterator[Ratio]:
+    def taken(processes: int) -> float:
+        with tempfile.TemporaryDirectory() as folder:
+            threads = max(1, torch.get_num_threads() // processes)
+            arguments = (processes, folder, threads)
+            mp.start_processes(_rank, arguments, nprocs=processes, start_method="spawn")
+            return max(float(Path(folder, f"rank{rank}").read_text()) for rank in range(processes))
+
+    ratios = [taken(2) / taken(1) for _ in range(max(1, repeats // 2))]
+    yield Ratio.of("calibration by two gloo processes of one thread", "one process of two threads", ratios)
+
+
+def _rank(rank: int, processes: int, folder: str, threads: int) -> None:
+    torch.set_num_threads(threads)
+    store = dist.FileStore(f"{folder}/store", processes)
+    dist.init_process_group("gloo", rank=rank, world_size=processes, store=store, timeout=timedelta(minutes=5))
+    with torch.no_grad():
+        graph, networks, batches = resnet50s(batches=8)
+        networks["a"](batches[0])
+        dist.barrier()
+        own = batches[rank::processes]
+        elapsed = seconds(lambda: calibrate(graph, networks, own).sum_over_processes())
+    Path(folder, f"rank{rank}").write_text(str(elapsed))
+    dist.destroy_process_group()
+
+
+def models(repeats: int) -> Iterator[Ratio]:
+    x = torch.randn(256, 3, 32, 32)
+    taken: dict[int, float] = {}
+    for count in (2, 8):
+        networks = {str(number): torchvision.models.resnet18(num_classes=10).eval() for number in range(count)}
+        graph = trace(networks["0"])
+        ratios = in_turn(
+            lambda: calibrate(graph, networks, [x]),  # noqa: B023 (called at once)
+            lambda: forwards(list(networks.values()), [x]),  # noqa: B023
+            repeats,
+        )
+        yield Ratio.of(f"calibration, {count} ResNet-18s, 256 × 3 × 32 × 32", "forwards of all", ratios)
+        found = calibrate(graph, networks, [x])
+        taken[count] = seconds(lambda: matched(graph, found, count))  # noqa: B023
+    yield Ratio.of("matching of 8 ResNet-18s", "of 2; (N·C)² grows 16 times", [taken[8] / taken[2]])
+
+
+# Merging
+
+
+def matched(graph: MergeGraph, found: Calibration, count: int) -> dict[str, SpaceMap]:
+    def similarity_of(space: str) -> Tensor | None:
+        moments = found.take(space)
+        return None if moments is None else similarity_from(moments)
+
+    parts = (match(graph, family, similarity_of, GreedyZip(), count) for family in families(graph))
+    return {name: space_map for part in parts for name, space_map, _ in part}
+
+
+def merging(repeats: int) -> Iterator[Ratio]:
+    graph, networks, batches = resnet50s(batches=2)
+    sources = list(networks.values())
+    maps = matched(graph, calibrate(graph, networks, batches), 2)
+    ratios = in_turn(lambda: build_merged([graph, graph], sources, maps), lambda: sources[0](batches[0]), repeats)
+    yield Ratio.of("labels to weights, two ResNet-50s", "one forward of one of them, batch 8", ratios)
+
+    graphs = [trace(network, stop_at="layer3") for network in sources]
+    trunk, heads = build_merged(graphs, sources, matched(graphs[0], calibrate(graphs[0], networks, batches), 2))
+
+    def run(x: Tensor) -> list[Tensor]:
+        crossing = trunk(x)
+        return [head(*crossing) for head in heads]
+
+    one = torch.randn(1, 3, 224, 224)
+    cost = measure_cost(Whole(trunk, heads), one).flops / sum(measure_cost(source, one).flops for source in sources)
+    times = in_turn(lambda: run(batches[0]), lambda: [source(batches[0]) for source in sources], 3 * repeats)
+    yield Ratio.of("FLOPs of the merged network, two ResNet-50s up to layer3", "both sources", [cost])
+    yield Ratio.of("time of its forward, batch 8", "both sources", times)
+
+
+class Whole(nn.Module):
+    """Trunk and heads."""
+
+    def __init__(self, trunk: nn.Module, heads: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.trunk, self.heads = trunk, nn.ModuleList(heads)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        crossing = self.trunk(x)
+        return [head(*crossing) for head in self.heads]
+
+
+PARTS: dict[str, Callable[[int], Iterator[Ratio]]] = {
+    "matching": matching,
+    "calibration": calibration,
+    "memory": memory,
+    "two_ranks": two_ranks,
+    "models": models,
+    "merging": merging,
+}
+
+
+def machine() -> str:
+    return f"{os.cpu_count()} cores of {platform.machine()}, torch {torch.__version__.split('+')[0]}"
+
+
+def as_markdown(rows: Sequence[Ratio]) -> str:
+    lines = [f"| {row.what} | {row.against} | {row} |" for row in rows]
+    return "\n".join([f"Measured on {machine()}.", "", "| what | against | ratio |", "| --- | --- | --: |", *lines])
+
+
+def write_into(page: Path, rows: Sequence[Ratio]) -> None:
+    """Put the table between the marks of a page."""
+    text = page.read_text(encoding="utf-8")
+    before, after = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
+    page.write_text(f"{before}\n{as_markdown(rows)}\n{after}", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--write", type=Path, help="a page with the marks that the table stands between")
+    parser.add_argument("--grow", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    rows = []
+    with torch.no_grad():
+        if arguments.grow:
+            grow(arguments.grow)
+            return
+        for name in arguments.only:
+            for row in PARTS[name](arguments.repeats):
+                print(f"{row.what}, against {row.against}: {row}", flush=True)
+                rows.append(row)
+    table = Table("what", "against", "ratio")
+    for row in rows:
+        table.add_row(row.what, row.against, str(row))
+    Console(width=140).print(table)
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"machine": machine(), "rows": [asdict(row) for row in rows]}, indent=2))
+    if arguments.write:
+        write_into(arguments.write, rows)
+
+
+if __name__ == "__main__":
+    main()
