@@ -30,10 +30,13 @@ class SpaceMap:
     Attributes:
         labels: int64 ``(N·C,)``, the merged feature that each source feature becomes.
         num_models: N.
+        weights: how much each model counts in its clusters; all the same by default, and in clusters of models that
+            count nothing.
     """
 
     labels: Tensor
     num_models: int
+    weights: tuple[float, ...] | None = None
 
     @property
     def width(self) -> int:
@@ -46,7 +49,7 @@ class SpaceMap:
 
     def shares(self, source: int) -> Tensor:
         """What each feature of one source model contributes to its cluster, ``(C,)``: the entries of M_i."""
-        return self.labels.bincount().double().reciprocal()[self.targets(source)]
+        return F.merge_shares(self.labels, self.num_models, self.weights).chunk(self.num_models)[source]
 
 
 def families(graph: MergeGraph) -> list[list[str]]:

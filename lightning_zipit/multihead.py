@@ -17,6 +17,8 @@ from lightning_zipit.errors import CheckpointError, ConfigurationError, ZipItErr
 from lightning_zipit.graph import MergeGraph
 from lightning_zipit.graph.agreement import trace_all
 from lightning_zipit.rebuild import build_head, build_trunk
+from lightning_zipit.refine import BatchNorm
+from lightning_zipit.refine.task_norms import give_norms, has_task_norms, run_all
 from lightning_zipit.report import MergeReport
 from lightning_zipit.session import MergedBackbone, like
 from lightning_zipit.settings import MergeSettings
@@ -40,13 +42,14 @@ class MergedPath(nn.Module):
     Both are held in a tuple: they belong to the module around, and are no submodules of this one.
     """
 
-    def __init__(self, trunk: nn.Module, head: nn.Module) -> None:
+    def __init__(self, trunk: nn.Module, head: nn.Module, task: str | None = None) -> None:
         super().__init__()
         self.parts = (trunk, head)
+        self.task = task  # for a trunk that takes its name
 
     def forward(self, x: Tensor) -> Any:
         trunk, head = self.parts
-        return head(*trunk(x))
+        return head(*(trunk(x) if self.task is None else trunk(x, self.task)))
 
 
 class PassOn(nn.Module):
@@ -64,7 +67,7 @@ class MultiTaskModule(DelegatedTransfers, LightningModule):
     key. What a step logs is logged as ``{task}/{name}``.
 
     Args:
-        trunk: from an input to a tuple of what the heads take.
+        trunk: from an input to a tuple of what the heads take; one with a batch norm per task also takes its name.
         heads: per task, the rest of its network.
         models: the source modules by task; they are copied without their backbones.
         backbone: the part of them that trunk and head stand for.
@@ -87,11 +90,10 @@ class MultiTaskModule(DelegatedTransfers, LightningModule):
         self.backbone = backbone
         self.trunk = trunk
         self.heads = nn.ModuleDict(heads)
+        self.norms_per_task = has_task_norms(trunk)
+        paths = {task: MergedPath(trunk, heads[task], task if self.norms_per_task else None) for task in models}
         self.sources = nn.ModuleDict(
-            {
-                task: make_shell(model, backbone, MergedPath(trunk, heads[task]), used[task])
-                for task, model in models.items()
-            }
+            {task: make_shell(model, backbone, paths[task], used[task]) for task, model in models.items()}
         )
         self._loader_tasks: list[str] = list(models)
         self.eval()
@@ -102,7 +104,7 @@ class MultiTaskModule(DelegatedTransfers, LightningModule):
         return list(self.heads)
 
     def forward(self, x: Tensor, task: str | None = None) -> Any:
-        """All outputs, with one pass of the trunk; or the output of one task.
+        """All outputs, with one pass of the trunk, or one per task where it has norms for each; or one task's output.
 
         Args:
             x: an input of the backbone.
@@ -111,10 +113,9 @@ class MultiTaskModule(DelegatedTransfers, LightningModule):
         Returns:
             A dict from task to output, or one task's output.
         """
-        crossing = self.trunk(x)
         if task is not None:
-            return self.heads[task](*crossing)
-        return {name: head(*crossing) for name, head in self.heads.items()}
+            return self.heads[task](*(self.trunk(x, task) if self.norms_per_task else self.trunk(x)))
+        return run_all(self.trunk, self.heads, x, self.norms_per_task)
 
     # The sources' own steps
 
@@ -277,7 +278,7 @@ class MultiHeadModule(MultiTaskModule):
     Args:
         models: the source modules by task.
         backbone: dotted name of the merged part in each, ``""`` for the whole ``forward``.
-        settings: where the trunk ends.
+        settings: where the trunk ends, and whether its batch norm is per task.
         merged: trunk, heads and report of a merge.
         example_input: an input of the backbone, where one that fits cannot be guessed; its values do not matter.
         barriers: nodes that stay in the heads, as :attr:`MergeGraph.barriers` has them.
@@ -310,7 +311,10 @@ class MultiHeadModule(MultiTaskModule):
         example = merged.example if merged is not None else example_input
         graphs = merged.graphs if merged is not None else _trace_models(models, backbone, settings, example, barriers)
         if merged is None:
-            trunk: nn.Module = build_trunk(next(iter(graphs.values())), widths)
+            built = build_trunk(next(iter(graphs.values())), widths)
+            if settings.norms_per_task:
+                give_norms(built, graphs)
+            trunk: nn.Module = built
             heads: Mapping[str, nn.Module] = {task: build_head(graph, widths) for task, graph in graphs.items()}
         else:
             trunk, heads = merged.trunk, merged.heads
@@ -326,6 +330,7 @@ class MultiHeadModule(MultiTaskModule):
             "backbone": backbone,
             "stop_at": settings.stop_at,
             "merge_heads": settings.merge_heads,
+            "norms_per_task": self.norms_per_task,
             "input_shape": None if example is None else list(example.shape[1:]),
             "barriers": next(iter(graphs.values())).barriers,
             "widths": dict(merged.widths if merged is not None else widths or {}),
@@ -392,7 +397,11 @@ class MultiHeadModule(MultiTaskModule):
             task: given[task] if task in given else make_source(task, description)
             for task, description in record["sources"].items()
         }
-        settings = MergeSettings(stop_at=record["stop_at"], merge_heads=record["merge_heads"])
+        settings = MergeSettings(
+            stop_at=record["stop_at"],
+            merge_heads=record["merge_heads"],
+            refine=BatchNorm(per_task=record.get("norms_per_task", False)),
+        )
         module = cls(
             sources,
             record["backbone"],

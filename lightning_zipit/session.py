@@ -36,6 +36,7 @@ from lightning_zipit.merging import (
 )
 from lightning_zipit.rebuild import build_merged
 from lightning_zipit.refine import BatchNorm, BatchNormEstimator, LayerByLayer, LeastSquares
+from lightning_zipit.refine.task_norms import find_norms, give_norms, has_task_norms, run_all, set_affine
 from lightning_zipit.refine.walk import Walk
 from lightning_zipit.report import Cost, MergeReport, SpaceReport, measure_cost, report_space
 from lightning_zipit.settings import MergeSettings
@@ -50,7 +51,7 @@ class MergedBackbone:
     """The networks that a merge made.
 
     Attributes:
-        trunk: from the input to a tuple of what the heads take.
+        trunk: from the input to a tuple of what the heads take; with a batch norm per task, from input and task.
         heads: per task, from what the trunk hands over to the network's output.
         report: what the merge did.
         example: zeros of the shape and type of one calibration sample, ``(1, …)``.
@@ -210,7 +211,14 @@ class MergeSession:
 
     def _trace(self, example: Tensor | None = None, **arguments: Any) -> dict[str, MergeGraph]:
         fitting = None if example is None else like(example, self._first)
-        return trace_all(self.backbones, self.settings.stop_at, self.settings.merge_heads, fitting, **arguments)
+        graphs = trace_all(self.backbones, self.settings.stop_at, self.settings.merge_heads, fitting, **arguments)
+        graph = next(iter(graphs.values()))
+        if self.settings.norms_per_task and not find_norms(graph.module, list(graph.trunk_graph())):
+            raise ConfigurationError(
+                "refine=BatchNorm(per_task=True) needs batch norm in the trunk, and there is none: use another `refine`"
+                ", or let the trunk end later (`stop_at`)."
+            )
+        return graphs
 
     def _choose_from(self, example: Tensor) -> None:
         """Find the widths that there are to choose from."""
@@ -376,8 +384,13 @@ class MergeSession:
             heads: dict[str, nn.Module] = dict(zip(self.backbones, built, strict=True))
             if self.settings.combine is not None and self.base is not None:
                 combine_into(trunk, networks, self.base, self.settings.combine)
+            if self.settings.norms_per_task:
+                give_norms(trunk, heads)
+                set_affine(trunk, self.backbones, graph.axes, maps)
             spaces = tuple(chosen[name].report for name in graph.spaces)
             notes = graph.notes + self._size_notes
+            if self.settings.norms_per_task:
+                notes += ("Batch norm is per task: the trunk runs once for each task, which merged FLOPs count.",)
             if not isinstance(self.settings.matcher, Average):
                 notes += common_start(graph, networks, maps)
             report = MergeReport(spaces, *self._costs(trunk, heads), notes)
@@ -423,13 +436,15 @@ class MergeSession:
             return
         if len(x) == 1:
             return  # a single sample has no variance
-        trunk = self._working["trunk"]
-        with self._estimator.collecting(trunk):
-            crossing = trunk(x)
+        per_task = self.settings.norms_per_task
+        crossing = () if per_task else self._collect("trunk", x)
         for task in tasks:
-            head = self._working[f"heads.{task}"]
-            with self._estimator.collecting(head):
-                head(*crossing)
+            self._collect(f"heads.{task}", *(self._collect("trunk", x, task) if per_task else crossing))
+
+    def _collect(self, part: str, *inputs: Any) -> Any:
+        """Run a part of the merged network, and add what it is given to its running statistics."""
+        with self._estimator.collecting(self._working[part]):
+            return self._working[part](*inputs)
 
     def finish_refining(self) -> None:
         """After the last pass: take what was refined over into the merged networks.
@@ -465,21 +480,21 @@ class MergeSession:
 
 
 class AllHeads(nn.Module):
-    """Trunk and heads as one network: all outputs of one input.
+    """Trunk and heads as one network: all outputs of one input by task.
 
     Args:
         trunk: from the input to a tuple of what the heads take.
         heads: per task, the rest of the network.
     """
 
-    def __init__(self, trunk: nn.Module, heads: Mapping[str, nn.Module]) -> None:
+    def __init__(self, trunk: nn.Module, heads: Mapping[str, nn.Module] | nn.ModuleDict) -> None:
         super().__init__()
         self.trunk = trunk
-        self.heads = nn.ModuleDict(heads)
+        self.heads = heads if isinstance(heads, nn.ModuleDict) else nn.ModuleDict(heads)
+        self.per_task = has_task_norms(trunk)
 
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        crossing = self.trunk(x)
-        return {task: head(*crossing) for task, head in self.heads.items()}
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        return run_all(self.trunk, self.heads, x, self.per_task)
 
 
 def merge_backbones(

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 from lightning_zipit.errors import ConfigurationError
 from lightning_zipit.matchers import AnyWidthMatcher, Average, DualSpace, GreedyZip, Matcher
 from lightning_zipit.merging import SimilarityKind
-from lightning_zipit.refine import NAMED, Refinement
+from lightning_zipit.refine import NAMED, BatchNorm, Refinement
 from lightning_zipit.task_vectors import Combination
 from lightning_zipit.widths import Width, changes_size
 
@@ -109,3 +109,8 @@ class MergeSettings:
     def refinement(self) -> Refinement | None:
         """What follows merging, with its settings."""
         return NAMED[self.refine] if isinstance(self.refine, str) else self.refine
+
+    @property
+    def norms_per_task(self) -> bool:
+        """Whether the trunk has a batch norm for each task."""
+        return isinstance(self.refinement, BatchNorm) and self.refinement.per_task

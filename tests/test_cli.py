@@ -16,7 +16,7 @@ from lightning_zipit import MultiHeadModule, ZipIt, ZipItCLI, ZipItTrainer, trac
 from lightning_zipit.cli import main
 from lightning_zipit.errors import CheckpointError, ConfigurationError
 from lightning_zipit.matchers import GreedyZip
-from lightning_zipit.refine import LeastSquares, Repair
+from lightning_zipit.refine import BatchNorm, LeastSquares, Repair
 from lightning_zipit.task_vectors import Ties
 
 QUIET = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
@@ -143,6 +143,7 @@ def test_a_matcher_is_named_by_its_class_or_class_path(capsys, flags, name, argu
         (["--refine=least_squares"], {"refine": "least_squares"}),
         (["--refine=LeastSquares", "--refine.positions=32"], {"refine": LeastSquares(positions=32)}),
         (["--refine=lightning_zipit.refine.Repair"], {"refine": Repair()}),
+        (["--refine=BatchNorm", "--refine.per_task=true"], {"refine": BatchNorm(per_task=True)}),
         (["--width=1.5"], {"width": 1.5, "flops": None}),
         (["--width=auto", "--flops=1.2"], {"width": "auto", "flops": 1.2}),
         (["--width.stem=0.5", "--width.body=2"], {"width": {"stem": 0.5, "body": 2.0}}),

@@ -52,6 +52,10 @@ def test_a_matcher_of_ones_own(tmp_path, monkeypatch):
         assert space.across == space.size and space.within == 0
 
 
+def test_batch_norm_per_task(tmp_path, monkeypatch):
+    assert run("per_task", tmp_path, monkeypatch)["logits"].shape == (2, 5)
+
+
 def test_changes_to_a_base(tmp_path, monkeypatch):
     assert run("base", tmp_path, monkeypatch)["merged"].tasks == ["animals", "vehicles"]
 
