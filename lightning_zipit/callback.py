@@ -14,7 +14,7 @@ from lightning_zipit.errors import CalibrationError
 from lightning_zipit.matchers import Average, GreedyZip, Matcher
 from lightning_zipit.merging import SimilarityKind
 from lightning_zipit.module import ZipItModule
-from lightning_zipit.settings import MergeSettings, Refine
+from lightning_zipit.settings import MergeSettings, ModelWeights, Refine
 from lightning_zipit.task_vectors import Combination
 from lightning_zipit.widths import Width
 
@@ -42,6 +42,8 @@ class ZipItCallback(Callback):
         flops: for ``width="auto"``, what the merged network may cost, as a ratio to one source's FLOPs.
         combine: how changes to the ``base`` of the :class:`~lightning_zipit.ZipItModule` are combined, instead of
             averaging weights: ``TaskArithmetic()``, ``Ties()`` or ``Dare()``. Features are then matched by number.
+        weights: how much each model counts where features become one, by task or in the order of the models; all the
+            same by default.
 
     Raises:
         ConfigurationError: if an argument is not one of those there are.
@@ -60,6 +62,7 @@ class ZipItCallback(Callback):
         width: Width = 1.0,
         flops: float | None = None,
         combine: Combination | None = None,
+        weights: ModelWeights | None = None,
     ) -> None:
         self.settings = MergeSettings(
             stop_at,
@@ -73,6 +76,7 @@ class ZipItCallback(Callback):
             width,
             flops,
             combine,
+            weights,
         )
         self._undo = ExitStack()
 

@@ -16,7 +16,7 @@ from lightning_zipit.matchers import Matcher
 from lightning_zipit.merging import SimilarityKind
 from lightning_zipit.module import ZipItModule
 from lightning_zipit.multihead import MultiHeadModule
-from lightning_zipit.settings import Refine
+from lightning_zipit.settings import ModelWeights, Refine
 from lightning_zipit.sources import find_input
 from lightning_zipit.task_vectors import Combination
 from lightning_zipit.widths import Width
@@ -50,6 +50,7 @@ class ZipIt:
         flops: float | None = None,
         base: LightningModule | None = None,
         combine: Combination | None = None,
+        weights: ModelWeights | None = None,
         get_input: Callable[[Any], Tensor] = find_input,
     ) -> MultiHeadModule:
         """Merge N trained modules into one with a head per task, without training.
@@ -80,6 +81,8 @@ class ZipIt:
             base: the module that all were trained from, for ``combine``.
             combine: how changes to ``base`` are combined, instead of averaging weights: ``TaskArithmetic()``,
                 ``Ties()`` or ``Dare()``. Features are then matched by number.
+            weights: how much each model counts where features become one, such as ``{"animals": 2, "vehicles": 1}``, or
+                in the order of the models; all the same by default.
             get_input: from a batch to the backbone's input; by default the batch, its first item, or a well-known key.
 
         Returns:
@@ -108,6 +111,7 @@ class ZipIt:
             width,
             flops,
             combine,
+            weights,
         )
         callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
         callbacks.append(callback)

@@ -41,7 +41,10 @@ class Unmerge(nn.Module):
 
 
 def build_merged(
-    graphs: Sequence[MergeGraph], networks: Sequence[nn.Module], maps: Mapping[str, SpaceMap]
+    graphs: Sequence[MergeGraph],
+    networks: Sequence[nn.Module],
+    maps: Mapping[str, SpaceMap],
+    weights: Sequence[float] | None = None,
 ) -> tuple[fx.GraphModule, list[fx.GraphModule]]:
     """Merge networks: build the trunk and the heads, and fill in their weights.
 
@@ -49,13 +52,14 @@ def build_merged(
         graphs: the merge graph of each source network.
         networks: the source networks.
         maps: the matching of each space.
+        weights: how much each network counts where parameters hold no features; all the same by default.
 
     Returns:
         The trunk, and the head of each source, in eval mode.
     """
     widths = {name: space_map.width for name, space_map in maps.items()}
     trunk = build_trunk(graphs[0], widths).eval()
-    merge_into(trunk, networks, graphs[0].axes, maps)
+    merge_into(trunk, networks, graphs[0].axes, maps, weights)
     heads = []
     for source, graph in enumerate(graphs):
         head = build_head(graph, widths).eval()

@@ -110,6 +110,7 @@ class MergeSession:
         self.backbones = dict(backbones)
         self.settings = settings
         self.base = base
+        self._weights = settings.weights_of(list(backbones))
         self.graphs: dict[str, MergeGraph] = {}
         self.merged: MergedBackbone | None = None
         self._calibration: Calibration | None = None
@@ -378,9 +379,9 @@ class MergeSession:
                 self._matched = self._match_by_weights(self.settings.matcher)
             chosen = self._choose()
             networks = list(self.backbones.values())
-            self._maps = maps = {name: one.space_map for name, one in chosen.items()}
+            self._maps = maps = {name: replace(one.space_map, weights=self._weights) for name, one in chosen.items()}
             graph = self.graphs[next(iter(self.backbones))]
-            trunk, built = build_merged([self.graphs[task] for task in self.backbones], networks, maps)
+            trunk, built = build_merged([self.graphs[task] for task in self.backbones], networks, maps, self._weights)
             heads: dict[str, nn.Module] = dict(zip(self.backbones, built, strict=True))
             if self.settings.combine is not None and self.base is not None:
                 combine_into(trunk, networks, self.base, self.settings.combine)
@@ -389,6 +390,9 @@ class MergeSession:
                 set_affine(trunk, self.backbones, graph.axes, maps)
             spaces = tuple(chosen[name].report for name in graph.spaces)
             notes = graph.notes + self._size_notes
+            if self._weights is not None:
+                counts = ", ".join(f"{task} {one:g}" for task, one in zip(self.backbones, self._weights, strict=True))
+                notes += (f"Where features became one, models counted by their weights: {counts}.",)
             if self.settings.norms_per_task:
                 notes += ("Batch norm is per task: the trunk runs once for each task, which merged FLOPs count.",)
             if not isinstance(self.settings.matcher, Average):
@@ -470,7 +474,7 @@ class MergeSession:
         assert self.merged is not None
         trunk, heads = self._working["trunk"], {task: self._working[f"heads.{task}"] for task in self.backbones}
         with torch.autocast(next(trunk.parameters()).device.type, enabled=False):
-            walk = Walk(trunk, heads, self._networks, self.graphs, self._maps, self._kept, how)
+            walk = Walk(trunk, heads, self._networks, self.graphs, self._maps, self._kept, how, self._weights)
             fits = walk.run()
         unfitted = walk.find_unfitted(fits) if isinstance(how, LeastSquares) else []
         note = (f"Kept the weights that merging gave them: {', '.join(f'`{name}`' for name in unfitted)}.",)

@@ -18,7 +18,7 @@ from lightning_zipit.files import find_output_problem, replacing
 from lightning_zipit.matchers import Matcher
 from lightning_zipit.merging import SimilarityKind
 from lightning_zipit.multihead import MultiHeadModule, read_checkpoint
-from lightning_zipit.settings import Refine
+from lightning_zipit.settings import ModelWeights, Refine
 from lightning_zipit.sources import INSTANTIATOR, find_class
 from lightning_zipit.task_vectors import Combination
 from lightning_zipit.widths import Width, changes_size
@@ -48,6 +48,7 @@ class ZipItTrainer(Trainer):
         flops: float | None = None,
         base: str | None = None,
         combine: Combination | None = None,
+        weights: ModelWeights | None = None,
         output: str = "merged.ckpt",
         test: bool = False,
         classes: dict[str, str] | None = None,
@@ -82,6 +83,8 @@ class ZipItTrainer(Trainer):
             base: the checkpoint that all were trained from, for combine.
             combine: how changes to base are combined, instead of averaging weights: TaskArithmetic, Ties or Dare.
                 Features are then matched by number (--matcher Average).
+            weights: how much each model counts where features become one (--weights.TASK=NUMBER); all the same by
+                default.
             output: the file to write; one that is there is replaced.
             test: test the merged module afterwards, with the data module's test loaders: one per task.
             classes: task name → class path, for tasks whose model is of another class (--classes.TASK=CLASS_PATH).
@@ -129,6 +132,7 @@ class ZipItTrainer(Trainer):
             flops=flops,
             base=load_source(base, model, None, weights_only, "base") if base else None,
             combine=combine,
+            weights=weights,
         )
         if self.is_global_zero:
             print(merged.report)

@@ -144,6 +144,7 @@ def test_a_matcher_is_named_by_its_class_or_class_path(capsys, flags, name, argu
         (["--refine=LeastSquares", "--refine.positions=32"], {"refine": LeastSquares(positions=32)}),
         (["--refine=lightning_zipit.refine.Repair"], {"refine": Repair()}),
         (["--refine=BatchNorm", "--refine.per_task=true"], {"refine": BatchNorm(per_task=True)}),
+        (["--weights.cats=2", "--weights.dogs=1"], {"weights": {"cats": 2.0, "dogs": 1.0}}),
         (["--width=1.5"], {"width": 1.5, "flops": None}),
         (["--width=auto", "--flops=1.2"], {"width": "auto", "flops": 1.2}),
         (["--width.stem=0.5", "--width.body=2"], {"width": {"stem": 0.5, "body": 2.0}}),

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from lightning_zipit.collectives import rank_and_size
 from lightning_zipit.graph import MergeGraph
-from lightning_zipit.merging import SpaceMap, merged_axis, shares_along
+from lightning_zipit.merging import SpaceMap, merged_axis, model_shares, shares_along
 from lightning_zipit.rebuild import UNMERGE
 from lightning_zipit.refine.frontier import Frontier, Run, Values
 from lightning_zipit.refine.layers import Fitted, Layer, Norm, find_stops, groups_of, layer_of
@@ -38,17 +38,17 @@ class Zip:
 
     @classmethod
     def of_outputs(
-        cls, graph: MergeGraph, parameter: str, maps: Mapping[str, SpaceMap], size: int, num_models: int
+        cls, graph: MergeGraph, parameter: str, maps: Mapping[str, SpaceMap], size: int, models: Tensor
     ) -> Zip:
-        """That of the outputs of one of the trunk's layers; outside all spaces, sources are averaged by number."""
+        """That of the outputs of one of the trunk's layers; outside all spaces, sources count as ``models`` says."""
         ref = graph.axes.get(parameter, (None,))[0]
         targets, shares = [], []
-        for source in range(num_models):
-            index, share = torch.arange(size), torch.full((size,), 1 / num_models, dtype=torch.float64)
+        for source, own in enumerate(models.tolist()):
+            index, share = torch.arange(size), torch.full((size,), own, dtype=torch.float64)
             if ref is not None:
                 targets_of = {space: maps[space].targets(source) for space in ref.spaces}
                 index = ref.index(targets_of, merged_axis(ref, maps))
-                share = shares_along(ref, maps, source, elsewhere=1 / num_models)
+                share = shares_along(ref, maps, source, elsewhere=own)
             targets.append(index)
             shares.append(share)
         return cls(size, tuple(targets), tuple(shares))
@@ -77,6 +77,7 @@ class Walk:
         maps: the matching of each space.
         batches: inputs, those of this process, on the device of the networks.
         how: what to do with each layer.
+        weights: how much each source counts; all the same by default.
     """
 
     def __init__(
@@ -88,7 +89,9 @@ class Walk:
         maps: Mapping[str, SpaceMap],
         batches: Sequence[Tensor],
         how: LayerByLayer,
+        weights: Sequence[float] | None = None,
     ) -> None:
+        self.models = model_shares(len(sources), weights)
         self.heads, self.sources, self.graphs, self.maps, self.how = heads, sources, graphs, maps, how
         self.batches = batches
         self.graph = next(iter(graphs.values()))
@@ -140,7 +143,7 @@ class Walk:
             self.trunk = Frontier(self.runs, len(self.batches), self._begin, limit)
 
             def zip_of(name: str, size: int) -> Zip:
-                return Zip.of_outputs(self.graph, f"{name}.weight", self.maps, size, len(self.sources))
+                return Zip.of_outputs(self.graph, f"{name}.weight", self.maps, size, self.models)
 
             return _Part(self.trunk, zip_of, self.how)
         task = part.partition(".")[2]
