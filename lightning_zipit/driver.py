@@ -57,7 +57,7 @@ class ZipIt:
 
         Args:
             models: the source modules by task, or a sequence of them (tasks are then ``task_0``, ``task_1``, …). They
-                and the random state are left exactly as they were.
+                and the random state are left exactly as they were. A merged module stands for all its tasks.
             dataloaders: calibration data: one loader per task in a sequence or dict, or a single loader for all tasks.
                 A few hundred samples are enough; labels are never used.
             datamodule: where the loaders come from instead: its ``calibration_dataloader()``, else its

@@ -11,11 +11,12 @@ from typing import IO, Any
 
 import torch
 from lightning.pytorch import LightningModule
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from lightning_zipit.errors import CheckpointError, ConfigurationError, ZipItError
 from lightning_zipit.graph import MergeGraph
 from lightning_zipit.graph.agreement import trace_all
+from lightning_zipit.graph.joined import Joined
 from lightning_zipit.rebuild import build_head, build_trunk
 from lightning_zipit.refine import BatchNorm
 from lightning_zipit.refine.task_norms import give_norms, has_task_norms, run_all
@@ -23,6 +24,8 @@ from lightning_zipit.report import MergeReport
 from lightning_zipit.session import MergedBackbone, like
 from lightning_zipit.settings import MergeSettings
 from lightning_zipit.sources import (
+    DESCRIPTION,
+    PATH,
     DelegatedTransfers,
     describe_source,
     find_problems,
@@ -324,7 +327,7 @@ class MultiHeadModule(MultiTaskModule):
         }
         super().__init__(trunk, heads, models, backbone, used)
         self.report = merged.report if merged is not None else None
-        self._record = {
+        self._record: dict[str, Any] = {
             "format": FORMAT,
             "sources": {task: describe_source(model) for task, model in models.items()},
             "backbone": backbone,
@@ -336,6 +339,34 @@ class MultiHeadModule(MultiTaskModule):
             "widths": dict(merged.widths if merged is not None else widths or {}),
             "input_dtype": None if example is None else str(example.dtype).removeprefix("torch."),
         }
+
+    def find_problems(self, backbone: str, settings: MergeSettings) -> list[str]:
+        """What stands in the way of merging this module again."""
+        of_record = {"backbone": self.backbone} | {name: self._record[name] for name in ("stop_at", "merge_heads")}
+        asked = {"backbone": backbone, "stop_at": settings.stop_at, "merge_heads": settings.merge_heads}
+        problems = [
+            f"it was merged with {name}={known!r}, and can be merged again with the same alone, got {asked[name]!r}."
+            for name, known in of_record.items()
+            if known != asked[name]
+        ]
+        if self.norms_per_task:
+            problems.append("its trunk has a batch norm for each task: merge its sources with one for all.")
+        if self._record["widths"]:
+            problems.append("it was merged with another `width` than 1: merge its sources without.")
+        return problems
+
+    def split(self) -> dict[str, LightningModule]:
+        """The source modules, each with trunk and head as one network, which share this module's tensors."""
+        split = {}
+        for task, source in self.sources.items():
+            trunk, head = self.trunk, self.heads[task]
+            assert isinstance(source, LightningModule)
+            assert isinstance(trunk, fx.GraphModule) and isinstance(head, fx.GraphModule)
+            split[task] = make_shell(source, self.backbone, Joined(trunk, head, self._record["barriers"]), ())
+            if not self.backbone:
+                split[task].add_module(PATH, split[task].__dict__["forward"])
+            split[task].__dict__[DESCRIPTION] = self._record["sources"][task]
+        return split
 
     @property
     def example_input(self) -> Tensor | None:
@@ -414,6 +445,34 @@ class MultiHeadModule(MultiTaskModule):
         module._record["sources"] = record["sources"]
         module.report = MergeReport.from_dict(record["report"]) if record["report"] else None
         return module.to(next(iter(weights.values())).device)
+
+
+def split_merged(models: Mapping[str, LightningModule]) -> tuple[dict[str, LightningModule], dict[str, str]]:
+    """The source modules with those that were merged before taken apart.
+
+    Args:
+        models: source modules by name.
+
+    Returns:
+        The modules by task, and the name of the model that each belongs to.
+
+    Raises:
+        ConfigurationError: if a task is there twice.
+    """
+    modules: dict[str, LightningModule] = {}
+    sources: dict[str, str] = {}
+    problems = []
+    for name, model in models.items():
+        for task, module in (model.split() if isinstance(model, MultiHeadModule) else {name: model}).items():
+            if task in modules:
+                problems.append(
+                    f"Task {task!r} is there twice, in {sources[task]!r} and {name!r}: tasks of merged modules keep "
+                    "their names, and need different ones."
+                )
+            modules[task], sources[task] = module, name
+    if problems:
+        raise ConfigurationError.collect(problems)
+    return modules, sources
 
 
 def _trace_models(

@@ -25,6 +25,7 @@ from lightning_zipit.errors import (
 )
 from lightning_zipit.graph import FeatureSpace, MergeGraph, evaluating
 from lightning_zipit.graph.agreement import trace_all
+from lightning_zipit.graph.joined import Joined
 from lightning_zipit.graph.taps import before_activations
 from lightning_zipit.graph.verify import find_failing
 from lightning_zipit.matchers import Average, DualSpace
@@ -94,13 +95,19 @@ class MergeSession:
         backbones: the source networks by task; they are read, never changed.
         settings: what to do.
         base: the network that they were trained from, for ``settings.combine``.
+        sources: the name of the model that each network is a part of, by task, where several are paths of one that was
+            merged before; such a model counts by its tasks, unless ``settings.weights`` say otherwise.
 
     Raises:
         ConfigurationError: with every problem that can be known before any data is seen.
     """
 
     def __init__(
-        self, backbones: Mapping[str, nn.Module], settings: MergeSettings, base: nn.Module | None = None
+        self,
+        backbones: Mapping[str, nn.Module],
+        settings: MergeSettings,
+        base: nn.Module | None = None,
+        sources: Mapping[str, str] | None = None,
     ) -> None:
         if (base is None) != (settings.combine is None):
             raise ConfigurationError(
@@ -110,7 +117,12 @@ class MergeSession:
         self.backbones = dict(backbones)
         self.settings = settings
         self.base = base
-        self._weights = settings.weights_of(list(backbones))
+        of_tasks = [sources[task] if sources else task for task in backbones]
+        self._names = list(dict.fromkeys(of_tasks))  # of the models
+        self._models = {task: self._names.index(name) for task, name in zip(backbones, of_tasks, strict=True)}
+        self._weights = settings.weights_of(self._names)
+        if self._weights is None and len(self._names) < len(backbones):
+            self._weights = tuple(float(of_tasks.count(name)) for name in self._names)
         self.graphs: dict[str, MergeGraph] = {}
         self.merged: MergedBackbone | None = None
         self._calibration: Calibration | None = None
@@ -121,7 +133,7 @@ class MergeSession:
         self._similarities: dict[str, Tensor] = {}  # of all spaces, for a matcher that looks at them together
         self._pass = 0
         self._working: dict[str, nn.Module] = {}
-        self._record = StatisticsRecord(settings.statistics, self.backbones) if settings.statistics else None
+        self._record = StatisticsRecord(settings.statistics, self._lead(backbones)) if settings.statistics else None
         self._seen: dict[int, int] = {}
         self.expected: Sequence[int | None] = ()
         if self._record is not None and self._record.complete is not None:
@@ -141,6 +153,11 @@ class MergeSession:
                 f"be gathered in {self.calibration_passes} passes, and a statistics file takes one: give more "
                 "`statistics_memory`, or no `statistics`."
             )
+
+    def _lead(self, networks: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+        """Of every model the network of its first task, which stands for its trunk."""
+        first = {number: task for task, number in reversed(self._models.items())}
+        return {self._names[number]: networks[first[number]] for number in range(len(self._names))}
 
     @property
     def passes(self) -> int:
@@ -212,6 +229,8 @@ class MergeSession:
 
     def _trace(self, example: Tensor | None = None, **arguments: Any) -> dict[str, MergeGraph]:
         fitting = None if example is None else like(example, self._first)
+        joined = [network for network in self.backbones.values() if isinstance(network, Joined)]
+        arguments.setdefault("barriers", {node: why for each in joined for node, why in each.barriers.items()})
         graphs = trace_all(self.backbones, self.settings.stop_at, self.settings.merge_heads, fitting, **arguments)
         graph = next(iter(graphs.values()))
         if self.settings.norms_per_task and not find_norms(graph.module, list(graph.trunk_graph())):
@@ -225,7 +244,7 @@ class MergeSession:
         """Find the widths that there are to choose from."""
         graph, settings = next(iter(self.graphs.values())), self.settings
         example = like(example, self._first)
-        found = find_choices(graph, self._first, example, settings.width, len(self.backbones))
+        found = find_choices(graph, self._first, example, settings.width, len(self._names))
         self._choices, self._size_notes = found
         if settings.flops is not None:
             flops = self._flops_model()
@@ -247,7 +266,7 @@ class MergeSession:
         if isinstance(how, LeastSquares) and how.pre_activations:
             graph = before_activations(graph)
         by_weights = isinstance(self.settings.matcher, DualSpace) and self.settings.matcher.tau == 1
-        return Calibration(graph, networks, [] if by_weights else spaces)
+        return Calibration(graph, self._lead(networks), [] if by_weights else spaces)
 
     def _families(self) -> list[list[str]]:
         """The families of spaces whose turn it is in this pass; more turns than passes are taken in the last one."""
@@ -256,7 +275,7 @@ class MergeSession:
 
     def _turns(self) -> list[list[list[str]]]:
         graph = next(iter(self.graphs.values()))
-        return split_families(graph, len(self.backbones), self.settings.statistics_memory * 2**30)
+        return split_families(graph, len(self._names), self.settings.statistics_memory * 2**30)
 
     def _match(self) -> None:
         """Match the spaces of this pass, from the statistics of all processes; each matches a part of them."""
@@ -313,7 +332,7 @@ class MergeSession:
         return None if moments is None else similarity_from(moments, self.settings.similarity)
 
     def _match_by_weights(self, matcher: DualSpace) -> dict[str, list[Matched]]:
-        graph, networks = self.graphs[next(iter(self.backbones))], list(self.backbones.values())
+        graph, networks = next(iter(self.graphs.values())), list(self._lead(self.backbones).values())
         widths = {name: chosen for name, (chosen,) in self._choices.items()}
         matched = match_by_weights(graph, networks, self._similarities, matcher, widths)
         self._similarities.clear()
@@ -322,7 +341,7 @@ class MergeSession:
     def _match_own_families(self) -> dict[str, list[Matched]]:
         self._save()
         rank, processes = rank_and_size()
-        graph, count = next(iter(self.graphs.values())), len(self.backbones)
+        graph, count = next(iter(self.graphs.values())), len(self._names)
         turns = self._families()
         costs = [sum(graph.spaces[name].size ** 2 for name in family) for family in turns]
         matched: dict[str, list[Matched]] = {}
@@ -378,25 +397,25 @@ class MergeSession:
             if isinstance(self.settings.matcher, DualSpace):
                 self._matched = self._match_by_weights(self.settings.matcher)
             chosen = self._choose()
-            networks = list(self.backbones.values())
+            leads, graphs = list(self._lead(self.backbones).values()), [self.graphs[task] for task in self.backbones]
             self._maps = maps = {name: replace(one.space_map, weights=self._weights) for name, one in chosen.items()}
-            graph = self.graphs[next(iter(self.backbones))]
-            trunk, built = build_merged([self.graphs[task] for task in self.backbones], networks, maps, self._weights)
+            graph, networks = graphs[0], list(self.backbones.values())
+            trunk, built = build_merged(graphs, networks, maps, self._weights, list(self._models.values()))
             heads: dict[str, nn.Module] = dict(zip(self.backbones, built, strict=True))
             if self.settings.combine is not None and self.base is not None:
-                combine_into(trunk, networks, self.base, self.settings.combine)
+                combine_into(trunk, leads, self.base, self.settings.combine)
             if self.settings.norms_per_task:
                 give_norms(trunk, heads)
-                set_affine(trunk, self.backbones, graph.axes, maps)
+                set_affine(trunk, self.backbones, graph.axes, maps, self._models)
             spaces = tuple(chosen[name].report for name in graph.spaces)
             notes = graph.notes + self._size_notes
             if self._weights is not None:
-                counts = ", ".join(f"{task} {one:g}" for task, one in zip(self.backbones, self._weights, strict=True))
+                counts = ", ".join(f"{task} {one:g}" for task, one in zip(self._names, self._weights, strict=True))
                 notes += (f"Where features became one, models counted by their weights: {counts}.",)
             if self.settings.norms_per_task:
                 notes += ("Batch norm is per task: the trunk runs once for each task, which merged FLOPs count.",)
             if not isinstance(self.settings.matcher, Average):
-                notes += common_start(graph, networks, maps)
+                notes += common_start(graph, leads, maps)
             report = MergeReport(spaces, *self._costs(trunk, heads), notes)
         widths = {name: one.width for name, one in maps.items() if one.width != graph.spaces[name].size}
         self.merged = MergedBackbone(trunk, heads, report, self._example, self.graphs, widths)
@@ -474,7 +493,9 @@ class MergeSession:
         assert self.merged is not None
         trunk, heads = self._working["trunk"], {task: self._working[f"heads.{task}"] for task in self.backbones}
         with torch.autocast(next(trunk.parameters()).device.type, enabled=False):
-            walk = Walk(trunk, heads, self._networks, self.graphs, self._maps, self._kept, how, self._weights)
+            walk = Walk(
+                trunk, heads, self._networks, self.graphs, self._maps, self._kept, how, self._weights, self._models
+            )
             fits = walk.run()
         unfitted = walk.find_unfitted(fits) if isinstance(how, LeastSquares) else []
         note = (f"Kept the weights that merging gave them: {', '.join(f'`{name}`' for name in unfitted)}.",)

@@ -17,7 +17,7 @@ from lightning_zipit.errors import CheckpointError, ConfigurationError
 from lightning_zipit.files import find_output_problem, replacing
 from lightning_zipit.matchers import Matcher
 from lightning_zipit.merging import SimilarityKind
-from lightning_zipit.multihead import MultiHeadModule, read_checkpoint
+from lightning_zipit.multihead import MultiHeadModule, find_record, read_checkpoint
 from lightning_zipit.settings import ModelWeights, Refine
 from lightning_zipit.sources import INSTANTIATOR, find_class
 from lightning_zipit.task_vectors import Combination
@@ -61,7 +61,8 @@ class ZipItTrainer(Trainer):
                 where checkpoints hold no hyperparameters.
             datamodule: where the calibration data comes from: its ``calibration_dataloader()``, else its
                 ``train_dataloader()`` in a fixed order. Labels are never used.
-            checkpoints: task name → checkpoint file, at least two of them (--checkpoints.TASK=FILE).
+            checkpoints: task name → checkpoint file, at least two of them (--checkpoints.TASK=FILE). A merged one
+                stands for all its tasks.
             backbone: dotted name of the part of the model to merge; the whole forward by default.
             stop_at: dotted name inside the backbone of the last module that the tasks share. By default everything down
                 to the last layer, which stays a head per task.
@@ -189,6 +190,8 @@ def load_source(
 ) -> LightningModule:
     """A trained module: of its own hyperparameters where the checkpoint has them, else a copy of the one given.
 
+    A checkpoint of a merged module gives that one.
+
     Args:
         path: the checkpoint.
         model: a module of its class, or that class.
@@ -209,6 +212,8 @@ def load_source(
             f"{error}. If you trust whoever made this file, weights_only=False (--weights_only=false) reads it, and "
             "runs the code that it holds."
         ) from error
+    if find_record(checkpoint) is not None:
+        return MultiHeadModule.load_from_checkpoint(path, "cpu")
     hyperparameters = checkpoint.get(LightningModule.CHECKPOINT_HYPER_PARAMS_KEY) or {}
     option = "--model" if task is None else f"--classes.{task}"
     model_class = find_class(class_path) if class_path else _class_of(hyperparameters, model, where, option)

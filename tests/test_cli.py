@@ -93,6 +93,13 @@ def test_a_merge_writes_one_file_that_loads_without_the_command_line(folder, cap
     assert "similarity" in shown and "ab.ckpt" in shown
 
 
+def test_a_merged_checkpoint_is_merged_with_another(folder):
+    cli("merge", *SOURCES, "--stop_at=stem", "--output=ab.ckpt")
+    again = ["--checkpoints.pets=ab.ckpt", "--checkpoints.birds=a.ckpt", "--backbone=net", "--weights.pets=3"]
+    cli("merge", *again, "--weights.birds=1", "--stop_at=stem", "--output=abc.ckpt")
+    assert MultiHeadModule.load_from_checkpoint("abc.ckpt").tasks == ["cats", "dogs", "birds"]
+
+
 def test_flags_and_yaml_and_the_driver_give_the_same_weights(folder):
     cli(
         "merge",

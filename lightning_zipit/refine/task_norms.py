@@ -78,6 +78,7 @@ def set_affine(
     networks: Mapping[str, nn.Module],
     axes: Mapping[str, tuple[AxisRef | None, ...]],
     maps: Mapping[str, SpaceMap],
+    models: Mapping[str, int],
 ) -> None:
     """Let the norms of a task scale and shift as its source does, on average over its own features of each cluster.
 
@@ -88,10 +89,12 @@ def set_affine(
         networks: the source networks by task.
         axes: the table of axes.
         maps: the matching of each space.
+        models: the number of the model that each network is a part of.
     """
     own = {name: module for name, module in trunk.named_modules() if isinstance(module, TaskNorms)}
-    for source, (task, network) in enumerate(networks.items()):
-        alone = tuple(float(number == source) for number in range(len(networks)))
+    for task, network in networks.items():
+        source = models[task]
+        alone = tuple(float(number == source) for number in sorted(set(models.values())))
         own_maps = {space: replace(known, weights=alone) for space, known in maps.items()}
         named = [(f"{name}.{key}", each) for name, norms in own.items() for key, each in norms[task].named_parameters()]
         with torch.no_grad():

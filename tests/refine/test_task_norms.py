@@ -70,7 +70,7 @@ def test_a_norm_scales_as_its_source_does_and_silences_what_is_not_its_own():
     maps = {"0": SpaceMap(torch.tensor([0, 0, 1, 2, 1, 1, 3, 0]), 2)}
     trunk, _ = build_merged(list(graphs.values()), list(nets.values()), maps)
     give_norms(trunk, nets)
-    set_affine(trunk, nets, graphs["a"].axes, maps)
+    set_affine(trunk, nets, graphs["a"].axes, maps, {"a": 0, "b": 1})
     (first, second), own = (net[1].weight for net in nets.values()), trunk.get_submodule("1")
     assert torch.allclose(own["a"].weight, torch.stack([first[:2].mean(), first[2], first[3], torch.tensor(0.0)]))
     assert torch.allclose(own["b"].weight, torch.stack([second[3], second[:2].mean(), torch.tensor(0.0), second[2]]))
