@@ -24,6 +24,7 @@ __all__ = [
     "cycle_consistent",
     "greedy_zip",
     "kmeans",
+    "loss_barrier",
     "merge_matrices",
     "merge_shares",
     "optimal",
@@ -516,6 +517,27 @@ def zip_loss(similarity: Tensor, labels: Tensor) -> float:
     kept = (of_cluster.gather(0, labels[None])[0] / sizes[labels]).sum()
     total = similarity.diagonal().sum().clamp(min=torch.finfo(similarity.dtype).tiny)
     return float((1 - kept / total).clamp(0, 1))
+
+
+def loss_barrier(losses: Sequence[float]) -> float:
+    """How far the loss on the way from one network to another rises above that of the two (Git Re-Basin, section 2).
+
+    Args:
+        losses: along the way, its two ends included.
+
+    Returns:
+        The highest, less the mean of the first and the last.
+
+    Raises:
+        ValueError: if there are fewer than two.
+
+    Example:
+        >>> loss_barrier([0.5, 2.0, 0.7])
+        1.4
+    """
+    if len(losses) < 2:
+        raise ValueError(f"`losses` must hold those of the two ends at least, got {len(losses)}.")
+    return max(losses) - (losses[0] + losses[-1]) / 2
 
 
 def average(num_features: int, num_models: int) -> Tensor:

@@ -54,6 +54,10 @@ def test_a_matcher_of_ones_own(tmp_path, monkeypatch):
         assert space.across == space.size and space.within == 0
 
 
+def test_the_line_between_two_models(tmp_path, monkeypatch):
+    assert len(run("interpolate", tmp_path, monkeypatch)["losses"]) == 5
+
+
 def test_merging_again(tmp_path, monkeypatch):
     assert run("again", tmp_path, monkeypatch)["everything"].tasks == ["animals", "plants", "vehicles"]
 
