@@ -9,6 +9,7 @@ from lightning_zipit.callback import ZipItCallback
 from lightning_zipit.cli import ZipItCLI
 from lightning_zipit.driver import ZipIt
 from lightning_zipit.graph import MergeGraph, register_rule, trace
+from lightning_zipit.interpolation import interpolate
 from lightning_zipit.metrics import JointAccuracy
 from lightning_zipit.module import ZipItModule
 from lightning_zipit.multihead import Ensemble, MultiHeadModule
@@ -37,6 +38,7 @@ __all__ = [
     "ZipItModule",
     "ZipItTrainer",
     "functional",
+    "interpolate",
     "merge_backbones",
     "register_rule",
     "trace",

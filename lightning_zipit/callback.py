@@ -14,7 +14,7 @@ from lightning_zipit.errors import CalibrationError
 from lightning_zipit.matchers import Average, GreedyZip, Matcher
 from lightning_zipit.merging import SimilarityKind
 from lightning_zipit.module import ZipItModule
-from lightning_zipit.settings import MergeSettings, Refine
+from lightning_zipit.settings import MergeSettings, ModelWeights, Refine
 from lightning_zipit.task_vectors import Combination
 from lightning_zipit.widths import Width
 
@@ -45,6 +45,8 @@ class ZipItCallback(Callback):
             averaging weights: ``TaskArithmetic()``, ``Ties()`` or ``Dare()``. Features are then matched by number.
         positions: how many positions of each image or sequence the statistics are taken from, at random; ``None`` for
             all.
+        weights: how much each model counts where features become one, by task or in the order of the models; all the
+            same by default.
 
     Raises:
         ConfigurationError: if an argument is not one of those there are.
@@ -64,6 +66,7 @@ class ZipItCallback(Callback):
         flops: float | None = None,
         combine: Combination | None = None,
         positions: int | None = None,
+        weights: ModelWeights | None = None,
     ) -> None:
         self.settings = MergeSettings(
             stop_at,
@@ -78,6 +81,7 @@ class ZipItCallback(Callback):
             flops,
             combine,
             positions,
+            weights,
         )
         self._undo = ExitStack()
 

@@ -53,7 +53,7 @@ def diagnose(report: MergeReport) -> list[Finding]:
     measured = [space for space in report.spaces if not math.isnan(space.similarity)]
     return [
         *_find_chance(measured),
-        *_find_few_samples(measured, len(report.sources)),
+        *_find_few_samples(measured, len(report.models)),
         *_find_dead(report),
         *_find_crowded(report, measured),
         *_find_collapse(measured),
@@ -111,7 +111,7 @@ def _find_few_samples(spaces: Sequence[SpaceReport], num_models: int) -> Iterato
 
 
 def _find_dead(report: MergeReport) -> Iterator[Finding]:
-    for number, task in enumerate(report.sources):
+    for number, model in enumerate(report.models):
         dead = {space.name: (space.dead[number], space.size) for space in report.spaces if space.dead}
         dead = {name: (count, size) for name, (count, size) in dead.items() if count > DEAD * size}
         if dead:
@@ -119,7 +119,7 @@ def _find_dead(report: MergeReport) -> Iterator[Finding]:
             count, size = dead[worst]
             yield Finding(
                 "dead",
-                f"{count} of {size} features of task {task!r} in `{worst}` are constant on the calibration data, and "
+                f"{count} of {size} features of model {model!r} in `{worst}` are constant on the calibration data, and "
                 f"more than {DEAD:.0%} in {len(dead)} of {len(report.spaces)} spaces: they cannot be matched. "
                 "Calibrate with data of every task; where they are constant there too, width=… below 1 leaves them "
                 "out.",
@@ -127,16 +127,16 @@ def _find_dead(report: MergeReport) -> Iterator[Finding]:
 
 
 def _find_crowded(report: MergeReport, spaces: Sequence[SpaceReport]) -> Iterator[Finding]:
-    known = [space.losses for space in spaces if len(space.losses) == len(report.sources) > 1]
+    known = [space.losses for space in spaces if len(space.losses) == len(report.models) > 1]
     if not known:
         return
-    losses = dict(zip(report.sources, map(_mean, zip(*known, strict=True)), strict=True))
+    losses = dict(zip(report.models, map(_mean, zip(*known, strict=True)), strict=True))
     most, least = max(losses, key=losses.__getitem__), min(losses, key=losses.__getitem__)
     if losses[most] > CROWDED * losses[least] and losses[most] > losses[least] + LOST:
         yield Finding(
             "crowded",
-            f"The features of task {most!r} are crowded out: merging loses {losses[most]:.0%} of their variance, and "
-            f"{losses[least]:.0%} of task {least!r}'s. Calibrate with data of every task, and give the features more "
+            f"The features of model {most!r} are crowded out: merging loses {losses[most]:.0%} of their variance, and "
+            f"{losses[least]:.0%} of model {least!r}'s. Calibrate with data of every task, and give the features more "
             "room: width=1.2.",
         )
 

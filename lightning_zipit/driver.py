@@ -16,7 +16,7 @@ from lightning_zipit.matchers import Matcher
 from lightning_zipit.merging import SimilarityKind
 from lightning_zipit.module import ZipItModule
 from lightning_zipit.multihead import MultiHeadModule
-from lightning_zipit.settings import Refine
+from lightning_zipit.settings import ModelWeights, Refine
 from lightning_zipit.sources import find_input
 from lightning_zipit.task_vectors import Combination
 from lightning_zipit.widths import Width
@@ -51,6 +51,7 @@ class ZipIt:
         base: LightningModule | None = None,
         combine: Combination | None = None,
         positions: int | None = None,
+        weights: ModelWeights | None = None,
         get_input: Callable[[Any], Tensor] = find_input,
     ) -> MultiHeadModule:
         """Merge N trained modules into one with a head per task, without training.
@@ -60,7 +61,7 @@ class ZipIt:
 
         Args:
             models: the source modules by task, or a sequence of them (tasks are then ``task_0``, ``task_1``, …). They
-                and the random state are left exactly as they were.
+                and the random state are left exactly as they were. A merged module stands for all its tasks.
             dataloaders: calibration data: one loader per task in a sequence or dict, or a single loader for all tasks.
                 A few hundred samples are enough; labels are never used.
             datamodule: where the loaders come from instead: its ``calibration_dataloader()``, else its
@@ -86,6 +87,8 @@ class ZipIt:
                 ``Ties()`` or ``Dare()``. Features are then matched by number.
             positions: how many positions of each image or sequence the statistics are taken from, at random; ``None``
                 for all.
+            weights: how much each model counts where features become one, such as ``{"animals": 2, "vehicles": 1}``, or
+                in the order of the models; all the same by default.
             get_input: from a batch to the backbone's input; by default the batch, its first item, or a well-known key.
 
         Returns:
@@ -115,6 +118,7 @@ class ZipIt:
             flops,
             combine,
             positions,
+            weights,
         )
         callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
         callbacks.append(callback)

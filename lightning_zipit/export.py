@@ -8,17 +8,17 @@ from typing import Any
 
 import torch
 from lightning_utilities.core.imports import RequirementCache
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_zipit.errors import ConfigurationError
 from lightning_zipit.files import find_output_problem, replacing
 from lightning_zipit.multihead import MultiHeadModule
-from lightning_zipit.session import like
+from lightning_zipit.session import AllHeads, like
 
 ONNX_PACKAGES = ("onnx", "onnxscript")
 
 
-class Network(nn.Module):
+class Network(AllHeads):
     """Trunk and heads without Lightning: from an input to one tensor per output, in a dict.
 
     Args:
@@ -26,14 +26,12 @@ class Network(nn.Module):
     """
 
     def __init__(self, merged: MultiHeadModule) -> None:
-        super().__init__()
-        self.trunk = merged.trunk
-        self.heads = merged.heads
+        super().__init__(merged.trunk, merged.heads)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Outputs by name: the task, or ``task.key`` where a head has several outputs."""
-        crossing = self.trunk(x)
-        return {name: output for task, head in self.heads.items() for name, output in _by_name(task, head(*crossing))}
+        outputs = super().forward(x)
+        return {name: output for task, each in outputs.items() for name, output in _by_name(task, each)}
 
 
 def _by_name(name: str, output: Any) -> list[tuple[str, Tensor]]:

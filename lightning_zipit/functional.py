@@ -6,6 +6,7 @@ Features of N models with C features each are numbered side by side: feature ``c
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import networkx as nx
@@ -24,7 +25,9 @@ __all__ = [
     "cycle_consistent",
     "greedy_zip",
     "kmeans",
+    "loss_barrier",
     "merge_matrices",
+    "merge_shares",
     "optimal",
     "permute",
     "ties",
@@ -603,6 +606,27 @@ def by_chance(similarity: Tensor, labels: Tensor, num_models: int) -> tuple[floa
     return float((pairs * mean).sum() / pairs.sum()), float((2 * (pairs * variance).sum()).sqrt() / pairs.sum())
 
 
+def loss_barrier(losses: Sequence[float]) -> float:
+    """How far the loss on the way from one network to another rises above that of the two (Git Re-Basin, section 2).
+
+    Args:
+        losses: along the way, its two ends included.
+
+    Returns:
+        The highest, less the mean of the first and the last.
+
+    Raises:
+        ValueError: if there are fewer than two.
+
+    Example:
+        >>> loss_barrier([0.5, 2.0, 0.7])
+        1.4
+    """
+    if len(losses) < 2:
+        raise ValueError(f"`losses` must hold those of the two ends at least, got {len(losses)}.")
+    return max(losses) - (losses[0] + losses[-1]) / 2
+
+
 def average(num_features: int, num_models: int) -> Tensor:
     """Match feature ``c`` of every model to feature ``c`` of the first: merging is then plain weight averaging.
 
@@ -625,12 +649,15 @@ def average(num_features: int, num_models: int) -> Tensor:
     return torch.arange(num_features // num_models).repeat(num_models)
 
 
-def merge_matrices(labels: Tensor, num_models: int) -> tuple[list[Tensor], list[Tensor]]:
+def merge_matrices(
+    labels: Tensor, num_models: int, weights: Sequence[float] | None = None
+) -> tuple[list[Tensor], list[Tensor]]:
     """The merge and unmerge matrices of a matching (ZipIt!, equations 3 and 4).
 
     Args:
         labels: int64 ``(n,)``, the merged feature that each source feature becomes.
         num_models: how many models the features come from.
+        weights: how much each model counts in its clusters; see :func:`merge_shares`.
 
     Returns:
         The merge matrices M_i ``(W, C)``, which average each cluster: the rows of ``[M_1 … M_N]`` sum to 1; and the
@@ -638,7 +665,7 @@ def merge_matrices(labels: Tensor, num_models: int) -> tuple[list[Tensor], list[
 
     Raises:
         ValueError: if ``labels`` is not an int64 vector whose length is a multiple of ``num_models``, or leaves out a
-            number.
+            number; or ``weights`` are not one per model, none negative and one positive.
 
     Example:
         >>> merge, unmerge = merge_matrices(torch.tensor([0, 1, 1, 0]), num_models=2)
@@ -659,8 +686,46 @@ def merge_matrices(labels: Tensor, num_models: int) -> tuple[list[Tensor], list[
     ):
         raise ValueError("`labels` must be int64, and use every number from 0 to their highest.")
     one_hot = torch.nn.functional.one_hot(labels).to(torch.get_default_dtype())  # (n, W)
-    averaging = (one_hot / one_hot.sum(0)).T  # (W, n)
+    averaging = one_hot.T * merge_shares(labels, num_models, weights).to(one_hot)  # (W, n)
     return list(averaging.chunk(num_models, dim=1)), list(one_hot.chunk(num_models, dim=0))
+
+
+def merge_shares(labels: Tensor, num_models: int, weights: Sequence[float] | None = None) -> Tensor:
+    """What each feature contributes to the average of its cluster: the entries of ``[M_1 … M_N]``.
+
+    Args:
+        labels: int64 ``(n,)``, the merged feature that each source feature becomes.
+        num_models: how many models the features come from.
+        weights: how much each model counts; all the same by default, and in clusters of models that count nothing.
+
+    Returns:
+        float64 ``(n,)``; those of a cluster sum to 1.
+
+    Raises:
+        ValueError: if ``weights`` are not one per model, none negative and one positive.
+
+    Example:
+        >>> merge_shares(torch.tensor([0, 1, 1, 0]), num_models=2, weights=(3, 1))
+        tensor([0.7500, 0.7500, 0.2500, 0.2500], dtype=torch.float64)
+    """
+    shares = labels.bincount().double().reciprocal()[labels]
+    if weights is None:
+        return shares
+    check_weights(weights, num_models)
+    own = torch.tensor(weights, dtype=torch.float64, device=labels.device)
+    own = own.repeat_interleave(len(labels) // num_models)  # (n,)
+    totals = torch.zeros(int(labels.max()) + 1).to(own).index_add_(0, labels, own)[labels]
+    return torch.where(totals > 0, own / totals, shares)
+
+
+def check_weights(weights: Sequence[float], num_models: int) -> None:
+    """Raise a ``ValueError`` unless weights are one per model, none negative and one positive."""
+    numbers = all(isinstance(weight, (int, float)) and 0 <= weight < math.inf for weight in weights)
+    if len(weights) != num_models or not numbers or not any(weights):
+        raise ValueError(
+            f"`weights` must be {num_models} numbers, one per model, none negative and at least one above 0; got "
+            f"{list(weights)}."
+        )
 
 
 def _check_square(matrix: Tensor, name: str) -> None:

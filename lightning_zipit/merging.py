@@ -30,10 +30,13 @@ class SpaceMap:
     Attributes:
         labels: int64 ``(N·C,)``, the merged feature that each source feature becomes.
         num_models: N.
+        weights: how much each model counts in its clusters; all the same by default, and in clusters of models that
+            count nothing.
     """
 
     labels: Tensor
     num_models: int
+    weights: tuple[float, ...] | None = None
 
     @property
     def width(self) -> int:
@@ -46,7 +49,7 @@ class SpaceMap:
 
     def shares(self, source: int) -> Tensor:
         """What each feature of one source model contributes to its cluster, ``(C,)``: the entries of M_i."""
-        return self.labels.bincount().double().reciprocal()[self.targets(source)]
+        return F.merge_shares(self.labels, self.num_models, self.weights).chunk(self.num_models)[source]
 
 
 def families(graph: MergeGraph) -> list[list[str]]:
@@ -206,7 +209,12 @@ def shares_along(ref: AxisRef, maps: Mapping[str, SpaceMap], source: int, elsewh
     return shares
 
 
-def merge_parameter(copies: Sequence[Tensor], axes: Sequence[AxisRef | None], maps: Mapping[str, SpaceMap]) -> Tensor:
+def merge_parameter(
+    copies: Sequence[Tensor],
+    axes: Sequence[AxisRef | None],
+    maps: Mapping[str, SpaceMap],
+    weights: Sequence[float] | None = None,
+) -> Tensor:
     """Merge one parameter of N source models: Σ_i M_i W_i U_i over its axes (ZipIt!, equation 5).
 
     A parameter that writes no space is averaged; whole numbers and equal copies are taken over.
@@ -215,6 +223,7 @@ def merge_parameter(copies: Sequence[Tensor], axes: Sequence[AxisRef | None], ma
         copies: the parameter in each source model, all of one shape.
         axes: per axis, the spaces that it writes or reads; ``None`` leaves the axis alone.
         maps: the matching of each space.
+        weights: how much each model counts in a parameter that writes no space; all the same by default.
 
     Returns:
         The merged parameter, of the type of the first copy, on the CPU.
@@ -223,10 +232,15 @@ def merge_parameter(copies: Sequence[Tensor], axes: Sequence[AxisRef | None], ma
     untouched = not any(axes)
     if not first.is_floating_point() or (untouched and all(torch.equal(first.cpu(), copy.cpu()) for copy in copies)):
         return first.cpu().clone()
-    merged = torch.stack([contract(copy, axes, maps, source) for source, copy in enumerate(copies)]).sum(0)
+    parts = torch.stack([contract(copy, axes, maps, source) for source, copy in enumerate(copies)])
     if not any(ref is not None and ref.role == "producer" for ref in axes):
-        merged /= len(copies)
-    return merged.to(first.dtype)
+        parts *= model_shares(len(copies), weights).reshape(-1, *[1] * first.ndim)
+    return parts.sum(0).to(first.dtype)
+
+
+def model_shares(num_models: int, weights: Sequence[float] | None = None) -> Tensor:
+    """What each model contributes where there are no features, float64 ``(N,)``."""
+    return F.merge_shares(torch.zeros(num_models, dtype=torch.int64), num_models, weights)
 
 
 def merge_into(
@@ -234,6 +248,7 @@ def merge_into(
     sources: Sequence[nn.Module],
     axes: Mapping[str, tuple[AxisRef | None, ...]],
     maps: Mapping[str, SpaceMap],
+    weights: Sequence[float] | None = None,
 ) -> None:
     """Write the merged parameters and buffers into a trunk.
 
@@ -243,11 +258,12 @@ def merge_into(
         sources: the source networks.
         axes: the table of axes.
         maps: the matching of each space.
+        weights: how much each network counts in parameters that write no space; all the same by default.
     """
     with torch.no_grad():
         for name, tensor in _tensors(target):
             copies = [attrgetter(name)(source) for source in sources]
-            tensor.copy_(merge_parameter(copies, axes.get(name, (None,) * tensor.ndim), maps))
+            tensor.copy_(merge_parameter(copies, axes.get(name, (None,) * tensor.ndim), maps, weights))
 
 
 def unmerge_into(

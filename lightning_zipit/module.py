@@ -18,7 +18,7 @@ from lightning_zipit._lightning import count_samples, predict_loaders, spawns_pr
 from lightning_zipit.collectives import share
 from lightning_zipit.errors import CalibrationError, ConfigurationError
 from lightning_zipit.files import replacing
-from lightning_zipit.multihead import MultiHeadModule
+from lightning_zipit.multihead import MultiHeadModule, split_merged
 from lightning_zipit.session import MergeSession
 from lightning_zipit.settings import MergeSettings
 from lightning_zipit.sources import DelegatedTransfers, find_input, find_problems, get_backbone, name_tasks
@@ -31,7 +31,7 @@ class ZipItModule(DelegatedTransfers, LightningModule):
     The sources are copied for the time of the calibration: they are not moved, cast or changed.
 
     Args:
-        models: the source modules by task, or a sequence of them.
+        models: the source modules by task, or a sequence of them; one that was merged before stands for all its tasks.
         backbone: dotted name of the part to merge, the same in each; ``""`` for the whole ``forward``.
         dataloaders: calibration data: one loader per task (a sequence in the order of the tasks, or a dict), or a
             single loader for all. Labels are never used.
@@ -55,7 +55,9 @@ class ZipItModule(DelegatedTransfers, LightningModule):
     ) -> None:
         super().__init__()
         # In tuples, so that the user's modules are no submodules: nothing that moves or casts this one reaches them.
-        self._originals = (name_tasks(models),)
+        self._given = (name_tasks(models),)
+        modules, self.sources = split_merged(self._given[0])
+        self._originals = (modules,)
         self._base = (base,)
         self.backbone = backbone
         self.dataloaders = dataloaders
@@ -73,7 +75,7 @@ class ZipItModule(DelegatedTransfers, LightningModule):
 
     @property
     def models(self) -> dict[str, LightningModule]:
-        """The source modules by task."""
+        """The source modules by task; one that was merged before is several."""
         return self._originals[0]
 
     @property
@@ -104,23 +106,27 @@ class ZipItModule(DelegatedTransfers, LightningModule):
         self._datamodule_trainer = self.datamodule.trainer if self.datamodule is not None else None
         (base,) = self._base
         unfit = find_problems(self.models if base is None else {**self.models, "base": base}, self.backbone)
+        for name, model in self._given[0].items():
+            if isinstance(model, MultiHeadModule):
+                unfit += [f"Model {name!r}: {problem}" for problem in model.find_problems(self.backbone, settings)]
         found = [*problems, *unfit, *self._loader_problems(self.dataloaders)]
         if self.dataloaders is not None and self.datamodule is not None:
             found.append("Both `dataloaders` and `datamodule` were given: give one of them.")
-        if len(self.models) == 1 and not changes_size(settings.width):
+        if len(self._given[0]) == 1 and not changes_size(settings.width):
             found.append("One model alone cannot be merged: give at least two, or fold it with a `width` below 1.")
         if not unfit:
             networks = {task: get_backbone(model, self.backbone) for task, model in self.models.items()}
             try:
                 start = None if base is None else get_backbone(base, self.backbone)
-                self.session = MergeSession(networks, settings, start)
+                self.session = MergeSession(networks, settings, start, self.sources)
             except ConfigurationError as error:
                 if not found:
                     raise
                 found.append(str(error))
         if found:
             raise ConfigurationError.collect(found)
-        self.copies = nn.ModuleDict({task: copy.deepcopy(model) for task, model in self.models.items()})
+        shared: dict[int, Any] = {}  # what models have in common, their copies have too
+        self.copies = nn.ModuleDict({task: copy.deepcopy(model, shared) for task, model in self.models.items()})
         self.copies.eval().requires_grad_(False)
 
     def release(self) -> None:

@@ -11,16 +11,21 @@ from typing import IO, Any
 
 import torch
 from lightning.pytorch import LightningModule
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from lightning_zipit.errors import CheckpointError, ConfigurationError, ZipItError
 from lightning_zipit.graph import MergeGraph
 from lightning_zipit.graph.agreement import trace_all
+from lightning_zipit.graph.joined import Joined
 from lightning_zipit.rebuild import build_head, build_trunk
+from lightning_zipit.refine import BatchNorm
+from lightning_zipit.refine.task_norms import give_norms, has_task_norms, run_all
 from lightning_zipit.report import MergeReport
 from lightning_zipit.session import MergedBackbone, like
 from lightning_zipit.settings import MergeSettings
 from lightning_zipit.sources import (
+    DESCRIPTION,
+    PATH,
     DelegatedTransfers,
     describe_source,
     find_problems,
@@ -40,13 +45,14 @@ class MergedPath(nn.Module):
     Both are held in a tuple: they belong to the module around, and are no submodules of this one.
     """
 
-    def __init__(self, trunk: nn.Module, head: nn.Module) -> None:
+    def __init__(self, trunk: nn.Module, head: nn.Module, task: str | None = None) -> None:
         super().__init__()
         self.parts = (trunk, head)
+        self.task = task  # for a trunk that takes its name
 
     def forward(self, x: Tensor) -> Any:
         trunk, head = self.parts
-        return head(*trunk(x))
+        return head(*(trunk(x) if self.task is None else trunk(x, self.task)))
 
 
 class PassOn(nn.Module):
@@ -64,7 +70,7 @@ class MultiTaskModule(DelegatedTransfers, LightningModule):
     key. What a step logs is logged as ``{task}/{name}``.
 
     Args:
-        trunk: from an input to a tuple of what the heads take.
+        trunk: from an input to a tuple of what the heads take; one with a batch norm per task also takes its name.
         heads: per task, the rest of its network.
         models: the source modules by task; they are copied without their backbones.
         backbone: the part of them that trunk and head stand for.
@@ -87,11 +93,10 @@ class MultiTaskModule(DelegatedTransfers, LightningModule):
         self.backbone = backbone
         self.trunk = trunk
         self.heads = nn.ModuleDict(heads)
+        self.norms_per_task = has_task_norms(trunk)
+        paths = {task: MergedPath(trunk, heads[task], task if self.norms_per_task else None) for task in models}
         self.sources = nn.ModuleDict(
-            {
-                task: make_shell(model, backbone, MergedPath(trunk, heads[task]), used[task])
-                for task, model in models.items()
-            }
+            {task: make_shell(model, backbone, paths[task], used[task]) for task, model in models.items()}
         )
         self._loader_tasks: list[str] = list(models)
         self.eval()
@@ -102,7 +107,7 @@ class MultiTaskModule(DelegatedTransfers, LightningModule):
         return list(self.heads)
 
     def forward(self, x: Tensor, task: str | None = None) -> Any:
-        """All outputs, with one pass of the trunk; or the output of one task.
+        """All outputs, with one pass of the trunk, or one per task where it has norms for each; or one task's output.
 
         Args:
             x: an input of the backbone.
@@ -111,10 +116,9 @@ class MultiTaskModule(DelegatedTransfers, LightningModule):
         Returns:
             A dict from task to output, or one task's output.
         """
-        crossing = self.trunk(x)
         if task is not None:
-            return self.heads[task](*crossing)
-        return {name: head(*crossing) for name, head in self.heads.items()}
+            return self.heads[task](*(self.trunk(x, task) if self.norms_per_task else self.trunk(x)))
+        return run_all(self.trunk, self.heads, x, self.norms_per_task)
 
     # The sources' own steps
 
@@ -277,7 +281,7 @@ class MultiHeadModule(MultiTaskModule):
     Args:
         models: the source modules by task.
         backbone: dotted name of the merged part in each, ``""`` for the whole ``forward``.
-        settings: where the trunk ends.
+        settings: where the trunk ends, and whether its batch norm is per task.
         merged: trunk, heads and report of a merge.
         example_input: an input of the backbone, where one that fits cannot be guessed; its values do not matter.
         barriers: nodes that stay in the heads, as :attr:`MergeGraph.barriers` has them.
@@ -310,7 +314,10 @@ class MultiHeadModule(MultiTaskModule):
         example = merged.example if merged is not None else example_input
         graphs = merged.graphs if merged is not None else _trace_models(models, backbone, settings, example, barriers)
         if merged is None:
-            trunk: nn.Module = build_trunk(next(iter(graphs.values())), widths)
+            built = build_trunk(next(iter(graphs.values())), widths)
+            if settings.norms_per_task:
+                give_norms(built, graphs)
+            trunk: nn.Module = built
             heads: Mapping[str, nn.Module] = {task: build_head(graph, widths) for task, graph in graphs.items()}
         else:
             trunk, heads = merged.trunk, merged.heads
@@ -320,17 +327,46 @@ class MultiHeadModule(MultiTaskModule):
         }
         super().__init__(trunk, heads, models, backbone, used)
         self.report = merged.report if merged is not None else None
-        self._record = {
+        self._record: dict[str, Any] = {
             "format": FORMAT,
             "sources": {task: describe_source(model) for task, model in models.items()},
             "backbone": backbone,
             "stop_at": settings.stop_at,
             "merge_heads": settings.merge_heads,
+            "norms_per_task": self.norms_per_task,
             "input_shape": None if example is None else list(example.shape[1:]),
             "barriers": next(iter(graphs.values())).barriers,
             "widths": dict(merged.widths if merged is not None else widths or {}),
             "input_dtype": None if example is None else str(example.dtype).removeprefix("torch."),
         }
+
+    def find_problems(self, backbone: str, settings: MergeSettings) -> list[str]:
+        """What stands in the way of merging this module again."""
+        of_record = {"backbone": self.backbone} | {name: self._record[name] for name in ("stop_at", "merge_heads")}
+        asked = {"backbone": backbone, "stop_at": settings.stop_at, "merge_heads": settings.merge_heads}
+        problems = [
+            f"it was merged with {name}={known!r}, and can be merged again with the same alone, got {asked[name]!r}."
+            for name, known in of_record.items()
+            if known != asked[name]
+        ]
+        if self.norms_per_task:
+            problems.append("its trunk has a batch norm for each task: merge its sources with one for all.")
+        if self._record["widths"]:
+            problems.append("it was merged with another `width` than 1: merge its sources without.")
+        return problems
+
+    def split(self) -> dict[str, LightningModule]:
+        """The source modules, each with trunk and head as one network, which share this module's tensors."""
+        split = {}
+        for task, source in self.sources.items():
+            trunk, head = self.trunk, self.heads[task]
+            assert isinstance(source, LightningModule)
+            assert isinstance(trunk, fx.GraphModule) and isinstance(head, fx.GraphModule)
+            split[task] = make_shell(source, self.backbone, Joined(trunk, head, self._record["barriers"]), ())
+            if not self.backbone:
+                split[task].add_module(PATH, split[task].__dict__["forward"])
+            split[task].__dict__[DESCRIPTION] = self._record["sources"][task]
+        return split
 
     @property
     def example_input(self) -> Tensor | None:
@@ -392,7 +428,11 @@ class MultiHeadModule(MultiTaskModule):
             task: given[task] if task in given else make_source(task, description)
             for task, description in record["sources"].items()
         }
-        settings = MergeSettings(stop_at=record["stop_at"], merge_heads=record["merge_heads"])
+        settings = MergeSettings(
+            stop_at=record["stop_at"],
+            merge_heads=record["merge_heads"],
+            refine=BatchNorm(per_task=record.get("norms_per_task", False)),
+        )
         module = cls(
             sources,
             record["backbone"],
@@ -405,6 +445,34 @@ class MultiHeadModule(MultiTaskModule):
         module._record["sources"] = record["sources"]
         module.report = MergeReport.from_dict(record["report"]) if record["report"] else None
         return module.to(next(iter(weights.values())).device)
+
+
+def split_merged(models: Mapping[str, LightningModule]) -> tuple[dict[str, LightningModule], dict[str, str]]:
+    """The source modules with those that were merged before taken apart.
+
+    Args:
+        models: source modules by name.
+
+    Returns:
+        The modules by task, and the name of the model that each belongs to.
+
+    Raises:
+        ConfigurationError: if a task is there twice.
+    """
+    modules: dict[str, LightningModule] = {}
+    sources: dict[str, str] = {}
+    problems = []
+    for name, model in models.items():
+        for task, module in (model.split() if isinstance(model, MultiHeadModule) else {name: model}).items():
+            if task in modules:
+                problems.append(
+                    f"Task {task!r} is there twice, in {sources[task]!r} and {name!r}: tasks of merged modules keep "
+                    "their names, and need different ones."
+                )
+            modules[task], sources[task] = module, name
+    if problems:
+        raise ConfigurationError.collect(problems)
+    return modules, sources
 
 
 def _trace_models(

@@ -11,10 +11,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from lightning_zipit.graph import AxisRef, MergeGraph
+from lightning_zipit.graph.joined import UNMERGE, Joined
 from lightning_zipit.merging import SpaceMap, merge_into, merged_axis, unmerge_into
-
-UNMERGE = "unmerge"
-"""Name of the submodule of a head that holds its explicit unmerges."""
 
 
 class Unmerge(nn.Module):
@@ -41,7 +39,11 @@ class Unmerge(nn.Module):
 
 
 def build_merged(
-    graphs: Sequence[MergeGraph], networks: Sequence[nn.Module], maps: Mapping[str, SpaceMap]
+    graphs: Sequence[MergeGraph],
+    networks: Sequence[nn.Module],
+    maps: Mapping[str, SpaceMap],
+    weights: Sequence[float] | None = None,
+    models: Sequence[int] | None = None,
 ) -> tuple[fx.GraphModule, list[fx.GraphModule]]:
     """Merge networks: build the trunk and the heads, and fill in their weights.
 
@@ -49,18 +51,22 @@ def build_merged(
         graphs: the merge graph of each source network.
         networks: the source networks.
         maps: the matching of each space.
+        weights: how much each model counts where parameters hold no features; all the same by default.
+        models: the number of the model that each network is a part of, where several are the paths of one that was
+            merged before.
 
     Returns:
-        The trunk, and the head of each source, in eval mode.
+        The trunk, and the head of each network, in eval mode.
     """
+    models = range(len(networks)) if models is None else models
     widths = {name: space_map.width for name, space_map in maps.items()}
     trunk = build_trunk(graphs[0], widths).eval()
-    merge_into(trunk, networks, graphs[0].axes, maps)
+    merge_into(trunk, [networks[models.index(number)] for number in sorted(set(models))], graphs[0].axes, maps, weights)
     heads = []
-    for source, graph in enumerate(graphs):
+    for graph, network, source in zip(graphs, networks, models, strict=True):
         head = build_head(graph, widths).eval()
-        unmerge_into(head, networks[source], graph.axes, maps, source)
-        set_unmerges(head, graph, maps, source)
+        unmerge_into(head, network, graph.axes, maps, source)
+        set_unmerges(head, graph, network, maps, source)
         heads.append(head)
     return trunk, heads
 
@@ -142,12 +148,17 @@ def _changed_in_place(node: fx.Node, graph: MergeGraph) -> bool:
     return False
 
 
-def set_unmerges(head: nn.Module, graph: MergeGraph, maps: Mapping[str, SpaceMap], source: int) -> None:
+def set_unmerges(
+    head: nn.Module, graph: MergeGraph, network: nn.Module, maps: Mapping[str, SpaceMap], source: int
+) -> None:
     """Tell the explicit unmerges of a head which merged feature stands for each of its source's.
+
+    Those of a source that was merged before come first: together they are one.
 
     Args:
         head: a head made by :func:`build_head` from ``graph``.
         graph: the merge graph of that source.
+        network: that source.
         maps: the matching of each space.
         source: the number of the source model.
     """
@@ -155,6 +166,8 @@ def set_unmerges(head: nn.Module, graph: MergeGraph, maps: Mapping[str, SpaceMap
         if crossing.ref is not None and not crossing.absorbed:
             targets = {space: maps[space].targets(source) for space in crossing.ref.spaces}
             index = crossing.ref.index(targets, merged_axis(crossing.ref, maps))
+            if isinstance(network, Joined):
+                index = index[network.get_buffer(f"{UNMERGE}.{crossing.node}.index").cpu()]
             head.get_buffer(f"{UNMERGE}.{crossing.node}.index").copy_(index)
 
 

@@ -125,6 +125,8 @@ class MergeReport:
         fits: for ``refine="least_squares"``, the share of the variance of its target that each layer explains, in the
             order of the network; layers are named ``trunk.`` or ``heads.TASK.`` and what they are called in the
             backbone.
+        models: the models' names, in the order of ``losses`` and ``dead``; the tasks, unless a model that was merged
+            before stands for several of them.
         shifts: for ``refine="batch_norm"``, how far re-estimation moved each batch norm from what merging gave it;
             norms are named as in ``fits``.
     """
@@ -135,6 +137,11 @@ class MergeReport:
     notes: tuple[str, ...] = ()
     fits: dict[str, float] = field(default_factory=dict)
     shifts: dict[str, NormShift] = field(default_factory=dict)
+    models: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.models:
+            object.__setattr__(self, "models", tuple(self.sources))
 
     @property
     def ensemble(self) -> Cost:
@@ -234,7 +241,8 @@ class MergeReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as dicts, lists and numbers."""
-        return asdict(self) | {"spaces": [asdict(space) for space in self.spaces], "notes": list(self.notes)}
+        lists = {"notes": list(self.notes), "models": list(self.models)}
+        return asdict(self) | lists | {"spaces": [asdict(space) for space in self.spaces]}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> MergeReport:
@@ -246,16 +254,17 @@ class MergeReport:
             notes=tuple(content.get("notes", ())),
             fits=_read(content.get("fits", {})),
             shifts={name: NormShift(**_read(shift)) for name, shift in content.get("shifts", {}).items()},
+            models=tuple(content.get("models", ())),
         )
 
     def to_rows(self) -> list[dict[str, Any]]:
-        """One row per space, with what belongs to one model under ``losses/TASK`` and ``dead/TASK``."""
+        """One row per space, with what belongs to one model under ``losses/MODEL`` and ``dead/MODEL``."""
         rows = []
         for space in self.spaces:
             row = asdict(space) | {"alone": space.alone}
             for name in ("losses", "dead"):
-                known = row.pop(name) or (None,) * len(self.sources)
-                row |= {f"{name}/{task}": value for task, value in zip(self.sources, known, strict=True)}
+                known = row.pop(name) or (None,) * len(self.models)
+                row |= {f"{name}/{model}": value for model, value in zip(self.models, known, strict=True)}
             rows.append(row)
         return rows
 

@@ -25,6 +25,7 @@ from lightning_zipit.errors import (
 )
 from lightning_zipit.graph import FeatureSpace, MergeGraph, evaluating
 from lightning_zipit.graph.agreement import trace_all
+from lightning_zipit.graph.joined import Joined
 from lightning_zipit.graph.taps import before_activations
 from lightning_zipit.graph.verify import find_failing
 from lightning_zipit.matchers import Average, DualSpace
@@ -36,6 +37,7 @@ from lightning_zipit.merging import (
 )
 from lightning_zipit.rebuild import build_merged
 from lightning_zipit.refine import BatchNorm, BatchNormEstimator, LayerByLayer, LeastSquares
+from lightning_zipit.refine.task_norms import find_norms, give_norms, has_task_norms, run_all, set_affine
 from lightning_zipit.refine.walk import Walk
 from lightning_zipit.report import (
     Cost,
@@ -58,7 +60,7 @@ class MergedBackbone:
     """The networks that a merge made.
 
     Attributes:
-        trunk: from the input to a tuple of what the heads take.
+        trunk: from the input to a tuple of what the heads take; with a batch norm per task, from input and task.
         heads: per task, from what the trunk hands over to the network's output.
         report: what the merge did.
         example: zeros of the shape and type of one calibration sample, ``(1, …)``.
@@ -103,13 +105,19 @@ class MergeSession:
         backbones: the source networks by task; they are read, never changed.
         settings: what to do.
         base: the network that they were trained from, for ``settings.combine``.
+        sources: the name of the model that each network is a part of, by task, where several are paths of one that was
+            merged before; such a model counts by its tasks, unless ``settings.weights`` say otherwise.
 
     Raises:
         ConfigurationError: with every problem that can be known before any data is seen.
     """
 
     def __init__(
-        self, backbones: Mapping[str, nn.Module], settings: MergeSettings, base: nn.Module | None = None
+        self,
+        backbones: Mapping[str, nn.Module],
+        settings: MergeSettings,
+        base: nn.Module | None = None,
+        sources: Mapping[str, str] | None = None,
     ) -> None:
         if (base is None) != (settings.combine is None):
             raise ConfigurationError(
@@ -119,6 +127,12 @@ class MergeSession:
         self.backbones = dict(backbones)
         self.settings = settings
         self.base = base
+        of_tasks = [sources[task] if sources else task for task in backbones]
+        self._names = list(dict.fromkeys(of_tasks))  # of the models
+        self._models = {task: self._names.index(name) for task, name in zip(backbones, of_tasks, strict=True)}
+        self._weights = settings.weights_of(self._names)
+        if self._weights is None and len(self._names) < len(backbones):
+            self._weights = tuple(float(of_tasks.count(name)) for name in self._names)
         self.graphs: dict[str, MergeGraph] = {}
         self.merged: MergedBackbone | None = None
         self._calibration: Calibration | None = None
@@ -130,7 +144,7 @@ class MergeSession:
         self._similarities: dict[str, Tensor] = {}  # of all spaces, for a matcher that looks at them together
         self._pass = 0
         self._working: dict[str, nn.Module] = {}
-        self._record = StatisticsRecord(settings.statistics, self.backbones) if settings.statistics else None
+        self._record = StatisticsRecord(settings.statistics, self._lead(backbones)) if settings.statistics else None
         self._seen: dict[int, int] = {}
         self.expected: Sequence[int | None] = ()
         if self._record is not None and self._record.complete is not None:
@@ -150,6 +164,11 @@ class MergeSession:
                 f"be gathered in {self.calibration_passes} passes, and a statistics file takes one: give more "
                 "`statistics_memory`, or no `statistics`."
             )
+
+    def _lead(self, networks: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+        """Of every model the network of its first task, which stands for its trunk."""
+        first = {number: task for task, number in reversed(self._models.items())}
+        return {self._names[number]: networks[first[number]] for number in range(len(self._names))}
 
     @property
     def passes(self) -> int:
@@ -221,13 +240,22 @@ class MergeSession:
 
     def _trace(self, example: Tensor | None = None, **arguments: Any) -> dict[str, MergeGraph]:
         fitting = None if example is None else like(example, self._first)
-        return trace_all(self.backbones, self.settings.stop_at, self.settings.merge_heads, fitting, **arguments)
+        joined = [network for network in self.backbones.values() if isinstance(network, Joined)]
+        arguments.setdefault("barriers", {node: why for each in joined for node, why in each.barriers.items()})
+        graphs = trace_all(self.backbones, self.settings.stop_at, self.settings.merge_heads, fitting, **arguments)
+        graph = next(iter(graphs.values()))
+        if self.settings.norms_per_task and not find_norms(graph.module, list(graph.trunk_graph())):
+            raise ConfigurationError(
+                "refine=BatchNorm(per_task=True) needs batch norm in the trunk, and there is none: use another `refine`"
+                ", or let the trunk end later (`stop_at`)."
+            )
+        return graphs
 
     def _choose_from(self, example: Tensor) -> None:
         """Find the widths that there are to choose from."""
         graph, settings = next(iter(self.graphs.values())), self.settings
         example = like(example, self._first)
-        found = find_choices(graph, self._first, example, settings.width, len(self.backbones))
+        found = find_choices(graph, self._first, example, settings.width, len(self._names))
         self._choices, self._size_notes = found
         if settings.flops is not None:
             flops = self._flops_model()
@@ -249,7 +277,8 @@ class MergeSession:
         if isinstance(how, LeastSquares) and how.pre_activations:
             graph = before_activations(graph)
         by_weights = isinstance(self.settings.matcher, DualSpace) and self.settings.matcher.tau == 1
-        return Calibration(graph, networks, [] if by_weights else spaces, positions=self.settings.positions)
+        measured = [] if by_weights else spaces
+        return Calibration(graph, self._lead(networks), measured, positions=self.settings.positions)
 
     def _families(self) -> list[list[str]]:
         """The families of spaces whose turn it is in this pass; more turns than passes are taken in the last one."""
@@ -258,7 +287,7 @@ class MergeSession:
 
     def _turns(self) -> list[list[list[str]]]:
         graph = next(iter(self.graphs.values()))
-        return split_families(graph, len(self.backbones), self.settings.statistics_memory * 2**30)
+        return split_families(graph, len(self._names), self.settings.statistics_memory * 2**30)
 
     def _match(self) -> None:
         """Match the spaces of this pass, from the statistics of all processes; each matches a part of them."""
@@ -314,11 +343,11 @@ class MergeSession:
         moments = self._calibration.take(space)
         if moments is None:
             return None
-        self._measures[space] = Measure.of(moments, len(self.backbones))
+        self._measures[space] = Measure.of(moments, len(self._names))
         return similarity_from(moments, self.settings.similarity)
 
     def _match_by_weights(self, matcher: DualSpace) -> dict[str, list[Matched]]:
-        graph, networks = self.graphs[next(iter(self.backbones))], list(self.backbones.values())
+        graph, networks = next(iter(self.graphs.values())), list(self._lead(self.backbones).values())
         widths = {name: chosen for name, (chosen,) in self._choices.items()}
         matched = match_by_weights(graph, networks, self._similarities, matcher, widths)
         self._similarities.clear()
@@ -328,7 +357,7 @@ class MergeSession:
     def _match_own_families(self) -> dict[str, list[Matched]]:
         self._save()
         rank, processes = rank_and_size()
-        graph, count = next(iter(self.graphs.values())), len(self.backbones)
+        graph, count = next(iter(self.graphs.values())), len(self._names)
         turns = self._families()
         costs = [sum(graph.spaces[name].size ** 2 for name in family) for family in turns]
         matched: dict[str, list[Matched]] = {}
@@ -384,18 +413,26 @@ class MergeSession:
             if isinstance(self.settings.matcher, DualSpace):
                 self._matched = self._match_by_weights(self.settings.matcher)
             chosen = self._choose()
-            networks = list(self.backbones.values())
-            self._maps = maps = {name: one.space_map for name, one in chosen.items()}
-            graph = self.graphs[next(iter(self.backbones))]
-            trunk, built = build_merged([self.graphs[task] for task in self.backbones], networks, maps)
+            leads, graphs = list(self._lead(self.backbones).values()), [self.graphs[task] for task in self.backbones]
+            self._maps = maps = {name: replace(one.space_map, weights=self._weights) for name, one in chosen.items()}
+            graph, networks = graphs[0], list(self.backbones.values())
+            trunk, built = build_merged(graphs, networks, maps, self._weights, list(self._models.values()))
             heads: dict[str, nn.Module] = dict(zip(self.backbones, built, strict=True))
             if self.settings.combine is not None and self.base is not None:
-                combine_into(trunk, networks, self.base, self.settings.combine)
+                combine_into(trunk, leads, self.base, self.settings.combine)
+            if self.settings.norms_per_task:
+                give_norms(trunk, heads)
+                set_affine(trunk, self.backbones, graph.axes, maps, self._models)
             spaces = tuple(chosen[name].report for name in graph.spaces)
             notes = graph.notes + self._size_notes
+            if self._weights is not None:
+                counts = ", ".join(f"{task} {one:g}" for task, one in zip(self._names, self._weights, strict=True))
+                notes += (f"Where features became one, models counted by their weights: {counts}.",)
+            if self.settings.norms_per_task:
+                notes += ("Batch norm is per task: the trunk runs once for each task, which merged FLOPs count.",)
             if not isinstance(self.settings.matcher, Average):
-                notes += common_start(graph, networks, maps)
-            report = MergeReport(spaces, *self._costs(trunk, heads), notes)
+                notes += common_start(graph, leads, maps)
+            report = MergeReport(spaces, *self._costs(trunk, heads), notes, models=tuple(self._names))
         widths = {name: one.width for name, one in maps.items() if one.width != graph.spaces[name].size}
         self.merged = MergedBackbone(trunk, heads, report, self._example, self.graphs, widths)
         return self.merged
@@ -438,13 +475,15 @@ class MergeSession:
             return
         if len(x) == 1:
             return  # a single sample has no variance
-        trunk = self._working["trunk"]
-        with self._estimator.collecting(trunk):
-            crossing = trunk(x)
+        per_task = self.settings.norms_per_task
+        crossing = () if per_task else self._collect("trunk", x)
         for task in tasks:
-            head = self._working[f"heads.{task}"]
-            with self._estimator.collecting(head):
-                head(*crossing)
+            self._collect(f"heads.{task}", *(self._collect("trunk", x, task) if per_task else crossing))
+
+    def _collect(self, part: str, *inputs: Any) -> Any:
+        """Run a part of the merged network, and add what it is given to its running statistics."""
+        with self._estimator.collecting(self._working[part]):
+            return self._working[part](*inputs)
 
     def finish_refining(self) -> None:
         """After the last pass: take what was refined over into the merged networks.
@@ -473,7 +512,9 @@ class MergeSession:
         assert self.merged is not None
         trunk, heads = self._working["trunk"], {task: self._working[f"heads.{task}"] for task in self.backbones}
         with torch.autocast(next(trunk.parameters()).device.type, enabled=False):
-            walk = Walk(trunk, heads, self._networks, self.graphs, self._maps, self._kept, how)
+            walk = Walk(
+                trunk, heads, self._networks, self.graphs, self._maps, self._kept, how, self._weights, self._models
+            )
             fits = walk.run()
         unfitted = walk.find_unfitted(fits) if isinstance(how, LeastSquares) else []
         note = (f"Kept the weights that merging gave them: {', '.join(f'`{name}`' for name in unfitted)}.",)
@@ -483,21 +524,21 @@ class MergeSession:
 
 
 class AllHeads(nn.Module):
-    """Trunk and heads as one network: all outputs of one input.
+    """Trunk and heads as one network: all outputs of one input by task.
 
     Args:
         trunk: from the input to a tuple of what the heads take.
         heads: per task, the rest of the network.
     """
 
-    def __init__(self, trunk: nn.Module, heads: Mapping[str, nn.Module]) -> None:
+    def __init__(self, trunk: nn.Module, heads: Mapping[str, nn.Module] | nn.ModuleDict) -> None:
         super().__init__()
         self.trunk = trunk
-        self.heads = nn.ModuleDict(heads)
+        self.heads = heads if isinstance(heads, nn.ModuleDict) else nn.ModuleDict(heads)
+        self.per_task = has_task_norms(trunk)
 
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        crossing = self.trunk(x)
-        return {task: head(*crossing) for task, head in self.heads.items()}
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        return run_all(self.trunk, self.heads, x, self.per_task)
 
 
 def merge_backbones(

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, TypeAlias, get_args
 
 from lightning_zipit.errors import ConfigurationError
+from lightning_zipit.functional import check_weights
 from lightning_zipit.matchers import AnyWidthMatcher, Average, DualSpace, GreedyZip, Matcher
 from lightning_zipit.merging import SimilarityKind
-from lightning_zipit.refine import NAMED, Refinement
+from lightning_zipit.refine import NAMED, BatchNorm, Refinement
 from lightning_zipit.task_vectors import Combination
 from lightning_zipit.widths import Width, changes_size
+
+ModelWeights: TypeAlias = Mapping[str, float] | Sequence[float]
+"""How much each model counts: by task, or in the order of the tasks."""
 
 Refine = Literal["batch_norm", "repair", "least_squares"] | Refinement
 """What follows merging: a refinement, or the name of one with its default settings."""
@@ -44,6 +49,8 @@ class MergeSettings:
             all. A few give nearly the same matching in less time.
         combine: for sources that were trained from one base and are matched by number: how their changes to it are
             combined, such as ``Ties()``, instead of averaging weights.
+        weights: how much each model counts where features become one, by task or in the order of the tasks; all the
+            same by default.
 
     Raises:
         ConfigurationError: if an argument is not one of those there are.
@@ -61,6 +68,7 @@ class MergeSettings:
     flops: float | None = None
     combine: Combination | None = None
     positions: int | None = None
+    weights: ModelWeights | None = None
 
     def __post_init__(self) -> None:
         self._check_width()
@@ -85,6 +93,25 @@ class MergeSettings:
             raise ConfigurationError(
                 f"`combine` adds up changes of weights by their number: use matcher=Average(), got {self.matcher!r}."
             )
+        if self.combine is not None and self.weights is not None:
+            raise ConfigurationError("`weights` are for averaging, and `combine` takes its place: give one of them.")
+
+    def weights_of(self, tasks: Sequence[str]) -> tuple[float, ...] | None:
+        """How much the model of each task counts, in the order of the tasks; ``None`` where all count the same.
+
+        Raises:
+            ConfigurationError: if they are not one per task, none negative and one positive.
+        """
+        if self.weights is None:
+            return None
+        if isinstance(self.weights, Mapping) and set(self.weights) != set(tasks):
+            raise ConfigurationError(f"`weights` has the keys {list(self.weights)}, but the tasks are {list(tasks)}.")
+        in_order = [self.weights[task] for task in tasks] if isinstance(self.weights, Mapping) else self.weights
+        try:
+            check_weights(in_order, len(tasks))
+        except ValueError as error:
+            raise ConfigurationError(str(error)) from error
+        return tuple(map(float, in_order))
 
     def _check_width(self) -> None:
         if (self.width == "auto") != (self.flops is not None):
@@ -114,3 +141,8 @@ class MergeSettings:
     def refinement(self) -> Refinement | None:
         """What follows merging, with its settings."""
         return NAMED[self.refine] if isinstance(self.refine, str) else self.refine
+
+    @property
+    def norms_per_task(self) -> bool:
+        """Whether the trunk has a batch norm for each task."""
+        return isinstance(self.refinement, BatchNorm) and self.refinement.per_task

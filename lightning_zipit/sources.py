@@ -26,6 +26,12 @@ INPUT_KEYS = ("x", "image", "images", "img", "input", "inputs", "pixel_values", 
 INSTANTIATOR = "_instantiator"
 """The hyperparameter by which Lightning marks those that its command line parsed."""
 
+PATH = "_zipit_path"
+"""The module that a source's whole ``forward`` is, where it is one path of a module that was merged before."""
+
+DESCRIPTION = "_zipit_description"
+"""What :func:`describe_source` once said about a source of a module that was merged before."""
+
 RESERVED = frozenset(dir(nn.ModuleDict()))
 
 
@@ -100,7 +106,7 @@ def get_backbone(model: nn.Module, backbone: str) -> nn.Module:
         ConfigurationError: if the model has no module of that name.
     """
     try:
-        return model.get_submodule(backbone)
+        return model.get_submodule(PATH if not backbone and PATH in model._modules else backbone)
     except AttributeError:
         children = [name for name, _ in model.named_children()]
         raise ConfigurationError(
@@ -137,6 +143,8 @@ def describe_source(model: LightningModule) -> dict[str, Any]:
         ``class_path`` (``None`` where the class cannot be imported), ``hyperparameters``, ``hparams_name``, and whether
         the hyperparameters are those of a command line (``parsed``), which names objects by class path and arguments.
     """
+    if DESCRIPTION in model.__dict__:
+        return dict(model.__dict__[DESCRIPTION])
     hyperparameters = {key: value for key, value in dict(model.hparams).items() if not key.startswith("_")}
     safe = {key: value for key, value in hyperparameters.items() if _is_primitive(value)}
     return {
@@ -250,7 +258,9 @@ def make_shell(model: LightningModule, backbone: str, path: nn.Module, used: Seq
     """
     if backbone:
         return copy.deepcopy(model, {id(get_backbone(model, backbone)): path})
-    shell = copy.deepcopy(model)
+    whole = model.__dict__.get("forward")  # of a source that was merged before
+    shell = copy.deepcopy(model, {id(whole): path} if whole is not None else {})
+    shell._modules.pop(PATH, None)
     for name in used:
         owner_name, _, leaf = name.rpartition(".")
         owner = shell.get_submodule(owner_name)

@@ -18,8 +18,8 @@ from lightning_zipit.errors import CheckpointError, ConfigurationError
 from lightning_zipit.files import find_output_problem, replacing
 from lightning_zipit.matchers import Matcher
 from lightning_zipit.merging import SimilarityKind
-from lightning_zipit.multihead import MultiHeadModule, read_checkpoint
-from lightning_zipit.settings import Refine
+from lightning_zipit.multihead import MultiHeadModule, find_record, read_checkpoint
+from lightning_zipit.settings import ModelWeights, Refine
 from lightning_zipit.sources import INSTANTIATOR, find_class
 from lightning_zipit.task_vectors import Combination
 from lightning_zipit.widths import Width, changes_size
@@ -50,6 +50,7 @@ class ZipItTrainer(Trainer):
         base: str | None = None,
         combine: Combination | None = None,
         positions: int | None = None,
+        weights: ModelWeights | None = None,
         output: str = "merged.ckpt",
         test: bool = False,
         classes: dict[str, str] | None = None,
@@ -62,7 +63,8 @@ class ZipItTrainer(Trainer):
                 where checkpoints hold no hyperparameters.
             datamodule: where the calibration data comes from: its ``calibration_dataloader()``, else its
                 ``train_dataloader()`` in a fixed order. Labels are never used.
-            checkpoints: task name → checkpoint file, at least two of them (--checkpoints.TASK=FILE).
+            checkpoints: task name → checkpoint file, at least two of them (--checkpoints.TASK=FILE). A merged one
+                stands for all its tasks.
             backbone: dotted name of the part of the model to merge; the whole forward by default.
             stop_at: dotted name inside the backbone of the last module that the tasks share. By default everything down
                 to the last layer, which stays a head per task.
@@ -85,6 +87,8 @@ class ZipItTrainer(Trainer):
             combine: how changes to base are combined, instead of averaging weights: TaskArithmetic, Ties or Dare.
                 Features are then matched by number (--matcher Average).
             positions: how many positions of each image or sequence the statistics are taken from, at random; all by
+                default.
+            weights: how much each model counts where features become one (--weights.TASK=NUMBER); all the same by
                 default.
             output: the file to write; one that is there is replaced.
             test: test the merged module afterwards, with the data module's test loaders: one per task.
@@ -134,6 +138,7 @@ class ZipItTrainer(Trainer):
             base=load_source(base, model, None, weights_only, "base") if base else None,
             combine=combine,
             positions=positions,
+            weights=weights,
         )
         if self.is_global_zero and merged.report is not None and not is_talkative(self):  # else it was printed
             merged.report.show()
@@ -190,6 +195,8 @@ def load_source(
 ) -> LightningModule:
     """A trained module: of its own hyperparameters where the checkpoint has them, else a copy of the one given.
 
+    A checkpoint of a merged module gives that one.
+
     Args:
         path: the checkpoint.
         model: a module of its class, or that class.
@@ -210,6 +217,8 @@ def load_source(
             f"{error}. If you trust whoever made this file, weights_only=False (--weights_only=false) reads it, and "
             "runs the code that it holds."
         ) from error
+    if find_record(checkpoint) is not None:
+        return MultiHeadModule.load_from_checkpoint(path, "cpu")
     hyperparameters = checkpoint.get(LightningModule.CHECKPOINT_HYPER_PARAMS_KEY) or {}
     option = "--model" if task is None else f"--classes.{task}"
     model_class = find_class(class_path) if class_path else _class_of(hyperparameters, model, where, option)

@@ -16,7 +16,7 @@ from lightning_zipit import MultiHeadModule, ZipIt, ZipItCLI, ZipItTrainer, trac
 from lightning_zipit.cli import main
 from lightning_zipit.errors import CheckpointError, ConfigurationError
 from lightning_zipit.matchers import GreedyZip
-from lightning_zipit.refine import LeastSquares, Repair
+from lightning_zipit.refine import BatchNorm, LeastSquares, Repair
 from lightning_zipit.task_vectors import Ties
 
 QUIET = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
@@ -93,6 +93,13 @@ def test_a_merge_writes_one_file_that_loads_without_the_command_line(folder, cap
     assert "similarity" in shown and "ab.ckpt" in shown
 
 
+def test_a_merged_checkpoint_is_merged_with_another(folder):
+    cli("merge", *SOURCES, "--stop_at=stem", "--output=ab.ckpt")
+    again = ["--checkpoints.pets=ab.ckpt", "--checkpoints.birds=a.ckpt", "--backbone=net", "--weights.pets=3"]
+    cli("merge", *again, "--weights.birds=1", "--stop_at=stem", "--output=abc.ckpt")
+    assert MultiHeadModule.load_from_checkpoint("abc.ckpt").tasks == ["cats", "dogs", "birds"]
+
+
 def test_flags_and_yaml_and_the_driver_give_the_same_weights(folder):
     cli(
         "merge",
@@ -143,6 +150,8 @@ def test_a_matcher_is_named_by_its_class_or_class_path(capsys, flags, name, argu
         (["--refine=least_squares"], {"refine": "least_squares"}),
         (["--refine=LeastSquares", "--refine.positions=32"], {"refine": LeastSquares(positions=32)}),
         (["--refine=lightning_zipit.refine.Repair"], {"refine": Repair()}),
+        (["--refine=BatchNorm", "--refine.per_task=true"], {"refine": BatchNorm(per_task=True)}),
+        (["--weights.cats=2", "--weights.dogs=1"], {"weights": {"cats": 2.0, "dogs": 1.0}}),
         (["--width=1.5"], {"width": 1.5, "flops": None}),
         (["--width=auto", "--flops=1.2"], {"width": "auto", "flops": 1.2}),
         (["--width.stem=0.5", "--width.body=2"], {"width": {"stem": 0.5, "body": 2.0}}),

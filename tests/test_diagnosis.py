@@ -103,7 +103,7 @@ def test_features_that_are_constant_are_counted():
     with torch.no_grad():
         nets["b"].layer1[1].bn1.bias[:4] = -100
     found = kinds(nets, torch.cat(batches()))
-    assert "4 of 8 features of task 'b' in `layer1.1.conv1`" in found["dead"]
+    assert "4 of 8 features of model 'b' in `layer1.1.conv1`" in found["dead"]
 
 
 def test_a_task_that_is_crowded_out_is_named():
@@ -113,7 +113,7 @@ def test_a_task_that_is_crowded_out_is_named():
             for parameter in nets["b"][layer].parameters():
                 parameter.copy_(parameter[:4].repeat(8, *[1] * (parameter.ndim - 1)))
     found = kinds(nets, rows()[0], width=0.6)
-    assert "task 'a' are crowded out" in found["crowded"] and "width=" in found["crowded"]
+    assert "model 'a' are crowded out" in found["crowded"] and "width=" in found["crowded"]
     assert "crowded" not in kinds(nets, rows()[0], matcher=KMeans(), width=1.2)
 
 

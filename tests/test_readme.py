@@ -21,9 +21,11 @@ def run(name, tmp_path, monkeypatch):
     scope = {
         "animals": Lit(5),
         "vehicles": Lit(5),
+        "plants": Lit(4),
         "pretrained": Lit(9),
         "animal_images": images(),
         "vehicle_images": images(seed=1),
+        "plant_images": images(seed=2),
         "images": torch.randn(2, 3, 16, 16),
         "torch": torch,
         "trainer": trainer(),
@@ -50,6 +52,18 @@ def test_a_matcher_of_ones_own(tmp_path, monkeypatch):
     scope = run("matcher", tmp_path, monkeypatch)
     for space in scope["merged"].report.spaces:
         assert space.across == space.size and space.within == 0
+
+
+def test_the_line_between_two_models(tmp_path, monkeypatch):
+    assert len(run("interpolate", tmp_path, monkeypatch)["losses"]) == 5
+
+
+def test_merging_again(tmp_path, monkeypatch):
+    assert run("again", tmp_path, monkeypatch)["everything"].tasks == ["animals", "plants", "vehicles"]
+
+
+def test_batch_norm_per_task(tmp_path, monkeypatch):
+    assert run("per_task", tmp_path, monkeypatch)["logits"].shape == (2, 5)
 
 
 def test_changes_to_a_base(tmp_path, monkeypatch):

@@ -94,7 +94,7 @@ def test_there_is_no_similarity_where_nothing_was_measured_or_matched():
 def test_a_report_goes_through_plain_data_and_back(report):
     content = json.loads(json.dumps(report.to_dict()))
     assert repr(MergeReport.from_dict(content)) == repr(report)  # NaN does not equal itself, but reads the same
-    assert list(content) == ["spaces", "sources", "merged", "notes", "fits", "shifts"]
+    assert list(content) == ["spaces", "sources", "merged", "notes", "fits", "shifts", "models"]
 
 
 def test_a_report_of_an_older_checkpoint_is_read(report):

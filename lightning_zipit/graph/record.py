@@ -11,6 +11,7 @@ import torch
 from torch import fx, nn
 
 from lightning_zipit.errors import TraceError
+from lightning_zipit.graph.joined import Joined
 from lightning_zipit.graph.naming import describe
 from lightning_zipit.graph.registry import module_rule_of
 from lightning_zipit.graph.shapes import evaluating
@@ -78,6 +79,8 @@ def record(backbone: nn.Module) -> fx.Graph:
     Raises:
         TraceError: if torch.fx cannot follow, or the forward does not take one input.
     """
+    if isinstance(backbone, Joined):
+        return backbone.record()
     graph = _follow(backbone)
     _drop_unused(backbone, graph)
     inputs = [node.name for node in graph.nodes if node.op == "placeholder" and (node.users or not node.args)]

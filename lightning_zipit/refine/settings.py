@@ -11,7 +11,14 @@ class Refinement:
 
 @dataclass(frozen=True)
 class BatchNorm(Refinement):
-    """Re-estimates the running statistics of batch norm: the trunk's on all data, a head's on its own task's."""
+    """Re-estimates the running statistics of batch norm: the trunk's on all data, a head's on its own task's.
+
+    Args:
+        per_task: give the trunk a batch norm for each task, with statistics of that task's data alone. The trunk then
+            runs once for each task that is asked for.
+    """
+
+    per_task: bool = False
 
 
 @dataclass(frozen=True)

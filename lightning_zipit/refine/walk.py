@@ -13,8 +13,8 @@ from torch import Tensor, fx, nn
 
 from lightning_zipit.collectives import rank_and_size
 from lightning_zipit.graph import MergeGraph
-from lightning_zipit.merging import SpaceMap, merged_axis, shares_along
-from lightning_zipit.rebuild import UNMERGE
+from lightning_zipit.graph.joined import UNMERGE, Joined
+from lightning_zipit.merging import SpaceMap, merged_axis, model_shares, shares_along
 from lightning_zipit.refine.frontier import Frontier, Run, Values
 from lightning_zipit.refine.layers import Fitted, Layer, Norm, find_stops, groups_of, layer_of
 from lightning_zipit.refine.least_squares import MOST_INPUTS, NormalEquations, patches, samples, solve_layer
@@ -38,17 +38,17 @@ class Zip:
 
     @classmethod
     def of_outputs(
-        cls, graph: MergeGraph, parameter: str, maps: Mapping[str, SpaceMap], size: int, num_models: int
+        cls, graph: MergeGraph, parameter: str, maps: Mapping[str, SpaceMap], size: int, models: Tensor
     ) -> Zip:
-        """That of the outputs of one of the trunk's layers; outside all spaces, sources are averaged by number."""
+        """That of the outputs of one of the trunk's layers; outside all spaces, sources count as ``models`` says."""
         ref = graph.axes.get(parameter, (None,))[0]
         targets, shares = [], []
-        for source in range(num_models):
-            index, share = torch.arange(size), torch.full((size,), 1 / num_models, dtype=torch.float64)
+        for source, own in enumerate(models.tolist()):
+            index, share = torch.arange(size), torch.full((size,), own, dtype=torch.float64)
             if ref is not None:
                 targets_of = {space: maps[space].targets(source) for space in ref.spaces}
                 index = ref.index(targets_of, merged_axis(ref, maps))
-                share = shares_along(ref, maps, source, elsewhere=1 / num_models)
+                share = shares_along(ref, maps, source, elsewhere=own)
             targets.append(index)
             shares.append(share)
         return cls(size, tuple(targets), tuple(shares))
@@ -77,6 +77,8 @@ class Walk:
         maps: the matching of each space.
         batches: inputs, those of this process, on the device of the networks.
         how: what to do with each layer.
+        weights: how much each model counts; all the same by default.
+        models: the number of the model that each source is a part of, where several are paths of a merged one.
     """
 
     def __init__(
@@ -88,14 +90,20 @@ class Walk:
         maps: Mapping[str, SpaceMap],
         batches: Sequence[Tensor],
         how: LayerByLayer,
+        weights: Sequence[float] | None = None,
+        models: Mapping[str, int] | None = None,
     ) -> None:
+        models = models or {task: number for number, task in enumerate(sources)}
+        leads = [list(models.values()).index(number) for number in sorted(set(models.values()))]
+        self.models, self.shares = models, model_shares(len(leads), weights)
         self.heads, self.sources, self.graphs, self.maps, self.how = heads, sources, graphs, maps, how
         self.batches = batches
         self.graph = next(iter(graphs.values()))
         self.nodes = list(self.graph.trunk_graph())
         crossing = {crossing.node for crossing in self.graph.crossings}
         self.crossings = [node for node in self.nodes if node.name in crossing]
-        self.runs = [Run(network, self.nodes, self.crossings) for network in (trunk, *sources.values())]
+        own = [list(sources.values())[lead] for lead in leads]
+        self.runs = [Run(network, self.nodes, self.crossings) for network in (trunk, *own)]
         self.head_nodes = {
             task: [node for node in graph.fx_graph.nodes if node.name not in graph.trunk_nodes and node.op != "output"]
             for task, graph in graphs.items()
@@ -140,7 +148,7 @@ class Walk:
             self.trunk = Frontier(self.runs, len(self.batches), self._begin, limit)
 
             def zip_of(name: str, size: int) -> Zip:
-                return Zip.of_outputs(self.graph, f"{name}.weight", self.maps, size, len(self.sources))
+                return Zip.of_outputs(self.graph, f"{name}.weight", self.maps, size, self.shares)
 
             return _Part(self.trunk, zip_of, self.how)
         task = part.partition(".")[2]
@@ -156,8 +164,7 @@ class Walk:
 
     def _begin_head(self, task: str, batch: int) -> list[Values]:
         """What the trunk hands over: the merged one to the head, the source's own to the rest of the source."""
-        number = 1 + list(self.sources).index(task)
-        merged, own = self.trunk.finish(batch, (0, number))
+        merged, own = self.trunk.finish(batch, (0, 1 + self.models[task]))
         graph = self.graphs[task]
         by_name = {node.name: node for node in graph.trunk_graph()}
         values: list[Values] = [
@@ -168,7 +175,9 @@ class Walk:
         for crossing in graph.crossings:
             if crossing.ref is not None and not crossing.absorbed:
                 node = by_name[crossing.node]
-                values[0][node] = self.heads[task].get_submodule(f"{UNMERGE}.{crossing.node}")(values[0][node])
+                for held, part in zip(values, (self.heads[task], self.sources[task]), strict=True):
+                    if part is self.heads[task] or isinstance(part, Joined):
+                        held[node] = part.get_submodule(f"{UNMERGE}.{crossing.node}")(held[node])
         return values
 
 

@@ -1,0 +1,122 @@
+"""Batch norm that is a task's own, inside a trunk that all tasks share."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_zipit.graph import AxisRef
+from lightning_zipit.merging import SpaceMap, contract
+
+TASK = "task"
+"""Name of the input by which a trunk with a batch norm per task is told its task."""
+
+
+class TaskNorms(nn.ModuleDict):
+    """A norm for every task, in the place of one.
+
+    Args:
+        norm: what each of them starts as.
+        tasks: the names of the tasks.
+    """
+
+    def __init__(self, norm: nn.Module, tasks: Iterable[str]) -> None:
+        super().__init__({task: copy.deepcopy(norm) for task in tasks})
+
+    def forward(self, input: Tensor, task: str) -> Tensor:
+        return self[task](input)
+
+
+def find_norms(module: nn.Module, nodes: Collection[fx.Node]) -> list[fx.Node]:
+    """The calls of batch norms with running statistics, less those whose parameters are used elsewhere too.
+
+    Args:
+        module: the network.
+        nodes: nodes of its graph.
+    """
+    read = {str(node.target).rpartition(".")[0] for node in nodes if node.op == "get_attr"}
+    return [
+        node
+        for node in nodes
+        if node.op == "call_module"
+        and isinstance(norm := module.get_submodule(str(node.target)), _BatchNorm)
+        and norm.track_running_stats
+        and node.target not in read
+    ]
+
+
+def give_norms(trunk: fx.GraphModule, tasks: Collection[str]) -> None:
+    """Give a trunk a batch norm per task; it then takes the name of the task as its second input.
+
+    Args:
+        trunk: a trunk of one input; it is changed.
+        tasks: the names of the tasks.
+    """
+    graph = trunk.graph
+    calls = find_norms(trunk, list(graph.nodes))
+    (x,) = (node for node in graph.nodes if node.op == "placeholder")
+    with graph.inserting_after(x):
+        task = graph.placeholder(TASK)
+    for name in dict.fromkeys(str(call.target) for call in calls):
+        owner, _, attribute = name.rpartition(".")
+        setattr(trunk.get_submodule(owner), attribute, TaskNorms(trunk.get_submodule(name), tasks))
+    for call in calls:
+        call.kwargs = {**call.kwargs, TASK: task}
+    graph.lint()
+    trunk.recompile()
+
+
+def set_affine(
+    trunk: nn.Module,
+    networks: Mapping[str, nn.Module],
+    axes: Mapping[str, tuple[AxisRef | None, ...]],
+    maps: Mapping[str, SpaceMap],
+    models: Mapping[str, int],
+) -> None:
+    """Let the norms of a task scale and shift as its source does, on average over its own features of each cluster.
+
+    A merged feature that stands for none of them is silent: its scale and shift are 0.
+
+    Args:
+        trunk: a trunk that :func:`give_norms` has changed.
+        networks: the source networks by task.
+        axes: the table of axes.
+        maps: the matching of each space.
+        models: the number of the model that each network is a part of.
+    """
+    own = {name: module for name, module in trunk.named_modules() if isinstance(module, TaskNorms)}
+    for task, network in networks.items():
+        source = models[task]
+        alone = tuple(float(number == source) for number in sorted(set(models.values())))
+        own_maps = {space: replace(known, weights=alone) for space, known in maps.items()}
+        named = [(f"{name}.{key}", each) for name, norms in own.items() for key, each in norms[task].named_parameters()]
+        with torch.no_grad():
+            for name, parameter in named:
+                parameter.copy_(contract(attrgetter(name)(network), axes.get(name, (None,)), own_maps, source))
+
+
+def has_task_norms(trunk: nn.Module) -> bool:
+    """Whether a trunk takes the name of its task."""
+    return any(isinstance(module, TaskNorms) for module in trunk.modules())
+
+
+def run_all(trunk: nn.Module, heads: nn.ModuleDict, x: Tensor, per_task: bool) -> dict[str, Any]:
+    """The outputs of all heads by task.
+
+    Args:
+        trunk: from an input to a tuple of what the heads take.
+        heads: per task, the rest of the network.
+        x: the input.
+        per_task: whether the trunk takes the name of its task, and has to run for each; else it runs once.
+    """
+    if per_task:
+        return {task: head(*trunk(x, task)) for task, head in heads.items()}
+    crossing = trunk(x)
+    return {task: head(*crossing) for task, head in heads.items()}
