@@ -17,6 +17,7 @@ from rich.table import Table
 from torch import Tensor
 
 from lightning_zipit import Ensemble, JointAccuracy, ZipIt
+from lightning_zipit.plots import plot_tradeoff
 
 
 @dataclass(frozen=True)
@@ -106,33 +107,9 @@ def print_table(title: str, rows: Sequence[Row], tasks: Sequence[str]) -> None:
 
 def plot(title: str, rows: Sequence[Row], path: Path) -> None:
     """Joint accuracy over cost, one point a network; a line joins what differs in width alone."""
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    colours = {
-        "least squares": "tab:purple",
-        "model": "tab:gray",
-        "average": "tab:red",
-        "permute": "tab:orange",
-        "zip": "tab:blue",
-        "ensemble": "tab:green",
-    }
-    series: dict[str, list[Row]] = {}
-    for row in rows:
-        series.setdefault(row.name.partition(", width")[0], []).append(row)
-    lines = any(len(members) > 1 for members in series.values())  # they take colours of their own
-    for name, members in series.items():
-        points = sorted((row.flops / 1e6, row.accuracy["joint"]) for row in members)
-        if len(points) > 1:
-            axes.plot(*zip(*points, strict=True), marker="o", label=name)
-            continue
-        kind = next((kind for kind in colours if kind in name), "zip")
-        axes.scatter(*points[0], color="black" if lines else colours[kind], s=40)
-        axes.annotate(name, points[0], xytext=(5, 4), textcoords="offset points", fontsize=8)
-    if lines:
-        axes.legend(fontsize=8, loc="lower right")
-    axes.set(xlabel="MFLOPs for one sample", ylabel="joint accuracy in %", title=title)
-    axes.margins(x=0.2)
-    axes.grid(alpha=0.3)
+    alone = {row.name: (row.flops, row.accuracy["joint"]) for row in rows if row.name == "ensemble"}
+    merged = [row for row in rows if not row.name.startswith(("model", "ensemble"))]
+    points = [(row.name.partition(", width")[0], row.flops, row.accuracy["joint"]) for row in merged]
+    figure, axes = plot_tradeoff(points, alone)
+    axes.set(title=title, ylabel="joint accuracy in %")
     figure.savefig(path, dpi=120)
-    plt.close(figure)
