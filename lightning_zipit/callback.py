@@ -11,10 +11,10 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_zipit._lightning import unsupported_strategy
 from lightning_zipit.errors import CalibrationError
-from lightning_zipit.matchers import Average, GreedyZip, Matcher
+from lightning_zipit.matchers import Matcher
 from lightning_zipit.merging import SimilarityKind
 from lightning_zipit.module import ZipItModule
-from lightning_zipit.settings import MergeSettings, Refine
+from lightning_zipit.settings import MergeSettings, Refine, default_matcher
 from lightning_zipit.task_vectors import Combination
 from lightning_zipit.widths import Width
 
@@ -63,7 +63,7 @@ class ZipItCallback(Callback):
     ) -> None:
         self.settings = MergeSettings(
             stop_at,
-            matcher or (Average() if combine is not None else GreedyZip()),
+            matcher or default_matcher(combine),
             refine,
             merge_heads,
             verify,

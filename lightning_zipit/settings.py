@@ -42,6 +42,7 @@ class MergeSettings:
         flops: for ``width="auto"``, what the merged network may cost, as a ratio to one source's FLOPs.
         combine: for sources that were trained from one base and are matched by number: how their changes to it are
             combined, such as ``Ties()``, instead of averaging weights.
+        also: other merges of the same models that a calibration for ``statistics`` shall serve too.
 
     Raises:
         ConfigurationError: if an argument is not one of those there are.
@@ -58,6 +59,7 @@ class MergeSettings:
     width: Width = 1.0
     flops: float | None = None
     combine: Combination | None = None
+    also: tuple[MergeSettings, ...] = ()
 
     def __post_init__(self) -> None:
         self._check_width()
@@ -109,3 +111,8 @@ class MergeSettings:
     def refinement(self) -> Refinement | None:
         """What follows merging, with its settings."""
         return NAMED[self.refine] if isinstance(self.refine, str) else self.refine
+
+
+def default_matcher(combine: Combination | None) -> Matcher:
+    """What matches where nothing is said: changes to a base go by the number of the feature."""
+    return Average() if combine is not None else GreedyZip()
