@@ -18,6 +18,7 @@ from lightning_zipit.session import merge_backbones
 from lightning_zipit.settings import MergeSettings
 from lightning_zipit.statistics import FeatureStatistics, Moments
 from lightning_zipit.statistics_file import CalibrationStatistics
+from lightning_zipit.sweep_result import SweepResult
 from lightning_zipit.trainer import ZipItTrainer
 
 __version__ = "0.1.0"
@@ -32,6 +33,7 @@ __all__ = [
     "MergeSettings",
     "Moments",
     "MultiHeadModule",
+    "SweepResult",
     "ZipIt",
     "ZipItCLI",
     "ZipItCallback",

@@ -11,10 +11,10 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_zipit._lightning import unsupported_strategy
 from lightning_zipit.announce import announce
 from lightning_zipit.errors import CalibrationError
-from lightning_zipit.matchers import Average, GreedyZip, Matcher
+from lightning_zipit.matchers import Matcher
 from lightning_zipit.merging import SimilarityKind
 from lightning_zipit.module import ZipItModule
-from lightning_zipit.settings import MergeSettings, ModelWeights, Refine
+from lightning_zipit.settings import MergeSettings, ModelWeights, Refine, default_matcher
 from lightning_zipit.task_vectors import Combination
 from lightning_zipit.widths import Width
 
@@ -70,7 +70,7 @@ class ZipItCallback(Callback):
     ) -> None:
         self.settings = MergeSettings(
             stop_at,
-            matcher or (Average() if combine is not None else GreedyZip()),
+            matcher or default_matcher(combine),
             refine,
             merge_heads,
             verify,
@@ -83,6 +83,7 @@ class ZipItCallback(Callback):
             positions,
             weights,
         )
+        self.announces = True  # the report, in the end
         self._undo = ExitStack()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -108,7 +109,7 @@ class ZipItCallback(Callback):
                 "limit_predict_batches be above 0. Statistics that were gathered before do without data with "
                 "refine=None alone."
             )
-        if stage == "predict" and isinstance(pl_module, ZipItModule):  # the progress bar is closed by now
+        if self.announces and stage == "predict" and isinstance(pl_module, ZipItModule):  # the progress bar is closed
             announce(trainer, pl_module.merged.report)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

@@ -1,4 +1,4 @@
-"""The command line: a user's own LightningCLI gains ``merge``, and ``lightning-zipit`` has it for any model class."""
+"""The command line: a user's own LightningCLI gains ``merge`` and ``sweep``; ``lightning-zipit`` is for any class."""
 
 from __future__ import annotations
 
@@ -26,18 +26,23 @@ USAGES = {
     "predict": "%(prog)s [--ckpt_path FILE] [option ...]",
     "merge": "%(prog)s --checkpoints.TASK FILE --checkpoints.TASK FILE ... [--backbone NAME] [--stop_at NAME] "
     "[--output FILE] [option ...]",
+    "sweep": "%(prog)s --checkpoints.TASK FILE --checkpoints.TASK FILE ... [--backbone NAME] [--metric NAME] "
+    "[--stop_at '[NAME, NAME]'] [--alpha '[NUMBER, NUMBER]'] [--results FILE] [option ...]",
 }
+
+MERGING = ("merge", "sweep")
+"""The subcommands whose models are those of several checkpoints."""
 
 MERGED_HINT = "A merged checkpoint as --ckpt_path needs no model, and data with one loader per task."
 
 
 class ZipItCLI(LightningCLI):
-    """A drop-in for LightningCLI, with ``merge`` beside ``fit``, ``validate``, ``test`` and ``predict``.
+    """A drop-in for LightningCLI, with ``merge`` and ``sweep`` beside ``fit``, ``validate``, ``test`` and ``predict``.
 
-    ``merge`` needs no arguments of the model where the checkpoints hold their hyperparameters. ``validate``, ``test``
-    and ``predict`` also take a merged checkpoint as ``--ckpt_path``: the model is then read from it. A subclass may
-    have ``before_merge`` and ``after_merge``, as one of LightningCLI has ``before_fit`` and its kin; after a merge,
-    ``self.trainer.lightning_module`` is the merged module.
+    ``merge`` and ``sweep`` need no arguments of the model where checkpoints hold hyperparameters. ``validate``,
+    ``test`` and ``predict`` also take a merged checkpoint as ``--ckpt_path``: the model is then read from it. A
+    subclass may have ``before_merge`` and ``after_merge``, as one of LightningCLI has ``before_fit`` and its kin; after
+    a merge, ``self.trainer.lightning_module`` is the merged module.
 
     An error that this package raises on purpose ends the command with its message and exit code 1, without a traceback.
 
@@ -83,8 +88,8 @@ class ZipItCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Those of LightningCLI, and ``merge``, each with the arguments that are no options."""
-        return {**LightningCLI.subcommands(), "merge": {"model", "datamodule"}}
+        """Those of LightningCLI, ``merge`` and ``sweep``, each with the arguments that are no options."""
+        return {**LightningCLI.subcommands(), **{name: {"model", "datamodule"} for name in MERGING}}
 
     def setup_parser(
         self, add_subcommands: bool, main_kwargs: dict[str, Any], subparser_kwargs: dict[str, Any]
@@ -98,6 +103,7 @@ class ZipItCLI(LightningCLI):
         parsers = subcommand_parsers(self)
         for switch in ("merge_heads", "test"):
             make_switch(parsers["merge"], switch)
+        make_switch(parsers["sweep"], "merge_heads")
         for name, parser in parsers.items():
             parser.usage = parser.usage or USAGES.get(name)
             titles = {
@@ -109,14 +115,14 @@ class ZipItCLI(LightningCLI):
             show_first(parser, titles)
             if name != "fit":  # for the others, a checkpoint can say what the model is
                 self._required[name] = make_optional(parser, "model")
-            if name not in ("fit", "merge"):
+            if name not in ("fit", *MERGING):
                 parser.description = f"{(parser.description or name).rstrip('.')}. {MERGED_HINT}"
 
     def _make_matcher(self, matcher_class: type[Matcher], *args: Any, **kwargs: Any) -> Matcher:
         try:
             return matcher_class(*args, **kwargs)
         except (TypeError, ValueError) as error:
-            subcommand_parsers(self)["merge"].error(f"--matcher {matcher_class.__name__}: {error}")
+            subcommand_parsers(self)[str(self.config.subcommand)].error(f"--matcher {matcher_class.__name__}: {error}")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse the arguments, and see whether ``--ckpt_path`` is a merged checkpoint."""
@@ -168,15 +174,15 @@ class ZipItCLI(LightningCLI):
         missing = self._missing()
         if not missing:
             return None
-        if self.subcommand != "merge":
+        if self.subcommand not in MERGING:
             self._require(*missing)
         return self.model_class if isinstance(self.model_class, type) else None
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the Trainer; a merge writes one file only, so it saves no configuration and has no default logger."""
-        if self.subcommand == "merge":
+        if self.subcommand in MERGING:
             self.save_config_callback = None
-            if self.config_init["merge"]["trainer"].get("logger", False) is None:
+            if self.config_init[self.subcommand]["trainer"].get("logger", False) is None:
                 kwargs.setdefault("logger", False)
         return super().instantiate_trainer(**kwargs)
 

@@ -16,8 +16,10 @@ from lightning_zipit.matchers import Matcher
 from lightning_zipit.merging import SimilarityKind
 from lightning_zipit.module import ZipItModule
 from lightning_zipit.multihead import MultiHeadModule
-from lightning_zipit.settings import ModelWeights, Refine
+from lightning_zipit.settings import MergeSettings, ModelWeights, Refine
 from lightning_zipit.sources import find_input
+from lightning_zipit.sweep import Evaluation, Sweep, grid
+from lightning_zipit.sweep_result import Mode, SweepResult
 from lightning_zipit.task_vectors import Combination
 from lightning_zipit.widths import Width
 
@@ -120,6 +122,9 @@ class ZipIt:
             positions,
             weights,
         )
+        return self._run(module, callback)
+
+    def _run(self, module: ZipItModule, callback: ZipItCallback) -> MultiHeadModule:
         callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
         callbacks.append(callback)
         try:
@@ -128,3 +133,116 @@ class ZipIt:
             callbacks.remove(callback)
         self.trainer.strategy.connect(module.merged)
         return module.merged
+
+    def sweep(
+        self,
+        models: Mapping[str, LightningModule] | Sequence[LightningModule],
+        dataloaders: Any = None,
+        datamodule: LightningDataModule | None = None,
+        val_dataloaders: Any = None,
+        backbone: str = "",
+        *,
+        metric: str | None = None,
+        mode: Mode = "max",
+        classes: Mapping[str, Sequence[int]] | None = None,
+        results: str | Path = "sweep.csv",
+        stop_at: str | Sequence[str | None] | None = None,
+        matcher: Matcher | Sequence[Matcher] | None = None,
+        alpha: float | Sequence[float] | None = None,
+        beta: float | Sequence[float] | None = None,
+        refine: Refine | Sequence[Refine | None] | None = "batch_norm",
+        similarity: SimilarityKind | Sequence[SimilarityKind] = "correlation",
+        width: Width | Sequence[Width] = 1.0,
+        flops: float | Sequence[float] | None = None,
+        base: LightningModule | None = None,
+        combine: Combination | Sequence[Combination] | None = None,
+        positions: int | None = None,
+        weights: ModelWeights | None = None,
+        merge_heads: bool = False,
+        verify: bool = True,
+        statistics_memory: float = 8.0,
+        statistics: str | Path | None = None,
+        get_input: Callable[[Any], Tensor] = find_input,
+    ) -> SweepResult:
+        """Merge with every combination of settings and validate each merged module, from one calibration.
+
+        Arguments of :meth:`merge` take a list of values to try, or one value. The statistics are gathered once for all
+        settings, and the data is gone through again for what ``refine`` does. Every finished setting is a row of
+        ``results``: a sweep that was interrupted, or has more settings now, does only what is missing or has failed.
+
+        Args:
+            models: the source modules by task, or a sequence of them; they are left exactly as they were.
+            dataloaders: calibration data; see :meth:`merge`.
+            datamodule: where the calibration data comes from instead, and the validation data unless
+                ``val_dataloaders`` are given.
+            val_dataloaders: validation data, one loader per task in a sequence or dict.
+            backbone: dotted name of the part to merge.
+            metric: what the sources' ``validation_step`` logs, such as ``"val_acc"``; settings are compared by its mean
+                over the tasks.
+            mode: whether the metric is better high (``"max"``) or low (``"min"``).
+            classes: per task, the global label of each output of its head: the
+                :class:`~lightning_zipit.JointAccuracy` is measured too, and decides where there is no ``metric``.
+            results: the CSV file of the rows. One that is there is added to, if it is of these models.
+            stop_at: the trunk's last module.
+            matcher: similarity → labels.
+            alpha: of ``GreedyZip``, instead of ``matcher``.
+            beta: of ``GreedyZip``, instead of ``matcher``.
+            refine: what follows merging.
+            similarity: how alike features are.
+            width: how many features the merged network has.
+            flops: the budget of ``width="auto"``.
+            base: the module that all were trained from, for ``combine``.
+            combine: how changes to ``base`` are combined.
+            positions: how many positions of each image or sequence the statistics are taken from.
+            weights: how much each model counts where features become one.
+            merge_heads: merge the last layer too.
+            verify: prove the tables of axes on the first calibration batch.
+            statistics_memory: GiB that the statistics for all settings may take together.
+            statistics: the safetensors file of the statistics; by default that of ``results`` with the suffix
+                ``.safetensors``.
+            get_input: from a batch to the backbone's input.
+
+        Returns:
+            The rows, the best of them, the Pareto front, and how to merge as in one of them.
+
+        Raises:
+            ConfigurationError: with every problem that is known before any data is touched; or with the error of the
+                first setting, where all of them fail. The error of a setting is else its row's.
+            CalibrationError: if the calibration data cannot be used.
+            StatisticsError: if the statistics are those of other models or settings.
+        """
+        choices = {
+            "stop_at": stop_at,
+            "combine": combine,
+            "matcher": matcher,
+            "alpha": alpha,
+            "beta": beta,
+            "similarity": similarity,
+            "width": width,
+            "flops": flops,
+            "refine": refine,
+        }
+        settings = grid(
+            choices,
+            merge_heads=merge_heads,
+            verify=verify,
+            statistics_memory=statistics_memory,
+            positions=positions,
+            weights=weights,
+        )
+
+        def make_module() -> ZipItModule:
+            return ZipItModule(models, backbone, dataloaders, datamodule, get_input, base)
+
+        def merge(module: ZipItModule, chosen: MergeSettings) -> MultiHeadModule:
+            callback = ZipItCallback()
+            callback.settings, callback.announces = chosen, False
+            return self._run(module, callback)
+
+        tasks = tuple(make_module().models)
+        evaluation = Evaluation(self.trainer, tasks, val_dataloaders, datamodule, metric, classes, get_input)
+        file = Path(statistics) if statistics else Path(results).with_suffix(".safetensors")
+        result = Sweep(self.trainer, make_module, merge, settings, evaluation, file, mode).run(results)
+        if self.trainer.is_global_zero:
+            print(result)
+        return result

@@ -79,6 +79,11 @@ class ZipItModule(DelegatedTransfers, LightningModule):
         return self._originals[0]
 
     @property
+    def base(self) -> LightningModule | None:
+        """The module that all were trained from, where it was given."""
+        return self._base[0]
+
+    @property
     def merged(self) -> MultiHeadModule:
         if not self._merged and self._handover.exists():
             self._merged = (self._take_over(),)

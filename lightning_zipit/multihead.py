@@ -106,6 +106,10 @@ class MultiTaskModule(DelegatedTransfers, LightningModule):
         """The names of the tasks, in the order of their heads."""
         return list(self.heads)
 
+    def task_of(self, dataloader_idx: int) -> str:
+        """The task that a dataloader belongs to, while a Trainer runs over it."""
+        return self._loader_tasks[dataloader_idx]
+
     def forward(self, x: Tensor, task: str | None = None) -> Any:
         """All outputs, with one pass of the trunk, or one per task where it has norms for each; or one task's output.
 
@@ -132,7 +136,7 @@ class MultiTaskModule(DelegatedTransfers, LightningModule):
         return self._step("predict_step", batch, batch_idx, dataloader_idx)
 
     def _step(self, name: str, batch: Any, batch_idx: int, dataloader_idx: int) -> Any:
-        with self._speaking(self._loader_tasks[dataloader_idx]) as source:
+        with self._speaking(self.task_of(dataloader_idx)) as source:
             step = getattr(source, name)
             takes_loader = "dataloader_idx" in inspect.signature(step).parameters
             return step(batch, batch_idx, **({"dataloader_idx": 0} if takes_loader else {}))
@@ -218,7 +222,7 @@ class MultiTaskModule(DelegatedTransfers, LightningModule):
     # Moving a batch is the business of the source that the loader belongs to
 
     def _transfer(self, hook: str, dataloader_idx: int, *args: Any) -> Any:
-        with self._speaking(self._loader_tasks[dataloader_idx]) as source:
+        with self._speaking(self.task_of(dataloader_idx)) as source:
             return getattr(source, hook)(*args, 0)
 
 

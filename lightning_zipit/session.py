@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
@@ -22,11 +21,12 @@ from lightning_zipit.errors import (
     CalibrationError,
     ConfigurationError,
     UnknownShapeError,
+    ZipItError,
 )
 from lightning_zipit.graph import FeatureSpace, MergeGraph, evaluating
 from lightning_zipit.graph.agreement import trace_all
 from lightning_zipit.graph.joined import Joined
-from lightning_zipit.graph.taps import before_activations
+from lightning_zipit.graph.taps import before_activations, tapped_by_all
 from lightning_zipit.graph.verify import find_failing
 from lightning_zipit.matchers import Average, DualSpace
 from lightning_zipit.merging import (
@@ -145,12 +145,13 @@ class MergeSession:
         self._pass = 0
         self._working: dict[str, nn.Module] = {}
         self._record = StatisticsRecord(settings.statistics, self._lead(backbones)) if settings.statistics else None
+        self._cuts: dict[str | None, MergeGraph] = {}  # by stop_at, where the statistics serve other merges too
         self._seen: dict[int, int] = {}
         self.expected: Sequence[int | None] = ()
         if self._record is not None and self._record.complete is not None:
             known = self._record.complete
             self._example = known.example.clone()
-            self.graphs = self._trace(known.example, barriers=known.barriers)
+            self.graphs = self._trace(known.example, barriers=known.barriers_of(settings.stop_at))
             warn_of_barriers(next(iter(self.graphs.values())))
             self._choose_from(known.example)
             self.calibration_passes = 0
@@ -219,6 +220,7 @@ class MergeSession:
             next(iter(self.graphs.values())).barriers,
             self._calibration.statistics,
             self._seen if partly else {},
+            {stop_at or "": graph.barriers for stop_at, graph in self._cuts.items()},
         )
 
     def _start(self, x: Tensor, networks: Mapping[str, nn.Module]) -> Calibration:
@@ -227,11 +229,9 @@ class MergeSession:
             self._example = torch.zeros_like(x[:1], device="cpu")
             example = x[:8].detach()
             with torch.inference_mode(False), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-                if not self.graphs or any(graph.input_shape != x.shape[1:] for graph in self.graphs.values()):
-                    self.graphs = self._trace(example)
-                if self.settings.verify and find_failing(networks[task], self.graphs[task], example.clone()):
-                    self.graphs = self._trace(example, verify=True)
+                self.graphs = self._prove(self.graphs, networks, example)
                 self._choose_from(example)
+                self._cuts = self._find_cuts(networks, example)
             warn_of_barriers(self.graphs[task])
         calibration = self._measuring(networks)
         if self._record is not None and self._record.resumed is not None:
@@ -242,7 +242,8 @@ class MergeSession:
         fitting = None if example is None else like(example, self._first)
         joined = [network for network in self.backbones.values() if isinstance(network, Joined)]
         arguments.setdefault("barriers", {node: why for each in joined for node, why in each.barriers.items()})
-        graphs = trace_all(self.backbones, self.settings.stop_at, self.settings.merge_heads, fitting, **arguments)
+        arguments = {"stop_at": self.settings.stop_at, **arguments}
+        graphs = trace_all(self.backbones, merge_heads=self.settings.merge_heads, example=fitting, **arguments)
         graph = next(iter(graphs.values()))
         if self.settings.norms_per_task and not find_norms(graph.module, list(graph.trunk_graph())):
             raise ConfigurationError(
@@ -250,6 +251,26 @@ class MergeSession:
                 ", or let the trunk end later (`stop_at`)."
             )
         return graphs
+
+    def _prove(
+        self, graphs: dict[str, MergeGraph], networks: Mapping[str, nn.Module], example: Tensor, **arguments: Any
+    ) -> dict[str, MergeGraph]:
+        """Graphs that fit an example and, where the settings ask for it, are proved on it."""
+        if not graphs or any(graph.input_shape != example.shape[1:] for graph in graphs.values()):
+            graphs = self._trace(example, **arguments)
+        task = next(iter(networks))
+        if self.settings.verify and find_failing(networks[task], graphs[task], example.clone()):
+            graphs = self._trace(example, verify=True, **arguments)
+        return graphs
+
+    def _find_cuts(self, networks: Mapping[str, nn.Module], example: Tensor) -> dict[str | None, MergeGraph]:
+        """Of every cut that the statistics shall serve, the graph of the first network."""
+        cuts = {self.settings.stop_at: next(iter(self.graphs.values()))} if self.settings.also else {}
+        for stop_at in dict.fromkeys(other.stop_at for other in self.settings.also):
+            if stop_at not in cuts:
+                with suppress(ZipItError):  # the merge with this cut will say so
+                    cuts[stop_at] = next(iter(self._prove({}, networks, example, stop_at=stop_at).values()))
+        return cuts
 
     def _choose_from(self, example: Tensor) -> None:
         """Find the widths that there are to choose from."""
@@ -271,14 +292,12 @@ class MergeSession:
         return FlopsModel.of(list(self.graphs.values()), networks, like(self._example, self._first))
 
     def _measuring(self, networks: Mapping[str, nn.Module]) -> Calibration:
-        graph = next(iter(self.graphs.values()))
-        spaces = [name for family in self._families() for name in family]
-        how = self.settings.refinement
-        if isinstance(how, LeastSquares) and how.pre_activations:
-            graph = before_activations(graph)
-        by_weights = isinstance(self.settings.matcher, DualSpace) and self.settings.matcher.tau == 1
-        measured = [] if by_weights else spaces
-        return Calibration(graph, self._lead(networks), measured, positions=self.settings.positions)
+        graph = as_measured(next(iter(self.graphs.values())), self.settings)
+        spaces: list[str] | None = [name for family in self._families() for name in family]
+        if self._cuts:  # then there is one pass
+            others = [as_measured(self._cuts[s.stop_at], s) for s in self.settings.also if s.stop_at in self._cuts]
+            graph, spaces = tapped_by_all([graph, *others]), None
+        return Calibration(graph, self._lead(networks), spaces, positions=self.settings.positions)
 
     def _families(self) -> list[list[str]]:
         """The families of spaces whose turn it is in this pass; more turns than passes are taken in the last one."""
@@ -295,6 +314,8 @@ class MergeSession:
             if self._record is not None and self._record.complete is not None:
                 self._calibration = self._measuring(self.backbones)
                 self._calibration.restore(self._record.complete.statistics)
+                for unused in self._record.complete.statistics.values():
+                    unused.free()
             else:
                 self._complete_statistics()
             if isinstance(self.settings.matcher, DualSpace):
@@ -304,6 +325,9 @@ class MergeSession:
                     self._matched.update(part)
         if self._record is not None:
             self._record.discard()
+        assert self._calibration is not None
+        for statistics in self._calibration.statistics.values():
+            statistics.free()
         self._calibration = None  # the statistics have served
 
     def _complete_statistics(self) -> None:
@@ -596,6 +620,16 @@ def merge_backbones(
     return session.merged
 
 
+def as_measured(graph: MergeGraph, settings: MergeSettings) -> MergeGraph:
+    """A graph whose spaces are tapped where a merge of these settings looks at them, if it does."""
+    how, matcher = settings.refinement, settings.matcher
+    if isinstance(how, LeastSquares) and how.pre_activations:
+        graph = before_activations(graph)
+    if isinstance(matcher, DualSpace) and matcher.tau == 1:  # by weights alone
+        graph = replace(graph, spaces={name: replace(space, tap=None) for name, space in graph.spaces.items()})
+    return graph
+
+
 def split_families(graph: MergeGraph, num_models: int, limit: float) -> list[list[list[str]]]:
     """Families of spaces by turns, so that the statistics of one turn take no more memory than a limit.
 
@@ -608,10 +642,10 @@ def split_families(graph: MergeGraph, num_models: int, limit: float) -> list[lis
         Per turn, its families.
     """
     turns: list[list[list[str]]] = []
-    filled = math.inf
+    filled = 0
     for family in families(graph):
         size = sum(statistics_bytes(graph, name, num_models) for name in family)
-        if filled + size > limit:
+        if not turns or filled + size > limit:
             turns.append([])
             filled = 0
         turns[-1].append(family)

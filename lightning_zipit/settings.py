@@ -51,6 +51,7 @@ class MergeSettings:
             combined, such as ``Ties()``, instead of averaging weights.
         weights: how much each model counts where features become one, by task or in the order of the tasks; all the
             same by default.
+        also: other merges of the same models that a calibration for ``statistics`` shall serve too.
 
     Raises:
         ConfigurationError: if an argument is not one of those there are.
@@ -69,6 +70,7 @@ class MergeSettings:
     combine: Combination | None = None
     positions: int | None = None
     weights: ModelWeights | None = None
+    also: tuple[MergeSettings, ...] = ()
 
     def __post_init__(self) -> None:
         self._check_width()
@@ -146,3 +148,8 @@ class MergeSettings:
     def norms_per_task(self) -> bool:
         """Whether the trunk has a batch norm for each task."""
         return isinstance(self.refinement, BatchNorm) and self.refinement.per_task
+
+
+def default_matcher(combine: Combination | None) -> Matcher:
+    """What matches where nothing is said: changes to a base go by the number of the feature."""
+    return Average() if combine is not None else GreedyZip()

@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ class CalibrationStatistics:
         barriers: nodes of the networks that cannot be merged, as :attr:`MergeGraph.barriers` has them.
         statistics: by tap, the features of all networks side by side.
         seen: how many samples of each loader are in them, of a calibration that has not ended yet; else empty.
+        cuts: where they serve merges with several ``stop_at`` (``""`` for ``None``), the barriers of each.
 
     Example:
         >>> import lightning_zipit as zipit
@@ -64,6 +65,11 @@ class CalibrationStatistics:
     barriers: dict[str, str]
     statistics: dict[str, FeatureStatistics]
     seen: dict[int, int] = field(default_factory=dict)
+    cuts: dict[str, dict[str, str]] = field(default_factory=dict)
+
+    def barriers_of(self, stop_at: str | None) -> dict[str, str]:
+        """The nodes that cannot be merged in a merge with this ``stop_at``."""
+        return self.cuts.get(stop_at or "", self.barriers)
 
     @property
     def count(self) -> int:
@@ -86,6 +92,7 @@ class CalibrationStatistics:
             ("input_shape", "inputs of the shape"),
             ("input_dtype", "inputs of the type"),
             ("barriers", "networks with the barriers"),
+            ("cuts", "merges with the cuts"),
         ):
             mine, theirs = getattr(self, attribute), getattr(other, attribute)
             if mine != theirs:
@@ -95,7 +102,7 @@ class CalibrationStatistics:
         if self.seen or other.seen:
             raise StatisticsError("Statistics of a calibration that has not ended cannot be added to others.")
         joint = {tap: mine + other.statistics[tap] for tap, mine in self.statistics.items()}
-        return CalibrationStatistics(self.fingerprints, self.input_shape, self.input_dtype, self.barriers, joint)
+        return replace(self, statistics=joint)
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file; one that is there is replaced once the new one is complete.
@@ -119,6 +126,8 @@ class CalibrationStatistics:
             "barriers": self.barriers,
             "seen": {str(loader): samples for loader, samples in self.seen.items()},
         }
+        if self.cuts:
+            header["cuts"] = self.cuts
         text = json.dumps({**header, "digest": _digest(tensors, json.dumps(header, sort_keys=True))})
         with replacing(Path(path)) as file:
             save_file(tensors, file, {HEADER: text})
@@ -148,6 +157,7 @@ class CalibrationStatistics:
                 {str(node): str(reason) for node, reason in header["barriers"].items()},
                 _restore(tensors, len(header["fingerprints"])),
                 {int(loader): int(samples) for loader, samples in header["seen"].items()},
+                {str(stop_at): dict(barriers) for stop_at, barriers in header.get("cuts", {}).items()},
             )
             if not known.example.numel():
                 raise ValueError(f"samples of the shape {known.input_shape} hold nothing")

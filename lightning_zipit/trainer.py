@@ -1,4 +1,4 @@
-"""A Trainer that merges checkpoints: what the command line's ``merge`` runs."""
+"""A Trainer that merges checkpoints: what the command line's ``merge`` and ``sweep`` run."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from lightning_zipit.merging import SimilarityKind
 from lightning_zipit.multihead import MultiHeadModule, find_record, read_checkpoint
 from lightning_zipit.settings import ModelWeights, Refine
 from lightning_zipit.sources import INSTANTIATOR, find_class
+from lightning_zipit.sweep_result import Mode, SweepResult
 from lightning_zipit.task_vectors import Combination
 from lightning_zipit.widths import Width, changes_size
 
@@ -29,7 +30,7 @@ CLASS_PATH = "_class_path"
 
 
 class ZipItTrainer(Trainer):
-    """Lightning's Trainer, with merge beside fit, validate, test and predict."""
+    """Lightning's Trainer, with merge and sweep beside fit, validate, test and predict."""
 
     def merge(
         self,
@@ -120,10 +121,7 @@ class ZipItTrainer(Trainer):
         if problems:
             raise ConfigurationError.collect(problems)
         merged = ZipIt(self).merge(
-            {
-                task: load_source(path, model, (classes or {}).get(task), weights_only, task)
-                for task, path in checkpoints.items()
-            },
+            load_sources(checkpoints, model, classes or {}, weights_only),
             datamodule=datamodule,
             backbone=backbone,
             stop_at=stop_at,
@@ -142,20 +140,144 @@ class ZipItTrainer(Trainer):
         )
         if self.is_global_zero and merged.report is not None and not is_talkative(self):  # else it was printed
             merged.report.show()
+        self._save(output)
+        if test:
+            self.test(merged, datamodule=datamodule)
+        return merged
+
+    def sweep(
+        self,
+        model: LightningModule | type[LightningModule] | None,
+        datamodule: LightningDataModule | None = None,
+        *,
+        checkpoints: dict[str, str],
+        backbone: str = "",
+        metric: str | None = None,
+        mode: Mode = "max",
+        labels: dict[str, list[int]] | None = None,
+        results: str = "sweep.csv",
+        stop_at: list[str | None] | str | None = None,
+        matcher: list[Matcher] | Matcher | None = None,
+        alpha: list[float] | float | None = None,
+        beta: list[float] | float | None = None,
+        refine: list[Refine | None] | Refine | None = "batch_norm",
+        similarity: list[SimilarityKind] | SimilarityKind = "correlation",
+        width: list[Width] | Width = 1.0,
+        flops: list[float] | float | None = None,
+        base: str | None = None,
+        combine: list[Combination] | Combination | None = None,
+        positions: int | None = None,
+        weights: ModelWeights | None = None,
+        merge_heads: bool = False,
+        statistics_memory: float = 8.0,
+        statistics: str | None = None,
+        output: str | None = None,
+        plot: str | None = None,
+        classes: dict[str, str] | None = None,
+        weights_only: bool = True,
+    ) -> SweepResult:
+        """Merge checkpoints with every combination of settings and validate each, from one calibration.
+
+        Settings take one value, or a list of those to try: --stop_at '[layer1, layer2, null]'.
+
+        Args:
+            model: a module of the class that was trained, or that class; weights are not used. A module is needed
+                where checkpoints hold no hyperparameters.
+            datamodule: where the data comes from: for calibration as in merge, for validation its
+                ``val_dataloader()``, which returns one loader per task.
+            checkpoints: task name → checkpoint file, at least two of them (--checkpoints.TASK=FILE).
+            backbone: dotted name of the part of the model to merge; the whole forward by default.
+            metric: what the models' validation_step logs, such as val_acc; settings are compared by its mean over the
+                tasks.
+            mode: whether the metric is better high (max) or low (min).
+            labels: task name → the global label of each output of its head: the joint accuracy over all tasks is
+                measured too, and decides where there is no metric.
+            results: the CSV file of the rows. One that is there is added to, if it is of these models.
+            stop_at: dotted name inside the backbone of the last module that the tasks share; null for everything down
+                to the last layer.
+            matcher: how features of the models are matched; GreedyZip by default.
+            alpha: of GreedyZip, instead of matcher.
+            beta: of GreedyZip, instead of matcher.
+            refine: what follows merging; see merge.
+            similarity: how alike two features are; see merge.
+            width: how many features the merged network has; see merge.
+            flops: the budget of width auto.
+            base: the checkpoint that all were trained from, for combine.
+            combine: how changes to base are combined; see merge.
+            positions: how many positions of each image or sequence the statistics are taken from; see merge.
+            weights: how much each model counts; see merge.
+            merge_heads: merge the last layer too, for models that share one output space.
+            statistics_memory: GiB that the statistics for all settings may take together.
+            statistics: the safetensors file of the statistics; by default that of results with the suffix .safetensors.
+            output: a file for the merged module with the best metric; by default none is written.
+            plot: an image file for the metric over FLOPs, which needs matplotlib.
+            classes: task name → class path, for tasks whose model is of another class (--classes.TASK=CLASS_PATH).
+            weights_only: read tensors and primitives of the checkpoints only. false unpickles them, which runs code
+                that they hold: for files that you trust.
+
+        Returns:
+            The rows, the best of them and the Pareto front.
+
+        Raises:
+            ConfigurationError: with every problem that is known before any model is loaded, or before any data is
+                touched.
+            CheckpointError: if a checkpoint cannot be read, or does not fit the model.
+            CalibrationError: if the calibration data cannot be used.
+            StatisticsError: if the statistics are those of other models or settings.
+        """
+        file = statistics or str(Path(results).with_suffix(".safetensors"))
+        problems = _find_problems(checkpoints, output, datamodule, False, classes or {}, file)
+        if base and not Path(base).is_file():
+            problems.append(f"There is no checkpoint file {base} (`base`).")
+        if plot and (problem := find_output_problem(plot, "plot")):
+            problems.append(problem)
+        if problems:
+            raise ConfigurationError.collect(problems)
+        result = ZipIt(self).sweep(
+            load_sources(checkpoints, model, classes or {}, weights_only),
+            datamodule=datamodule,
+            backbone=backbone,
+            metric=metric,
+            mode=mode,
+            classes=labels,
+            results=results,
+            stop_at=stop_at,
+            matcher=matcher,
+            alpha=alpha,
+            beta=beta,
+            refine=refine,
+            similarity=similarity,
+            width=width,
+            flops=flops,
+            base=load_source(base, model, None, weights_only, "base") if base else None,
+            combine=combine,
+            positions=positions,
+            weights=weights,
+            merge_heads=merge_heads,
+            statistics_memory=statistics_memory,
+            statistics=file,
+        )
+        if plot and self.is_global_zero:
+            figure, _ = result.plot()
+            with replacing(Path(plot)) as image:
+                figure.savefig(image)
+        if output:
+            result.merge()
+            self._save(output)
+        return result
+
+    def _save(self, output: str) -> None:
         with replacing(Path(output)) as file:
             # Weights only: the optimizers and callbacks of this Trainer have no part in a merge.
             self.save_checkpoint(file, weights_only=True)
         if self.is_global_zero:
             print(f"Saved the merged module to {output}")
         self.strategy.barrier("ZipItTrainer.merge")  # no process goes on before the file is there to be read
-        if test:
-            self.test(merged, datamodule=datamodule)
-        return merged
 
 
 def _find_problems(
     checkpoints: Mapping[str, str],
-    output: str,
+    output: str | None,
     datamodule: LightningDataModule | None,
     test: bool,
     classes: Mapping[str, str],
@@ -166,7 +288,7 @@ def _find_problems(
     for task, path in checkpoints.items():
         if not Path(path).is_file():
             problems.append(f"There is no checkpoint file {path} (task {task!r}).")
-        elif Path(path).resolve() == Path(output).resolve():
+        elif output and Path(path).resolve() == Path(output).resolve():
             problems.append(f"`output` would replace the checkpoint {path} of task {task!r}: give it another name.")
     for task, name in classes.items():
         if task not in checkpoints:
@@ -175,7 +297,7 @@ def _find_problems(
             find_class(name)
         except ConfigurationError as error:
             problems.append(f"`classes`, task {task!r}: {error}")
-    if problem := find_output_problem(output):
+    if output and (problem := find_output_problem(output)):
         problems.append(problem)
     if statistics and (problem := find_output_problem(statistics, "statistics")):
         problems.append(problem)
@@ -184,6 +306,16 @@ def _find_problems(
     if test and (datamodule is None or type(datamodule).test_dataloader is LightningDataModule.test_dataloader):
         problems.append(f"`test` needs test data, but {type(datamodule).__name__} has no `test_dataloader`.")
     return problems
+
+
+def load_sources(
+    checkpoints: Mapping[str, str],
+    model: LightningModule | type[LightningModule] | None,
+    classes: Mapping[str, str],
+    weights_only: bool,
+) -> dict[str, LightningModule]:
+    """The trained module of each task; see :func:`load_source`."""
+    return {task: load_source(path, model, classes.get(task), weights_only, task) for task, path in checkpoints.items()}
 
 
 def load_source(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import csv
 import os
 import shutil
 import subprocess
@@ -15,7 +16,7 @@ from lightning.pytorch import Trainer
 from lightning_zipit import MultiHeadModule, ZipIt, ZipItCLI, ZipItTrainer, trace
 from lightning_zipit.cli import main
 from lightning_zipit.errors import CheckpointError, ConfigurationError
-from lightning_zipit.matchers import GreedyZip
+from lightning_zipit.matchers import Average, GreedyZip, Permute
 from lightning_zipit.refine import BatchNorm, LeastSquares, Repair
 from lightning_zipit.task_vectors import Ties
 
@@ -164,6 +165,53 @@ def test_settings_are_given_as_flags(folder, flags, expected, monkeypatch):
     with suppress(Exception):  # what comes after has nothing to work on
         cli("merge", *SOURCES, *flags)
     assert {name: seen[name] for name in expected} == expected
+
+
+def test_a_sweep_is_a_subcommand_whose_settings_are_lists(folder, capsys):
+    (folder / "sweep.yaml").write_text(
+        "checkpoints: {cats: a.ckpt, dogs: b.ckpt}\nbackbone: net\nmetric: val_loss\nmode: min\n"
+        "stop_at: [stem, null]\nrefine: [null, batch_norm]\noutput: best.ckpt\nplot: sweep.png\n"
+        "matcher:\n- Permute\n- class_path: GreedyZip\n  init_args: {alpha: 0.3}\n"
+    )
+    cli("sweep", "--config", "sweep.yaml", data=TestedData)
+    assert names(folder) == [
+        "a.ckpt",
+        "b.ckpt",
+        "best.ckpt",
+        "sweep.csv",
+        "sweep.png",
+        "sweep.safetensors",
+        "sweep.yaml",
+    ]
+    rows = list(csv.DictReader((folder / "sweep.csv").read_text().splitlines()))
+    assert [row["network"] for row in rows] == ["ensemble", *["merged"] * 8]
+    best = min(rows[1:], key=lambda row: (float(row["val_loss"]), int(row["total_flops"])))
+    merged = MultiHeadModule.load_from_checkpoint("best.ckpt")
+    assert merged.report.merged.flops == int(best["total_flops"]) and "× one source" in capsys.readouterr().out
+
+
+def test_settings_of_a_sweep_are_given_as_flags(folder, monkeypatch):
+    seen = {}
+    lists = (
+        "--stop_at=[stem,null]",
+        "--alpha=[0.1,0.5]",
+        "--similarity=[cosine,absolute]",
+        "--matcher=[Permute,Average]",
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(ZipIt, "sweep", lambda self, *_, **arguments: seen.update(arguments))
+        cli(
+            *("sweep", *SOURCES, *lists, "--width=1.2", "--refine=null"),
+            *("--labels.cats=[0,2,4]", "--labels.dogs=[1,3,5]"),
+        )
+    assert seen["stop_at"] == ["stem", None] and seen["alpha"] == [0.1, 0.5] and seen["beta"] is None
+    assert seen["width"] == 1.2 and seen["refine"] is None and seen["similarity"] == ["cosine", "absolute"]
+    assert seen["classes"] == {"cats": [0, 2, 4], "dogs": [1, 3, 5]} and seen["matcher"] == [Permute(), Average()]
+    message = message_of("sweep", *SOURCES, "--stop_at=nothere", "--metric=val_loss")
+    assert "'nothere'" in message and "`val_dataloader`" in message
+    with pytest.raises(SystemExit):
+        cli("sweep", *SOURCES, "--matcher=GreedyZip", "--matcher.alpha=3")
+    assert names(folder) == ["a.ckpt", "b.ckpt"]
 
 
 def test_the_hyperparameters_of_a_checkpoint_count_before_those_given(folder):

@@ -1,5 +1,6 @@
 """Real gloo processes, started as a user starts them."""
 
+import csv
 import os
 import socket
 import subprocess
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.nets import settled_pair, trainer
+from helpers.nets import images, settled_pair, trainer
 from torch.utils.data import DataLoader
 
 from lightning_zipit import CalibrationStatistics, MultiHeadModule, ZipIt
@@ -41,6 +42,12 @@ torch.save(fitted.state_dict(), f"{out}/fitted-{rank}.pt")
 merge(run(precision="64-true"), 2, f"{out}/two-64.safetensors")
 again = merge(run(), 2, f"{out}/two.safetensors")
 assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in merged.state_dict().items())
+from helpers.nets import images
+swept = ZipIt(run()).sweep(
+    models(), loaders(2), val_dataloaders=[images(16), images(16)], backbone="net", metric="val_acc",
+    classes={"a": range(5), "b": range(5, 12)}, refine=[None, "batch_norm"], results=f"{out}/swept.csv",
+)
+torch.save([(row.metrics, row.flops) for row in (swept.ensemble, *swept.rows)], f"{out}/swept-{rank}.pt")
 from torch.utils.data import DistributedSampler, DataLoader
 data = loaders(2)
 def padded(loader):
@@ -193,6 +200,25 @@ def test_two_processes_fit_layers_as_one_does(folder, two):
     first, second = (torch.load(folder / f"fitted-{rank}.pt", weights_only=True) for rank in (0, 1))
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
     assert all(torch.allclose(tensor, first[name], rtol=1e-3, atol=1e-4) for name, tensor in fitted.items())
+
+
+def test_two_processes_sweep_as_one_does(folder, two):
+    first, second = (torch.load(folder / f"swept-{rank}.pt", weights_only=True) for rank in (0, 1))
+    with open(folder / "swept.csv", newline="") as file:
+        written = [(int(row["total_flops"]), float(row["joint"])) for row in csv.DictReader(file)]
+    assert first == second and written == [(flops, metrics["joint"]) for metrics, flops in first]
+    alone = ZipIt(trainer()).sweep(
+        models(),
+        loaders(1),
+        val_dataloaders=[images(16), images(16)],
+        backbone="net",
+        metric="val_acc",
+        classes={"a": range(5), "b": range(5, 12)},
+        refine=None,
+        results=folder / "alone.csv",
+    )
+    (row,) = alone.rows
+    assert first[1] == (pytest.approx(row.metrics), row.flops)
 
 
 def test_samples_that_are_counted_twice_or_not_at_all_are_an_error_on_every_rank(two):

@@ -42,7 +42,7 @@ def test_each_task_runs_its_own_step_and_logs_under_its_name(merged):
 
 def test_validation_and_prediction_run_too(merged):
     results = trainer().validate(merged, {"b": images(classes=7), "a": images()}, verbose=False)
-    assert [list(result) for result in results] == [["b/val_loss"], ["a/val_loss"]]
+    assert [list(result) for result in results] == [["b/val_loss", "b/val_acc"], ["a/val_loss", "a/val_acc"]]
     predictions = trainer().predict(merged, [images(), images(classes=7)])
     assert torch.equal(predictions[1][0], merged(images(classes=7).dataset.tensors[0][:16], task="b").argmax(-1))
 

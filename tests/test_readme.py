@@ -26,6 +26,8 @@ def run(name, tmp_path, monkeypatch):
         "animal_images": images(),
         "vehicle_images": images(seed=1),
         "plant_images": images(seed=2),
+        "animal_validation": images(16, seed=2),
+        "vehicle_validation": images(16, seed=3),
         "images": torch.randn(2, 3, 16, 16),
         "torch": torch,
         "trainer": trainer(),
@@ -68,6 +70,11 @@ def test_batch_norm_per_task(tmp_path, monkeypatch):
 
 def test_changes_to_a_base(tmp_path, monkeypatch):
     assert run("base", tmp_path, monkeypatch)["merged"].tasks == ["animals", "vehicles"]
+
+
+def test_a_sweep(tmp_path, monkeypatch):
+    scope = run("sweep", tmp_path, monkeypatch)
+    assert len(scope["result"].rows) == 8 and scope["merged"].tasks == ["animals", "vehicles"]
 
 
 @pytest.mark.parametrize("name", ["width", "fold"])

@@ -2,6 +2,7 @@
 
 import pickle
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from lightning_zipit import CalibrationStatistics, MergeSettings, ZipIt, merge_backbones, statistics_file
 from lightning_zipit.errors import CalibrationError, ConfigurationError, StatisticsError, ZipItError
+from lightning_zipit.matchers import WeightMatching
 from lightning_zipit.session import MergeSession
 
 
@@ -251,3 +253,32 @@ def damage(content, chance):
     else:
         damaged[place:place] = chance.randbytes(chance.randint(1, 50))
     return bytes(damaged)
+
+
+def network():
+    """Two layers, and behind them one that no rule knows."""
+
+    class Unknown(nn.Module):
+        def forward(self, x):
+            return torch.logcumsumexp(x, 1)
+
+    layers = [nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), Unknown()]
+    return nn.Sequential(*layers, nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 2))
+
+
+@pytest.mark.filterwarnings("ignore:Part of the trunk")
+def test_statistics_for_several_cuts_are_those_that_each_would_gather(path):
+    networks, x = {"a": network(), "b": network()}, [torch.randn(40, 3)]
+    tried = [
+        MergeSettings("0", WeightMatching()),
+        *(MergeSettings(stop_at, refine=refine) for stop_at in ("2", None) for refine in (None, "least_squares")),
+    ]
+    for settings in tried:
+        alone = merge_backbones(networks, x, settings)
+        served = replace(settings, statistics=path, also=(*tried, MergeSettings("nothere")))
+        found = merge_backbones(networks, x, served)
+        assert same(alone.trunk, found.trunk) and same(alone.heads["b"], found.heads["b"])
+        assert alone.graphs["a"].barriers == found.graphs["a"].barriers
+    known = CalibrationStatistics.load(path)
+    assert not known.barriers_of("2") and known.barriers_of(None) and known.barriers == known.barriers_of("0")
+    assert (known + known).cuts == known.cuts

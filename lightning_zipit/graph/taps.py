@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from torch import fx
@@ -39,3 +40,30 @@ def before_activations(graph: MergeGraph) -> MergeGraph:
         return replace(space, tap=replace(space.tap, node=node.name))
 
     return replace(graph, spaces={name: moved(space) for name, space in graph.spaces.items()})
+
+
+def tapped_by_all(graphs: Sequence[MergeGraph]) -> MergeGraph:
+    """The first of several graphs of one network, measured wherever any of them is.
+
+    Args:
+        graphs: with other cuts, or other taps; they are left as they are.
+
+    Returns:
+        A graph to measure, not to merge: the spaces of the first, those of the others that are measured elsewhere, and
+        the trunks of all.
+
+    Example:
+        >>> from torch import nn
+        >>> from lightning_zipit import trace
+        >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> [space.tap.node for space in tapped_by_all([trace(net, "0"), trace(net)]).spaces.values()]
+        ['_0', '_1', '_3']
+    """
+    spaces = dict(graphs[0].spaces)
+    known = {space.tap.key for space in spaces.values() if space.tap is not None}
+    for graph in graphs[1:]:
+        for name, space in graph.spaces.items():
+            if space.tap is not None and space.tap.key not in known:
+                known.add(space.tap.key)
+                spaces[f"{name} at {space.tap.key}"] = space
+    return replace(graphs[0], spaces=spaces, trunk_nodes=frozenset().union(*(graph.trunk_nodes for graph in graphs)))

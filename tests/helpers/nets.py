@@ -80,7 +80,9 @@ class Lit(LightningModule):
         self.log_dict({"test_loss": F.cross_entropy(logits, y)})
 
     def validation_step(self, batch, batch_idx):
-        self.log("val_loss", F.cross_entropy(self(batch[0]), batch[1]))
+        logits = self(batch[0])
+        self.log("val_loss", F.cross_entropy(logits, batch[1]))
+        self.log("val_acc", (logits.argmax(-1) == batch[1]).float().mean())
 
     def predict_step(self, batch, batch_idx):
         return self(batch[0]).argmax(-1)

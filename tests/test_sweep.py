@@ -1,0 +1,224 @@
+"""Sweeps: many merges from one calibration."""
+
+import csv
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.nets import Lit, images, settled_pair, trainer
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.callbacks import TQDMProgressBar
+
+from lightning_zipit import JointAccuracy, MergeSettings, ZipIt
+from lightning_zipit.errors import CalibrationError, ConfigurationError, StatisticsError
+from lightning_zipit.matchers import Average, GreedyZip, Matcher, Permute
+from lightning_zipit.refine import LeastSquares
+from lightning_zipit.session import MergeSession
+from lightning_zipit.sweep import grid
+from lightning_zipit.sweep_result import SweepResult, SweepRow, pareto_front
+
+VALIDATION = {"a": images(16, classes=5, seed=5), "b": images(16, classes=7, seed=6)}
+DATA = images(16, batch_size=8)
+BASIC = {"backbone": "net", "metric": "val_loss", "mode": "min", "val_dataloaders": VALIDATION}
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def models():
+    return settled_pair(8)
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """How many batches were calibrated and validated with so far."""
+    counts = {"calibrated": 0, "validated": 0}
+    calibrate, validate = MergeSession.calibrate, Lit.validation_step
+
+    def counted(name, function):
+        def run(*args, **kwargs):
+            counts[name] += 1
+            return function(*args, **kwargs)
+
+        return run
+
+    monkeypatch.setattr(MergeSession, "calibrate", counted("calibrated", calibrate))
+    monkeypatch.setattr(Lit, "validation_step", counted("validated", validate))
+    return counts
+
+
+def sweep(models, data=DATA, run=None, **arguments):
+    return ZipIt(run or trainer()).sweep(models, data, **{**BASIC, **arguments})
+
+
+def same(first, second):
+    second = second.state_dict()
+    return all(torch.equal(tensor, second[name]) for name, tensor in first.state_dict().items())
+
+
+def records():
+    with open("sweep.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+class Failing(Matcher):
+    broken = True
+
+    def __call__(self, similarity, num_models):
+        if self.broken:
+            raise ValueError("no match,\nat all")
+        return Permute()(similarity, num_models)
+
+
+def test_every_row_is_the_merge_of_its_settings_and_there_is_one_calibration(models, seen):
+    result = sweep(models, stop_at=["layer1", None], refine=[None, LeastSquares(positions=8)])
+    assert seen["calibrated"] == len(DATA) and len(result.rows) == 4
+    row = result.rows[1]
+    alone = ZipIt(trainer()).merge(models, DATA, backbone="net", stop_at="layer1", refine=LeastSquares(positions=8))
+    assert same(alone, result.merge(row))
+    run = trainer()
+    run.validate(alone, VALIDATION, verbose=False)
+    assert row.metrics["b/val_loss"] == float(run.callback_metrics["b/val_loss"])
+    assert row.metrics["val_loss"] == (row.metrics["a/val_loss"] + row.metrics["b/val_loss"]) / 2
+    assert row.flops == alone.report.merged.flops and result.ensemble.flops == alone.report.ensemble.flops
+    assert result.best.metrics["val_loss"] == min(row.metrics["val_loss"] for row in result.rows)
+
+
+def test_a_sweep_goes_on_where_it_was_interrupted(models, seen, monkeypatch):
+    merge = MergeSession.merge
+
+    def interrupted(session):
+        if session.settings.matcher == GreedyZip(0.5):
+            raise SystemExit
+        return merge(session)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(MergeSession, "merge", interrupted)
+        sweep(models, alpha=[0.1, 0.5, 1.0], refine=None)
+    assert [record["network"] for record in records()] == ["ensemble", "merged"]
+    before = dict(seen)
+    result = sweep(models, alpha=[0.1, 0.5, 1.0], refine=None)
+    assert seen["calibrated"] == before["calibrated"] and seen["validated"] - before["validated"] == 2 * len(VALIDATION)
+    again = sweep(models, alpha=[0.1, 0.5, 1.0], refine=None)
+    assert seen["validated"] - before["validated"] == 2 * len(VALIDATION)
+    assert again.rows == result.rows and again.ensemble == result.ensemble
+    with pytest.raises(StatisticsError, match="stop_at"):
+        sweep(models, stop_at="layer1.0", refine=None)
+
+
+def test_a_file_of_other_models_or_columns_is_refused(models, seen):
+    sweep(models, refine=None)
+    before, text = dict(seen), Path("sweep.csv").read_text()
+    with pytest.raises(ConfigurationError, match=r"sweep\.csv holds other columns.*'val_acc'"):
+        sweep(models, refine=None, metric="val_acc")
+    with torch.no_grad():
+        models["b"].net.linear.bias += 1
+    with pytest.raises(ConfigurationError, match=r"sweep\.csv holds the sweep of other models"):
+        sweep(models, refine=None, statistics="other.safetensors")
+    assert Path("sweep.csv").read_text() == text and seen == before
+
+
+def test_what_is_wrong_is_known_before_any_data_is_touched(models, seen):
+    with pytest.raises(ConfigurationError) as problems:
+        ZipIt(trainer()).sweep(
+            models, images(), backbone="net", stop_at=["layer7", "layer1", "layer8"], results="no/such/folder.csv"
+        )
+    for expected in ("layer7", "layer8", "`metric`", "`val_dataloaders`", "no/such"):
+        assert expected in str(problems.value)
+    with pytest.raises(ConfigurationError, match=r"(?s)`width`.*nothing to try.*alpha.*between 0 and 1"):
+        sweep(models, alpha=[0.1, 2.0], width=[])
+    with pytest.raises(ConfigurationError, match="Permute leaves as many"):
+        sweep(models, matcher=[Permute(), GreedyZip()], width=[1.0, 1.2])
+    with pytest.raises(ConfigurationError, match="shuffles"):
+        sweep(models, torch.utils.data.DataLoader(DATA.dataset, 8, shuffle=True))
+    with pytest.raises(ConfigurationError, match="statistics_memory"):
+        sweep(models, statistics_memory=1e-6)
+    assert seen == {"calibrated": 0, "validated": 0}
+    with pytest.raises(ConfigurationError, match=r"'a', 'b' logs no 'val_lost'.*a/val_loss"):
+        sweep(models, metric="val_lost")
+    assert seen["calibrated"] == 0
+
+
+def test_a_setting_that_fails_is_a_row_and_is_tried_again(models, monkeypatch):
+    result = sweep(models, matcher=[Failing(), Permute()], refine=None)
+    assert [row.error for row in result.rows] == ["ValueError: no match,\nat all", ""]
+    assert records()[0]["error"] == "ValueError: no match, at all"
+    assert result.best == result.rows[1] and result.pareto == (result.rows[1],)
+    assert "1 failed" in str(result)
+    monkeypatch.setattr(Failing, "broken", False)
+    again = sweep(models, matcher=[Failing(), Permute()], refine=None)
+    assert again.rows[0].metrics == again.rows[1].metrics == result.rows[1].metrics and len(records()) == 3
+    monkeypatch.setattr(Failing, "broken", True)
+    with pytest.raises(ValueError, match="no match"):
+        sweep(models, matcher=Failing(), refine=None, results="all_fail.csv")
+    with pytest.raises(CalibrationError, match="get_input"):
+        sweep(models, [{"nothing": torch.ones(4)}] * 2, refine=[None, "batch_norm"], results="bad.csv")
+
+
+def test_joint_accuracy_and_a_trainer_as_it_was(models, monkeypatch):
+    class Data(LightningDataModule):
+        def train_dataloader(self):
+            return DATA
+
+        def val_dataloader(self):
+            return list(VALIDATION.values())
+
+    classes = {"a": [9, 7, 5, 3, 1], "b": [0, 2, 4, 6, 8, 10, 12]}
+    data, bar = Data(), TQDMProgressBar()
+    run = trainer(enable_progress_bar=True, callbacks=[bar])
+    callbacks, state = list(run.callbacks), torch.get_rng_state()
+    result = ZipIt(run).sweep(models, datamodule=data, backbone="net", classes=classes, stop_at=["layer1"], refine=None)
+    assert run.callbacks == callbacks and run.datamodule is None and data.trainer is None
+    assert torch.equal(torch.get_rng_state(), state)
+    metric, merged = JointAccuracy(classes), result.merge()
+    for task, loader in VALIDATION.items():
+        for x, y in loader:
+            metric.update(merged(x), torch.tensor(classes[task])[y])
+    assert result.best.metrics == {name: pytest.approx(value.item()) for name, value in metric.compute().items()}
+    assert result.metric == "joint"
+    monkeypatch.setattr(Lit, "validation_step", lambda *_: None)
+    with pytest.raises(ConfigurationError, match="task 'a' 5 classes, but"):
+        sweep(models, classes=classes, metric=None, val_dataloaders=[VALIDATION["b"]] * 2, results="global.csv")
+
+
+def test_a_grid_is_every_combination_once():
+    found = grid({"stop_at": ["x", None], "alpha": [0.1, 0.1, 0.3], "beta": 0.5, "combine": None}, verify=False)
+    assert [(each.stop_at, each.matcher) for each in found] == list(
+        itertools.product(["x", None], [GreedyZip(0.1, 0.5), GreedyZip(0.3, 0.5)])
+    )
+    with pytest.raises(ConfigurationError, match="not both"):
+        grid({"matcher": [Average()], "alpha": [0.1]})
+
+
+def test_the_front_is_what_no_other_point_beats():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        costs = torch.randint(0, 6, (12,), generator=generator).tolist()
+        values = torch.randint(0, 6, (12,), generator=generator).float().tolist()
+        values[3] = float("nan")
+        front = pareto_front(costs, values)
+
+        def beats(one, other, costs=costs, values=values):
+            better = costs[one] < costs[other] or values[one] > values[other]
+            return better and costs[one] <= costs[other] and values[one] >= values[other]
+
+        best = [point for point in range(12) if point != 3 and not any(beats(other, point) for other in range(12))]
+        assert {(costs[i], values[i]) for i in front} == {(costs[i], values[i]) for i in best}
+        assert len(front) == len({costs[i] for i in front}) and front == sorted(front, key=lambda i: costs[i])
+
+
+def test_a_plot_shows_every_row_and_the_front():
+    rows = tuple(
+        SweepRow(MergeSettings(s), {"acc": v}, f) for s, f, v in [("x", 2, 0.5), ("x", 3, 0.4), (None, 1, 0.1)]
+    )
+    result = SweepResult(
+        (*rows, SweepRow(MergeSettings("y"), error="failed")), "acc", "max", SweepRow(None, {"acc": 1.0}, 9)
+    )
+    _, axes = result.plot()
+    assert sum(len(points.get_offsets()) for points in axes.collections) == 4
+    assert axes.lines[0].get_ydata().tolist() == [0.1, 0.5]
+    assert {"stop_at x", "stop_at none", "ensemble"} <= {text.get_text() for text in axes.get_legend().texts}
