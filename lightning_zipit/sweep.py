@@ -278,20 +278,13 @@ class Sweep:
             for number, each in todo:
                 text = describe(each)
                 show(", ".join(text[name] for name in ("stop_at", "matcher", "refine")), 0)
-                try:
-                    row, report = self._try(each)
-                except StatisticsError:
-                    raise
-                except Exception as error:
-                    if isinstance(error, CalibrationError) and not self.statistics.is_file():
-                        raise
-                    first = first or error
-                    row, report = SweepRow(each, error=f"{type(error).__name__}: {error}"), None
-                if ensemble is not None and report is not None and not ensemble.flops:
-                    ensemble = _with_costs(ensemble, report.ensemble, report)
+                done[number], outcome = self._attempt(each)
+                if isinstance(outcome, Exception):
+                    first = first or outcome
+                elif ensemble is not None and not ensemble.flops:
+                    ensemble = _with_costs(ensemble, outcome.ensemble, outcome)
                     file.keep(ensemble, self.trainer.is_global_zero)
-                file.keep(row, self.trainer.is_global_zero)
-                done[number] = row
+                file.keep(done[number], self.trainer.is_global_zero)
                 show(None, 1)
         self.trainer.strategy.barrier("ZipIt.sweep")  # no process reads the file before it is complete
         if first is not None and all(row.error for row in done.values()):
@@ -303,12 +296,19 @@ class Sweep:
         served = replace(settings, statistics=self.statistics, also=tuple(self.settings))
         return self.merge(self.make_module(), served)
 
-    def _try(self, settings: MergeSettings) -> tuple[SweepRow, MergeReport]:
-        merged = self._merge_alone(settings)
-        report = merged.report
+    def _attempt(self, settings: MergeSettings) -> tuple[SweepRow, MergeReport | Exception]:
+        """The row of one setting, and the report of its merge or what stood in its way."""
+        try:
+            merged = self._merge_alone(settings)
+            report, row = merged.report, SweepRow(settings, self._evaluate(merged))
+        except StatisticsError:
+            raise
+        except Exception as error:
+            if isinstance(error, CalibrationError) and not self.statistics.is_file():
+                raise  # the next setting would go through the same data
+            return SweepRow(settings, error=f"{type(error).__name__}: {error}"), error
         assert report is not None
-        metrics = self._evaluate(merged)
-        return _with_costs(SweepRow(settings, metrics), report.merged, report), report
+        return _with_costs(row, report.merged, report), report
 
     def _evaluate(self, module: MultiTaskModule) -> dict[str, float]:
         with isolate_rng():

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from lightning_zipit.errors import ConfigurationError
@@ -137,7 +138,8 @@ class SweepResult:
             first = text.get(varied[0], "") if varied and text else "merged" if text else "ensemble"
             numbers = [f"{row.metrics.get(name, float('nan')):.4f}" for name in metrics]
             costs = [f"{row.flops / 1e6:.2f}", f"{row.relative_flops:.2f}"]
-            table.add_row(first, *named, *([f"error: {row.error}"] if row.error else [*numbers, *costs]))
+            cells = [first, *named, *([f"error: {row.error}"] if row.error else [*numbers, *costs])]
+            table.add_row(*map(escape, cells))
         return table
 
     def __str__(self) -> str:

@@ -70,7 +70,7 @@ class Failing(Matcher):
 
     def __call__(self, similarity, num_models):
         if self.broken:
-            raise ValueError("no match,\nat all")
+            raise ValueError("no match,\nat all [/x]")
         return Permute()(similarity, num_models)
 
 
@@ -145,10 +145,10 @@ def test_what_is_wrong_is_known_before_any_data_is_touched(models, seen):
 
 def test_a_setting_that_fails_is_a_row_and_is_tried_again(models, monkeypatch):
     result = sweep(models, matcher=[Failing(), Permute()], refine=None)
-    assert [row.error for row in result.rows] == ["ValueError: no match,\nat all", ""]
-    assert records()[0]["error"] == "ValueError: no match, at all"
+    assert [row.error for row in result.rows] == ["ValueError: no match,\nat all [/x]", ""]
+    assert records()[0]["error"] == "ValueError: no match, at all [/x]"
     assert result.best == result.rows[1] and result.pareto == (result.rows[1],)
-    assert "1 failed" in str(result)
+    assert "1 failed" in str(result) and result.to_table(result.rows).row_count == 2
     monkeypatch.setattr(Failing, "broken", False)
     again = sweep(models, matcher=[Failing(), Permute()], refine=None)
     assert again.rows[0].metrics == again.rows[1].metrics == result.rows[1].metrics and len(records()) == 3
