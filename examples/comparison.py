@@ -107,9 +107,12 @@ def print_table(title: str, rows: Sequence[Row], tasks: Sequence[str]) -> None:
 
 def plot(title: str, rows: Sequence[Row], path: Path) -> None:
     """Joint accuracy over cost, one point a network; a line joins what differs in width alone."""
+    from matplotlib.pyplot import close
+
     alone = {row.name: (row.flops, row.accuracy["joint"]) for row in rows if row.name == "ensemble"}
     merged = [row for row in rows if not row.name.startswith(("model", "ensemble"))]
     points = [(row.name.partition(", width")[0], row.flops, row.accuracy["joint"]) for row in merged]
     figure, axes = plot_tradeoff(points, alone)
     axes.set(title=title, ylabel="joint accuracy in %")
     figure.savefig(path, dpi=120)
+    close(figure)

@@ -86,6 +86,7 @@ def test_widths(name, tmp_path, monkeypatch):
 def test_plots(tmp_path, monkeypatch):
     plt = pytest.importorskip("matplotlib.pyplot")
     plt.switch_backend("agg")
+    plt.close("all")
     assert run("plots", tmp_path, monkeypatch)["ax"].get_ylabel() == "joint accuracy in %"
     assert (tmp_path / "clusters.png").exists() and len(plt.get_fignums()) == 5
     plt.close("all")
