@@ -35,6 +35,9 @@ __all__ = [
 
 Linkage = Literal["average", "complete", "single"]
 
+ROWS_AT_ONCE = 64
+"""Rows of a matrix of similarities that stay in the processor's cache."""
+
 
 def correlation(covariance: Tensor) -> Tensor:
     """Pearson correlation from a covariance matrix.
@@ -135,10 +138,17 @@ class _GreedyZip:
         """Take ``pairs`` as the similarities; a pair that may not merge is -inf."""
         np.fill_diagonal(pairs, -np.inf)
         self.pairs = pairs
-        self.bound = np.full(self.size, np.inf, dtype=pairs.dtype)  # of each row's best similarity to a later row
-        self.bound[~self.alive] = -np.inf
-        self.best = np.full(self.size, -1)  # the column that gives it, -1 where a search is due
         self.gone = np.where(self.alive, 0, -np.inf).astype(pairs.dtype)
+        self.bound = np.empty(self.size, dtype=pairs.dtype)  # of each row's best similarity to a later row
+        self.best = np.empty(self.size, dtype=np.int64)  # the column that gives it, -1 where a search is due
+        earlier = np.tri(ROWS_AT_ONCE, dtype=bool)
+        for first in range(0, self.size, ROWS_AT_ONCE):
+            rows = slice(first, first + ROWS_AT_ONCE)
+            later = pairs[rows, first:] + self.gone[first:]
+            later[:, :ROWS_AT_ONCE][earlier[: len(later), : later.shape[1]]] = -np.inf
+            column = later.argmax(1)
+            self.bound[rows], self.best[rows] = later[np.arange(len(later)), column], first + column
+        self.bound[~self.alive] = -np.inf
 
     def run(self, width: int) -> np.ndarray:
         clusters = self.size
@@ -159,10 +169,7 @@ class _GreedyZip:
                 self._search(row)
 
     def _search(self, row: int) -> None:
-        later = self.pairs[row, row + 1 :] + self.gone[row + 1 :]
-        if not len(later):
-            self.bound[row] = -np.inf
-            return
+        later = self.pairs[row, row + 1 :] + self.gone[row + 1 :]  # never of the last row, which has no later one
         column = int(later.argmax())
         self.bound[row], self.best[row] = later[column], row + 1 + column
 
@@ -734,7 +741,7 @@ def _check_square(matrix: Tensor, name: str) -> None:
 
 
 def _check_finite(similarity: Tensor) -> None:
-    if not similarity.isfinite().all():
+    if not torch.stack(torch.aminmax(similarity)).isfinite().all():  # NaN is both the lowest and the highest
         raise ValueError("`similarity` holds NaN or Inf; similarities must be finite.")
 
 
