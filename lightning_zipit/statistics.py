@@ -85,14 +85,16 @@ class FeatureStatistics(Metric):
         self.sizes = tuple(sizes)
         self.gram_dtype = gram_dtype
         size = sum(sizes)
-        for name, shape in zip(STATES, [(), (size,), (size,), (size, size)], strict=True):
+        for name, shape in zip(STATES, [(), (size,), (size,), ()], strict=True):
             self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum", persistent=True)
         self._samples = 0  # since the origin was set
         self._shrink_default()
+        self.comoment = torch.zeros(size, size, dtype=torch.float64)  # once: `add_state` would keep a copy
 
     def _shrink_default(self) -> None:
         """What `reset` copies is a matrix of zeros as large as the statistics: a single zero will do."""
-        self._defaults["comoment"] = torch.zeros_like(self.count).expand_as(self.comoment)
+        size = sum(self.sizes)
+        self._defaults["comoment"] = torch.zeros_like(self.count).expand(size, size)
 
     def update(self, features: Sequence[Tensor], features_first: bool = False) -> None:
         """Add samples.
@@ -156,10 +158,11 @@ class FeatureStatistics(Metric):
 
     def _move_origin(self, origin: Tensor) -> None:
         """Σ (x + d)(x + d)ᵀ = Σ x xᵀ + d (Σ x)ᵀ + (Σ x + n d) dᵀ, for offsets x from the origin that was."""
-        moved = self.origin - origin
-        self.comoment.addr_(moved, self.total)
-        self.total += self.count * moved
-        self.comoment.addr_(self.total, moved)
+        if self.count > 0:
+            moved = self.origin - origin
+            self.comoment.addr_(moved, self.total)
+            self.total += self.count * moved
+            self.comoment.addr_(self.total, moved)
         self.origin.copy_(origin)
         self._samples = 0
 
