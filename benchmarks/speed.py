@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -32,13 +32,17 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from lightning_zipit import MergeGraph, trace
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+from cifar10 import ResNet20
+
+from lightning_zipit import MergeGraph, MergeSettings, merge_backbones, trace
 from lightning_zipit.calibration import Calibration, statistics_bytes
 from lightning_zipit.functional import greedy_zip
 from lightning_zipit.matchers import GreedyZip
 from lightning_zipit.merging import SpaceMap, families, match, similarity_from
 from lightning_zipit.rebuild import build_merged
 from lightning_zipit.report import measure_cost
+from lightning_zipit.sweep import quiet
 
 BEGIN, END = "<!-- measured -->", "<!-- end -->"
 
@@ -88,36 +92,49 @@ def activations_like(n: int) -> Tensor:
     return torch.corrcoef((torch.randn(3000, n, generator=generator) @ mixing + common).relu().T)
 
 
+def correlations_of(sizes: Sequence[int]) -> dict[int, Tensor]:
+    """Correlations in single precision of the spaces of two ResNet-50s that have so many features together."""
+    graph, networks, batches = resnet50s(batches=2)
+    found = calibrate(graph, networks, batches)
+    spaces = {2 * space.size: name for name, space in graph.spaces.items()}
+    return {n: similarity_from(found.take(spaces[n])).float() for n in sizes}  # type: ignore[arg-type]
+
+
 def matching(repeats: int) -> Iterator[Ratio]:
+    sizes = (1024, 2048, 4096)
+    kinds = {"mixed noise": {n: activations_like(n) for n in sizes}, "two ResNet-50s": correlations_of(sizes)}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    for kind, matrices in kinds.items():
+        yield from matching_of(kind, matrices, repeats)
+    torch.set_num_threads(threads)
+
+
+def matching_of(kind: str, matrices: dict[int, Tensor], repeats: int) -> Iterator[Ratio]:
     taken = {}
-    for n in (1024, 2048, 4096):
-        matrix = activations_like(n)
+    for n, matrix in matrices.items():
 
         def zipped(alpha: float = 0.1, beta: float = 1.0, matrix: Tensor = matrix) -> Tensor:
             return greedy_zip(matrix, 2, len(matrix) // 2, alpha, beta)
 
         zipped()
         taken[n] = min(seconds(zipped) for _ in range(repeats))
+        slowest = max(seconds(partial(zipped, alpha, beta)) for alpha in (0.1, 0.3, 1.0) for beta in (0.1, 1.0))
         if n < 4096:
             start = time.perf_counter()
             plain = plain_greedy_zip(matrix, 2, n // 2, 0.1, 1.0)
             elapsed = time.perf_counter() - start
             assert torch.equal(zipped(), plain)
-            yield Ratio.of(f"the plain O(n³) greedy search, n = {n}", "`functional.greedy_zip`", [elapsed / taken[n]])
-            slowest = max(seconds(partial(zipped, alpha, beta)) for alpha in (0.1, 0.3, 1.0) for beta in (0.1, 1.0))
-            yield Ratio.of(
-                f"`greedy_zip`, slowest of α ∈ {{0.1, 0.3, 1}}, β ∈ {{0.1, 1}}, n = {n}",
-                "α = 0.1, β = 1",
-                [slowest / taken[n]],
-            )
+            what = f"the plain O(n³) greedy search, correlations of {kind}, n = {n}"
+            yield Ratio.of(what, "`functional.greedy_zip`", [elapsed / taken[n]])
         else:
             passes = min(seconds(matrix.argmax) for _ in range(2 * repeats))
-            yield Ratio.of("`greedy_zip`, n = 4096", "one `argmax` over the matrix", [taken[n] / passes])
+            what = f"`greedy_zip`, correlations of {kind}, n = {n}"
+            yield Ratio.of(what, "one `argmax` over the matrix", [taken[n] / passes])
+        what = f"`greedy_zip`, slowest of α ∈ {{0.1, 0.3, 1}}, β ∈ {{0.1, 1}}, n = {n}"
+        yield Ratio.of(what, "α = 0.1, β = 1", [slowest / taken[n]])
     for n in (1024, 2048):
-        yield Ratio.of(f"`greedy_zip`, n = {2 * n}", f"n = {n}", [taken[2 * n] / taken[n]])
-    torch.set_num_threads(threads)
+        yield Ratio.of(f"`greedy_zip`, correlations of {kind}, n = {2 * n}", f"n = {n}", [taken[2 * n] / taken[n]])
 
 
 # Calibration
@@ -186,27 +203,31 @@ def grown_bytes(work: Callable[[], Any]) -> int:
 
 
 def grow(what: str) -> None:
-    """Print how much memory a work takes, in a process of its own that has made networks and batches."""
+    """Print the memory that a work takes beside networks and batches, and the most that its process ever held."""
     graph, networks, batches = resnet50s(batches=3)
     work = {
         "forwards": lambda: forwards(list(networks.values()), batches),
         "calibrate": lambda: calibrate(graph, networks, batches),
     }
-    print(grown_bytes(work[what]))
+    grown = grown_bytes(work[what])
+    print(grown, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)  # Linux counts in KiB
 
 
 def memory(repeats: int) -> Iterator[Ratio]:
     graph, _, _ = resnet50s(batches=0)
     held = sum(statistics_bytes(graph, space, 2) for space in graph.spaces)
 
-    def grown(what: str) -> int:
+    def taken(what: str) -> tuple[int, int]:
         command = [sys.executable, __file__, "--grow", what]
-        return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        grown, highest = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+        return int(grown), int(highest)
 
-    ratios = [(grown("calibrate") - held) / grown("forwards") for _ in range(max(1, repeats // 3))]
-    yield Ratio.of(
-        "peak memory of calibration, without the statistics", "forwards, one network after the other", ratios
-    )
+    pairs = [(taken("calibrate"), taken("forwards")) for _ in range(max(1, repeats // 2))]
+    what, against = "peak memory of calibration, less the statistics", "forwards, one network after the other"
+    ratios = [(calibrated[0] - held) / plain[0] for calibrated, plain in pairs]
+    yield Ratio.of(f"{what}, above networks and images", against, ratios)
+    ratios = [(calibrated[1] - held) / plain[1] for calibrated, plain in pairs]
+    yield Ratio.of(f"{what}, of the whole process", against, ratios)
 
 
 def two_ranks(repeats: int) -> Iterator[Ratio]:
@@ -239,17 +260,41 @@ def models(repeats: int) -> Iterator[Ratio]:
     x = torch.randn(256, 3, 32, 32)
     taken: dict[int, float] = {}
     for count in (2, 8):
-        networks = {str(number): torchvision.models.resnet18(num_classes=10).eval() for number in range(count)}
+        networks: dict[str, nn.Module] = {str(number): ResNet20(1, 10).eval() for number in range(count)}
         graph = trace(networks["0"])
         ratios = in_turn(
             lambda: calibrate(graph, networks, [x]),  # noqa: B023 (called at once)
             lambda: forwards(list(networks.values()), [x]),  # noqa: B023
             repeats,
         )
-        yield Ratio.of(f"calibration, {count} ResNet-18s, 256 × 3 × 32 × 32", "forwards of all", ratios)
+        yield Ratio.of(f"calibration, {count} ResNet-20s, 256 × 3 × 32 × 32", "forwards of all", ratios)
         found = calibrate(graph, networks, [x])
+        needed = sum(8 * (count * space.size) ** 2 for space in graph.spaces.values() if space.tap)
+        held = sum(state.nbytes for each in found.statistics.values() for state in each.metric_state.values())
+        yield Ratio.of(f"memory of the statistics of {count} ResNet-20s", "(N·C)² × 8 bytes", [held / needed])
         taken[count] = seconds(lambda: matched(graph, found, count))  # noqa: B023
-    yield Ratio.of("matching of 8 ResNet-18s", "of 2; (N·C)² grows 16 times", [taken[8] / taken[2]])
+    yield Ratio.of("matching of 8 ResNet-20s", "of 2; (N·C)² grows 16 times", [taken[8] / taken[2]])
+
+
+def sweep(repeats: int) -> Iterator[Ratio]:
+    """36 settings at 3 cuts from one file of statistics; what gathering anew takes is measured once for each cut."""
+    networks = {task: ResNet20(2, 5).eval() for task in "ab"}
+    batches = list(torch.randn(1024, 3, 32, 32).split(128))
+    plain = [MergeSettings(stop_at=stop_at, refine=None) for stop_at in ("layer1", "layer2", None)]
+    matchers = [
+        GreedyZip(alpha, beta) for alpha in (0.05, 0.1, 0.2, 0.3, 0.5, 1) for beta in (0, 0.1, 0.2, 0.4, 0.7, 1)
+    ]
+    settings = [replace(cut, matcher=matcher) for cut in plain for matcher in matchers]
+    anew = statistics.median(seconds(partial(merge_backbones, networks, batches, cut)) for cut in plain)
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        shared = [replace(each, statistics=Path(folder, "s.safetensors"), also=tuple(settings)) for each in settings]
+        first = seconds(lambda: merge_backbones(networks, batches, shared[0]))
+        rest = [seconds(partial(merge_backbones, networks, batches, each)) for each in shared[1:]]
+    what = f"{len(settings)} merges of two ResNet-20s of width 2, 1024 images, from one calibration"
+    yield Ratio.of(what, "calibrating for each (3 measured)", [(first + sum(rest)) / (len(settings) * anew)])
+    forward = seconds(lambda: forwards(list(networks.values()), batches))
+    ratios = [each / forward for each in rest]
+    yield Ratio.of("one of these merges, once the statistics are there", "forwards of both over the images", ratios)
 
 
 # Merging
@@ -304,6 +349,7 @@ PARTS: dict[str, Callable[[int], Iterator[Ratio]]] = {
     "two_ranks": two_ranks,
     "models": models,
     "merging": merging,
+    "sweep": sweep,
 }
 
 
