@@ -266,13 +266,11 @@ class ZipItTrainer(Trainer):
             statistics_memory=statistics_memory,
             statistics=file,
         )
-        if result.missing:
-            return result
-        if plot and self.is_global_zero:
+        if plot and not result.missing and self.is_global_zero:
             figure, _ = result.plot()
             with replacing(Path(plot)) as image:
                 figure.savefig(image)
-        if output:
+        if output and not result.missing:
             result.merge()
             self._save(output)
         return result
