@@ -95,8 +95,8 @@ class Sweep:
 
         with quiet(), self._progress() as show, _restored(self.trainer, datamodule, attached):
             if self.plan.asks and self.trainer.world_size > 1:  # processes that are to ask together meet here
-                ensemble = ensemble or SweepRow(None)
-                ensemble = replace(ensemble, metrics=self._run_ensemble(module, show).metrics)
+                measured = self._run_ensemble(module, show)
+                ensemble = ensemble or measured
             rows = self.plan.run(evaluate)
         self.trainer.strategy.barrier("ZipIt.sweep")  # no process reads the file before it is complete
         missing = 0
