@@ -13,6 +13,7 @@ from lightning_zipit.interpolation import interpolate
 from lightning_zipit.metrics import JointAccuracy
 from lightning_zipit.module import ZipItModule
 from lightning_zipit.multihead import Ensemble, MultiHeadModule
+from lightning_zipit.plan import Range
 from lightning_zipit.report import MergeReport
 from lightning_zipit.session import merge_backbones
 from lightning_zipit.settings import MergeSettings
@@ -33,6 +34,7 @@ __all__ = [
     "MergeSettings",
     "Moments",
     "MultiHeadModule",
+    "Range",
     "SweepResult",
     "ZipIt",
     "ZipItCLI",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from torch import Tensor
@@ -12,16 +12,21 @@ from torch import Tensor
 from lightning_zipit._lightning import unsupported_strategy
 from lightning_zipit.callback import ZipItCallback
 from lightning_zipit.errors import ConfigurationError
+from lightning_zipit.evaluation import Evaluation
 from lightning_zipit.matchers import Matcher
 from lightning_zipit.merging import SimilarityKind
 from lightning_zipit.module import ZipItModule
 from lightning_zipit.multihead import MultiHeadModule
+from lightning_zipit.plan import Range, make_plan
 from lightning_zipit.settings import MergeSettings, ModelWeights, Refine
 from lightning_zipit.sources import find_input
-from lightning_zipit.sweep import Evaluation, Sweep, grid
+from lightning_zipit.sweep import Sweep
 from lightning_zipit.sweep_result import Mode, SweepResult
 from lightning_zipit.task_vectors import Combination
 from lightning_zipit.widths import Width
+
+if TYPE_CHECKING:
+    from optuna import Study
 
 
 class ZipIt:
@@ -146,14 +151,17 @@ class ZipIt:
         mode: Mode = "max",
         classes: Mapping[str, Sequence[int]] | None = None,
         results: str | Path = "sweep.csv",
+        trials: int | None = None,
+        study: Study | None = None,
+        share: str | None = None,
         stop_at: str | Sequence[str | None] | None = None,
         matcher: Matcher | Sequence[Matcher] | None = None,
-        alpha: float | Sequence[float] | None = None,
-        beta: float | Sequence[float] | None = None,
+        alpha: float | Sequence[float] | Range | None = None,
+        beta: float | Sequence[float] | Range | None = None,
         refine: Refine | Sequence[Refine | None] | None = "batch_norm",
         similarity: SimilarityKind | Sequence[SimilarityKind] = "correlation",
-        width: Width | Sequence[Width] = 1.0,
-        flops: float | Sequence[float] | None = None,
+        width: Width | Sequence[Width] | Range = 1.0,
+        flops: float | Sequence[float] | Range | None = None,
         base: LightningModule | None = None,
         combine: Combination | Sequence[Combination] | None = None,
         positions: int | None = None,
@@ -164,9 +172,10 @@ class ZipIt:
         statistics: str | Path | None = None,
         get_input: Callable[[Any], Tensor] = find_input,
     ) -> SweepResult:
-        """Merge with every combination of settings and validate each merged module, from one calibration.
+        """Merge with many settings and validate each merged module, from one calibration.
 
-        Arguments of :meth:`merge` take a list of values to try, or one value. The statistics are gathered once for all
+        Arguments of :meth:`merge` take a list of values to try, or one value. Every combination is tried; with
+        ``trials``, an Optuna study chooses, also from a ``Range`` of numbers. The statistics are gathered once for all
         settings, and the data is gone through again for what ``refine`` does. Every finished setting is a row of
         ``results``: a sweep that was interrupted, or has more settings now, does only what is missing or has failed.
 
@@ -183,6 +192,11 @@ class ZipIt:
             classes: per task, the global label of each output of its head: the
                 :class:`~lightning_zipit.JointAccuracy` is measured too, and decides where there is no ``metric``.
             results: the CSV file of the rows. One that is there is added to, if it is of these models.
+            trials: how many settings a study chooses, with those that it has chosen before.
+            study: an Optuna study of the metric and FLOPs (or of the metric alone), with a sampler and a storage of
+                your own; by default one that goes on from ``results``.
+            share: ``"2/8"`` does the second of eight shares of the settings: for eight processes that know nothing of
+                each other, and have ``results`` and ``statistics`` on a file system that they share.
             stop_at: the trunk's last module.
             matcher: similarity → labels.
             alpha: of ``GreedyZip``, instead of ``matcher``.
@@ -222,14 +236,13 @@ class ZipIt:
             "flops": flops,
             "refine": refine,
         }
-        settings = grid(
-            choices,
-            merge_heads=merge_heads,
-            verify=verify,
-            statistics_memory=statistics_memory,
-            positions=positions,
-            weights=weights,
-        )
+        fixed = {
+            "merge_heads": merge_heads,
+            "verify": verify,
+            "statistics_memory": statistics_memory,
+            "positions": positions,
+            "weights": weights,
+        }
 
         def make_module() -> ZipItModule:
             return ZipItModule(models, backbone, dataloaders, datamodule, get_input, base)
@@ -242,7 +255,8 @@ class ZipIt:
         tasks = tuple(make_module().models)
         evaluation = Evaluation(self.trainer, tasks, val_dataloaders, datamodule, metric, classes, get_input)
         file = Path(statistics) if statistics else Path(results).with_suffix(".safetensors")
-        result = Sweep(self.trainer, make_module, merge, settings, evaluation, file, mode).run(results)
+        plan = make_plan(choices, fixed, trials, study, evaluation.decides, mode, share)
+        result = Sweep(self.trainer, make_module, merge, plan, evaluation, file, mode).run(results)
         if self.trainer.is_global_zero:
             print(result)
         return result

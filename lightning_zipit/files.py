@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -21,6 +21,27 @@ def replacing(output: Path) -> Iterator[Path]:
             os.replace(temporary, output)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def held(lock: Path) -> Iterator[None]:
+    """Inside, no other process holds the lock; the system takes it from one that has ended.
+
+    Where the file system has no locks, nobody waits.
+
+    Args:
+        lock: a file, which is made, and deleted by whoever lets it go.
+    """
+    with lock.open("w") as file:
+        with suppress(ImportError, OSError):
+            import fcntl  # not on Windows
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                lock.unlink()
 
 
 def find_output_problem(output: str | Path, argument: str = "output") -> str | None:

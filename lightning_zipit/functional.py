@@ -6,7 +6,7 @@ Features of N models with C features each are numbered side by side: feature ``c
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import networkx as nx
@@ -23,6 +23,7 @@ __all__ = [
     "average",
     "correlation",
     "cycle_consistent",
+    "fit_temperatures",
     "greedy_zip",
     "kmeans",
     "loss_barrier",
@@ -632,6 +633,57 @@ def loss_barrier(losses: Sequence[float]) -> float:
     if len(losses) < 2:
         raise ValueError(f"`losses` must hold those of the two ends at least, got {len(losses)}.")
     return max(losses) - (losses[0] + losses[-1]) / 2
+
+
+def fit_temperatures(
+    logits: Mapping[str, Tensor], weights: Tensor | None = None, bounds: tuple[float, float] = (1e-3, 1e3)
+) -> dict[str, float]:
+    """Per head, a temperature T with which softmax(logits / T) can be compared with that of other heads.
+
+    Every head is made equally confident on average, over samples to which N tasks contribute equally: as confident as a
+    head of K classes would be that is certain of its own samples and undecided about all others, 1/N + (1 - 1/N) / K
+    for the smallest K. Confidence, the highest probability, falls as T rises, so that T is found by halving.
+
+    Args:
+        logits: of each head on the same samples, ``(samples, classes)``; heads may have different numbers of classes.
+        weights: how much each sample counts, ``(samples,)``, for tasks that are not equally frequent; all the same by
+            default.
+        bounds: the lowest and the highest temperature.
+
+    Returns:
+        A temperature by head; 1 for a head on which it has no influence.
+
+    Raises:
+        ValueError: if logits are not of that shape, there are no samples, or NaN or Inf is in them.
+
+    Example:
+        >>> logits = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
+        >>> found = fit_temperatures({"a": logits, "b": 3 * logits})
+        >>> {task: round(found[task] / found["a"], 3) for task in found}
+        {'a': 1.0, 'b': 3.0}
+    """
+    for task, output in logits.items():
+        if output.ndim != 2 or not output.numel():
+            raise ValueError(f"Head {task!r} needs logits (samples, classes) of some samples: got {(*output.shape,)}.")
+        if not output.isfinite().all():
+            raise ValueError(f"There is NaN or Inf in the logits of head {task!r}.")
+    # A head of one class is certain whatever T is, and one head alone is compared with none.
+    fitted = {task: output.double() for task, output in logits.items() if output.shape[1] > 1 and len(logits) > 1}
+    share = 1 / len(logits) if logits else 1.0
+    confidence = max((share + (1 - share) / output.shape[1] for output in fitted.values()), default=1.0)
+    found = dict.fromkeys(logits, 1.0)
+    for task, output in fitted.items():
+        counts = torch.ones(len(output)) if weights is None else weights
+        shares = (counts / counts.sum()).to(output)
+        if (output == output[:, :1]).all():
+            continue
+        low, high = (math.log(bound) for bound in bounds)
+        while high - low > 1e-9:
+            middle = (low + high) / 2
+            surer = (output / math.exp(middle)).softmax(-1).amax(-1) @ shares > confidence
+            low, high = (middle, high) if surer else (low, middle)
+        found[task] = math.exp((low + high) / 2)
+    return found
 
 
 def average(num_features: int, num_models: int) -> Tensor:

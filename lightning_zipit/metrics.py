@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,10 +19,14 @@ class JointAccuracy(Metric):
 
     Args:
         classes: per task, the global label of each output of its head.
+        temperatures: per task, what its logits are divided by before the softmax, such as
+            :meth:`MultiHeadModule.fit_temperatures` finds without labels; by default 1. Only the joint accuracy
+            depends on them.
         kwargs: see :class:`torchmetrics.Metric`.
 
     Raises:
-        ValueError: if ``classes`` is empty, or a task is called "joint" or "mean".
+        ValueError: if ``classes`` is empty, a task is called "joint" or "mean", or ``temperatures`` are not one above 0
+            for each task.
 
     Example:
         >>> metric = JointAccuracy({"animals": [0, 2], "vehicles": [1]})
@@ -39,12 +44,19 @@ class JointAccuracy(Metric):
     correct: Tensor
     total: Tensor
 
-    def __init__(self, classes: Mapping[str, Sequence[int]], **kwargs: Any) -> None:
+    def __init__(
+        self, classes: Mapping[str, Sequence[int]], temperatures: Mapping[str, float] | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
         if not classes:
             raise ValueError("`classes` must name the classes of at least one task.")
         if reserved := {"joint", "mean"} & set(classes):
             raise ValueError(f"{', '.join(sorted(reserved))} is an entry of the result: give the task another name.")
+        if temperatures is not None and set(temperatures) != set(classes):
+            raise ValueError(f"`temperatures` has the tasks {list(temperatures)}, and `classes` {list(classes)}.")
+        self.temperatures = {task: float(temperatures[task]) if temperatures else 1.0 for task in classes}
+        if not all(0 < temperature < math.inf for temperature in self.temperatures.values()):
+            raise ValueError(f"`temperatures` must be finite and above 0, got {self.temperatures}.")
         self.classes = {task: torch.as_tensor(labels, dtype=torch.int64) for task, labels in classes.items()}
         for name in ("correct", "total"):
             self.add_state(name, torch.zeros(1 + len(classes), dtype=torch.int64), dist_reduce_fx="sum")
@@ -65,7 +77,8 @@ class JointAccuracy(Metric):
                 raise ValueError(f"Task {task!r} needs logits of shape {(len(target), len(labels))}, got {shape}.")
         tasks = list(self.classes)
         global_labels = torch.cat([self.classes[task] for task in tasks]).to(target.device)
-        probabilities = torch.cat([outputs[task].float().softmax(-1) for task in tasks], dim=-1)
+        logits = {task: outputs[task].float() / self.temperatures[task] for task in tasks}
+        probabilities = torch.cat([logits[task].softmax(-1) for task in tasks], dim=-1)
         self._count(0, global_labels[probabilities.argmax(-1)], target)
         for index, task in enumerate(tasks, 1):
             labels = self.classes[task].to(target.device)

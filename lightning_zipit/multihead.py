@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,10 +14,12 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, fx, nn
 
-from lightning_zipit.errors import CheckpointError, ConfigurationError, ZipItError
+from lightning_zipit.errors import CalibrationError, CheckpointError, ConfigurationError, ZipItError
+from lightning_zipit.functional import fit_temperatures
 from lightning_zipit.graph import MergeGraph
 from lightning_zipit.graph.agreement import trace_all
 from lightning_zipit.graph.joined import Joined
+from lightning_zipit.graph.shapes import evaluating
 from lightning_zipit.rebuild import build_head, build_trunk
 from lightning_zipit.refine import BatchNorm
 from lightning_zipit.refine.task_norms import give_norms, has_task_norms, run_all
@@ -28,6 +31,7 @@ from lightning_zipit.sources import (
     PATH,
     DelegatedTransfers,
     describe_source,
+    find_input,
     find_problems,
     get_backbone,
     make_shell,
@@ -123,6 +127,42 @@ class MultiTaskModule(DelegatedTransfers, LightningModule):
         if task is not None:
             return self.heads[task](*(self.trunk(x, task) if self.norms_per_task else self.trunk(x)))
         return run_all(self.trunk, self.heads, x, self.norms_per_task)
+
+    @torch.no_grad()
+    def fit_temperatures(self, dataloaders: Any, get_input: Callable[[Any], Tensor] = find_input) -> dict[str, float]:
+        """Temperatures for :class:`~lightning_zipit.JointAccuracy`, with which no head is surer than the others.
+
+        No labels are used; see :func:`~lightning_zipit.functional.fit_temperatures`.
+
+        Args:
+            dataloaders: such as those of the calibration: one per task in a sequence or dict, which count the same, or
+                a single loader with about equally many samples of each task.
+            get_input: from a batch to the backbone's input; by default the batch, its first item, or a well-known key.
+
+        Returns:
+            A temperature by task.
+
+        Raises:
+            ConfigurationError: if heads do not give finite logits ``(samples, classes)``.
+            CalibrationError: if there are no samples.
+        """
+        loaders = list(dataloaders.values()) if isinstance(dataloaders, Mapping) else dataloaders
+        with evaluating(self):
+            seen = [
+                [self(like(get_input(batch), self)) for batch in loader]
+                for loader in (loaders if isinstance(loaders, (list, tuple)) else [loaders])
+            ]
+        outputs = list(itertools.chain(*seen))
+        if not outputs:
+            raise CalibrationError("There are no samples to fit temperatures on: the dataloaders are empty.")
+        sizes = [sum(len(each[self.tasks[0]]) for each in of_loader) for of_loader in seen]
+        weights = torch.cat([torch.full((size,), 1 / max(size, 1)) for size in sizes])
+        try:
+            return fit_temperatures(
+                {task: torch.cat([each[task].cpu() for each in outputs]) for task in self.tasks}, weights
+            )
+        except ValueError as error:
+            raise ConfigurationError(str(error)) from error
 
     # The sources' own steps
 

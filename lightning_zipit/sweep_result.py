@@ -6,7 +6,9 @@ import csv
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
+from glob import escape as escape_glob
 from pathlib import Path
 from typing import Any, Literal
 
@@ -73,16 +75,18 @@ class SweepResult:
     """The rows of a sweep.
 
     Attributes:
-        rows: one per setting, in the order of the grid.
+        rows: one per setting, in the order of the grid, or in that of a search.
         metric: the name of the metric that decides.
         mode: whether it is to be high (``"max"``) or low.
         ensemble: the sources side by side, to compare with.
+        missing: how many settings other processes, with other shares, have not done yet.
     """
 
     rows: tuple[SweepRow, ...]
     metric: str
     mode: Mode = "max"
     ensemble: SweepRow | None = None
+    missing: int = 0
     _merge: Callable[[MergeSettings], MultiHeadModule] | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -147,7 +151,7 @@ class SweepResult:
         console = Console(file=buffer, width=140)
         console.print(self.to_table())
         failed = sum(bool(row.error) for row in self.rows)
-        more = f"; {failed} failed" * bool(failed)
+        more = f"; {failed} failed" * bool(failed) + f"; {self.missing} are not done yet" * bool(self.missing)
         console.print(
             f"{len(self.pareto)} of {len(self.rows)} settings are not beaten in {self.metric} and FLOPs{more}."
         )
@@ -187,10 +191,11 @@ class SweepResult:
 
 def describe(settings: MergeSettings) -> dict[str, str]:
     """Settings as text, by column: what tells the rows of a sweep apart."""
-    return {name: _text(getattr(settings, name)) for name in SETTINGS}
+    return {name: to_text(getattr(settings, name)) for name in SETTINGS}
 
 
-def _text(value: Any) -> str:
+def to_text(value: Any) -> str:
+    """A value of a setting, to tell it from others."""
     if value is None:
         return "none"
     if isinstance(value, str):
@@ -209,45 +214,67 @@ class ResultsFile:
         path: the file.
         models: a digest of all that the rows depend on beside their settings.
         metrics: the names of the metrics.
+        share: which of how many processes this is that share the settings. Each writes a part of its own beside the
+            file, and reads those of the others.
 
     Raises:
         ConfigurationError: if a file that is there cannot be read, or belongs to another sweep.
     """
 
-    def __init__(self, path: str | Path, models: str, metrics: Sequence[str]) -> None:
+    def __init__(
+        self, path: str | Path, models: str, metrics: Sequence[str], share: tuple[int, int] | None = None
+    ) -> None:
         self.path, self.models, self.metrics = Path(path), models, tuple(metrics)
+        part = "" if share is None else ".part-{}-of-{}".format(*share)
+        self._own = self.path.with_name(f"{self.path.stem}{part}{self.path.suffix}")
         self.columns = ("models", "network", *SETTINGS, *self.metrics, *COSTS, "error")
         self._records: dict[tuple[str, ...], dict[str, str]] = {}
-        if self.path.is_file():
-            self._read()
+        self.read()
 
-    def _read(self) -> None:
+    def _parts(self) -> list[Path]:
+        return sorted(self.path.parent.glob(f"{escape_glob(self.path.stem)}.part-*-of-*{self.path.suffix}"))
+
+    def read(self) -> None:
+        """Take in the rows that are there, and those that other processes have written by now."""
+        for path in (*self._parts(), self.path):  # a part that is gone by now is in the file
+            with suppress(FileNotFoundError):
+                self._read(path)
+
+    def collect(self) -> None:
+        """Put the rows of all parts into the one file."""
+        parts = self._parts()
+        if parts:
+            self._write(self.path)
+        for part in parts:
+            part.unlink(missing_ok=True)
+
+    def _read(self, path: Path) -> None:
         way_out = "Delete it, or name another file as `results`."
         try:
-            with self.path.open(newline="", encoding="utf-8") as file:
+            with path.open(newline="", encoding="utf-8") as file:
                 reader = csv.DictReader(file, strict=True)
                 records, header = list(reader), tuple(reader.fieldnames or ())
         except (csv.Error, UnicodeDecodeError) as error:
-            raise ConfigurationError(
-                f"{self.path} cannot be read as the rows of a sweep: {error}. {way_out}"
-            ) from error
+            raise ConfigurationError(f"{path} cannot be read as the rows of a sweep: {error}. {way_out}") from error
         if header != self.columns:
             differing = [name for name in (*header, *self.columns) if (name in header) != (name in self.columns)]
             raise ConfigurationError(
-                f"{self.path} holds other columns than this sweep writes: they differ in "
+                f"{path} holds other columns than this sweep writes: they differ in "
                 f"{', '.join(map(repr, differing)) or 'their order'}. {way_out}"
             )
         if any(record["models"] != self.models for record in records):
             raise ConfigurationError(
-                f"{self.path} holds the sweep of other models: their weights, tasks, `backbone`, `base` or `classes` "
+                f"{path} holds the sweep of other models: their weights, tasks, `backbone`, `base` or `classes` "
                 f"are not those given now. {way_out}"
             )
         for number, record in enumerate(records, 2):
             try:
                 self._to_row(record, None)
             except (TypeError, ValueError) as error:
-                raise ConfigurationError(f"{self.path}, line {number}, cannot be read: {error}. {way_out}") from error
-            self._records[self._key(record)] = record
+                raise ConfigurationError(f"{path}, line {number}, cannot be read: {error}. {way_out}") from error
+            known = self._records.get(self._key(record))
+            if known is None or known["error"]:
+                self._records[self._key(record)] = record
 
     def _key(self, record: Mapping[str, str]) -> tuple[str, ...]:
         return tuple(record[name] for name in ("network", *SETTINGS))
@@ -285,9 +312,11 @@ class ResultsFile:
         """
         record = self._record(row)
         self._records[self._key(record)] = record
-        if not write:
-            return
-        with replacing(self.path) as part, part.open("w", newline="", encoding="utf-8") as file:
+        if write:
+            self._write(self._own)
+
+    def _write(self, path: Path) -> None:
+        with replacing(path) as part, part.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self.columns)
             writer.writeheader()
             writer.writerows(self._records.values())

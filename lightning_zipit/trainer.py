@@ -19,6 +19,7 @@ from lightning_zipit.files import find_output_problem, replacing
 from lightning_zipit.matchers import Matcher
 from lightning_zipit.merging import SimilarityKind
 from lightning_zipit.multihead import MultiHeadModule, find_record, read_checkpoint
+from lightning_zipit.plan import Range
 from lightning_zipit.settings import ModelWeights, Refine
 from lightning_zipit.sources import INSTANTIATOR, find_class
 from lightning_zipit.sweep_result import Mode, SweepResult
@@ -156,14 +157,16 @@ class ZipItTrainer(Trainer):
         mode: Mode = "max",
         labels: dict[str, list[int]] | None = None,
         results: str = "sweep.csv",
+        trials: int | None = None,
+        share: str | None = None,
         stop_at: list[str | None] | str | None = None,
         matcher: list[Matcher] | Matcher | None = None,
-        alpha: list[float] | float | None = None,
-        beta: list[float] | float | None = None,
+        alpha: Range | list[float] | float | None = None,
+        beta: Range | list[float] | float | None = None,
         refine: list[Refine | None] | Refine | None = "batch_norm",
         similarity: list[SimilarityKind] | SimilarityKind = "correlation",
-        width: list[Width] | Width = 1.0,
-        flops: list[float] | float | None = None,
+        width: Range | list[Width] | Width = 1.0,
+        flops: Range | list[float] | float | None = None,
         base: str | None = None,
         combine: list[Combination] | Combination | None = None,
         positions: int | None = None,
@@ -178,7 +181,8 @@ class ZipItTrainer(Trainer):
     ) -> SweepResult:
         """Merge checkpoints with every combination of settings and validate each, from one calibration.
 
-        Settings take one value, or a list of those to try: --stop_at '[layer1, layer2, null]'.
+        Settings take one value, or a list of those to try: --stop_at '[layer1, layer2, null]'. With trials, a study of
+        Optuna chooses from them, and from ranges of numbers: --trials 30 --alpha '{low: 0, high: 1}'.
 
         Args:
             model: a module of the class that was trained, or that class; weights are not used. A module is needed
@@ -193,6 +197,9 @@ class ZipItTrainer(Trainer):
             labels: task name → the global label of each output of its head: the joint accuracy over all tasks is
                 measured too, and decides where there is no metric.
             results: the CSV file of the rows. One that is there is added to, if it is of these models.
+            trials: how many settings a study chooses; without it, every combination is tried.
+            share: which of how many processes this is that share the combinations, such as 2/8; each is started by
+                itself, and the last to end writes output and plot.
             stop_at: dotted name inside the backbone of the last module that the tasks share; null for everything down
                 to the last layer.
             matcher: how features of the models are matched; GreedyZip by default.
@@ -241,6 +248,8 @@ class ZipItTrainer(Trainer):
             mode=mode,
             classes=labels,
             results=results,
+            trials=trials,
+            share=share,
             stop_at=stop_at,
             matcher=matcher,
             alpha=alpha,
@@ -257,11 +266,11 @@ class ZipItTrainer(Trainer):
             statistics_memory=statistics_memory,
             statistics=file,
         )
-        if plot and self.is_global_zero:
+        if plot and not result.missing and self.is_global_zero:
             figure, _ = result.plot()
             with replacing(Path(plot)) as image:
                 figure.savefig(image)
-        if output:
+        if output and not result.missing:
             result.merge()
             self._save(output)
         return result

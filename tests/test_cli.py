@@ -13,7 +13,7 @@ import yaml
 from helpers.cli_user import Data, LitNet, SizedNet, TestedData, TypedNet, UnrecordedNet
 from lightning.pytorch import Trainer
 
-from lightning_zipit import MultiHeadModule, ZipIt, ZipItCLI, ZipItTrainer, trace
+from lightning_zipit import MultiHeadModule, Range, ZipIt, ZipItCLI, ZipItTrainer, trace
 from lightning_zipit.cli import main
 from lightning_zipit.errors import CheckpointError, ConfigurationError
 from lightning_zipit.matchers import Average, GreedyZip, Permute
@@ -207,6 +207,12 @@ def test_settings_of_a_sweep_are_given_as_flags(folder, monkeypatch):
     assert seen["stop_at"] == ["stem", None] and seen["alpha"] == [0.1, 0.5] and seen["beta"] is None
     assert seen["width"] == 1.2 and seen["refine"] is None and seen["similarity"] == ["cosine", "absolute"]
     assert seen["classes"] == {"cats": [0, 2, 4], "dogs": [1, 3, 5]} and seen["matcher"] == [Permute(), Average()]
+    with monkeypatch.context() as patch:
+        patch.setattr(ZipIt, "sweep", lambda self, *_, **arguments: seen.update(arguments))
+        ranges = ("--alpha.low=0.1", "--alpha.high=0.5", "--width={low: 0.5, high: 1, log: true}")
+        cli("sweep", *SOURCES, *ranges, "--trials=7", "--share=2/8")
+    assert (seen["alpha"], seen["width"]) == (Range(0.1, 0.5), Range(0.5, 1, log=True))
+    assert (seen["trials"], seen["share"]) == (7, "2/8")
     message = message_of("sweep", *SOURCES, "--stop_at=nothere", "--metric=val_loss")
     assert "'nothere'" in message and "`val_dataloader`" in message
     with pytest.raises(SystemExit):

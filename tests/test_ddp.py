@@ -12,7 +12,7 @@ import torch
 from helpers.nets import images, settled_pair, trainer
 from torch.utils.data import DataLoader
 
-from lightning_zipit import CalibrationStatistics, MultiHeadModule, ZipIt
+from lightning_zipit import CalibrationStatistics, JointAccuracy, MultiHeadModule, ZipIt
 from lightning_zipit.refine import LeastSquares
 
 ROOT = Path(__file__).parent
@@ -20,7 +20,7 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT.parent}", "OMP_NUM_THR
 
 COMMON = """
 import os, sys, torch
-from test_ddp import loaders, merge, models
+from test_ddp import CLASSES, classified, loaders, merge, models
 from helpers.nets import trainer
 torch.set_num_threads(1)
 out, rank = sys.argv[1], os.environ.get("LOCAL_RANK", "0")
@@ -48,6 +48,18 @@ swept = ZipIt(run()).sweep(
     classes={"a": range(5), "b": range(5, 12)}, refine=[None, "batch_norm"], results=f"{out}/swept.csv",
 )
 torch.save([(row.metrics, row.flops) for row in (swept.ensemble, *swept.rows)], f"{out}/swept-{rank}.pt")
+from lightning_zipit import JointAccuracy
+accuracy = JointAccuracy(CLASSES)
+accuracy.update(*classified(int(rank)))
+torch.save(accuracy.compute(), f"{out}/accuracy-{rank}.pt")
+import optuna
+from lightning_zipit import Range
+searched = ZipIt(run()).sweep(
+    models(), loaders(2), val_dataloaders=[images(16), images(16)], backbone="net", metric="val_acc", refine=None,
+    alpha=Range(0, 1), trials=3, study=optuna.create_study(directions=["maximize", "minimize"]),
+    results=f"{out}/searched.csv", statistics=f"{out}/swept.safetensors",
+)
+torch.save([(repr(row.settings.matcher), row.metrics) for row in searched.rows], f"{out}/searched-{rank}.pt")
 from torch.utils.data import DistributedSampler, DataLoader
 data = loaders(2)
 def padded(loader):
@@ -102,6 +114,25 @@ assert results(run()) == expected
 """
 )
 
+SHARES = (
+    COMMON
+    + """
+from helpers.nets import images
+from lightning_zipit import ZipIt
+from lightning_zipit.session import MergeSession
+calibrate = MergeSession.calibrate
+def counted(*arguments):
+    print("calibrated")
+    calibrate(*arguments)
+MergeSession.calibrate = counted
+result = ZipIt(trainer()).sweep(
+    models(), loaders(1), val_dataloaders=[images(16), images(16)], backbone="net", metric="val_acc",
+    alpha=[0.1, 0.2, 0.3, 0.4], refine=None, results=f"{out}/shared.csv", share=sys.argv[2],
+)
+print("complete" if not result.missing else "not yet")
+"""
+)
+
 CLI = """
 import torch
 from helpers.nets import Lit, images
@@ -120,6 +151,16 @@ if __name__ == "__main__":
 
 def models():
     return settled_pair(16)
+
+
+CLASSES = {"a": [0, 3, 5], "b": [4, 1]}
+
+
+def classified(rank):
+    """Logits and labels of a process: of 7 samples in the first, 4 in the second."""
+    generator = torch.Generator().manual_seed(rank)
+    logits = {task: torch.randn(7 - 3 * rank, len(own), generator=generator) for task, own in CLASSES.items()}
+    return logits, torch.randint(6, (7 - 3 * rank,), generator=generator)
 
 
 def loaders(devices):
@@ -219,6 +260,43 @@ def test_two_processes_sweep_as_one_does(folder, two):
     )
     (row,) = alone.rows
     assert first[1] == (pytest.approx(row.metrics), row.flops)
+
+
+def test_the_joint_accuracy_of_two_processes_is_that_of_all_samples(folder, two):
+    alone, (first, second) = JointAccuracy(CLASSES), (torch.load(folder / f"accuracy-{rank}.pt") for rank in (0, 1))
+    alone.update(*classified(0))
+    alone.update(*classified(1))
+    assert first == second == alone.compute()
+
+
+def test_two_processes_search_as_one(folder, two):
+    first, second = (torch.load(folder / f"searched-{rank}.pt", weights_only=True) for rank in (0, 1))
+    with open(folder / "searched.csv", newline="") as file:
+        written = [row["matcher"] for row in csv.DictReader(file)]
+    assert first == second and written == ["", *(matcher for matcher, _ in first)] and len(first) == 3
+
+
+def test_processes_that_share_a_sweep_gather_statistics_once_and_write_one_file(folder):
+    (folder / "shares.py").write_text(SHARES)
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(folder / "shares.py"), str(folder), share],
+            env=ENVIRONMENT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for share in ("1/2", "2/2")
+    ]
+    printed, errors = zip(*(process.communicate(timeout=300) for process in processes), strict=True)
+    assert [process.returncode for process in processes] == [0, 0], errors
+    batches = sum(len(loader) for loader in loaders(1))
+    assert "".join(printed).count("calibrated") == batches and "complete" in "".join(printed)
+    with open(folder / "shared.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert sorted(row["matcher"] for row in rows) == ["", *(f"GreedyZip(alpha=0.{n}, beta=1.0)" for n in (1, 2, 3, 4))]
+    assert not any(row["error"] for row in rows)
+    assert sorted(path.name for path in folder.glob("*shared*")) == ["shared.csv", "shared.safetensors"]
 
 
 def test_samples_that_are_counted_twice_or_not_at_all_are_an_error_on_every_rank(two):

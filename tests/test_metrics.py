@@ -6,8 +6,12 @@ import pickle
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as tnf
+from helpers.nets import images, settled_pair, trainer
 
-from lightning_zipit import JointAccuracy
+from lightning_zipit import Ensemble, JointAccuracy, ZipIt
+from lightning_zipit.errors import CalibrationError, ConfigurationError
+from lightning_zipit.functional import fit_temperatures
 
 CLASSES = {"animals": [0, 3, 5], "vehicles": [4, 1], "plants": [2, 6, 7, 8]}
 
@@ -161,3 +165,79 @@ def test_a_reset_metric_starts_afresh(metric):
     metric.reset()
     metric.update(*batch(seed=2))
     assert_same(metric.compute(), by_hand(*batch(seed=2)))
+
+
+def test_temperatures_divide_the_logits_of_their_head_for_the_joint_accuracy_alone(metric):
+    outputs, target = batch()
+    temperatures = {"animals": 2.5, "vehicles": 0.5, "plants": 1.0}
+    metric.update(outputs, target)
+    tempered = JointAccuracy(CLASSES, temperatures)
+    tempered.update(outputs, target)
+    cooled = by_hand({task: output / temperatures[task] for task, output in outputs.items()}, target)
+    assert_same(tempered.compute(), cooled)
+    plain = metric.compute()
+    assert plain.pop("joint") != cooled["joint"]
+    assert all(plain[name] == tempered.compute()[name] for name in plain)
+
+
+@pytest.mark.parametrize(
+    "temperatures",
+    [{"animals": 1.0}, {**dict.fromkeys(CLASSES, 1.0), "more": 1.0}]
+    + [{**dict.fromkeys(CLASSES, 1.0), "plants": wrong} for wrong in (0.0, -1.0, float("inf"), float("nan"))],
+)
+def test_temperatures_that_are_none_are_refused(temperatures):
+    with pytest.raises(ValueError, match="temperatures"):
+        JointAccuracy(CLASSES, temperatures)
+
+
+def confidence(logits):
+    return logits.double().softmax(-1).amax(-1).mean().item()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_fitted_heads_are_equally_confident_whatever_their_scale_and_size(seed):
+    logits, _ = batch(seed=seed)
+    scaled = {task: factor * output + 5 for (task, output), factor in zip(logits.items(), (0.1, 1, 30), strict=True)}
+    plain, found = fit_temperatures(logits), fit_temperatures(scaled)
+    for (task, output), factor in zip(scaled.items(), (0.1, 1, 30), strict=True):
+        assert confidence(output / found[task]) == pytest.approx(1 / 3 + 2 / 3 / 2, abs=1e-6)  # vehicles are two
+        assert found[task] == pytest.approx(factor * plain[task], rel=1e-5)
+    twice = fit_temperatures({task: torch.cat([output, output[:50]]) for task, output in logits.items()})
+    assert twice == pytest.approx(fit_temperatures(logits, torch.tensor([2.0] * 50 + [1.0] * 150)))
+
+
+def test_a_head_that_takes_all_samples_gives_back_those_of_others():
+    generator = torch.Generator().manual_seed(0)
+    target = torch.arange(4).repeat(100)
+    logits = tnf.one_hot(target, 4) + 0.3 * torch.randn(400, 4, generator=generator)
+    outputs = {"shy": logits[:, :2], "sure": 20 * logits[:, 2:]}
+    classes = {"shy": [0, 1], "sure": [2, 3]}
+    plain, fitted = JointAccuracy(classes), JointAccuracy(classes, fit_temperatures(outputs))
+    assert plain(outputs, target)["joint"] < 0.6 and fitted(outputs, target)["joint"] > 0.8
+
+
+def test_a_fit_stays_within_its_bounds_and_says_what_it_needs():
+    logits = torch.tensor([[3.0, 0.0], [0.0, 3.0]])
+    heads = {"a": 100 * logits, "one class": torch.ones(2, 1), "constant": torch.ones(2, 3)}
+    assert fit_temperatures(heads, bounds=(0.1, 20)) == {"a": pytest.approx(20), "one class": 1.0, "constant": 1.0}
+    assert fit_temperatures({"alone": logits}) == {"alone": 1.0} and fit_temperatures({}) == {}
+    for wrong in (logits[:0], logits[0], logits / 0):
+        with pytest.raises(ValueError, match="'b'"):
+            fit_temperatures({"a": logits, "b": wrong})
+
+
+def test_a_module_of_several_heads_fits_temperatures_on_loaders():
+    models, data, more = settled_pair(8), images(16, batch_size=8), images(8, seed=1)
+    merged = ZipIt(trainer()).merge(models, data, backbone="net", refine=None).train()
+    x = torch.cat([data.dataset.tensors[0], more.dataset.tensors[0]])
+    for module in (merged, Ensemble(models, "net").train()):
+        found = module.fit_temperatures([data, more])
+        assert module.training and found == module.fit_temperatures({"a": data, "b": more})
+        with torch.no_grad():
+            weights = torch.tensor([1.0] * 16 + [2.0] * 8)  # either loader counts the same
+            assert found == pytest.approx(fit_temperatures(module.eval()(x), weights), rel=1e-4)
+    assert JointAccuracy({"a": range(5), "b": range(5, 12)}, found).temperatures == found
+    with pytest.raises(CalibrationError, match="empty"):
+        merged.fit_temperatures([])
+    with pytest.raises(ConfigurationError, match="NaN"):
+        merged.fit_temperatures(x * float("nan"), lambda image: image[None])

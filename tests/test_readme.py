@@ -77,6 +77,18 @@ def test_a_sweep(tmp_path, monkeypatch):
     assert len(scope["result"].rows) == 8 and scope["merged"].tasks == ["animals", "vehicles"]
 
 
+def test_the_joint_accuracy(tmp_path, monkeypatch):
+    scope = run("joint", tmp_path, monkeypatch)
+    assert list(scope["metric"].compute()) == ["joint", "animals", "vehicles", "mean"]
+    assert scope["metric"].temperatures == scope["temperatures"] != {"animals": 1, "vehicles": 1}
+
+
+def test_a_search(tmp_path, monkeypatch):
+    pytest.importorskip("optuna")
+    scope = run("search", tmp_path, monkeypatch)
+    assert len(scope["result"].rows) == 8 and scope["result"].best.metrics
+
+
 @pytest.mark.parametrize("name", ["width", "fold"])
 def test_widths(name, tmp_path, monkeypatch):
     report = run(name, tmp_path, monkeypatch)["merged"].report

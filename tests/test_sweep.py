@@ -13,9 +13,9 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning_zipit import JointAccuracy, MergeSettings, ZipIt
 from lightning_zipit.errors import CalibrationError, ConfigurationError, StatisticsError
 from lightning_zipit.matchers import Average, GreedyZip, Matcher, Permute
+from lightning_zipit.plan import grid
 from lightning_zipit.refine import LeastSquares
 from lightning_zipit.session import MergeSession
-from lightning_zipit.sweep import grid
 from lightning_zipit.sweep_result import SweepResult, SweepRow, pareto_front
 
 VALIDATION = {"a": images(16, classes=5, seed=5), "b": images(16, classes=7, seed=6)}
@@ -222,3 +222,38 @@ def test_a_plot_shows_every_row_and_the_front():
     assert sum(len(points.get_offsets()) for points in axes.collections) == 4
     assert axes.lines[0].get_ydata().tolist() == [0.1, 0.5]
     assert {"stop_at x", "stop_at none", "ensemble"} <= {text.get_text() for text in axes.get_legend().texts}
+
+
+def test_shares_of_a_sweep_make_one_file_from_one_calibration(models, seen):
+    matchers = [GreedyZip(0.1), Failing(), Permute()]
+    first = sweep(models, matcher=matchers, refine=None, share="1/2")
+    assert [row.settings.matcher for row in first.rows] == [matchers[0], matchers[2]] and first.missing == 1
+    assert "1 are not done yet" in str(first) and not Path("sweep.csv").exists()
+    calibrated = seen["calibrated"]
+    second = sweep(models, matcher=matchers, refine=None, share="2/2", results=Path("sweep.csv"))
+    assert seen["calibrated"] == calibrated and second.missing == 0
+    assert [row.error[:10] for row in second.rows] == ["", "ValueError", ""]
+    assert sorted(path.name for path in Path().iterdir()) == ["sweep.csv", "sweep.safetensors"]
+    validated = seen["validated"]
+    whole = sweep(models, matcher=matchers[::2], refine=None)
+    assert whole.rows == second.rows[::2] == first.rows and whole.ensemble == second.ensemble
+    assert seen["validated"] == validated and len(records()) == 4
+
+
+def test_what_a_share_has_left_is_taken_in_by_a_whole_sweep(models, seen):
+    matchers = [GreedyZip(0.1), Permute()]
+    part = sweep(models, matcher=matchers, refine=None, share="2/2")
+    validated = seen["validated"]
+    assert sweep(models, matcher=matchers[1:], refine=None).rows == part.rows
+    assert seen["validated"] == validated and not list(Path().glob("*.part-*"))
+
+
+def test_shares_that_there_are_not_are_refused(models, seen):
+    for share in ("0/2", "3/2", "2", "a/b", "-1/2"):
+        with pytest.raises(ConfigurationError, match="from 1/8 to 8/8"):
+            sweep(models, share=share)
+    with pytest.raises(ConfigurationError, match="devices=1"):
+        sweep(models, share="1/2", run=trainer(devices=2, strategy="ddp"))
+    with pytest.raises(ConfigurationError, match=r"`trials`.*`study`"):
+        sweep(models, share="1/2", trials=3)
+    assert seen == {"calibrated": 0, "validated": 0}
