@@ -37,8 +37,10 @@ def on_page_markdown(markdown, page, config, files):
     here = Path(page.file.abs_src_path)
 
     def relink(match):
-        target = Path(os.path.normpath(here.parent / match[1])).relative_to(root).as_posix()
-        uri = ELSEWHERE.get(target) or os.path.relpath(root / target, docs)
+        target = Path(os.path.normpath(here.parent / match[1]))
+        if not target.exists():  # code, or a link that the build will find broken
+            return match[0]
+        uri = ELSEWHERE.get(target.relative_to(root).as_posix()) or os.path.relpath(target, docs)
         return os.path.relpath(uri, Path(page.file.src_uri).parent)
 
     return LINK.sub(relink, markdown)
