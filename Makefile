@@ -16,7 +16,7 @@ test: docs
 	$(VENV)/bin/python -m pytest
 
 docs: $(VENV)/.dev
-	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 
 bench: $(VENV)/.dev
 	$(VENV)/bin/python benchmarks/speed.py --json bench.json --write docs/performance.md
