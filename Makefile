@@ -1,19 +1,22 @@
 # make demo: train two small CNNs, merge them, print the table.   make test: everything that CI runs.
-# make bench: ratios of times and memory, written into docs/performance.md.
+# make docs: the documentation as a site in build/site.   make bench: ratios of times and memory, into docs/performance.md.
 PYTHON ?= python3
 VENV ?= .venv
 PIP = $(VENV)/bin/python -m pip install --quiet
 
-.PHONY: demo test bench clean
+.PHONY: demo test docs bench clean
 
 demo: $(VENV)/.examples
 	$(VENV)/bin/python examples/digits.py
 
-test: $(VENV)/.dev
+test: docs
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/python -m pytest
+
+docs: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 
 bench: $(VENV)/.dev
 	$(VENV)/bin/python benchmarks/speed.py --json bench.json --write docs/performance.md

@@ -8,6 +8,7 @@ from lightning_zipit import functional
 from lightning_zipit.callback import ZipItCallback
 from lightning_zipit.cli import ZipItCLI
 from lightning_zipit.driver import ZipIt
+from lightning_zipit.export import export_merged
 from lightning_zipit.graph import MergeGraph, register_rule, trace
 from lightning_zipit.interpolation import interpolate
 from lightning_zipit.metrics import JointAccuracy
@@ -41,6 +42,7 @@ __all__ = [
     "ZipItCallback",
     "ZipItModule",
     "ZipItTrainer",
+    "export_merged",
     "functional",
     "interpolate",
     "merge_backbones",

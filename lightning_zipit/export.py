@@ -11,7 +11,7 @@ from lightning_utilities.core.imports import RequirementCache
 from torch import Tensor
 
 from lightning_zipit.errors import ConfigurationError
-from lightning_zipit.files import find_output_problem, replacing
+from lightning_zipit.files import find_output_problem, replacing_with_companions
 from lightning_zipit.multihead import MultiHeadModule
 from lightning_zipit.session import AllHeads, like
 
@@ -46,7 +46,8 @@ def export_merged(merged: MultiHeadModule, output: str | Path, batch_size: int |
 
     Args:
         merged: the merged module.
-        output: the file to write: ``.pt2`` is read by :func:`torch.export.load`, ``.onnx`` by ONNX runtimes.
+        output: the file to write: ``.pt2`` is read by :func:`torch.export.load`, ``.onnx`` by ONNX runtimes. Weights of
+            an ``.onnx`` that take more than 1.5 GiB are in a file beside it, ``{output}.data``.
         batch_size: the number of samples that the file is for; any number by default.
 
     Returns:
@@ -72,7 +73,7 @@ def export_merged(merged: MultiHeadModule, output: str | Path, batch_size: int |
     except Exception as error:  # torch.export has no error class of its own
         hint = "" if batch_size else " A fixed batch size may help: batch_size=1 (--batch_size=1)."
         raise ConfigurationError(f"torch.export cannot follow the merged network.{hint} It says: {error}") from error
-    with replacing(output) as file:
+    with replacing_with_companions(output) as file:
         if output.suffix == ".pt2":
             torch.export.save(program, file)
         else:

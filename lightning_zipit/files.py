@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 
 @contextmanager
@@ -21,6 +22,18 @@ def replacing(output: Path) -> Iterator[Path]:
             os.replace(temporary, output)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_with_companions(output: Path) -> Iterator[Path]:
+    """The same, for a format that may put a part of its content into files beside the one that is asked for.
+
+    The file to write has the name of ``output``, in a folder of its own; it moves last, once its companions are there.
+    """
+    with TemporaryDirectory(dir=output.parent, prefix=f".{output.stem}.") as folder:
+        yield Path(folder) / output.name
+        for written in sorted(Path(folder).iterdir(), key=lambda file: file.name == output.name):
+            os.replace(written, output.with_name(written.name))
 
 
 @contextmanager

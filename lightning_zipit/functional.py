@@ -711,7 +711,7 @@ def average(num_features: int, num_models: int) -> Tensor:
 def merge_matrices(
     labels: Tensor, num_models: int, weights: Sequence[float] | None = None
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The merge and unmerge matrices of a matching (ZipIt!, equations 3 and 4).
+    """The merge and unmerge matrices of a matching (ZipIt!, section 4).
 
     Args:
         labels: int64 ``(n,)``, the merged feature that each source feature becomes.

@@ -165,7 +165,7 @@ def _match_within(
 
 
 def contract(weight: Tensor, axes: Sequence[AxisRef | None], maps: Mapping[str, SpaceMap], source: int) -> Tensor:
-    """M_i W_i U_i over the axes of one source model's parameter (ZipIt!, equation 5).
+    """M_i W_i U_i over the axes of one source model's parameter (ZipIt!, equation 8).
 
     Args:
         weight: the parameter.
@@ -215,7 +215,7 @@ def merge_parameter(
     maps: Mapping[str, SpaceMap],
     weights: Sequence[float] | None = None,
 ) -> Tensor:
-    """Merge one parameter of N source models: Σ_i M_i W_i U_i over its axes (ZipIt!, equation 5).
+    """Merge one parameter of N source models: Σ_i M_i W_i U_i over its axes (ZipIt!, equation 8).
 
     A parameter that writes no space is averaged; whole numbers and equal copies are taken over.
 
