@@ -1,22 +1,22 @@
-"""From labels to merged weights: one generic loop over the table of axes."""
+"""From labels or dense maps to merged weights: one generic loop over the table of axes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from operator import attrgetter
-from typing import Literal
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from lightning_zipit import functional as F
+from lightning_zipit.errors import ConfigurationError
 from lightning_zipit.graph import AxisRef, FeatureSpace, MergeGraph
 from lightning_zipit.graph.spaces import unit_members, units_around, units_first
-from lightning_zipit.matchers import AnyWidthMatcher, Matcher
+from lightning_zipit.matchers import AnyWidthMatcher, DenseMaps, GreedyZip, Matcher, SimilarityKind
 from lightning_zipit.statistics import Moments
 
-SimilarityKind = Literal["correlation", "absolute", "cosine", "covariance"]
 SCALE_HANDICAP = 1e-6
 ROWS_AT_ONCE = 1024
 
@@ -51,6 +51,57 @@ class SpaceMap:
         """What each feature of one source model contributes to its cluster, ``(C,)``: the entries of M_i."""
         return F.merge_shares(self.labels, self.num_models, self.weights).chunk(self.num_models)[source]
 
+    def merge(self, source: int, rows: Tensor) -> Tensor:
+        """M_i times rows ``(C, …)``: ``(W, …)``."""
+        shares = self.shares(source).to(rows).reshape(-1, *[1] * (rows.ndim - 1))
+        return self.read(source, rows * shares)
+
+    def read(self, source: int, rows: Tensor) -> Tensor:
+        """U_iᵀ times rows ``(C, …)``: ``(W, …)``, the weights by which a layer reads the merged features."""
+        summed = rows.new_zeros(self.width, *rows.shape[1:])
+        return summed.index_add_(0, self.targets(source).to(rows.device), rows)
+
+
+@dataclass(frozen=True)
+class DenseMap:
+    """The merge and unmerge matrices of one space whose merged features are combinations; see :class:`SpaceMap`.
+
+    Attributes:
+        matrices: M_i ``(W, C)`` and U_i ``(C, W)`` of each model, float64.
+        weights: how much each model counts; all the same by default. M_i is multiplied by N times the model's share.
+    """
+
+    matrices: DenseMaps
+    weights: tuple[float, ...] | None = None
+
+    @property
+    def num_models(self) -> int:
+        return len(self.matrices.merge)
+
+    @property
+    def width(self) -> int:
+        """How many features the merged network has."""
+        return len(self.matrices.merge[0])
+
+    def merging(self, source: int) -> Tensor:
+        """M_i ``(W, C)``, with the model's weight."""
+        matrix = self.matrices.merge[source]
+        if self.weights is None:
+            return matrix
+        return matrix * (self.num_models * model_shares(self.num_models, self.weights)[source])
+
+    def merge(self, source: int, rows: Tensor) -> Tensor:
+        """M_i times rows ``(C, …)``: ``(W, …)``."""
+        return torch.tensordot(self.merging(source).to(rows), rows, 1)
+
+    def read(self, source: int, rows: Tensor) -> Tensor:
+        """U_iᵀ times rows ``(C, …)``: ``(W, …)``, the weights by which a layer reads the merged features."""
+        return torch.tensordot(self.matrices.unmerge[source].T.to(rows), rows, 1)
+
+
+Maps: TypeAlias = Mapping[str, SpaceMap | DenseMap]
+"""The matching of each space."""
+
 
 def families(graph: MergeGraph) -> list[list[str]]:
     """The spaces that must be matched together: groups or heads with all that they hold, every other one by itself."""
@@ -67,16 +118,19 @@ def match(
     matcher: Matcher,
     num_models: int,
     widths: Mapping[str, int] | None = None,
-) -> Iterator[tuple[str, SpaceMap, Tensor | None]]:
+    dense: Collection[str] = (),
+) -> Iterator[tuple[str, SpaceMap | DenseMap, Tensor | None]]:
     """Match the features of one family of spaces.
 
     Args:
         graph: the merge graph.
         family: one of :func:`families`.
         similarity_of: from a space to the similarity of its features, ``(N·C, N·C)``; ``None`` where there is none.
-        matcher: similarity → labels.
+        matcher: similarity → labels or dense maps.
         num_models: N.
         widths: of spaces without units, how many features are to be left; those of one model by default.
+        dense: spaces to which dense maps can be applied. Others that the matcher has them for are matched one to one,
+            or zipped where they are to have another width.
 
     Yields:
         Per space its name, its map (one without a similarity is matched by number; groups and heads come first, then
@@ -93,14 +147,50 @@ def match(
         if space.units is not None:
             labels[name] = _match_within(space, labels[space.units], similarities.get(name), matcher, num_models)
         elif name in similarities:
-            width = widths.get(name) if widths else None
-            if isinstance(matcher, AnyWidthMatcher) and width is not None:
-                labels[name] = matcher(similarities[name], num_models, width).cpu()
-            else:
-                labels[name] = matcher(similarities[name], num_models).cpu()
+            found = _ask(matcher, similarities[name], num_models, widths.get(name) if widths else None)
+            if isinstance(found, DenseMaps) and name in dense:
+                yield name, DenseMap(found), similarities[name]
+                continue
+            labels[name] = _as_labels(found, similarities[name], num_models)
         else:
             labels[name] = F.average(num_models * space.size, num_models)
         yield name, SpaceMap(labels[name], num_models), similarities.get(name)
+
+
+def _ask(matcher: Matcher, similarity: Tensor, num_models: int, width: int | None = None) -> Tensor | DenseMaps:
+    """What a matcher says, on the CPU.
+
+    Raises:
+        ConfigurationError: if it returns matrices that do not fit.
+    """
+    if isinstance(matcher, AnyWidthMatcher) and width is not None:
+        found = matcher(similarity, num_models, width)
+    else:
+        found = matcher(similarity, num_models)
+    if isinstance(found, Tensor):
+        return found.cpu()
+    size = len(similarity) // num_models
+    width = size if width is None else width
+    made = DenseMaps(*(tuple(matrix.detach().double().cpu() for matrix in each) for each in found))
+    shapes = [tuple(matrix.shape) for each in made for matrix in each]
+    if shapes != [(width, size)] * num_models + [(size, width)] * num_models:
+        raise ConfigurationError(
+            f"{matcher!r} must return labels, or DenseMaps of {num_models} matrices ({width}, {size}) and as many "
+            f"({size}, {width}), got shapes {shapes}."
+        )
+    if not all(matrix.isfinite().all() for each in made for matrix in each):
+        raise ConfigurationError(f"{matcher!r} returned matrices with NaN or Inf.")
+    return made
+
+
+def _as_labels(found: Tensor | DenseMaps, similarity: Tensor, num_models: int) -> Tensor:
+    """Labels, where dense maps do not apply."""
+    if isinstance(found, Tensor):
+        return found
+    scaled, width = F.correlation(similarity), len(found.merge[0])
+    if width == len(similarity) // num_models:
+        return F.permute(scaled, num_models)
+    return GreedyZip()(scaled, num_models, width)
 
 
 def similarity_from(moments: Moments, kind: SimilarityKind = "correlation") -> Tensor:
@@ -159,12 +249,13 @@ def _match_within(
         if similarity is None or len(together) == 1:
             within = F.average(len(features), len(together))
         else:
-            within = matcher(similarity[features][:, features], len(together)).cpu()
+            own = similarity[features][:, features]
+            within = _as_labels(_ask(matcher, own, len(together)), own, len(together))
         labels[features] = merged[within]
     return labels
 
 
-def contract(weight: Tensor, axes: Sequence[AxisRef | None], maps: Mapping[str, SpaceMap], source: int) -> Tensor:
+def contract(weight: Tensor, axes: Sequence[AxisRef | None], maps: Maps, source: int) -> Tensor:
     """M_i W_i U_i over the axes of one source model's parameter (ZipIt!, equation 5).
 
     Args:
@@ -179,19 +270,71 @@ def contract(weight: Tensor, axes: Sequence[AxisRef | None], maps: Mapping[str, 
     weight = weight.detach().cpu().double()
     known = [(axis, ref) for axis, ref in enumerate(axes) if ref is not None]
     for axis, ref in sorted(known, key=lambda item: item[1].groups == 1):  # groups are rows of the source's order
-        if ref.role == "producer":
-            weight = weight * ref.along(shares_along(ref, maps, source), weight, axis)
-        targets = {space: maps[space].targets(source) for space in ref.spaces}
-        weight = ref.scatter_add(weight, axis, targets, merged_axis(ref, maps))
+        weight = along_axis(weight, axis, ref, maps, source)
     return weight
 
 
-def merged_axis(ref: AxisRef, maps: Mapping[str, SpaceMap]) -> AxisRef:
+def along_axis(weight: Tensor, axis: int, ref: AxisRef, maps: Maps, source: int, elsewhere: float = 1.0) -> Tensor:
+    """M_i along one axis of a source model's tensor where it writes its spaces, else U_iᵀ.
+
+    Args:
+        weight: a parameter, or features.
+        axis: the axis.
+        ref: what it holds.
+        maps: the matching of each space.
+        source: the number i of the source model.
+        elsewhere: what entries that hold no feature are multiplied with, on an axis that writes.
+
+    Returns:
+        Of the shape of ``weight`` but for the axis, and of its type and device.
+    """
+    if any(isinstance(maps[space], DenseMap) for space in ref.spaces):
+        return _mix_axis(weight, axis, ref, maps, source, elsewhere)
+    if ref.role == "producer":
+        shares = shares_along(ref, maps, source, elsewhere)
+        weight = weight * ref.along(shares.to(weight.dtype), weight, axis)
+    return ref.scatter_add(weight, axis, targets_along(ref, maps, source), merged_axis(ref, maps))
+
+
+def _mix_axis(weight: Tensor, axis: int, ref: AxisRef, maps: Maps, source: int, elsewhere: float) -> Tensor:
+    """The same, block by block: the maps of some are dense."""
+    rows, merged = weight.movedim(axis, 0), merged_axis(ref, maps)
+    mixed = rows.new_zeros(merged.size, *rows.shape[1:])
+    outside = torch.ones(ref.size, dtype=torch.bool)
+    for block, new in zip(ref.blocks, merged.blocks, strict=True):
+        entries, space_map = block.entries(), maps[block.space]
+        outside[entries] = False
+        apply = space_map.merge if ref.role == "producer" else space_map.read
+        mixed[new.entries().to(rows.device)] = apply(source, rows[entries.to(rows.device)])
+    places = ref.index({block.space: torch.zeros(block.size, dtype=torch.int64) for block in ref.blocks}, merged)
+    share = elsewhere if ref.role == "producer" else 1.0
+    mixed[places[outside].to(rows.device)] = rows[outside.to(rows.device)] * share
+    return mixed.movedim(0, axis)
+
+
+def targets_along(ref: AxisRef, maps: Maps, source: int) -> dict[str, Tensor]:
+    """U_i of the spaces along an axis, as indices."""
+    return {space: found.targets(source) for space in ref.spaces if isinstance(found := maps[space], SpaceMap)}
+
+
+def unmerge_along(ref: AxisRef, maps: Maps, source: int) -> Tensor:
+    """U_i over a whole axis of one source model: from its entries to the merged ones.
+
+    Returns:
+        int64 ``(size,)``, the merged entry that stands for each; or float64 ``(size, merged size)``, where some map is
+        dense.
+    """
+    if all(isinstance(maps[space], SpaceMap) for space in ref.spaces):
+        return ref.index(targets_along(ref, maps, source), merged_axis(ref, maps))
+    return along_axis(torch.eye(ref.size, dtype=torch.float64), 1, replace(ref, role="consumer"), maps, source)
+
+
+def merged_axis(ref: AxisRef, maps: Maps) -> AxisRef:
     """What an axis of a source model is in the merged network."""
     return ref.resized({space: maps[space].width for space in ref.spaces})
 
 
-def shares_along(ref: AxisRef, maps: Mapping[str, SpaceMap], source: int, elsewhere: float = 1.0) -> Tensor:
+def shares_along(ref: AxisRef, maps: Maps, source: int, elsewhere: float = 1.0) -> Tensor:
     """What each entry of an axis of one source model contributes to the merged entry: M_i, as a vector.
 
     Args:
@@ -205,14 +348,16 @@ def shares_along(ref: AxisRef, maps: Mapping[str, SpaceMap], source: int, elsewh
     """
     shares = torch.full((ref.size,), elsewhere, dtype=torch.float64)
     for block in ref.blocks:
-        shares[block.entries()] = maps[block.space].shares(source)[:, None]
+        space_map = maps[block.space]
+        assert isinstance(space_map, SpaceMap)
+        shares[block.entries()] = space_map.shares(source)[:, None]
     return shares
 
 
 def merge_parameter(
     copies: Sequence[Tensor],
     axes: Sequence[AxisRef | None],
-    maps: Mapping[str, SpaceMap],
+    maps: Maps,
     weights: Sequence[float] | None = None,
 ) -> Tensor:
     """Merge one parameter of N source models: Σ_i M_i W_i U_i over its axes (ZipIt!, equation 5).
@@ -247,7 +392,7 @@ def merge_into(
     target: nn.Module,
     sources: Sequence[nn.Module],
     axes: Mapping[str, tuple[AxisRef | None, ...]],
-    maps: Mapping[str, SpaceMap],
+    maps: Maps,
     weights: Sequence[float] | None = None,
 ) -> None:
     """Write the merged parameters and buffers into a trunk.
@@ -270,7 +415,7 @@ def unmerge_into(
     target: nn.Module,
     network: nn.Module,
     axes: Mapping[str, tuple[AxisRef | None, ...]],
-    maps: Mapping[str, SpaceMap],
+    maps: Maps,
     source: int,
 ) -> None:
     """Let the first layers of one head read the merged features: W_i U_i.
