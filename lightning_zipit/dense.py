@@ -90,9 +90,9 @@ def fold_norms(trunk: nn.Module, networks: Sequence[nn.Module], graph: MergeGrap
     """Set layers with a batch norm behind them, where dense maps act on what the norm gives.
 
     Scale, shift and statistics of a norm belong to a feature each, and have no image under a dense map. In eval mode,
-    layer and norm are one layer: its weights and bias are merged, exactly. The norm is left behind it with the
-    statistics that the layer is to give, and with the scale and shift that undo them. Once statistics are re-estimated,
-    merged features thus have the means that the sources' have, and the deviations (see :func:`moments_under`).
+    layer and norm are one layer: its weights and bias are merged, exactly, and then divided among layer and norm again.
+    Scale and shift are those that give merged features, once statistics are re-estimated, the means and the deviations
+    of what the sources contribute to them (see :func:`moments_under`); until then, the whole is exact.
 
     Args:
         trunk: the merged trunk; it is changed.
@@ -119,7 +119,7 @@ def _merge_folded(
     space_map: DenseMap,
 ) -> None:
     layer, norm = target
-    weight, bias, mean, deviation = (torch.zeros(()).double() for _ in range(4))
+    weight, bias, mean, deviation, before = (torch.zeros(()).double() for _ in range(5))
     for source, (own_layer, own_norm) in enumerate(pairs):
         assert own_norm is not None
         scale, shift = _folded(own_norm)
@@ -130,12 +130,15 @@ def _merge_folded(
         bias = bias + space_map.merge(source, shift)
         own_mean, own_deviation = moments_under(space_map, source, own_norm)
         mean, deviation = mean + own_mean, deviation + own_deviation
+        variances = own_norm.get_buffer("running_var").cpu().double()
+        before = before + (space_map.merging(source).square() @ variances).sqrt()
     assert norm is not None
-    layer.weight.copy_(weight)
+    ratio = torch.where(deviation > 0, before / deviation, 1.0)  # of what the layer gives to what the norm does
+    layer.weight.copy_(weight * ratio.reshape(-1, *[1] * (weight.ndim - 1)))
     if layer.bias is not None:
         layer.bias.zero_()
-    norm.get_buffer("running_mean").copy_(mean - bias)
-    norm.get_buffer("running_var").copy_(deviation.square())
+    norm.get_buffer("running_mean").copy_((mean - bias) * ratio)
+    norm.get_buffer("running_var").copy_(before.square())
     set_moments(norm, mean, deviation)
 
 
@@ -147,9 +150,10 @@ def _folded(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
 
 
 def set_moments(norm: nn.Module, mean: Tensor, deviation: Tensor) -> None:
-    """Let what a batch norm gives have a mean and a deviation, once its statistics are those of what reaches it."""
+    """Let what a batch norm gives have a mean and a deviation, where its statistics are those of what reaches it."""
     assert isinstance(norm, _BatchNorm)
-    norm.weight.copy_((deviation.square() + norm.eps).sqrt())
+    variance = norm.get_buffer("running_var").cpu().double()
+    norm.weight.copy_(deviation * torch.where(variance > 0, (1 + norm.eps / variance).sqrt(), 1.0))
     norm.bias.copy_(mean)
 
 
