@@ -12,7 +12,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_zipit.graph import AxisRef, MergeGraph
 from lightning_zipit.graph.registry import find_rule
 from lightning_zipit.graph.rules import POINTWISE, POOLING, layers, shapes
-from lightning_zipit.merging import DenseMap, Maps, contract
+from lightning_zipit.maps import DenseMap, Maps
+from lightning_zipit.merging import contract
 from lightning_zipit.refine.layers import ADDITIONS, Fitted, Layer, find_stops, layer_of
 
 LINEAR = (

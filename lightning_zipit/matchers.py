@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, NamedTuple, get_args
 
@@ -41,8 +42,8 @@ class DenseMaps(NamedTuple):
         unmerge: of each model U_i ``(C, W)``: what stands for its features is U_i times the merged ones.
     """
 
-    merge: tuple[Tensor, ...]
-    unmerge: tuple[Tensor, ...]
+    merge: Sequence[Tensor]
+    unmerge: Sequence[Tensor]
 
 
 class Matcher(ABC):
@@ -245,7 +246,7 @@ class CCA(Matcher):
                 [0.5000, 0.0000]], dtype=torch.float64)
     """
 
-    gamma: float = 0.1
+    gamma: float = 1.0
     similarity: ClassVar[SimilarityKind | None] = "covariance"
 
     def __post_init__(self) -> None:

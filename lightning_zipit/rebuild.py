@@ -14,7 +14,8 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from lightning_zipit.dense import fold_norms
 from lightning_zipit.graph import AxisRef, MergeGraph
 from lightning_zipit.graph.joined import UNMERGE, Joined
-from lightning_zipit.merging import Maps, merge_into, unmerge_along, unmerge_into
+from lightning_zipit.maps import Maps, unmerge_along
+from lightning_zipit.merging import merge_into, unmerge_into
 
 
 class Unmerge(nn.Module):

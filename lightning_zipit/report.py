@@ -25,7 +25,7 @@ from lightning_zipit.diagnosis import Finding, diagnose
 from lightning_zipit.errors import CheckpointError
 from lightning_zipit.files import replacing
 from lightning_zipit.graph import FeatureSpace
-from lightning_zipit.merging import DenseMap, SpaceMap
+from lightning_zipit.maps import DenseMap, SpaceMap
 from lightning_zipit.statistics import Moments
 
 

@@ -29,10 +29,9 @@ from lightning_zipit.graph.agreement import trace_all
 from lightning_zipit.graph.joined import Joined
 from lightning_zipit.graph.taps import before_activations, tapped_by_all
 from lightning_zipit.graph.verify import find_failing
+from lightning_zipit.maps import DenseMap, SpaceMap
 from lightning_zipit.matchers import CCA, Average, DualSpace
 from lightning_zipit.merging import (
-    DenseMap,
-    SpaceMap,
     families,
     match,
     similarity_from,

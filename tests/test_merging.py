@@ -10,17 +10,15 @@ from torch import nn
 from lightning_zipit import Moments
 from lightning_zipit import functional as F
 from lightning_zipit.graph import AxisRef, Block, FeatureSpace, MergeGraph
+from lightning_zipit.maps import DenseMap, SpaceMap, unmerge_along
 from lightning_zipit.matchers import Average, DenseMaps, GreedyZip, Permute
 from lightning_zipit.merging import (
-    DenseMap,
-    SpaceMap,
     contract,
     families,
     match,
     merge_into,
     merge_parameter,
     similarity_from,
-    unmerge_along,
     unmerge_into,
 )
 

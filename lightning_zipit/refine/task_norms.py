@@ -14,7 +14,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_zipit.dense import moments_under, set_moments
 from lightning_zipit.graph import AxisRef
-from lightning_zipit.merging import DenseMap, Maps, contract
+from lightning_zipit.maps import DenseMap, Maps
+from lightning_zipit.merging import contract
 
 TASK = "task"
 """Name of the input by which a trunk with a batch norm per task is told its task."""

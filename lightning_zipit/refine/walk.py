@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from lightning_zipit.collectives import rank_and_size
 from lightning_zipit.graph import AxisRef, MergeGraph
 from lightning_zipit.graph.joined import UNMERGE, Joined
-from lightning_zipit.merging import DenseMap, Maps, along_axis, model_shares
+from lightning_zipit.maps import DenseMap, Maps, along_axis, model_shares
 from lightning_zipit.refine.frontier import Frontier, Run, Values
 from lightning_zipit.refine.layers import Fitted, Layer, Norm, find_stops, groups_of, layer_of
 from lightning_zipit.refine.least_squares import MOST_INPUTS, NormalEquations, patches, samples, solve_layer
