@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_zipit.graph import AxisRef, MergeGraph
 from lightning_zipit.graph.registry import find_rule
-from lightning_zipit.graph.rules import POINTWISE, POOLING, layers, shapes
+from lightning_zipit.graph.rules import POINTWISE, POOLING, elementwise, layers, shapes
 from lightning_zipit.maps import DenseMap, Maps
 from lightning_zipit.merging import contract
 from lightning_zipit.refine.layers import ADDITIONS, Fitted, Layer, find_stops, layer_of
@@ -46,9 +46,13 @@ def find_rigid(graph: MergeGraph) -> dict[str, str]:
         if space.units is not None or name in grouping:
             rigid[name] = "groups or heads"
     for node in graph.trunk_graph():
-        why = _obstacle(node, graph.module, folded)
-        for name in graph.held.get(node.name, ()) if why else ():
+        why, made = _obstacle(node, graph, folded), graph.held.get(node.name, ())
+        for name in made if why else ():
             rigid.setdefault(name, why)
+        if find_rule(node, graph.module) is elementwise.reduce:
+            for name in (name for source in node.all_input_nodes for name in graph.held.get(source.name, ())):
+                if name not in made:
+                    rigid.setdefault(name, f"`{node.name}` reduces over features")
     for refs in graph.axes.values():
         for ref in refs:
             for name in ref.spaces if ref is not None and ref.groups > 1 else ():
@@ -61,19 +65,20 @@ def find_rigid(graph: MergeGraph) -> dict[str, str]:
     return rigid
 
 
-def _obstacle(node: fx.Node, backbone: nn.Module, folded: set[str]) -> str:
+def _obstacle(node: fx.Node, graph: MergeGraph, folded: set[str]) -> str:
     """Why the features that a node gives cannot be mixed; empty where they can."""
+    name = str(node.target) if node.op == "call_module" else node.name
     if node.op == "call_module":
-        module = backbone.get_submodule(str(node.target))
-        if type(module) in LINEAR:
-            return f"`{node.target}` is depthwise or grouped" if getattr(module, "groups", 1) > 1 else ""
-        if str(node.target) in folded:
+        module = graph.module.get_submodule(name)
+        if type(module) in LINEAR and getattr(module, "groups", 1) > 1:
+            return f"`{name}` is depthwise or grouped"
+        if name in folded or (type(module) in LINEAR and any(graph.axes.get(f"{name}.weight", ()))):
             return ""
-    elif node.target in SUMS:
+    elif node.op in ("call_function", "call_method") and node.target in SUMS:
         return ""
-    if find_rule(node, backbone) in PASSING:
+    if node.op not in ("get_attr", "placeholder") and find_rule(node, graph.module) in PASSING:
         return ""
-    return f"`{node.target if node.op == 'call_module' else node.name}` acts on each feature by itself, or on all"
+    return f"`{name}` acts on each feature by itself, or on all"
 
 
 def find_folded(graph: MergeGraph) -> Iterator[Layer]:

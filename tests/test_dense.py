@@ -293,3 +293,43 @@ def test_settings_that_make_no_sense_are_refused(settings, message):
 def test_weights_do_not_tell_how_to_mix():
     with pytest.raises(ValueError, match="covariance"):
         DualSpace(matcher=CCA())
+
+
+class Gate(nn.Module):
+    """Adds its mean over the features."""
+
+    def forward(self, x):
+        return x + x.mean(1, keepdim=True)
+
+
+OBSTACLES = {
+    "free": (nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1)), {}),
+    "depthwise": (
+        nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1, groups=4), nn.Conv2d(4, 2, 1)),
+        {"0": "depthwise"},
+    ),
+    "norm first": (nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1)), {"0": "`2`"}),
+    "norm of batches": (
+        nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, track_running_stats=False), nn.Conv2d(4, 2, 1)),
+        {"0": "`1`"},
+    ),
+    "norm without scale": (
+        nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, affine=False), nn.Conv2d(4, 2, 1)),
+        {"0": "`1`"},
+    ),
+    "layer norm": (
+        nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 5), nn.GELU(), nn.Linear(5, 2)),
+        {"0": "`1`"},
+    ),
+    "slopes": (nn.Sequential(nn.Linear(3, 4), nn.PReLU(4), nn.Linear(4, 2)), {"0": "`1`"}),
+    "mean of features": (nn.Sequential(nn.Conv2d(3, 4, 1), Gate(), nn.Conv2d(4, 2, 1)), {"0": "reduces over"}),
+}
+
+
+@pytest.mark.parametrize("name", OBSTACLES)
+def test_features_can_be_mixed_where_only_layers_and_their_norms_know_them(name):
+    net, expected = OBSTACLES[name]
+    found = find_rigid(trace(net))
+    assert list(found) == list(expected)
+    for space, why in expected.items():
+        assert why in found[space]
