@@ -87,7 +87,7 @@ def find_folded(graph: MergeGraph) -> Iterator[Layer]:
     calls = [str(node.target) for node in nodes if node.op == "call_module"]
     for stop in find_stops(graph.module, nodes, ()):
         if isinstance(stop, Layer) and stop.norm is not None and calls.count(str(stop.norm.target)) == 1:
-            ref = graph.axes[f"{stop.name}.weight"][0]
+            ref = graph.axes.get(f"{stop.name}.weight", (None,))[0]
             if ref is not None and ref.whole:
                 yield stop
 
@@ -107,8 +107,7 @@ def fold_norms(trunk: nn.Module, networks: Sequence[nn.Module], graph: MergeGrap
         maps: the matching of each space.
     """
     with torch.no_grad():
-        for stop in find_folded(graph):
-            assert stop.norm is not None
+        for stop in find_folded(graph) if any(isinstance(each, DenseMap) for each in maps.values()) else ():
             axes = graph.axes[f"{stop.name}.weight"]
             assert axes[0] is not None
             space_map = maps[axes[0].spaces[0]]

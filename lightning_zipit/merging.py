@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from operator import attrgetter
 
 import torch
@@ -35,7 +35,7 @@ def match(
     matcher: Matcher,
     num_models: int,
     widths: Mapping[str, int] | None = None,
-    dense: Collection[str] = (),
+    mixable: Callable[[str], bool] = lambda space: False,
 ) -> Iterator[tuple[str, SpaceMap | DenseMap, Tensor | None]]:
     """Match the features of one family of spaces.
 
@@ -46,8 +46,8 @@ def match(
         matcher: similarity → labels or dense maps.
         num_models: N.
         widths: of spaces without units, how many features are to be left; those of one model by default.
-        dense: spaces to which dense maps can be applied. Others that the matcher has them for are matched one to one,
-            or zipped where they are to have another width.
+        mixable: whether dense maps can be applied to a space. Others that the matcher has them for are matched one to
+            one, or zipped where they are to have another width.
 
     Yields:
         Per space its name, its map (one without a similarity is matched by number; groups and heads come first, then
@@ -65,7 +65,7 @@ def match(
             labels[name] = _match_within(space, labels[space.units], similarities.get(name), matcher, num_models)
         elif name in similarities:
             found = _ask(matcher, similarities[name], num_models, widths.get(name) if widths else None)
-            if isinstance(found, DenseMaps) and name in dense:
+            if isinstance(found, DenseMaps) and mixable(name):
                 yield name, DenseMap(found), similarities[name]
                 continue
             labels[name] = _as_labels(found, similarities[name], num_models)

@@ -389,13 +389,14 @@ class MergeSession:
         self._save()
         rank, processes = rank_and_size()
         graph, count = next(iter(self.graphs.values())), len(self._names)
-        turns, dense = self._families(), set(graph.spaces).difference(find_rigid(graph))
+        turns, rigid = self._families(), cache(lambda: find_rigid(graph))
         costs = [sum(graph.spaces[name].size ** 2 for name in family) for family in turns]
         matched: dict[str, list[Matched]] = {}
         for number in split_evenly(costs, processes)[rank]:
             similarity_of = cache(self._similarity)
             for widths in self._widths_of(turns[number]):
-                found = match(graph, turns[number], similarity_of, self.settings.matcher, count, widths, dense)
+                matcher, family = self.settings.matcher, turns[number]
+                found = match(graph, family, similarity_of, matcher, count, widths, lambda name: name not in rigid())
                 for name, space_map, similarity in found:
                     one = Matched.of(graph.spaces[name], space_map, similarity, self._measures.get(name))
                     matched.setdefault(name, []).append(one)
