@@ -13,7 +13,6 @@ from helpers.nets import (
     images,
     settle,
     settled_pair,
-    torchvision_net,
     trainer,
 )
 from torch import nn
@@ -124,8 +123,7 @@ def test_a_linear_network_and_its_mixed_copies_merge_to_what_they_compute(linear
     assert distance(permuted, linear, x) > 1
 
 
-@pytest.mark.parametrize("gamma", [1e-6, 0.1])
-@pytest.mark.parametrize("refine", [None, "batch_norm", "repair"])
+@pytest.mark.parametrize(("refine", "gamma"), [(None, 1e-6), ("batch_norm", 0.1), ("repair", 10.0)])
 def test_a_network_and_its_copies_merge_to_what_they_compute(residual, refine, gamma):
     x = noise(size=16)
     graph = trace(residual)
@@ -200,9 +198,18 @@ def test_heads_unmerge_what_they_cannot_take_into_their_weights(tmp_path):
             assert torch.allclose(again(x, task=task), model(x), atol=1e-3), (task, matcher)
 
 
+class Separable(nn.Sequential):
+    """A depthwise convolution between two others."""
+
+    def __init__(self):
+        layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.BatchNorm2d(8)]
+        layers += [nn.Conv2d(8, 10, 1), nn.BatchNorm2d(10), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+        super().__init__(*layers, nn.Linear(10, 5))
+
+
 RIGID = {
     "attention": (HandWrittenViT, 16),
-    "depthwise": (lambda: torchvision_net("mobilenet_v3_small", width_mult=0.4), 32),
+    "depthwise": (Separable, 16),
     "flattened": (PlainNet, 16),
 }
 
