@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms.functional import pil_to_tensor
 
-from lightning_zipit.matchers import Agglomerative, Average, DualSpace, GreedyZip, KMeans, Permute, WeightMatching
+from lightning_zipit.matchers import CCA, Agglomerative, Average, DualSpace, GreedyZip, KMeans, Permute, WeightMatching
 
 MEAN = torch.tensor([125.307, 122.961, 113.8575]).reshape(3, 1, 1) / 255
 DEVIATION = torch.tensor([51.5865, 50.847, 51.255]).reshape(3, 1, 1) / 255
@@ -45,11 +45,13 @@ OTHERS = {
     "dual space, zip": {"matcher": DualSpace(matcher=GreedyZip())},
     "k-means": {"matcher": KMeans()},
     "agglomerative": {"matcher": Agglomerative()},
+    "cca": {"matcher": CCA()},
     "average + least squares": {"matcher": Average(), "refine": "least_squares"},
     "weights + least squares": {"matcher": WeightMatching(), "refine": "least_squares"},
     "dual space, zip + least squares": {"matcher": DualSpace(matcher=GreedyZip()), "refine": "least_squares"},
     "k-means + least squares": {"matcher": KMeans(), "refine": "least_squares"},
     "agglomerative + least squares": {"matcher": Agglomerative(), "refine": "least_squares"},
+    "cca + least squares": {"matcher": CCA(), "refine": "least_squares"},
 }
 
 

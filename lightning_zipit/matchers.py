@@ -1,23 +1,29 @@
-"""Matchers: from the similarity of a feature space to the labels that say what is merged with what."""
+"""Matchers: from the similarity of a feature space to labels, or matrices, that say what is merged with what."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import get_args
+from typing import ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from lightning_zipit import functional as F
+from lightning_zipit.cca import align
+
+SimilarityKind = Literal["correlation", "absolute", "cosine", "covariance"]
 
 OWN_MODEL_HANDICAP = 1e-6
 
 __all__ = [
+    "CCA",
     "Agglomerative",
     "AnyWidthMatcher",
     "Average",
     "CycleConsistent",
+    "DenseMaps",
     "DualSpace",
     "GreedyZip",
     "KMeans",
@@ -28,11 +34,30 @@ __all__ = [
 ]
 
 
+class DenseMaps(NamedTuple):
+    """Merged features that are linear combinations of the models' features: what a matcher may return for labels.
+
+    Attributes:
+        merge: of each model M_i ``(W, C)``: the merged features are Σ_i M_i x_i, with all models counting the same.
+        unmerge: of each model U_i ``(C, W)``: what stands for its features is U_i times the merged ones.
+    """
+
+    merge: Sequence[Tensor]
+    unmerge: Sequence[Tensor]
+
+
 class Matcher(ABC):
-    """Decides which features of N models become one; subclass it to bring your own."""
+    """Decides which features of N models become one; subclass it to bring your own.
+
+    Attributes:
+        similarity: what it has to be given, whatever ``similarity=`` of a merge says: ``"covariance"`` for one that
+            returns :class:`DenseMaps`, which depend on how features are scaled; ``None`` where anything will do.
+    """
+
+    similarity: ClassVar[SimilarityKind | None] = None
 
     @abstractmethod
-    def __call__(self, similarity: Tensor, num_models: int) -> Tensor:
+    def __call__(self, similarity: Tensor, num_models: int) -> Tensor | DenseMaps:
         """Match the features of one space.
 
         Args:
@@ -40,7 +65,7 @@ class Matcher(ABC):
             num_models: N.
 
         Returns:
-            int64 labels ``(N·C,)`` with C clusters: the merged feature that each source feature becomes.
+            int64 labels ``(N·C,)`` with C clusters: the merged feature that each source feature becomes; or dense maps.
         """
 
 
@@ -48,7 +73,7 @@ class AnyWidthMatcher(Matcher):
     """A matcher that can leave more or fewer features than one model has, as ``width=`` of a merge asks for."""
 
     @abstractmethod
-    def __call__(self, similarity: Tensor, num_models: int, width: int | None = None) -> Tensor:
+    def __call__(self, similarity: Tensor, num_models: int, width: int | None = None) -> Tensor | DenseMaps:
         """Match the features of one space.
 
         Args:
@@ -57,7 +82,7 @@ class AnyWidthMatcher(Matcher):
             width: how many features to leave, 1 to N·C; C by default.
 
         Returns:
-            int64 labels ``(N·C,)`` with ``width`` clusters.
+            int64 labels ``(N·C,)`` with ``width`` clusters; or dense maps of that width.
         """
 
 
@@ -193,6 +218,47 @@ class CycleConsistent(Matcher):
 
 
 @dataclass(frozen=True)
+class CCA(Matcher):
+    """Align models by linear maps rather than one feature to one (CCA Merge, arXiv 2407.05385).
+
+    The features of every model are turned into those of the first by its map T_i, which canonical correlation analysis
+    of the activations gives; weights are averaged behind it: M_i = T_i / N and U_i = T_i⁻¹. For two models this is the
+    method of the paper, with ``gamma`` taken relative to the features' variance. With more, they are turned to agree
+    with all others, and not with the first alone; see :func:`~lightning_zipit.cca.align`. The first model's features
+    are the coordinates of all, because activation functions act in them: with a model's copy, T is the identity.
+
+    Batch norm right behind a layer is folded into the layer, mapped with it, and set up anew, where the paper maps its
+    scale, shift and statistics as if they were features. Spaces to which a dense map cannot be applied are matched as
+    :class:`Permute` does, and the report says which and why.
+
+    Args:
+        gamma: what is added to the diagonal of each model's covariance, as a share of the mean variance. The higher,
+            the less directions count in which features hardly vary.
+
+    Raises:
+        ValueError: if ``gamma`` is not above 0.
+
+    Example:
+        >>> covariance = torch.tensor([[4.0, 0.0, 0.0, 2.0], [0.0, 1.0, 1.0, 0.0], [0.0, 1.0, 1.0, 0.0],
+        ...                            [2.0, 0.0, 0.0, 1.0]])
+        >>> CCA(gamma=1e-9)(covariance, num_models=2).unmerge[1].round(decimals=4)
+        tensor([[0.0000, 1.0000],
+                [0.5000, 0.0000]], dtype=torch.float64)
+    """
+
+    gamma: float = 1.0
+    similarity: ClassVar[SimilarityKind | None] = "covariance"
+
+    def __post_init__(self) -> None:
+        if not self.gamma > 0:
+            raise ValueError(f"`gamma` must be above 0, got {self.gamma}.")
+
+    def __call__(self, similarity: Tensor, num_models: int) -> DenseMaps:
+        onto, back = align(similarity, num_models, self.gamma)
+        return DenseMaps(tuple(matrix / num_models for matrix in onto), tuple(back))
+
+
+@dataclass(frozen=True)
 class DualSpace(Matcher):
     """Match by weights and activations together (MuDSC, arXiv 2403.01753).
 
@@ -221,8 +287,13 @@ class DualSpace(Matcher):
             raise ValueError(f"`rounds` must be at least 1, got {self.rounds}.")
         if not isinstance(self.matcher, Matcher) or isinstance(self.matcher, DualSpace):
             raise ValueError(f"`matcher` must be a Matcher of similarities such as Permute(), got {self.matcher!r}.")
+        if self.matcher.similarity is not None:
+            raise ValueError(
+                f"`matcher` must take any similarity, and {self.matcher!r} takes a {self.matcher.similarity} alone: "
+                "use it by itself."
+            )
 
-    def __call__(self, similarity: Tensor, num_models: int) -> Tensor:
+    def __call__(self, similarity: Tensor, num_models: int) -> Tensor | DenseMaps:
         return self.matcher(similarity, num_models)
 
 

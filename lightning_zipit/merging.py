@@ -1,55 +1,23 @@
-"""From labels to merged weights: one generic loop over the table of axes."""
+"""From labels or dense maps to merged weights: one generic loop over the table of axes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from operator import attrgetter
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from lightning_zipit import functional as F
+from lightning_zipit.errors import ConfigurationError
 from lightning_zipit.graph import AxisRef, FeatureSpace, MergeGraph
 from lightning_zipit.graph.spaces import unit_members, units_around, units_first
-from lightning_zipit.matchers import AnyWidthMatcher, Matcher
+from lightning_zipit.maps import DenseMap, Maps, SpaceMap, along_axis, model_shares
+from lightning_zipit.matchers import AnyWidthMatcher, DenseMaps, GreedyZip, Matcher, SimilarityKind
 from lightning_zipit.statistics import Moments
 
-SimilarityKind = Literal["correlation", "absolute", "cosine", "covariance"]
 SCALE_HANDICAP = 1e-6
 ROWS_AT_ONCE = 1024
-
-
-@dataclass(frozen=True)
-class SpaceMap:
-    """The matching of one space, from which its merge and unmerge matrices follow.
-
-    They are applied as sums over indices rather than as matrices: each source feature has one label.
-
-    Attributes:
-        labels: int64 ``(N·C,)``, the merged feature that each source feature becomes.
-        num_models: N.
-        weights: how much each model counts in its clusters; all the same by default, and in clusters of models that
-            count nothing.
-    """
-
-    labels: Tensor
-    num_models: int
-    weights: tuple[float, ...] | None = None
-
-    @property
-    def width(self) -> int:
-        """How many features the merged network has."""
-        return int(self.labels.max()) + 1
-
-    def targets(self, source: int) -> Tensor:
-        """The merged feature of each feature of one source model, ``(C,)``: U_i as indices."""
-        return self.labels.chunk(self.num_models)[source]
-
-    def shares(self, source: int) -> Tensor:
-        """What each feature of one source model contributes to its cluster, ``(C,)``: the entries of M_i."""
-        return F.merge_shares(self.labels, self.num_models, self.weights).chunk(self.num_models)[source]
 
 
 def families(graph: MergeGraph) -> list[list[str]]:
@@ -67,16 +35,19 @@ def match(
     matcher: Matcher,
     num_models: int,
     widths: Mapping[str, int] | None = None,
-) -> Iterator[tuple[str, SpaceMap, Tensor | None]]:
+    mixable: Callable[[str], bool] = lambda space: False,
+) -> Iterator[tuple[str, SpaceMap | DenseMap, Tensor | None]]:
     """Match the features of one family of spaces.
 
     Args:
         graph: the merge graph.
         family: one of :func:`families`.
         similarity_of: from a space to the similarity of its features, ``(N·C, N·C)``; ``None`` where there is none.
-        matcher: similarity → labels.
+        matcher: similarity → labels or dense maps.
         num_models: N.
         widths: of spaces without units, how many features are to be left; those of one model by default.
+        mixable: whether dense maps can be applied to a space. Others that the matcher has them for are matched one to
+            one, or zipped where they are to have another width.
 
     Yields:
         Per space its name, its map (one without a similarity is matched by number; groups and heads come first, then
@@ -93,14 +64,50 @@ def match(
         if space.units is not None:
             labels[name] = _match_within(space, labels[space.units], similarities.get(name), matcher, num_models)
         elif name in similarities:
-            width = widths.get(name) if widths else None
-            if isinstance(matcher, AnyWidthMatcher) and width is not None:
-                labels[name] = matcher(similarities[name], num_models, width).cpu()
-            else:
-                labels[name] = matcher(similarities[name], num_models).cpu()
+            found = _ask(matcher, similarities[name], num_models, widths.get(name) if widths else None)
+            if isinstance(found, DenseMaps) and mixable(name):
+                yield name, DenseMap(found), similarities[name]
+                continue
+            labels[name] = _as_labels(found, similarities[name], num_models)
         else:
             labels[name] = F.average(num_models * space.size, num_models)
         yield name, SpaceMap(labels[name], num_models), similarities.get(name)
+
+
+def _ask(matcher: Matcher, similarity: Tensor, num_models: int, width: int | None = None) -> Tensor | DenseMaps:
+    """What a matcher says, on the CPU.
+
+    Raises:
+        ConfigurationError: if it returns matrices that do not fit.
+    """
+    if isinstance(matcher, AnyWidthMatcher) and width is not None:
+        found = matcher(similarity, num_models, width)
+    else:
+        found = matcher(similarity, num_models)
+    if isinstance(found, Tensor):
+        return found.cpu()
+    size = len(similarity) // num_models
+    width = size if width is None else width
+    made = DenseMaps(*(tuple(matrix.detach().double().cpu() for matrix in each) for each in found))
+    shapes = [tuple(matrix.shape) for each in made for matrix in each]
+    if shapes != [(width, size)] * num_models + [(size, width)] * num_models:
+        raise ConfigurationError(
+            f"{matcher!r} must return labels, or DenseMaps of {num_models} matrices ({width}, {size}) and as many "
+            f"({size}, {width}), got shapes {shapes}."
+        )
+    if not all(matrix.isfinite().all() for each in made for matrix in each):
+        raise ConfigurationError(f"{matcher!r} returned matrices with NaN or Inf.")
+    return made
+
+
+def _as_labels(found: Tensor | DenseMaps, similarity: Tensor, num_models: int) -> Tensor:
+    """Labels, where dense maps do not apply."""
+    if isinstance(found, Tensor):
+        return found
+    scaled, width = F.correlation(similarity), len(found.merge[0])
+    if width == len(similarity) // num_models:
+        return F.permute(scaled, num_models)
+    return GreedyZip()(scaled, num_models, width)
 
 
 def similarity_from(moments: Moments, kind: SimilarityKind = "correlation") -> Tensor:
@@ -159,12 +166,13 @@ def _match_within(
         if similarity is None or len(together) == 1:
             within = F.average(len(features), len(together))
         else:
-            within = matcher(similarity[features][:, features], len(together)).cpu()
+            own = similarity[features][:, features]
+            within = _as_labels(_ask(matcher, own, len(together)), own, len(together))
         labels[features] = merged[within]
     return labels
 
 
-def contract(weight: Tensor, axes: Sequence[AxisRef | None], maps: Mapping[str, SpaceMap], source: int) -> Tensor:
+def contract(weight: Tensor, axes: Sequence[AxisRef | None], maps: Maps, source: int) -> Tensor:
     """M_i W_i U_i over the axes of one source model's parameter (ZipIt!, equation 8).
 
     Args:
@@ -179,40 +187,14 @@ def contract(weight: Tensor, axes: Sequence[AxisRef | None], maps: Mapping[str, 
     weight = weight.detach().cpu().double()
     known = [(axis, ref) for axis, ref in enumerate(axes) if ref is not None]
     for axis, ref in sorted(known, key=lambda item: item[1].groups == 1):  # groups are rows of the source's order
-        if ref.role == "producer":
-            weight = weight * ref.along(shares_along(ref, maps, source), weight, axis)
-        targets = {space: maps[space].targets(source) for space in ref.spaces}
-        weight = ref.scatter_add(weight, axis, targets, merged_axis(ref, maps))
+        weight = along_axis(weight, axis, ref, maps, source)
     return weight
-
-
-def merged_axis(ref: AxisRef, maps: Mapping[str, SpaceMap]) -> AxisRef:
-    """What an axis of a source model is in the merged network."""
-    return ref.resized({space: maps[space].width for space in ref.spaces})
-
-
-def shares_along(ref: AxisRef, maps: Mapping[str, SpaceMap], source: int, elsewhere: float = 1.0) -> Tensor:
-    """What each entry of an axis of one source model contributes to the merged entry: M_i, as a vector.
-
-    Args:
-        ref: what the axis holds.
-        maps: the matching of each space.
-        source: the number i of the source model.
-        elsewhere: of entries that hold no feature.
-
-    Returns:
-        float64 ``(size,)``.
-    """
-    shares = torch.full((ref.size,), elsewhere, dtype=torch.float64)
-    for block in ref.blocks:
-        shares[block.entries()] = maps[block.space].shares(source)[:, None]
-    return shares
 
 
 def merge_parameter(
     copies: Sequence[Tensor],
     axes: Sequence[AxisRef | None],
-    maps: Mapping[str, SpaceMap],
+    maps: Maps,
     weights: Sequence[float] | None = None,
 ) -> Tensor:
     """Merge one parameter of N source models: Σ_i M_i W_i U_i over its axes (ZipIt!, equation 8).
@@ -238,16 +220,11 @@ def merge_parameter(
     return parts.sum(0).to(first.dtype)
 
 
-def model_shares(num_models: int, weights: Sequence[float] | None = None) -> Tensor:
-    """What each model contributes where there are no features, float64 ``(N,)``."""
-    return F.merge_shares(torch.zeros(num_models, dtype=torch.int64), num_models, weights)
-
-
 def merge_into(
     target: nn.Module,
     sources: Sequence[nn.Module],
     axes: Mapping[str, tuple[AxisRef | None, ...]],
-    maps: Mapping[str, SpaceMap],
+    maps: Maps,
     weights: Sequence[float] | None = None,
 ) -> None:
     """Write the merged parameters and buffers into a trunk.
@@ -270,7 +247,7 @@ def unmerge_into(
     target: nn.Module,
     network: nn.Module,
     axes: Mapping[str, tuple[AxisRef | None, ...]],
-    maps: Mapping[str, SpaceMap],
+    maps: Maps,
     source: int,
 ) -> None:
     """Let the first layers of one head read the merged features: W_i U_i.

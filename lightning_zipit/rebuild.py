@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from lightning_zipit.dense import fold_norms
 from lightning_zipit.graph import AxisRef, MergeGraph
 from lightning_zipit.graph.joined import UNMERGE, Joined
-from lightning_zipit.merging import SpaceMap, merge_into, merged_axis, unmerge_into
+from lightning_zipit.maps import Maps, unmerge_along
+from lightning_zipit.merging import merge_into, unmerge_into
 
 
 class Unmerge(nn.Module):
@@ -21,18 +24,48 @@ class Unmerge(nn.Module):
     Args:
         size: entries along the axis.
         axis: the axis that holds the features.
+
+    Attributes:
+        index: the merged entry that stands for each.
+        matrix: U_i itself, where merged entries are mixed; a buffer that a module has when it is set, or in what is
+            loaded into it.
     """
 
     index: Tensor
+    matrix: Tensor | None
 
     def __init__(self, size: int, axis: int) -> None:
         super().__init__()
         self.axis = axis
         self.register_buffer("index", torch.arange(size))
+        self.register_buffer("matrix", None)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` with ``size`` entries along the axis."""
-        return x.index_select(self.axis, self.index)
+        if self.matrix is None:
+            return x.index_select(self.axis, self.index)
+        return (x.movedim(self.axis, -1) @ self.matrix.mT).movedim(-1, self.axis)
+
+    def set(self, found: Tensor, dtype: torch.dtype) -> None:
+        """Take an index ``(size,)`` over, or a matrix ``(size, merged size)`` as one of a type."""
+        if found.is_floating_point():
+            self.matrix = found.to(self.index.device, dtype)
+        else:
+            self.index.copy_(found)
+
+    def behind(self, found: Tensor) -> Tensor:
+        """This unmerge and, in front of it, another one of the network that it reads, as one."""
+        if self.matrix is None:
+            return found[self.index.cpu()]
+        own = self.matrix.cpu().double()
+        if found.is_floating_point():
+            return own @ found
+        return own @ torch.nn.functional.one_hot(found).double()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if self.matrix is None and (saved := state_dict.get(f"{prefix}matrix")) is not None:
+            self.matrix = torch.zeros_like(saved, device=self.index.device)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         return f"{len(self.index)}, axis={self.axis}"
@@ -41,7 +74,7 @@ class Unmerge(nn.Module):
 def build_merged(
     graphs: Sequence[MergeGraph],
     networks: Sequence[nn.Module],
-    maps: Mapping[str, SpaceMap],
+    maps: Maps,
     weights: Sequence[float] | None = None,
     models: Sequence[int] | None = None,
 ) -> tuple[fx.GraphModule, list[fx.GraphModule]]:
@@ -61,7 +94,9 @@ def build_merged(
     models = range(len(networks)) if models is None else models
     widths = {name: space_map.width for name, space_map in maps.items()}
     trunk = build_trunk(graphs[0], widths).eval()
-    merge_into(trunk, [networks[models.index(number)] for number in sorted(set(models))], graphs[0].axes, maps, weights)
+    leads = [networks[models.index(number)] for number in sorted(set(models))]
+    merge_into(trunk, leads, graphs[0].axes, maps, weights)
+    fold_norms(trunk, leads, graphs[0], maps)
     heads = []
     for graph, network, source in zip(graphs, networks, models, strict=True):
         head = build_head(graph, widths).eval()
@@ -148,9 +183,7 @@ def _changed_in_place(node: fx.Node, graph: MergeGraph) -> bool:
     return False
 
 
-def set_unmerges(
-    head: nn.Module, graph: MergeGraph, network: nn.Module, maps: Mapping[str, SpaceMap], source: int
-) -> None:
+def set_unmerges(head: nn.Module, graph: MergeGraph, network: nn.Module, maps: Maps, source: int) -> None:
     """Tell the explicit unmerges of a head which merged feature stands for each of its source's.
 
     Those of a source that was merged before come first: together they are one.
@@ -164,11 +197,11 @@ def set_unmerges(
     """
     for crossing in graph.crossings:
         if crossing.ref is not None and not crossing.absorbed:
-            targets = {space: maps[space].targets(source) for space in crossing.ref.spaces}
-            index = crossing.ref.index(targets, merged_axis(crossing.ref, maps))
+            name = f"{UNMERGE}.{crossing.node}"
+            unmerge, found = head.get_submodule(name), unmerge_along(crossing.ref, maps, source)
             if isinstance(network, Joined):
-                index = index[network.get_buffer(f"{UNMERGE}.{crossing.node}.index").cpu()]
-            head.get_buffer(f"{UNMERGE}.{crossing.node}.index").copy_(index)
+                found = network.get_submodule(name).behind(found)  # type: ignore[operator]
+            unmerge.set(found, next(network.parameters()).dtype)  # type: ignore[operator]
 
 
 def _module(

@@ -20,11 +20,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_zipit import functional as F
+from lightning_zipit.cca import mixed_agreement
 from lightning_zipit.diagnosis import Finding, diagnose
 from lightning_zipit.errors import CheckpointError
 from lightning_zipit.files import replacing
 from lightning_zipit.graph import FeatureSpace
-from lightning_zipit.merging import SpaceMap
+from lightning_zipit.maps import DenseMap, SpaceMap
 from lightning_zipit.statistics import Moments
 
 
@@ -40,7 +41,8 @@ class SpaceReport:
         within: clusters of two or more features that lie within one model.
         across: clusters with features of several models.
         similarity: mean similarity of the pairs of features that share a cluster, at most 1; NaN where there are none
-            or the space was not measured.
+            or the space was not measured. Where merged features are combinations of all, that of what the models give
+            to them, in pairs of models.
         lowest: the lowest similarity of such a pair.
         chance: what the mean would be if each model's features were dealt out to the clusters at random.
         deviation: of that mean from one deal to another.
@@ -333,16 +335,21 @@ def _short(number: float) -> str:
 
 
 def report_space(
-    space: FeatureSpace, space_map: SpaceMap, similarity: Tensor | None, measure: Measure | None = None
+    space: FeatureSpace,
+    space_map: SpaceMap | DenseMap,
+    similarity: Tensor | None,
+    measure: Measure | None = None,
 ) -> SpaceReport:
     """Count the clusters of a space.
 
     Args:
         space: the space.
         space_map: its matching.
-        similarity: ``(N·C, N·C)``, where the space was measured.
+        similarity: ``(N·C, N·C)``, where the space was measured; the covariance for one with dense maps.
         measure: what else is known of its statistics.
     """
+    if isinstance(space_map, DenseMap):
+        return _report_mixed(space, space_map, similarity, measure)
     labels, num_models = space_map.labels, space_map.num_models
     size = len(labels) // num_models
     members = torch.zeros(num_models, int(labels.max()) + 1)  # features of each model in each cluster
@@ -364,6 +371,21 @@ def report_space(
     chance, deviation = F.by_chance(similarity, labels, num_models)
     losses = tuple(F.zip_losses(similarity, labels, num_models).tolist())
     return replace(found, chance=chance, deviation=deviation, losses=losses)
+
+
+def _report_mixed(
+    space: FeatureSpace, space_map: DenseMap, similarity: Tensor | None, measure: Measure | None
+) -> SpaceReport:
+    tap, width = space.tap.reader if space.tap else "", space_map.width
+    found = SpaceReport(space.name, tap, space.size, width, 0, width, math.nan)
+    if measure is not None:
+        found = replace(found, samples=measure.samples, dead=measure.dead)
+    if similarity is None:
+        return found
+    matched, losses = mixed_agreement(similarity, *space_map.matrices)
+    if len(matched):
+        found = replace(found, similarity=float(matched.mean()), lowest=float(matched.min()))
+    return replace(found, losses=tuple(losses.tolist()))
 
 
 def measure_shifts(before: Mapping[str, nn.Module], after: Mapping[str, nn.Module]) -> dict[str, NormShift]:

@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_zipit import functional as F
 from lightning_zipit.calibration import Calibration, statistics_bytes
 from lightning_zipit.collectives import is_distributed, rank_and_size, share
+from lightning_zipit.dense import find_rigid
 from lightning_zipit.errors import (
     CalibrationError,
     ConfigurationError,
@@ -28,9 +29,9 @@ from lightning_zipit.graph.agreement import trace_all
 from lightning_zipit.graph.joined import Joined
 from lightning_zipit.graph.taps import before_activations, tapped_by_all
 from lightning_zipit.graph.verify import find_failing
-from lightning_zipit.matchers import Average, DualSpace
+from lightning_zipit.maps import DenseMap, SpaceMap
+from lightning_zipit.matchers import CCA, Average, DualSpace
 from lightning_zipit.merging import (
-    SpaceMap,
     families,
     match,
     similarity_from,
@@ -81,21 +82,27 @@ class Matched:
     """A matching of one space.
 
     Attributes:
-        space_map: the labels.
+        space_map: the labels, or matrices.
         report: for people.
         loss: what is lost by it; see :func:`~lightning_zipit.functional.zip_loss`.
     """
 
-    space_map: SpaceMap
+    space_map: SpaceMap | DenseMap
     report: SpaceReport
     loss: float = 0.0
 
     @classmethod
     def of(
-        cls, space: FeatureSpace, space_map: SpaceMap, similarity: Tensor | None, measure: Measure | None = None
+        cls,
+        space: FeatureSpace,
+        space_map: SpaceMap | DenseMap,
+        similarity: Tensor | None,
+        measure: Measure | None = None,
     ) -> Matched:
-        loss = 0.0 if similarity is None else F.zip_loss(similarity, space_map.labels)
-        return cls(space_map, report_space(space, space_map, similarity, measure), loss)
+        report = report_space(space, space_map, similarity, measure)
+        if isinstance(space_map, DenseMap):
+            return cls(space_map, report, sum(report.losses) / len(report.losses))
+        return cls(space_map, report, 0.0 if similarity is None else F.zip_loss(similarity, space_map.labels))
 
 
 class MergeSession:
@@ -139,7 +146,7 @@ class MergeSession:
         self._choices: dict[str, tuple[int, ...]] = {}  # per space, the widths that it may have
         self._size_notes: tuple[str, ...] = ()
         self._matched: dict[str, list[Matched]] = {}  # per space, one for every width
-        self._maps: dict[str, SpaceMap] = {}
+        self._maps: dict[str, SpaceMap | DenseMap] = {}
         self._measures: dict[str, Measure] = {}
         self._similarities: dict[str, Tensor] = {}  # of all spaces, for a matcher that looks at them together
         self._pass = 0
@@ -368,7 +375,7 @@ class MergeSession:
         if moments is None:
             return None
         self._measures[space] = Measure.of(moments, len(self._names))
-        return similarity_from(moments, self.settings.similarity)
+        return similarity_from(moments, self.settings.measured_similarity)
 
     def _match_by_weights(self, matcher: DualSpace) -> dict[str, list[Matched]]:
         graph, networks = next(iter(self.graphs.values())), list(self._lead(self.backbones).values())
@@ -382,13 +389,14 @@ class MergeSession:
         self._save()
         rank, processes = rank_and_size()
         graph, count = next(iter(self.graphs.values())), len(self._names)
-        turns = self._families()
+        turns, rigid = self._families(), cache(lambda: find_rigid(graph))
         costs = [sum(graph.spaces[name].size ** 2 for name in family) for family in turns]
         matched: dict[str, list[Matched]] = {}
         for number in split_evenly(costs, processes)[rank]:
             similarity_of = cache(self._similarity)
             for widths in self._widths_of(turns[number]):
-                found = match(graph, turns[number], similarity_of, self.settings.matcher, count, widths)
+                matcher, family = self.settings.matcher, turns[number]
+                found = match(graph, family, similarity_of, matcher, count, widths, lambda name: name not in rigid())
                 for name, space_map, similarity in found:
                     one = Matched.of(graph.spaces[name], space_map, similarity, self._measures.get(name))
                     matched.setdefault(name, []).append(one)
@@ -452,6 +460,8 @@ class MergeSession:
             if self._weights is not None:
                 counts = ", ".join(f"{task} {one:g}" for task, one in zip(self._names, self._weights, strict=True))
                 notes += (f"Where features became one, models counted by their weights: {counts}.",)
+            if any(isinstance(one, DenseMap) for one in maps.values()) or isinstance(self.settings.matcher, CCA):
+                notes += rigid_note(graph)
             if self.settings.norms_per_task:
                 notes += ("Batch norm is per task: the trunk runs once for each task, which merged FLOPs count.",)
             if not isinstance(self.settings.matcher, Average):
@@ -691,6 +701,16 @@ def check_counts(seen: Sequence[Mapping[int, int]], expected: Sequence[int | Non
                 "Trainer (use_distributed_sampler=True, its default), and use no shuffling and no distributed sampler "
                 "of your own: those shuffle in each process by themselves, or repeat samples to fill up."
             )
+
+
+def rigid_note(graph: MergeGraph) -> tuple[str, ...]:
+    """A note for people on the spaces that a matcher of dense maps has matched one to one, if there are any."""
+    reasons: dict[str, list[str]] = {}
+    for name, why in find_rigid(graph).items():
+        if graph.spaces[name].tap is not None and not graph.spaces[name].pinned:
+            reasons.setdefault(why, []).append(f"`{name}`")
+    listed = "; ".join(f"{', '.join(names)} ({why})" for why, names in reasons.items())
+    return (f"Matched one to one, as combinations of features cannot be used there: {listed}.",) * bool(reasons)
 
 
 def has_batch_norm(module: nn.Module) -> bool:

@@ -9,8 +9,7 @@ from typing import Literal, TypeAlias, get_args
 
 from lightning_zipit.errors import ConfigurationError
 from lightning_zipit.functional import check_weights
-from lightning_zipit.matchers import AnyWidthMatcher, Average, DualSpace, GreedyZip, Matcher
-from lightning_zipit.merging import SimilarityKind
+from lightning_zipit.matchers import AnyWidthMatcher, Average, DualSpace, GreedyZip, Matcher, SimilarityKind
 from lightning_zipit.refine import NAMED, BatchNorm, Refinement
 from lightning_zipit.task_vectors import Combination
 from lightning_zipit.widths import Width, changes_size
@@ -29,7 +28,7 @@ class MergeSettings:
     Attributes:
         stop_at: dotted name inside the backbone of the trunk's last module; ``None`` zips everything down to the last
             layer, which stays a head per task.
-        matcher: similarity → labels.
+        matcher: similarity → labels, or dense maps.
         similarity: how alike features are: ``"correlation"``, ``"absolute"`` (its absolute value), ``"cosine"``, or
             ``"covariance"`` of their activations.
         refine: what follows merging: ``"batch_norm"`` re-estimates running statistics, ``"least_squares"`` fits every
@@ -89,6 +88,11 @@ class MergeSettings:
             )
         if not isinstance(self.matcher, Matcher):
             raise ConfigurationError(f"`matcher` must be a Matcher such as GreedyZip(), got {self.matcher!r}.")
+        if self.matcher.similarity is not None and self.similarity not in ("correlation", self.matcher.similarity):
+            raise ConfigurationError(
+                f"{type(self.matcher).__name__} looks at the {self.matcher.similarity} of features whatever is said: "
+                f"leave `similarity` out, got {self.similarity!r}."
+            )
         if self.combine is not None and not isinstance(self.combine, Combination):
             raise ConfigurationError(f"`combine` must be a Combination such as Ties(), got {self.combine!r}.")
         if self.combine is not None and not isinstance(self.matcher, Average):
@@ -138,6 +142,11 @@ class MergeSettings:
                 f'width="auto" matches every space several times, and {type(self.matcher).__name__} all spaces '
                 "together: give ratios, or another matcher."
             )
+
+    @property
+    def measured_similarity(self) -> SimilarityKind:
+        """What the matcher is given."""
+        return self.matcher.similarity or self.similarity
 
     @property
     def refinement(self) -> Refinement | None:

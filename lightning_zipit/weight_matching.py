@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from lightning_zipit import functional as F
 from lightning_zipit.graph import AxisRef, MergeGraph
 from lightning_zipit.graph.notes import reached
+from lightning_zipit.maps import DenseMap, Maps, SpaceMap
 from lightning_zipit.matchers import DualSpace
-from lightning_zipit.merging import SpaceMap, contract, families, match
+from lightning_zipit.merging import contract, families, match
 
 ALIKE = 0.5
 """From which cosine on the weights of networks are alike."""
@@ -25,7 +26,7 @@ def match_by_weights(
     activations: Mapping[str, Tensor],
     matcher: DualSpace,
     widths: Mapping[str, int] | None = None,
-) -> dict[str, tuple[SpaceMap, Tensor | None]]:
+) -> dict[str, tuple[SpaceMap | DenseMap, Tensor | None]]:
     """Match all spaces by weights and activations, by coordinate descent.
 
     Weights of a feature can be compared only where the features that they read or write are matched already, so that
@@ -45,7 +46,8 @@ def match_by_weights(
     """
     count, inner = len(networks), matcher.matcher
     table = trunk_parameters(graph)
-    maps = {name: SpaceMap(F.average(count * space.size, count), count) for name, space in graph.spaces.items()}
+    by_number = {name: F.average(count * space.size, count) for name, space in graph.spaces.items()}
+    maps: dict[str, SpaceMap | DenseMap] = {name: SpaceMap(labels, count) for name, labels in by_number.items()}
     similarities: dict[str, Tensor | None] = {}
 
     def weighed(name: str) -> Tensor | None:
@@ -60,7 +62,7 @@ def match_by_weights(
         changed = False
         for family in order:
             for name, space_map, similarity in match(graph, family, similarity_of, inner, count, widths):
-                changed |= not torch.equal(space_map.labels, maps[name].labels)
+                changed |= not torch.equal(_labels(space_map), _labels(maps[name]))
                 maps[name], similarities[name] = space_map, similarity
         return changed
 
@@ -75,9 +77,12 @@ def match_by_weights(
     return {name: (maps[name], similarities.get(name)) for name in graph.spaces}
 
 
-def weight_similarity(
-    table: Table, networks: Sequence[nn.Module], space: str, maps: Mapping[str, SpaceMap]
-) -> Tensor | None:
+def _labels(space_map: SpaceMap | DenseMap) -> Tensor:
+    assert isinstance(space_map, SpaceMap)  # weights are compared feature by feature
+    return space_map.labels
+
+
+def weight_similarity(table: Table, networks: Sequence[nn.Module], space: str, maps: Maps) -> Tensor | None:
     """The cosine of the weights that write and read each feature, with all other spaces as they are matched now.
 
     Args:
@@ -103,9 +108,7 @@ def weight_similarity(
     return F.correlation(features @ features.T)
 
 
-def weights_of(
-    weight: Tensor, axes: Sequence[AxisRef | None], space: str, maps: Mapping[str, SpaceMap], source: int
-) -> list[Tensor]:
+def weights_of(weight: Tensor, axes: Sequence[AxisRef | None], space: str, maps: Maps, source: int) -> list[Tensor]:
     """The entries of a parameter along the features of a space, all other axes in the order of the merged network.
 
     Args:
@@ -145,7 +148,7 @@ def _ungrouped(weight: Tensor, axes: Sequence[AxisRef | None]) -> tuple[Tensor, 
     return dense.transpose(1, 2).flatten(2, 3).flatten(0, 1), [axes[0], replace(ref, groups=1), *axes[2:]]
 
 
-def common_start(graph: MergeGraph, networks: Sequence[nn.Module], maps: Mapping[str, SpaceMap]) -> tuple[str, ...]:
+def common_start(graph: MergeGraph, networks: Sequence[nn.Module], maps: Maps) -> tuple[str, ...]:
     """A note for people where the networks seem to be trained from one start, as their weights are alike by number.
 
     Those of networks that were initialised apart have cosines near 0.
@@ -166,11 +169,12 @@ def common_start(graph: MergeGraph, networks: Sequence[nn.Module], maps: Mapping
     cosine = min(F.correlation(products)[0, 1:].tolist(), default=0.0)
     if cosine < ALIKE:
         return ()
-    labels = [space_map.labels for space_map in maps.values()]
-    same = sum(int((own == F.average(len(own), len(networks))).sum()) for own in labels) / sum(map(len, labels))
+    labels = [space_map.labels for space_map in maps.values() if isinstance(space_map, SpaceMap)]
+    same = sum(int((own == F.average(len(own), len(networks))).sum()) for own in labels)
+    share = f"{same / sum(map(len, labels)):.0%} of the features were matched by number; " if labels else ""
     return (
         f"The sources seem to be trained from one start: their weights are alike, feature by feature (cosine "
-        f"{cosine:.2f}). {same:.0%} of the features were matched by number; matcher=Average() does so with all.",
+        f"{cosine:.2f}). {share}matcher=Average() does so with all.",
     )
 
 

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lightning_zipit.errors import ConfigurationError
 from lightning_zipit.graph import AxisRef, MergeGraph, evaluating
 from lightning_zipit.graph.notes import reached
-from lightning_zipit.merging import SpaceMap
+from lightning_zipit.maps import SpaceMap
 from lightning_zipit.rebuild import build_head, build_merged, build_trunk
 
 Width: TypeAlias = float | Mapping[str, float] | Literal["auto"]

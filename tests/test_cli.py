@@ -133,6 +133,7 @@ def test_flags_and_yaml_and_the_driver_give_the_same_weights(folder):
         ([], "GreedyZip", {"alpha": 0.1, "beta": 1.0}),
         (["--matcher.alpha=0.7"], "GreedyZip", {"alpha": 0.7, "beta": 1.0}),
         (["--matcher=Permute"], "Permute", {}),
+        (["--matcher=CCA", "--matcher.gamma=0.3"], "CCA", {"gamma": 0.3}),
         (["--matcher=lightning_zipit.matchers.Average"], "Average", {}),
     ],
 )

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers.features import correlations, mixed_features
@@ -8,9 +10,9 @@ from torch import nn
 from lightning_zipit import Moments
 from lightning_zipit import functional as F
 from lightning_zipit.graph import AxisRef, Block, FeatureSpace, MergeGraph
-from lightning_zipit.matchers import Average, GreedyZip, Permute
+from lightning_zipit.maps import DenseMap, SpaceMap, unmerge_along
+from lightning_zipit.matchers import Average, DenseMaps, GreedyZip, Permute
 from lightning_zipit.merging import (
-    SpaceMap,
     contract,
     families,
     match,
@@ -65,11 +67,25 @@ def random_copies(shape, num_models, dtype=torch.float64):
     return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for _ in range(num_models)]
 
 
+def random_matrices(num_models, seed=0):
+    """Dense maps of both spaces, or of one of them, for as many features as the models have."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def matrices(size):
+        return tuple(torch.randn(size, size, generator=generator).double() for _ in range(num_models))
+
+    both = {space: DenseMap(DenseMaps(matrices(size), matrices(size))) for space, size in SPACES.items()}
+    return {"both": both, "one": random_maps(num_models) | {"b": both["b"]}}
+
+
 def dense(ref, maps, source):
     """M_i (for a producer) or U_i (for a consumer) over the whole axis; 1 where it holds no feature."""
     matrix = torch.eye(ref.size, dtype=torch.float64)
     for block in ref.blocks:
-        merge, unmerge = F.merge_matrices(maps[block.space].labels, maps[block.space].num_models)
+        if isinstance(maps[block.space], DenseMap):
+            merge, unmerge = maps[block.space].matrices
+        else:
+            merge, unmerge = F.merge_matrices(maps[block.space].labels, maps[block.space].num_models)
         own = merge[source] if ref.role == "producer" else unmerge[source]
         entries = block.entries().flatten()
         matrix[entries] = 0
@@ -103,6 +119,66 @@ def test_merging_a_parameter_is_the_sum_of_dense_products(name, num_models):
     for source, copy in enumerate(copies):
         torch.testing.assert_close(contract(copy, refs, maps, source), expected[source])
     torch.testing.assert_close(merge_parameter(copies, refs, maps), sum(expected))
+
+
+@pytest.mark.parametrize("spaces", ["both", "one"])
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_so_it_is_where_maps_are_matrices(name, spaces):
+    shape, refs = PARAMETERS[name]
+    maps, copies = random_matrices(2)[spaces], random_copies(shape, 2)
+    expected = [dense_contraction(copy, refs, maps, source) for source, copy in enumerate(copies)]
+    for source, copy in enumerate(copies):
+        torch.testing.assert_close(contract(copy, refs, maps, source), expected[source])
+    torch.testing.assert_close(merge_parameter(copies, refs, maps), sum(expected))
+    for ref in filter(None, refs):
+        unmerge = dense(replace(ref, role="consumer"), maps, 1)
+        found = unmerge_along(ref, maps, 1)
+        if not found.is_floating_point():
+            found = nn.functional.one_hot(found, ref.size).double()
+        torch.testing.assert_close(found, unmerge)
+
+
+def test_labels_and_their_matrices_merge_alike():
+    labels, rest = random_maps(3), random_maps(3, seed=1)["b"]
+    matrices = {
+        space: DenseMap(DenseMaps(*map(tuple, F.merge_matrices(each.labels, 3)))) for space, each in labels.items()
+    }
+    for shape, refs in PARAMETERS.values():
+        copies = random_copies(shape, 3)
+        for weights in (None, (1.0, 1.0, 1.0)):
+            own = {space: replace(each, weights=weights) for space, each in matrices.items()}
+            torch.testing.assert_close(merge_parameter(copies, refs, own), merge_parameter(copies, refs, labels))
+        mixed = merge_parameter(copies, refs, {"a": matrices["a"], "b": rest})
+        torch.testing.assert_close(mixed, merge_parameter(copies, refs, {"a": labels["a"], "b": rest}))
+
+
+def test_a_space_of_another_width_may_have_matrices():
+    maps = {
+        "a": DenseMap(DenseMaps(tuple(torch.randn(2, 7, 4)), tuple(torch.randn(2, 4, 7)))),
+        "b": random_maps(2)["b"],
+    }
+    merged = merge_parameter(random_copies((6, 10), 2), (axis("producer", B), axis("consumer", A, AFTER_A)), maps)
+    assert merged.shape == (6, 13)
+    beside = merge_parameter(
+        random_copies((4, 13), 2), (axis("producer", A), axis("consumer", EVERY_OTHER, size=13)), maps
+    )
+    assert beside.shape == (7, 13)
+
+
+def test_weights_count_in_matrices_as_they_do_in_clusters():
+    shape, refs = PARAMETERS["conv"]
+    labels = {
+        space: SpaceMap(torch.cat([torch.arange(size), torch.randperm(size)]), 2) for space, size in SPACES.items()
+    }
+    matrices = {
+        space: DenseMap(DenseMaps(*map(tuple, F.merge_matrices(each.labels, 2)))) for space, each in labels.items()
+    }
+    copies = random_copies(shape, 2)
+    found = [
+        merge_parameter(copies, refs, {space: replace(each, weights=(3.0, 1.0)) for space, each in maps.items()})
+        for maps in (labels, matrices)
+    ]
+    torch.testing.assert_close(*found)
 
 
 def test_a_convolution_merges_as_the_equation_reads():

@@ -123,6 +123,13 @@ def test_a_matcher_of_ones_own(tmp_path, monkeypatch):
         assert space.across == space.size and space.within == 0
 
 
+def test_a_matcher_of_matrices(tmp_path, monkeypatch):
+    scope = run("dense", tmp_path, monkeypatch)
+    assert scope["merged"].report.notes == ()
+    for space in scope["merged"].report.spaces:
+        assert space.across == space.size and space.lowest > 0
+
+
 def test_the_line_between_two_models(tmp_path, monkeypatch):
     assert len(run("interpolate", tmp_path, monkeypatch)["losses"]) == 5
 

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_zipit.dense import moments_under, set_moments
 from lightning_zipit.graph import AxisRef
-from lightning_zipit.merging import SpaceMap, contract
+from lightning_zipit.maps import DenseMap, Maps
+from lightning_zipit.merging import contract
 
 TASK = "task"
 """Name of the input by which a trunk with a batch norm per task is told its task."""
@@ -77,7 +79,7 @@ def set_affine(
     trunk: nn.Module,
     networks: Mapping[str, nn.Module],
     axes: Mapping[str, tuple[AxisRef | None, ...]],
-    maps: Mapping[str, SpaceMap],
+    maps: Maps,
     models: Mapping[str, int],
 ) -> None:
     """Let the norms of a task scale and shift as its source does, on average over its own features of each cluster.
@@ -96,10 +98,16 @@ def set_affine(
         source = models[task]
         alone = tuple(float(number == source) for number in sorted(set(models.values())))
         own_maps = {space: replace(known, weights=alone) for space, known in maps.items()}
-        named = [(f"{name}.{key}", each) for name, norms in own.items() for key, each in norms[task].named_parameters()]
         with torch.no_grad():
-            for name, parameter in named:
-                parameter.copy_(contract(attrgetter(name)(network), axes.get(name, (None,)), own_maps, source))
+            for name, norms in own.items():
+                (ref,) = axes.get(f"{name}.weight", (None,))
+                found = None if ref is None else own_maps[ref.spaces[0]]
+                if isinstance(found, DenseMap):
+                    set_moments(norms[task], *moments_under(found, source, network.get_submodule(name)))
+                    continue
+                for key, parameter in norms[task].named_parameters():
+                    refs = axes.get(f"{name}.{key}", (None,))
+                    parameter.copy_(contract(attrgetter(f"{name}.{key}")(network), refs, own_maps, source))
 
 
 def has_task_norms(trunk: nn.Module) -> bool:

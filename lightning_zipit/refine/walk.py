@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,9 +12,9 @@ from rich.progress import Progress
 from torch import Tensor, fx, nn
 
 from lightning_zipit.collectives import rank_and_size
-from lightning_zipit.graph import MergeGraph
+from lightning_zipit.graph import AxisRef, MergeGraph
 from lightning_zipit.graph.joined import UNMERGE, Joined
-from lightning_zipit.merging import SpaceMap, merged_axis, model_shares, shares_along
+from lightning_zipit.maps import DenseMap, Maps, along_axis, model_shares
 from lightning_zipit.refine.frontier import Frontier, Run, Values
 from lightning_zipit.refine.layers import Fitted, Layer, Norm, find_stops, groups_of, layer_of
 from lightning_zipit.refine.least_squares import MOST_INPUTS, NormalEquations, patches, samples, solve_layer
@@ -24,46 +24,33 @@ from lightning_zipit.refine.settings import LayerByLayer, LeastSquares
 
 @dataclass(frozen=True)
 class Zip:
-    """How the features of the sources along an axis become those of the merged network: M, as indices.
+    """How the features of the sources along an axis become those of the merged network: M.
 
     Attributes:
-        size: how many features the merged network has, W.
-        targets: of each source, the merged feature of each of its features, ``(C,)``.
-        shares: of each source, what each feature contributes, ``(C,)``.
+        shares: of each source, what it contributes where there are no spaces, ``(N,)``.
+        ref: what the outputs of a layer hold; ``None`` for those of a head, which has one source and its features.
+        maps: the matching of each space.
     """
 
-    size: int
-    targets: tuple[Tensor, ...]
-    shares: tuple[Tensor, ...]
+    shares: Tensor
+    ref: AxisRef | None = None
+    maps: Maps = field(default_factory=dict)
 
-    @classmethod
-    def of_outputs(
-        cls, graph: MergeGraph, parameter: str, maps: Mapping[str, SpaceMap], size: int, models: Tensor
-    ) -> Zip:
-        """That of the outputs of one of the trunk's layers; outside all spaces, sources count as ``models`` says."""
-        ref = graph.axes.get(parameter, (None,))[0]
-        targets, shares = [], []
-        for source, own in enumerate(models.tolist()):
-            index, share = torch.arange(size), torch.full((size,), own, dtype=torch.float64)
-            if ref is not None:
-                targets_of = {space: maps[space].targets(source) for space in ref.spaces}
-                index = ref.index(targets_of, merged_axis(ref, maps))
-                share = shares_along(ref, maps, source, elsewhere=own)
-            targets.append(index)
-            shares.append(share)
-        return cls(size, tuple(targets), tuple(shares))
+    @property
+    def mixes(self) -> bool:
+        """Whether merged features are combinations of all."""
+        return self.ref is not None and any(isinstance(self.maps[space], DenseMap) for space in self.ref.spaces)
 
-    @classmethod
-    def of_one(cls, size: int) -> Zip:
-        """That of a head, which has one source and its features."""
-        return cls(size, (torch.arange(size),), (torch.ones(size),))
+    def part(self, source: int, value: Tensor) -> Tensor:
+        """M_i z_i ``(samples, W)``, of the values of one source ``(samples, C)``."""
+        share = float(self.shares[source])
+        if self.ref is None:
+            return value * share
+        return along_axis(value, 1, self.ref, self.maps, source, elsewhere=share)
 
     def __call__(self, values: Sequence[Tensor]) -> Tensor:
-        """M·[z_1 … z_N], ``(samples, W)``, of values ``(samples, C)``, one for each source."""
-        joint = values[0].new_zeros(len(values[0]), self.size)
-        for value, target, share in zip(values, self.targets, self.shares, strict=True):
-            joint.index_add_(1, target.to(value.device), value * share.to(value))
-        return joint
+        """M·[z_1 … z_N], ``(samples, W)``, of the values of all sources."""
+        return sum((self.part(source, value) for source, value in enumerate(values[1:], 1)), self.part(0, values[0]))
 
 
 class Walk:
@@ -87,7 +74,7 @@ class Walk:
         heads: Mapping[str, nn.Module],
         sources: Mapping[str, nn.Module],
         graphs: Mapping[str, MergeGraph],
-        maps: Mapping[str, SpaceMap],
+        maps: Maps,
         batches: Sequence[Tensor],
         how: LayerByLayer,
         weights: Sequence[float] | None = None,
@@ -147,16 +134,16 @@ class Walk:
         if part == "trunk":
             self.trunk = Frontier(self.runs, len(self.batches), self._begin, limit)
 
-            def zip_of(name: str, size: int) -> Zip:
-                return Zip.of_outputs(self.graph, f"{name}.weight", self.maps, size, self.shares)
+            def zip_of(name: str) -> Zip:
+                return Zip(self.shares, self.graph.axes.get(f"{name}.weight", (None,))[0], self.maps)
 
             return _Part(self.trunk, zip_of, self.how)
         task = part.partition(".")[2]
         if not self.head_nodes[task]:
-            return _Part(Frontier([], 0, self._begin, limit), lambda _, size: Zip.of_one(size), self.how)
+            return _Part(Frontier([], 0, self._begin, limit), lambda _: Zip(torch.ones(1)), self.how)
         runs = [Run(network, self.head_nodes[task]) for network in (self.heads[task], self.sources[task])]
         frontier = Frontier(runs, len(self.batches), lambda batch: self._begin_head(task, batch), limit)
-        return _Part(frontier, lambda _, size: Zip.of_one(size), self.how)
+        return _Part(frontier, lambda _: Zip(torch.ones(1)), self.how)
 
     def _begin(self, batch: int) -> list[Values]:
         inputs = next(node for node in self.nodes if node.op == "placeholder")
@@ -188,7 +175,7 @@ def _cloned(value: Any) -> Any:
 class _Part:
     """The trunk or a head on its way: takes it, and its sources, from stop to stop."""
 
-    def __init__(self, frontier: Frontier, zip_of: Callable[[str, int], Zip], how: LayerByLayer) -> None:
+    def __init__(self, frontier: Frontier, zip_of: Callable[[str], Zip], how: LayerByLayer) -> None:
         self.frontier, self.zip_of, self.how = frontier, zip_of, how
         if frontier.runs:
             self.merged = frontier.runs[0].network
@@ -225,7 +212,7 @@ class _Part:
         inputs, outputs, groups = layer.weight[0].numel(), len(layer.weight), groups_of(layer)
         if inputs > MOST_INPUTS:
             return None
-        zipped = self.zip_of(stop.name, outputs)
+        zipped = self.zip_of(stop.name)
         equations = NormalEquations(groups, inputs, outputs // groups, layer.weight.device)
         for values, *sources in self._batches(stop, stop.target):
             chosen = self._positions(layer, sources[0][stop.target])
@@ -240,18 +227,25 @@ class _Part:
     def _rescale(self, stop: Layer) -> None:
         layer, norm = layer_of(self.merged, stop)
         size, device = len(layer.weight), layer.weight.device
-        zipped, now = self.zip_of(stop.name, size), OutputMoments(size, device)
-        wanted = [OutputMoments(len(targets), device) for targets in zipped.targets]
+        zipped, now = self.zip_of(stop.name), OutputMoments(size, device)
         at = stop.norm or stop.node
+        widths = [len(layer_of(run.network, stop)[0].weight) for run in self.frontier.runs[1:]]
+        wanted = [OutputMoments(size if zipped.mixes else width, device) for width in widths]
         for values, *sources in self._batches(stop, at):
             chosen = self._positions(layer, sources[0][at])
             now.add(samples(layer, layer(values[stop.input]), chosen))
-            for moments, each in zip(wanted, sources, strict=True):
-                moments.add(samples(layer, each[at], chosen))
+            rows = [samples(layer, each[at], chosen) for each in sources]
+            if zipped.mixes:
+                rows = [zipped.part(source, each) for source, each in enumerate(rows)]
+            for moments, each in zip(wanted, rows, strict=True):
+                moments.add(each)
         for moments in (now, *wanted):
             moments.sum_over_processes()
-        mean = zipped([moments.mean[None] for moments in wanted])[0]
-        std = zipped([moments.variance.sqrt()[None] for moments in wanted])[0]
+        means, deviations = [each.mean[None] for each in wanted], [each.variance.sqrt()[None] for each in wanted]
+        if zipped.mixes:
+            mean, std = (torch.stack(moments).sum(0)[0] for moments in (means, deviations))
+        else:
+            mean, std = zipped(means)[0], zipped(deviations)[0]
         rescale_layer(layer, norm, now, mean, std)
 
     def _renew(self, stop: Norm) -> None:

@@ -1,0 +1,165 @@
+"""Canonical correlation analysis of the features of several models (CCA Merge, arXiv 2407.05385)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_zipit import functional as F
+
+TIE = 1e-9
+"""How much assignment counts beside canonical correlations (1 at best): it decides where those say nothing."""
+CONVERGED = 1e-12
+"""The share of the total correlation that a round must gain for another one."""
+
+
+def canonical_correlations(covariance: Tensor, gamma: float = 0.0) -> Tensor:
+    """The correlations of the best pairs of linear combinations of two models' features.
+
+    Args:
+        covariance: of the features, models side by side, ``(2·C, 2·C)``.
+        gamma: what is added to the diagonal of each model's covariance, as a share of the mean variance.
+
+    Returns:
+        float64 ``(C,)``, the highest first: the singular values of Σ_A^(-1/2) Σ_AB Σ_B^(-1/2).
+
+    Raises:
+        ValueError: if ``covariance`` is not square or not finite, or its size is odd.
+
+    Example:
+        >>> covariance = torch.tensor([[1.0, 0.0, 0.6, 0.0], [0.0, 1.0, 0.0, 0.2], [0.6, 0.0, 1.0, 0.0],
+        ...                            [0.0, 0.2, 0.0, 1.0]])
+        >>> canonical_correlations(covariance)
+        tensor([0.6000, 0.2000], dtype=torch.float64)
+    """
+    whitened, _, _ = _whiten(covariance, 2, gamma)
+    return torch.linalg.svdvals(whitened[0, 1])
+
+
+def align(covariance: Tensor, num_models: int, gamma: float, rounds: int = 100) -> tuple[list[Tensor], list[Tensor]]:
+    """Maps of the features of N models onto those of the first, by canonical correlations.
+
+    With Σ_A^(-1/2) Σ_AB Σ_B^(-1/2) = U S Vᵀ, canonical projections P_A = Σ_A^(-1/2) U and P_B = Σ_B^(-1/2) V, the map
+    of model B is T = (P_B P_A⁻¹)ᵀ = Σ_A^(1/2) U Vᵀ Σ_B^(-1/2) (CCA Merge): whitened features of B are turned to agree
+    best with those of A, and get the covariance of A. More models than two are turned to agree best with all others,
+    each in turn until nothing is gained, where the paper turns each to the first alone; for two, both are the same.
+    Directions that the data say nothing about go where :func:`~lightning_zipit.functional.permute` sends them.
+
+    Args:
+        covariance: of the features, models side by side, ``(N·C, N·C)``.
+        num_models: N.
+        gamma: what is added to the diagonal of each model's covariance, as a share of the mean variance; above 0.
+        rounds: how often every model is turned anew, at most.
+
+    Returns:
+        The maps T_i and their inverses, float64 ``(C, C)`` each, on the CPU; the first are the identity.
+
+    Raises:
+        ValueError: if ``covariance`` is not square or not finite, or its size not a multiple of ``num_models``.
+
+    Example:
+        >>> covariance = torch.tensor([[4.0, 0.0, 0.0, 2.0], [0.0, 1.0, 1.0, 0.0], [0.0, 1.0, 1.0, 0.0],
+        ...                            [2.0, 0.0, 0.0, 1.0]])
+        >>> (_, onto), _ = align(covariance, num_models=2, gamma=1e-9)
+        >>> onto.round(decimals=4)
+        tensor([[0., 2.],
+                [1., 0.]], dtype=torch.float64)
+    """
+    whitened, roots, inverse_roots = _whiten(covariance, num_models, gamma)
+    size = len(roots[0])
+    assigned = torch.nn.functional.one_hot(F.permute(F.correlation(covariance), num_models), size).double()
+    ties = TIE * assigned.unflatten(0, (num_models, size)).mT  # (N, C of the first, C)
+    turns = [torch.eye(size, dtype=torch.float64)]
+    turns += [_nearest_rotation(whitened[0, model] + ties[model]) for model in range(1, num_models)]
+    total = 0.0
+    for _ in range(rounds if num_models > 2 else 0):
+        before, total = total, 0.0
+        for model in range(1, num_models):
+            others = [other for other in range(num_models) if other != model]
+            agreement = torch.stack([turns[other] @ whitened[other, model] for other in others]).sum(0)
+            turns[model] = _nearest_rotation(agreement + ties[model])
+            total += float((turns[model] * agreement).sum())
+        if total - before <= CONVERGED * abs(total):
+            break
+    identity = torch.eye(size, dtype=torch.float64)
+    onto = [roots[0] @ turn @ inverse for turn, inverse in zip(turns, inverse_roots, strict=True)]
+    back = [root @ turn.T @ inverse_roots[0] for turn, root in zip(turns, roots, strict=True)]
+    return [identity, *onto[1:]], [identity.clone(), *back[1:]]
+
+
+def mixed_agreement(covariance: Tensor, merge: Sequence[Tensor], unmerge: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """How alike what several models give to the same merged features is, and what each of them loses.
+
+    Args:
+        covariance: of the features, models side by side, ``(N·C, N·C)``.
+        merge: M_i ``(W, C)`` of each model.
+        unmerge: U_i ``(C, W)`` of each model.
+
+    Returns:
+        float64: the correlations of M_i x_i and M_j x_j, feature by feature, over all pairs of models and all features
+        that are not constant; and ``(N,)``, the mean share of its features' variances that each model loses when
+        x_i becomes U_i Σ_j M_j x_j.
+
+    Example:
+        >>> covariance = torch.tensor([[1.0, 0.6], [0.6, 1.0]])
+        >>> half, whole = torch.tensor([[0.5]]), torch.tensor([[1.0]])
+        >>> mixed_agreement(covariance, [half, half], [whole, whole])
+        (tensor([0.6000], dtype=torch.float64), tensor([0.2000, 0.2000], dtype=torch.float64))
+    """
+    count = len(merge)
+    covariance = covariance.detach().double().cpu()
+    blocks = covariance.unflatten(0, (count, -1)).unflatten(2, (count, -1))
+    given = torch.stack(
+        [
+            torch.stack([((merge[a].double() @ blocks[a, :, b]) * merge[b]).sum(1) for b in range(count)])
+            for a in range(count)
+        ]
+    )  # (N, N, W)
+    power = given.diagonal(dim1=0, dim2=1).mT  # (N, W)
+    matched = []
+    for a in range(count):
+        for b in range(a + 1, count):
+            alive = (power[a] > 0) & (power[b] > 0)
+            matched.append(given[a, b][alive] / (power[a] * power[b])[alive].sqrt())
+    merging = torch.cat([matrix.double() for matrix in merge], 1)  # (W, N·C)
+    losses = []
+    for own, back in enumerate(unmerge):
+        joint = back.double() @ merging  # (C, N·C)
+        variance, with_own = blocks[own, :, own].diagonal(), covariance.unflatten(1, (count, -1))[:, own]
+        lost = variance - 2 * (joint * with_own.T).sum(1) + ((joint @ covariance) * joint).sum(1)
+        alive = variance > 0
+        losses.append((lost[alive] / variance[alive]).mean() if alive.any() else lost.new_zeros(()))
+    return torch.cat([*matched, covariance.new_zeros(0)]), torch.stack(losses)
+
+
+def _whiten(covariance: Tensor, num_models: int, gamma: float) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Covariances of whitened features ``(N, N, C, C)``; the roots of each model's covariance, and their inverses."""
+    F.check_matching(covariance, num_models)
+    if not covariance.isfinite().all():
+        raise ValueError("`covariance` holds NaN or Inf; covariances must be finite.")
+    size = len(covariance) // num_models
+    blocks = covariance.detach().double().cpu().unflatten(0, (num_models, size)).unflatten(2, (num_models, size))
+    roots, inverse_roots = [], []
+    for model in range(num_models):
+        own = blocks[model, :, model]
+        values, vectors = torch.linalg.eigh(own)
+        spread = own.diagonal().mean()
+        ridge = gamma * (spread if spread > 0 else torch.ones_like(spread))
+        scale = (values.clamp(min=0) + ridge).clamp(min=torch.finfo(torch.float64).tiny).sqrt()
+        roots.append((vectors * scale) @ vectors.T)
+        inverse_roots.append((vectors / scale) @ vectors.T)
+    whitened = torch.stack(
+        [
+            torch.stack([inverse_roots[a] @ blocks[a, :, b] @ inverse_roots[b] for b in range(num_models)])
+            for a in range(num_models)
+        ]
+    )
+    return whitened, roots, inverse_roots
+
+
+def _nearest_rotation(matrix: Tensor) -> Tensor:
+    """The orthogonal matrix Q with the highest tr(Qᵀ matrix): U Vᵀ of its singular vectors."""
+    left, _, right = torch.linalg.svd(matrix)
+    return left @ right
