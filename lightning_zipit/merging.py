@@ -173,7 +173,7 @@ def _match_within(
 
 
 def contract(weight: Tensor, axes: Sequence[AxisRef | None], maps: Maps, source: int) -> Tensor:
-    """M_i W_i U_i over the axes of one source model's parameter (ZipIt!, equation 8).
+    """M_i W_i U_i over the axes of one source model's parameter (ZipIt!, section 4).
 
     Args:
         weight: the parameter.
@@ -197,7 +197,7 @@ def merge_parameter(
     maps: Maps,
     weights: Sequence[float] | None = None,
 ) -> Tensor:
-    """Merge one parameter of N source models: Σ_i M_i W_i U_i over its axes (ZipIt!, equation 8).
+    """Merge one parameter of N source models: Σ_i M_i W_i U_i over its axes (ZipIt!, section 4).
 
     A parameter that writes no space is averaged; whole numbers and equal copies are taken over.
 
