@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_zipit import functional as F
+from lightning_zipit.functional.checks import check_matching
 
 TIE = 1e-9
 """How much assignment counts beside canonical correlations (1 at best): it decides where those say nothing."""
@@ -136,7 +137,7 @@ def mixed_agreement(covariance: Tensor, merge: Sequence[Tensor], unmerge: Sequen
 
 def _whiten(covariance: Tensor, num_models: int, gamma: float) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Covariances of whitened features ``(N, N, C, C)``; the roots of each model's covariance, and their inverses."""
-    F.check_matching(covariance, num_models)
+    check_matching(covariance, num_models)
     if not covariance.isfinite().all():
         raise ValueError("`covariance` holds NaN or Inf; covariances must be finite.")
     size = len(covariance) // num_models

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from lightning_zipit import functional as F
 from lightning_zipit.cca import align
+from lightning_zipit.functional.checks import width_of
+from lightning_zipit.functional.matching import Linkage
 
 SimilarityKind = Literal["correlation", "absolute", "cosine", "covariance"]
 
@@ -120,7 +122,7 @@ class GreedyZip(AnyWidthMatcher):
                 raise ValueError(f"`{name}` must lie between 0 and 1, got {getattr(self, name)}.")
 
     def __call__(self, similarity: Tensor, num_models: int, width: int | None = None) -> Tensor:
-        width = F.width_of(similarity, num_models, width)
+        width = width_of(similarity, num_models, width)
         size = len(similarity) // num_models
         dead = (similarity.diagonal() == 0).reshape(num_models, size)
         paired = int(dead.sum(1).min())
@@ -195,11 +197,11 @@ class Agglomerative(AnyWidthMatcher):
         ValueError: if ``linkage`` is none of these.
     """
 
-    linkage: F.Linkage = "average"
+    linkage: Linkage = "average"
 
     def __post_init__(self) -> None:
-        if self.linkage not in get_args(F.Linkage):
-            raise ValueError(f"`linkage` must be one of {get_args(F.Linkage)}, got {self.linkage!r}.")
+        if self.linkage not in get_args(Linkage):
+            raise ValueError(f"`linkage` must be one of {get_args(Linkage)}, got {self.linkage!r}.")
 
     def __call__(self, similarity: Tensor, num_models: int, width: int | None = None) -> Tensor:
         return F.agglomerative(similarity, num_models, self.linkage, width)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_zipit.errors import ConfigurationError
-from lightning_zipit.functional import check_matching
+from lightning_zipit.functional.checks import check_matching
 from lightning_zipit.report import MergeReport
 
 if TYPE_CHECKING:

@@ -1,0 +1,46 @@
+"""The mathematics of merging, as pure functions: tensor in, tensor out.
+
+Features of N models with C features each are numbered side by side: feature ``c`` of model ``m`` is ``m * C + c``.
+"""
+
+from lightning_zipit.functional.greedy import greedy_zip
+from lightning_zipit.functional.matching import (
+    agglomerative,
+    average,
+    cycle_consistent,
+    kmeans,
+    optimal,
+    permute,
+    unit_similarity,
+)
+from lightning_zipit.functional.matrices import merge_matrices, merge_shares, ties
+from lightning_zipit.functional.measures import (
+    agreement,
+    by_chance,
+    correlation,
+    fit_temperatures,
+    loss_barrier,
+    zip_loss,
+    zip_losses,
+)
+
+__all__ = [
+    "agglomerative",
+    "agreement",
+    "average",
+    "by_chance",
+    "correlation",
+    "cycle_consistent",
+    "fit_temperatures",
+    "greedy_zip",
+    "kmeans",
+    "loss_barrier",
+    "merge_matrices",
+    "merge_shares",
+    "optimal",
+    "permute",
+    "ties",
+    "unit_similarity",
+    "zip_loss",
+    "zip_losses",
+]

@@ -1,0 +1,168 @@
+"""The greedy search of ZipIt!."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_zipit.functional.checks import check_finite, check_matching
+
+ROWS_AT_ONCE = 64
+"""Rows of a matrix of similarities that stay in the processor's cache."""
+
+
+def greedy_zip(similarity: Tensor, num_models: int, width: int, alpha: float = 0.1, beta: float = 1.0) -> Tensor:
+    """Match features within and across models, the most similar pair first (ZipIt!, section 4.1 and appendix).
+
+    Starts with one cluster per feature and merges the most similar allowed pair until ``width`` clusters are left.
+    Ties go to the lowest (row, column). A merged cluster's similarity to any other is ``alpha`` times the smaller of
+    its two parts', and the two may merge only where both parts might have. A cluster originates in the model of its
+    lowest-numbered feature. Model m has ``floor((n - width) // num_models * beta)`` merges of two clusters that both
+    originate in m, after which no two clusters of origin m may merge. Where no allowed pair is left before ``width``
+    is reached, every remaining pair is allowed from then on.
+
+    Each row remembers an upper bound of its best similarity to a later row, and is searched again only when that
+    bound is the highest of all and out of date: O(n²) operations in typical use, against O(n³) for a search of the
+    whole matrix at each merge.
+
+    Args:
+        similarity: symmetric and finite, ``(n, n)`` with ``n`` a multiple of ``num_models``; the diagonal is ignored.
+        num_models: how many models the features come from.
+        width: how many clusters to leave, 1 to n.
+        alpha: what the similarity of a merged cluster is multiplied with, 0 to 1; low values favour pairs over
+            large clusters.
+        beta: the share of each model's merges that may happen inside the model, 0 to 1.
+
+    Returns:
+        int64 labels ``(n,)`` on the CPU: the cluster of each feature, clusters numbered by their lowest feature.
+
+    Raises:
+        ValueError: if an argument is out of range, or ``similarity`` is not square or not finite.
+
+    Example:
+        >>> similarity = torch.tensor([[1.0, 0.1, 0.2, 0.9], [0.1, 1.0, 0.8, 0.3], [0.2, 0.8, 1.0, 0.0],
+        ...                            [0.9, 0.3, 0.0, 1.0]])
+        >>> greedy_zip(similarity, num_models=2, width=2)
+        tensor([0, 1, 1, 0])
+    """
+    check_matching(similarity, num_models, width)
+    if not 0.0 <= alpha <= 1.0:
+        raise ValueError(f"`alpha` must lie between 0 and 1, got {alpha}.")
+    if not 0.0 <= beta <= 1.0:
+        raise ValueError(f"`beta` must lie between 0 and 1, got {beta}.")
+    working = similarity.detach().cpu()
+    if working.dtype not in (torch.float32, torch.float64):
+        working = working.float()
+    check_finite(working)
+    original = working.numpy()
+    n = len(original)
+    budget = np.full(num_models, math.floor((n - width) // num_models * beta))
+    return torch.from_numpy(_GreedyZip(original, num_models, alpha, budget).run(width))
+
+
+class _GreedyZip:
+    """The state of one greedy matching; a cluster is known by its lowest feature, its row in ``pairs``."""
+
+    def __init__(self, similarity: np.ndarray, num_models: int, alpha: float, budget: np.ndarray) -> None:
+        self.similarity = similarity
+        self.alpha = similarity.dtype.type(alpha)
+        self.size = len(similarity)
+        self.origin = np.repeat(np.arange(num_models), self.size // num_models)
+        self.budget = budget
+        self.alive = np.ones(self.size, dtype=bool)
+        self.merges: list[tuple[int, int]] = []
+        self.limited = True  # while budgets and forbidden pairs hold
+        self._start(similarity.copy())
+        for model in np.flatnonzero(budget <= 0):
+            self._forbid(int(model))
+
+    def _start(self, pairs: np.ndarray) -> None:
+        """Take ``pairs`` as the similarities; a pair that may not merge is -inf."""
+        np.fill_diagonal(pairs, -np.inf)
+        self.pairs = pairs
+        self.gone = np.where(self.alive, 0, -np.inf).astype(pairs.dtype)
+        self.bound = np.empty(self.size, dtype=pairs.dtype)  # of each row's best similarity to a later row
+        self.best = np.empty(self.size, dtype=np.int64)  # the column that gives it, -1 where a search is due
+        earlier = np.tri(ROWS_AT_ONCE, dtype=bool)
+        for first in range(0, self.size, ROWS_AT_ONCE):
+            rows = slice(first, first + ROWS_AT_ONCE)
+            later = pairs[rows, first:] + self.gone[first:]
+            later[:, :ROWS_AT_ONCE][earlier[: len(later), : later.shape[1]]] = -np.inf
+            column = later.argmax(1)
+            self.bound[rows], self.best[rows] = later[np.arange(len(later)), column], first + column
+        self.bound[~self.alive] = -np.inf
+
+    def run(self, width: int) -> np.ndarray:
+        clusters = self.size
+        while clusters > width:
+            row, column = self._most_similar()
+            self._merge(row, column)
+            clusters -= 1
+        return self._labels()
+
+    def _most_similar(self) -> tuple[int, int]:
+        while True:
+            row = int(self.bound.argmax())
+            if self.bound[row] == -np.inf:
+                self._allow_all()
+            elif self.best[row] >= 0:
+                return row, int(self.best[row])
+            else:
+                self._search(row)
+
+    def _search(self, row: int) -> None:
+        later = self.pairs[row, row + 1 :] + self.gone[row + 1 :]  # never of the last row, which has no later one
+        column = int(later.argmax())
+        self.bound[row], self.best[row] = later[column], row + 1 + column
+
+    def _merge(self, row: int, column: int) -> None:
+        merged = self.pairs[row]
+        _join(merged, self.pairs[column], self.alpha)
+        merged[row] = -np.inf
+        self.pairs[:, row] = merged
+        self.merges.append((row, column))
+        self.alive[column] = False
+        self.gone[column] = self.bound[column] = -np.inf
+        self.best[(self.best == row) | (self.best == column)] = -1
+        self.best[row], self.bound[row] = -1, np.inf
+        # A negative similarity grows when alpha scales it, so that earlier rows may find a better partner in `row`.
+        earlier = np.flatnonzero((merged[:row] >= self.bound[:row]) & self.alive[:row])
+        self.bound[earlier], self.best[earlier] = merged[earlier], -1
+        if self.limited and self.origin[row] == self.origin[column]:
+            model = self.origin[row]
+            self.budget[model] -= 1
+            if self.budget[model] <= 0:
+                self._forbid(model)
+
+    def _forbid(self, model: int) -> None:
+        """No two clusters that originate in ``model`` may merge any more."""
+        members = np.flatnonzero(self.alive & (self.origin == model))
+        self.pairs[np.ix_(members, members)] = -np.inf
+        self.best[members] = -1
+
+    def _allow_all(self) -> None:
+        """Every remaining pair is allowed: the similarities as they would be had nothing been forbidden."""
+        self.limited = False
+        pairs = self.similarity.copy()
+        for row, column in self.merges:
+            _join(pairs[row], pairs[column], self.alpha)
+            pairs[:, row] = pairs[row]
+        self._start(pairs)
+
+    def _labels(self) -> np.ndarray:
+        parent = np.arange(self.size)
+        for row, column in reversed(self.merges):  # the last merges first: a row's own parent is then final
+            parent[column] = parent[row]
+        return np.unique(parent, return_inverse=True)[1].astype(np.int64)
+
+
+def _join(row: np.ndarray, other: np.ndarray, alpha: np.floating) -> None:
+    """The similarities of two merged clusters, in place of the first's; alpha = 0 keeps -inf forbidden."""
+    np.minimum(row, other, out=row)
+    if alpha:
+        np.multiply(row, alpha, out=row)
+    else:
+        row[row != -np.inf] = 0
