@@ -99,7 +99,8 @@ def _trace_merged(ckpt_path: str, weights_only: bool) -> MergeGraph | None:
 def export(ckpt_path: str, output: str, batch_size: int | None = None) -> None:
     """Write a merged checkpoint as a file that runs without this package: ONNX, or torch.export's .pt2.
 
-    Its outputs are named for the tasks; so are its inputs, where each task has a stem.
+    Its outputs are named for the tasks. Where each task has a stem, it has an input for each: input.TASK in ONNX, a
+    dict in .pt2.
 
     Args:
         ckpt_path: a merged checkpoint.

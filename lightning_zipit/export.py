@@ -46,7 +46,7 @@ def _by_name(name: str, output: Any) -> list[tuple[str, Tensor]]:
 def export_merged(merged: MultiHeadModule, output: str | Path, batch_size: int | None = None) -> list[str]:
     """Write a merged module to a file that runs without this package.
 
-    One with stems takes an input for each task: a dict of them (``.pt2``), or inputs that are named for the tasks.
+    One with stems takes an input for each task: a dict of them (``.pt2``), or those named ``input.TASK`` (``.onnx``).
 
     Args:
         merged: the merged module.
@@ -87,7 +87,7 @@ def export_merged(merged: MultiHeadModule, output: str | Path, batch_size: int |
         else:
             onnx = torch.onnx.export(
                 program,
-                input_names=tasks or ["input"],
+                input_names=[f"input.{task}" for task in tasks] or ["input"],
                 output_names=names,
                 dynamic_shapes=open_axes,
                 dynamo=True,

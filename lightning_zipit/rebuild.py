@@ -77,7 +77,7 @@ class Unmerge(nn.Module):
 class Merge(nn.Module):
     """M_i as a layer: every merged feature is the mean over those of one source model that are in its cluster.
 
-    A merged feature that stands for none of them is silent: it is 0.
+    A merged feature that stands for none of them, which a one-to-one matching has none of, is silent: it is 0.
 
     Args:
         inputs: entries along the axis in the source.

@@ -30,9 +30,10 @@ from lightning_zipit.graph.joined import Joined
 from lightning_zipit.graph.taps import before_activations, tapped_by_all
 from lightning_zipit.graph.verify import find_failing
 from lightning_zipit.maps import DenseMap, SpaceMap
-from lightning_zipit.matchers import CCA, Average, DualSpace
+from lightning_zipit.matchers import CCA, AnyWidthMatcher, Average, DualSpace
 from lightning_zipit.merging import (
     families,
+    handed_over,
     match,
     similarity_from,
 )
@@ -492,6 +493,9 @@ class MergeSession:
                 notes += ("Batch norm is per task: the trunk runs once for each task, which merged FLOPs count.",)
             if stems:
                 notes += ("Each task has a stem: stem and trunk run once for each task, which merged FLOPs count.",)
+                if isinstance(self.settings.matcher, AnyWidthMatcher):
+                    names = ", ".join(f"`{name}`" for name in sorted(handed_over(graph)))
+                    notes += (f"Matched one to one, as stems hand it over: {names}.",)
             if not isinstance(self.settings.matcher, Average):
                 notes += common_start(graph, leads, maps)
             report = MergeReport(spaces, *self._costs(AllHeads(trunk, heads, stems)), notes, models=tuple(self._names))

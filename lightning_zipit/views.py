@@ -73,9 +73,9 @@ def check_views(inputs: Inputs, tasks: Iterable[str]) -> Inputs:
 
 def explain_views(tasks: Iterable[str]) -> str:
     """For errors: how to give each model a view of its own."""
-    views = ", ".join(f"{task!r}: …" for task in tasks)
+    first, *others = tasks
+    views = ", ".join([f"{first!r}: batch[0]", *(f"{task!r}: batch[0].mean(1, keepdim=True)" for task in others)])
     return (
         "Where models take different inputs, let `get_input` return a view of every sample for each, such as "
-        f"get_input=lambda batch: {{{views}}}: with RGB images in batch[0], batch[0] for one and "
-        "batch[0].mean(1, keepdim=True) for one of grayscale images."
+        f"get_input=lambda batch: {{{views}}} for RGB and grayscale images."
     )

@@ -14,6 +14,7 @@ from lightning_zipit.errors import ConfigurationError
 from lightning_zipit.graph import AxisRef, MergeGraph, evaluating
 from lightning_zipit.graph.notes import reached
 from lightning_zipit.maps import SpaceMap
+from lightning_zipit.merging import handed_over
 from lightning_zipit.rebuild import build_head, build_merged, build_stem, build_stems, build_trunk
 
 Width: TypeAlias = float | Mapping[str, float] | Literal["auto"]
@@ -100,6 +101,8 @@ def find_fixed(graph: MergeGraph, network: nn.Module, example: Tensor) -> dict[s
             fixed[name] = "groups or heads"
         elif space.tap is None:
             fixed[name] = "nothing measures it"
+    for name in sorted(handed_over(graph)):
+        fixed.setdefault(name, "stems hand it over, each with as many features as it has")
     for refs in graph.axes.values():
         for block in (block for ref in refs if ref is not None for block in ref.blocks):
             if not block.contiguous:
