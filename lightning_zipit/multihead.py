@@ -154,7 +154,7 @@ class MultiTaskModule(DelegatedTransfers, LightningModule):
         Args:
             dataloaders: such as those of the calibration: one per task in a sequence or dict, which count the same, or
                 a single loader with about equally many samples of each task.
-            get_input: from a batch to the backbone's input, or to a dict of one for each task; by default the batch, its
+            get_input: from a batch to the backbone's input, or to one for each task by name; by default the batch, its
                 first item, or a well-known key.
 
         Returns:

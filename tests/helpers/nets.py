@@ -170,10 +170,10 @@ def trainer(**arguments):
     return Trainer(**({"accelerator": "cpu"} | quiet | arguments))
 
 
-def images(count=48, size=16, classes=5, seed=0, batch_size=16):
+def images(count=48, size=16, classes=5, seed=0, batch_size=16, channels=3):
     """A loader of noise with labels."""
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(count, 3, size, size, generator=generator)
+    x = torch.randn(count, channels, size, size, generator=generator)
     return DataLoader(TensorDataset(x, torch.randint(0, classes, (count,), generator=generator)), batch_size)
 
 
