@@ -55,11 +55,12 @@ class MergedPath(nn.Module):
         self, trunk: nn.Module, head: nn.Module, stem: nn.Module | None = None, task: str | None = None
     ) -> None:
         super().__init__()
-        self.parts = (stem, trunk, head)
+        self.parts = (trunk, head, stem)
         self.task = task  # for a trunk that takes its name
 
     def forward(self, x: Tensor) -> Any:
-        return run_one(*self.parts, x, self.task)
+        trunk, head, stem = self.parts
+        return run_one(stem, trunk, head, x, self.task)
 
 
 class PassOn(nn.Module):

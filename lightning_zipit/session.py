@@ -493,7 +493,8 @@ class MergeSession:
                 notes += ("Batch norm is per task: the trunk runs once for each task, which merged FLOPs count.",)
             if stems:
                 notes += ("Each task has a stem: stem and trunk run once for each task, which merged FLOPs count.",)
-                if isinstance(self.settings.matcher, AnyWidthMatcher):
+                how = self.settings.matcher
+                if isinstance(how.matcher if isinstance(how, DualSpace) else how, AnyWidthMatcher):
                     names = ", ".join(f"`{name}`" for name in sorted(handed_over(graph)))
                     notes += (f"Matched one to one, as stems hand it over: {names}.",)
             if not isinstance(self.settings.matcher, Average):

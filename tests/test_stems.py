@@ -234,7 +234,7 @@ def test_it_is_saved_copied_and_pickled_whole(merged, tmp_path):
     assert {task: x.shape[1:] for task, x in read.example_input.items()} == {"rgb": (3, 8, 8), "gray": (1, 8, 8)}
     twin = copy.deepcopy(merged)
     assert equal(merged, twin) and equal(merged, pickle.loads(pickle.dumps(merged)))
-    assert twin.sources["gray"].net.parts[0] is twin.stems["gray"]
+    assert twin.sources["gray"].net.parts[-1] is twin.stems["gray"]
 
 
 @torch.no_grad()
