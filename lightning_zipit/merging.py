@@ -44,8 +44,8 @@ def match(
 ) -> Iterator[tuple[str, SpaceMap | DenseMap, Tensor | None]]:
     """Match the features of one family of spaces.
 
-    Those that stems hand over are matched one to one, unless the matcher does so itself: a stem has the features of its
-    own model alone, so that a cluster of another's would be silent for its task.
+    Those that stems hand over are matched one to one where the matcher is for any width or has dense maps: a stem has the
+    features of its own model alone, so that a cluster of another's would be silent for its task.
 
     Args:
         graph: the merge graph.
