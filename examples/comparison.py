@@ -44,7 +44,7 @@ def quiet_trainer(**arguments: Any) -> Trainer:
 
 
 def evaluate(
-    network: LightningModule, classes: Mapping[str, Sequence[int]], batches: Iterable[tuple[Tensor, Tensor]]
+    network: LightningModule, classes: Mapping[str, Sequence[int]], batches: Iterable[tuple[Any, Tensor]]
 ) -> dict[str, float]:
     """Joint and per-task accuracy in percent over batches with global labels."""
     metric = JointAccuracy(classes)

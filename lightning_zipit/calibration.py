@@ -14,6 +14,7 @@ from lightning_zipit.errors import CalibrationError, StatisticsError
 from lightning_zipit.graph import MergeGraph, Tap
 from lightning_zipit.graph.record import IN_PLACE
 from lightning_zipit.statistics import FeatureStatistics, Moments, sum_over_processes
+from lightning_zipit.views import Inputs, any_view, view_of
 
 
 class Lockstep:
@@ -24,27 +25,38 @@ class Lockstep:
     Args:
         graph: the merge graph of the networks.
         networks: the networks, each in the mode and on the device that it shall run in.
+        graphs: the merge graph of each, where they have stems of their own.
     """
 
-    def __init__(self, graph: MergeGraph, networks: Sequence[nn.Module]) -> None:
+    def __init__(
+        self, graph: MergeGraph, networks: Sequence[nn.Module], graphs: Sequence[MergeGraph] | None = None
+    ) -> None:
         self.nodes = list(graph.trunk_graph())
+        by_name = {node.name: node for node in graph.fx_graph.nodes}
+        self.entries = [by_name[entry.node] for entry in graph.entries]
+        pairs = zip(graphs or [graph] * len(networks), networks, strict=True)
+        self.stems = [Beginning(own, network) for own, network in pairs] if graph.stem_nodes else []
         self.interpreters = [fx.Interpreter(network, graph=graph.fx_graph) for network in networks]
         last_use = {source: node for node in self.nodes for source in (node, *node.all_input_nodes)}
         self.finished: dict[fx.Node, list[fx.Node]] = defaultdict(list)
         for source, node in last_use.items():
             self.finished[node].append(source)
 
-    def run(self, x: Tensor, observe: Callable[[str, list[Tensor]], None]) -> None:
-        """Run all networks on one input.
+    def run(self, views: Sequence[Tensor], observe: Callable[[str, list[Tensor]], None]) -> None:
+        """Run all networks on one batch.
 
         Args:
-            x: the input.
+            views: the input of each.
             observe: called after each node with its name and its value in every network.
         """
         try:
+            for interpreter, stem, x in zip(self.interpreters, self.stems, views, strict=bool(self.stems)):
+                interpreter.env.update(zip(self.entries, stem.run(x), strict=True))
+            for node in self.entries:
+                observe(node.name, [interpreter.env[node] for interpreter in self.interpreters])
             for node in self.nodes:
-                for interpreter in self.interpreters:
-                    interpreter.env[node] = self._run(interpreter, node, x)
+                for interpreter, x in zip(self.interpreters, views, strict=True):
+                    interpreter.env[node] = run_node(interpreter, node, x)
                 observe(node.name, [interpreter.env[node] for interpreter in self.interpreters])
                 for interpreter in self.interpreters:
                     for source in self.finished[node]:
@@ -53,13 +65,42 @@ class Lockstep:
             for interpreter in self.interpreters:
                 interpreter.env.clear()
 
-    @staticmethod
-    def _run(interpreter: fx.Interpreter, node: fx.Node, x: Tensor) -> Any:
-        if node.op == "placeholder":
-            return x.clone()  # an operator that works in place must not change what the next network sees
-        if node.meta.get(IN_PLACE):
-            return operator.iadd(*fx.node.map_arg(node.args, interpreter.env.__getitem__))
-        return interpreter.run_node(node)
+
+class Beginning:
+    """Runs what a network has before the trunk.
+
+    Args:
+        graph: its merge graph.
+        network: the network.
+    """
+
+    def __init__(self, graph: MergeGraph, network: nn.Module) -> None:
+        self.nodes = list(graph.stem_graph())
+        self.handed = [entry.node for entry in graph.entries]
+        self.interpreter = fx.Interpreter(network, graph=graph.fx_graph)
+
+    def run(self, x: Tensor) -> list[Any]:
+        """What the stem hands over."""
+        values: dict[str, Any] = {}
+        try:
+            for node in self.nodes:
+                value = self.interpreter.env[node] = run_node(self.interpreter, node, x)
+                if node.name in self.handed:
+                    values[node.name] = value
+                for source in self.interpreter.user_to_last_uses.get(node, ()):
+                    self.interpreter.env.pop(source, None)
+        finally:
+            self.interpreter.env.clear()
+        return [values[name] for name in self.handed]
+
+
+def run_node(interpreter: fx.Interpreter, node: fx.Node, x: Tensor) -> Any:
+    """The value of one node, from those before it."""
+    if node.op == "placeholder":
+        return x.clone()  # an operator that works in place must not change what the next network sees
+    if node.meta.get(IN_PLACE):
+        return operator.iadd(*fx.node.map_arg(node.args, interpreter.env.__getitem__))
+    return interpreter.run_node(node)
 
 
 class Calibration:
@@ -71,6 +112,7 @@ class Calibration:
         spaces: the names of the spaces to measure; by default all.
         dtype: the type of the Gram matrices of a batch; see :class:`~lightning_zipit.FeatureStatistics`.
         positions: how many positions of each sample are measured, at random; by default all.
+        graphs: the merge graph of each network by task, where they have stems of their own.
     """
 
     def __init__(
@@ -80,13 +122,15 @@ class Calibration:
         spaces: Collection[str] | None = None,
         dtype: torch.dtype = torch.float32,
         positions: int | None = None,
+        graphs: Mapping[str, MergeGraph] | None = None,
     ) -> None:
         self.positions = positions
         self._marks: Tensor | None = None  # of the samples of this batch
         self._chosen: dict[int, Tensor] = {}  # positions of each of them, by how many there are
         self.networks = dict(networks)
         self.tasks = list(networks)
-        self.lockstep = Lockstep(graph, list(networks.values()))
+        own = [graphs[task] for task in networks] if graphs is not None else None
+        self.lockstep = Lockstep(graph, list(networks.values()), own)
         self.taps = {
             name: space.tap
             for name, space in graph.spaces.items()
@@ -113,16 +157,16 @@ class Calibration:
             self._add_waiting(key)
         return self._statistics
 
-    def update(self, x: Tensor) -> None:
+    def update(self, x: Inputs) -> None:
         """Add a batch.
 
         Args:
-            x: an input of the networks.
+            x: an input of the networks, or one of each by task.
         """
         if self.taps:
-            self._marks = None if self.positions is None else marks(x)
+            self._marks = None if self.positions is None else marks(any_view(x))
             self._chosen.clear()
-            self.lockstep.run(x, self._observe)
+            self.lockstep.run([view_of(x, task) for task in self.tasks], self._observe)
 
     def _observe(self, node: str, values: list[Tensor]) -> None:
         """Add samples; where they are much fewer than the features, together with those of the next batches.
@@ -188,7 +232,8 @@ class Calibration:
         Raises:
             CalibrationError: naming the first space and the tasks whose activations are not finite.
         """
-        for key in (key for node in self.lockstep.nodes for key in self.at_node.get(node.name, ())):
+        nodes = [*self.lockstep.entries, *self.lockstep.nodes]
+        for key in (key for node in nodes for key in self.at_node.get(node.name, ())):
             name, statistics = self.spaces[key], self.statistics[key]
             means = statistics.total.chunk(len(self.tasks))
             spread = statistics.comoment.diagonal().chunk(len(self.tasks))

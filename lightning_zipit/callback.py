@@ -47,6 +47,8 @@ class ZipItCallback(Callback):
             all.
         weights: how much each model counts where features become one, by task or in the order of the models; all the
             same by default.
+        start_at: dotted name inside the backbone of the trunk's first module: all that does not depend on it stays a
+            stem per task. Inputs and first layers may then differ from model to model. ``None`` zips from the input on.
 
     Raises:
         ConfigurationError: if an argument is not one of those there are.
@@ -67,6 +69,7 @@ class ZipItCallback(Callback):
         combine: Combination | None = None,
         positions: int | None = None,
         weights: ModelWeights | None = None,
+        start_at: str | None = None,
     ) -> None:
         self.settings = MergeSettings(
             stop_at,
@@ -82,6 +85,7 @@ class ZipItCallback(Callback):
             combine,
             positions,
             weights,
+            start_at,
         )
         self.announces = True  # the report, in the end
         self._undo = ExitStack()

@@ -16,6 +16,7 @@ from lightning_zipit.graph import MergeGraph, trace
 from lightning_zipit.multihead import MultiHeadModule, find_record, read_checkpoint, read_example
 from lightning_zipit.sources import find_class, find_object, get_backbone, make_source
 from lightning_zipit.trainer import load_source
+from lightning_zipit.views import view_of
 
 
 def inspect(
@@ -27,6 +28,7 @@ def inspect(
     input_shape: list[int] | None = None,
     svg: str | None = None,
     weights_only: bool = True,
+    start_at: str | None = None,
 ) -> None:
     """Show what a merge would tie together: every parameter, and the feature space that each of its axes belongs to.
 
@@ -40,6 +42,7 @@ def inspect(
         svg: a file to draw the network in, with its spaces in colour.
         weights_only: read tensors and primitives of the checkpoint only. false unpickles it, which runs code that it
             holds: for files that you trust.
+        start_at: dotted name inside the backbone of the first module that the tasks would share.
 
     Raises:
         ConfigurationError: if there is no model to look at, or no such part of it.
@@ -52,7 +55,7 @@ def inspect(
     if graph is None:
         network = _find_model(model, arguments or {}, ckpt_path, weights_only)
         example = torch.zeros(1, *input_shape) if input_shape else None
-        graph = trace(get_backbone(network, backbone), stop_at, example_input=example)
+        graph = trace(get_backbone(network, backbone), stop_at, example_input=example, start_at=start_at)
     print(graph)
     if svg:
         with replacing(Path(svg)) as file:
@@ -82,19 +85,22 @@ def _trace_merged(ckpt_path: str, weights_only: bool) -> MergeGraph | None:
     if record is None:
         return None
     task, description = next(iter(record["sources"].items()))
+    example = read_example(record)
     return trace(
         get_backbone(make_source(task, description), record["backbone"]),
         record["stop_at"],
-        example_input=read_example(record),
+        example_input=None if example is None else view_of(example, task),
         merge_heads=record["merge_heads"],
         barriers=record.get("barriers"),
+        start_at=record.get("start_at"),
     )
 
 
 def export(ckpt_path: str, output: str, batch_size: int | None = None) -> None:
     """Write a merged checkpoint as a file that runs without this package: ONNX, or torch.export's .pt2.
 
-    Its outputs are named for the tasks.
+    Its outputs are named for the tasks. Where each task has a stem, it has an input for each: input.TASK in ONNX, a
+    dict in .pt2.
 
     Args:
         ckpt_path: a merged checkpoint.

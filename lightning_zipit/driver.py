@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from torch import Tensor
 
 from lightning_zipit._lightning import unsupported_strategy
 from lightning_zipit.callback import ZipItCallback
@@ -23,6 +22,7 @@ from lightning_zipit.sources import find_input
 from lightning_zipit.sweep import Sweep
 from lightning_zipit.sweep_result import Mode, SweepResult
 from lightning_zipit.task_vectors import Combination
+from lightning_zipit.views import Inputs
 from lightning_zipit.widths import Width
 
 if TYPE_CHECKING:
@@ -59,7 +59,8 @@ class ZipIt:
         combine: Combination | None = None,
         positions: int | None = None,
         weights: ModelWeights | None = None,
-        get_input: Callable[[Any], Tensor] = find_input,
+        get_input: Callable[[Any], Inputs] = find_input,
+        start_at: str | None = None,
     ) -> MultiHeadModule:
         """Merge N trained modules into one with a head per task, without training.
 
@@ -97,6 +98,11 @@ class ZipIt:
             weights: how much each model counts where features become one, such as ``{"animals": 2, "vehicles": 1}``, or
                 in the order of the models; all the same by default.
             get_input: from a batch to the backbone's input; by default the batch, its first item, or a well-known key.
+                Where models take different inputs, from a batch to a dict of views of the same samples, one for each
+                task, such as RGB and grayscale images; by default a batch with the tasks as keys is one.
+            start_at: dotted name inside the backbone of the trunk's first module: all that does not depend on it stays
+                a stem per task. Inputs and first layers may then differ from model to model. ``None`` zips from the
+                input on.
 
         Returns:
             The merged module, in eval mode; it is also attached to the Trainer, so that ``trainer.save_checkpoint``
@@ -126,6 +132,7 @@ class ZipIt:
             combine,
             positions,
             weights,
+            start_at,
         )
         return self._run(module, callback)
 
@@ -170,7 +177,8 @@ class ZipIt:
         verify: bool = True,
         statistics_memory: float = 8.0,
         statistics: str | Path | None = None,
-        get_input: Callable[[Any], Tensor] = find_input,
+        get_input: Callable[[Any], Inputs] = find_input,
+        start_at: str | Sequence[str | None] | None = None,
     ) -> SweepResult:
         """Merge with many settings and validate each merged module, from one calibration.
 
@@ -214,7 +222,8 @@ class ZipIt:
             statistics_memory: GiB that the statistics for all settings may take together.
             statistics: the safetensors file of the statistics; by default that of ``results`` with the suffix
                 ``.safetensors``.
-            get_input: from a batch to the backbone's input.
+            get_input: from a batch to the backbone's input, or to one for each task.
+            start_at: the trunk's first module; the data is gone through for the statistics of each.
 
         Returns:
             The rows, the best of them, the Pareto front, and how to merge as in one of them.
@@ -226,6 +235,7 @@ class ZipIt:
             StatisticsError: if the statistics are those of other models or settings.
         """
         choices = {
+            "start_at": start_at,
             "stop_at": stop_at,
             "combine": combine,
             "matcher": matcher,

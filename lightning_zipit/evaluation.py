@@ -13,6 +13,7 @@ from lightning_zipit.collectives import share
 from lightning_zipit.errors import ConfigurationError
 from lightning_zipit.metrics import JointAccuracy
 from lightning_zipit.multihead import MultiTaskModule
+from lightning_zipit.views import Inputs
 
 TARGET_KEYS = ("label", "labels", "target", "targets", "y")
 
@@ -44,7 +45,7 @@ class JointEvaluation(Callback):
         get_input: from a batch to the backbone's input.
     """
 
-    def __init__(self, classes: Mapping[str, Sequence[int]], get_input: Callable[[Any], Tensor]) -> None:
+    def __init__(self, classes: Mapping[str, Sequence[int]], get_input: Callable[[Any], Inputs]) -> None:
         self.metric = JointAccuracy(classes)
         self.get_input = get_input
 
@@ -91,7 +92,7 @@ class Evaluation:
     datamodule: LightningDataModule | None
     metric: str | None
     classes: Mapping[str, Sequence[int]] | None
-    get_input: Callable[[Any], Tensor]
+    get_input: Callable[[Any], Inputs]
 
     @property
     def decides(self) -> str:

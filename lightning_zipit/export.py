@@ -13,22 +13,24 @@ from torch import Tensor
 from lightning_zipit.errors import ConfigurationError
 from lightning_zipit.files import find_output_problem, replacing_with_companions
 from lightning_zipit.multihead import MultiHeadModule
-from lightning_zipit.session import AllHeads, like
+from lightning_zipit.paths import AllHeads
+from lightning_zipit.session import like
+from lightning_zipit.views import Inputs, each_view
 
 ONNX_PACKAGES = ("onnx", "onnxscript")
 
 
 class Network(AllHeads):
-    """Trunk and heads without Lightning: from an input to one tensor per output, in a dict.
+    """Stems, trunk and heads without Lightning: from an input, or a dict of one per task, to a dict of all outputs.
 
     Args:
         merged: the merged module; its parts are shared, not copied.
     """
 
     def __init__(self, merged: MultiHeadModule) -> None:
-        super().__init__(merged.trunk, merged.heads)
+        super().__init__(merged.trunk, merged.heads, merged.stems)
 
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
+    def forward(self, x: Inputs) -> dict[str, Tensor]:
         """Outputs by name: the task, or ``task.key`` where a head has several outputs."""
         outputs = super().forward(x)
         return {name: output for task, each in outputs.items() for name, output in _by_name(task, each)}
@@ -43,6 +45,8 @@ def _by_name(name: str, output: Any) -> list[tuple[str, Tensor]]:
 
 def export_merged(merged: MultiHeadModule, output: str | Path, batch_size: int | None = None) -> list[str]:
     """Write a merged module to a file that runs without this package.
+
+    One with stems takes an input for each task: a dict of them (``.pt2``), or those named ``input.TASK`` (``.onnx``).
 
     Args:
         merged: the merged module.
@@ -64,10 +68,14 @@ def export_merged(merged: MultiHeadModule, output: str | Path, batch_size: int |
     if example is None:
         raise ConfigurationError("The merged module does not know the shape of its input: give it an `example_input`.")
     network = Network(merged).eval()
-    x = like(example, network).expand(batch_size or 2, *example.shape[1:]).contiguous()
+    if len(merged.stems) and isinstance(example, Tensor):
+        example = dict.fromkeys(merged.tasks, example)
+    x = each_view(like(example, network), lambda one: one.expand(batch_size or 2, *one.shape[1:]).contiguous())
     with torch.no_grad():
         names = list(network(x))
-    open_axes = None if batch_size else ({0: torch.export.Dim("batch")},)
+    tasks = [] if isinstance(x, Tensor) else list(x)
+    batch: Any = {task: {0: torch.export.Dim(f"batch_{number}")} for number, task in enumerate(tasks)}
+    open_axes = None if batch_size else (batch or {0: torch.export.Dim("batch")},)
     try:
         program = torch.export.export(network, (x,), dynamic_shapes=open_axes)
     except Exception as error:  # torch.export has no error class of its own
@@ -78,7 +86,12 @@ def export_merged(merged: MultiHeadModule, output: str | Path, batch_size: int |
             torch.export.save(program, file)
         else:
             onnx = torch.onnx.export(
-                program, input_names=["input"], output_names=names, dynamic_shapes=open_axes, dynamo=True, verbose=False
+                program,
+                input_names=[f"input.{task}" for task in tasks] or ["input"],
+                output_names=names,
+                dynamic_shapes=open_axes,
+                dynamo=True,
+                verbose=False,
             )
             assert onnx is not None
             onnx.save(file)

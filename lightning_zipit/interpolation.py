@@ -50,8 +50,10 @@ def interpolate(
     if wrong := [share for share in shares if not 0 <= share <= 1]:
         raise ConfigurationError(f"`shares` must lie from 0 to 1, got {wrong}.")
     settings = replace(settings or MergeSettings(matcher=Permute(), refine=None), merge_heads=True)
-    if settings.stop_at is not None or settings.width != 1 or settings.weights is not None:
-        raise ConfigurationError("The networks are merged whole: leave `stop_at`, `width` and `weights` as they are.")
+    if (settings.start_at, settings.stop_at, settings.width, settings.weights) != (None, None, 1, None):
+        raise ConfigurationError(
+            "The networks are merged whole: leave `start_at`, `stop_at`, `width` and `weights` as they are."
+        )
     named = dict(zip(("first", "second"), networks, strict=True))
     with tempfile.TemporaryDirectory() as folder:
         settings = replace(settings, statistics=settings.statistics or Path(folder, "statistics.safetensors"))

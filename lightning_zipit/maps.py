@@ -96,6 +96,14 @@ Maps: TypeAlias = Mapping[str, SpaceMap | DenseMap]
 """The matching of each space."""
 
 
+def counting_alone(maps: Maps, source: int) -> dict[str, SpaceMap | DenseMap]:
+    """The matching of each space, where one source model alone counts: M_i for a task's own part of the network."""
+    return {
+        space: replace(known, weights=tuple(float(number == source) for number in range(known.num_models)))
+        for space, known in maps.items()
+    }
+
+
 def along_axis(weight: Tensor, axis: int, ref: AxisRef, maps: Maps, source: int, elsewhere: float = 1.0) -> Tensor:
     """M_i along one axis of a source model's tensor where it writes its spaces, else U_iᵀ.
 

@@ -13,11 +13,16 @@ from lightning_zipit.errors import ConfigurationError
 from lightning_zipit.graph import AxisRef, FeatureSpace, MergeGraph
 from lightning_zipit.graph.spaces import unit_members, units_around, units_first
 from lightning_zipit.maps import DenseMap, Maps, SpaceMap, along_axis, model_shares
-from lightning_zipit.matchers import AnyWidthMatcher, DenseMaps, GreedyZip, Matcher, SimilarityKind
+from lightning_zipit.matchers import AnyWidthMatcher, DenseMaps, GreedyZip, Matcher, Permute, SimilarityKind
 from lightning_zipit.statistics import Moments
 
 SCALE_HANDICAP = 1e-6
 ROWS_AT_ONCE = 1024
+
+
+def handed_over(graph: MergeGraph) -> set[str]:
+    """The spaces that stems write."""
+    return {space for entry in graph.entries if entry.ref is not None for space in entry.ref.spaces}
 
 
 def families(graph: MergeGraph) -> list[list[str]]:
@@ -39,6 +44,9 @@ def match(
 ) -> Iterator[tuple[str, SpaceMap | DenseMap, Tensor | None]]:
     """Match the features of one family of spaces.
 
+    Those that stems hand over are matched one to one where the matcher is for any width or has dense maps: a stem has
+    the features of its own model alone, so that a cluster of another's would be silent for its task.
+
     Args:
         graph: the merge graph.
         family: one of :func:`families`.
@@ -53,6 +61,9 @@ def match(
         Per space its name, its map (one without a similarity is matched by number; groups and heads come first, then
         features within those that have become one), and its similarity.
     """
+    handed = handed_over(graph)
+    if not handed.isdisjoint(family) and isinstance(matcher, AnyWidthMatcher):
+        matcher = Permute()
     similarities = {name: known for name in family if (known := similarity_of(name)) is not None}
     for name in reversed(family):  # members before their units
         members = [graph.spaces[other] for other in family if graph.spaces[other].units == name]
@@ -65,7 +76,7 @@ def match(
             labels[name] = _match_within(space, labels[space.units], similarities.get(name), matcher, num_models)
         elif name in similarities:
             found = _ask(matcher, similarities[name], num_models, widths.get(name) if widths else None)
-            if isinstance(found, DenseMaps) and mixable(name):
+            if isinstance(found, DenseMaps) and mixable(name) and name not in handed:
                 yield name, DenseMap(found), similarities[name]
                 continue
             labels[name] = _as_labels(found, similarities[name], num_models)

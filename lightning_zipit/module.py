@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
 from lightning_zipit._lightning import count_samples, predict_loaders, spawns_processes
@@ -22,6 +22,7 @@ from lightning_zipit.multihead import MultiHeadModule, split_merged
 from lightning_zipit.session import MergeSession
 from lightning_zipit.settings import MergeSettings
 from lightning_zipit.sources import DelegatedTransfers, find_input, find_problems, get_backbone, name_tasks
+from lightning_zipit.views import Inputs, any_view, check_views
 from lightning_zipit.widths import changes_size
 
 
@@ -38,6 +39,8 @@ class ZipItModule(DelegatedTransfers, LightningModule):
         datamodule: where the loaders come from instead: its ``calibration_dataloader()``, else its
             ``train_dataloader()`` in a fixed order.
         get_input: from a batch to the backbone's input; by default the batch, its first item, or a well-known key.
+            Where models take different inputs, from a batch to a dict of views of the same samples, one for each task;
+            by default a batch with the tasks as keys is one.
         base: the module that all were trained from, for a merge with ``combine``.
 
     Attributes:
@@ -50,7 +53,7 @@ class ZipItModule(DelegatedTransfers, LightningModule):
         backbone: str = "",
         dataloaders: Any = None,
         datamodule: LightningDataModule | None = None,
-        get_input: Callable[[Any], Tensor] = find_input,
+        get_input: Callable[[Any], Inputs] = find_input,
         base: LightningModule | None = None,
     ) -> None:
         super().__init__()
@@ -244,18 +247,21 @@ class ZipItModule(DelegatedTransfers, LightningModule):
             The number of samples.
         """
         assert self.session is not None
-        x = self.get_input(batch)
-        if not isinstance(x, Tensor) or x.ndim == 0:
-            raise CalibrationError(f"`get_input` must return a tensor with a batch axis, got {type(x).__name__}.")
+        x = check_views(self._find_input(batch), self.models)
         index, loader = divmod(dataloader_idx, self._loaders_per_pass())
         if index < self.session.calibration_passes:
             self.session.calibrate(x, self._networks(), index, loader)
         else:
             if self.session.merged is None:
                 self.session.merge()
-                self.session.start_refining(self._networks(), x.device)
+                self.session.start_refining(self._networks(), any_view(x).device)
             self.session.refine(x, self._tasks_of(dataloader_idx))
-        return len(x)
+        return len(any_view(x))
+
+    def _find_input(self, batch: Any) -> Inputs:
+        if self.get_input is find_input and isinstance(batch, Mapping) and all(task in batch for task in self.models):
+            return {task: find_input(batch[task]) for task in self.models}
+        return self.get_input(batch)
 
     def finish(self) -> None:
         """After the last batch: complete the merge and build the merged module."""

@@ -20,9 +20,10 @@ from lightning_zipit.graph import MergeGraph
 from lightning_zipit.graph.agreement import trace_all
 from lightning_zipit.graph.joined import Joined
 from lightning_zipit.graph.shapes import evaluating
-from lightning_zipit.rebuild import build_head, build_trunk
+from lightning_zipit.paths import run_all, run_one
+from lightning_zipit.rebuild import build_head, build_stem, build_trunk
 from lightning_zipit.refine import BatchNorm
-from lightning_zipit.refine.task_norms import give_norms, has_task_norms, run_all
+from lightning_zipit.refine.task_norms import give_norms, has_task_norms
 from lightning_zipit.report import MergeReport
 from lightning_zipit.session import MergedBackbone, like
 from lightning_zipit.settings import MergeSettings
@@ -38,25 +39,28 @@ from lightning_zipit.sources import (
     make_source,
     name_tasks,
 )
+from lightning_zipit.views import Inputs, describe_sample, view_of, zeros_like_sample
 
 CHECKPOINT_KEY = "lightning_zipit"
 FORMAT = 1
 
 
 class MergedPath(nn.Module):
-    """Trunk and one head in a row, in place of a source module's backbone.
+    """The stem of a task if it has one, the trunk and its head in a row, in place of a source module's backbone.
 
-    Both are held in a tuple: they belong to the module around, and are no submodules of this one.
+    They are held in a tuple: they belong to the module around, and are no submodules of this one.
     """
 
-    def __init__(self, trunk: nn.Module, head: nn.Module, task: str | None = None) -> None:
+    def __init__(
+        self, trunk: nn.Module, head: nn.Module, stem: nn.Module | None = None, task: str | None = None
+    ) -> None:
         super().__init__()
-        self.parts = (trunk, head)
+        self.parts = (trunk, head, stem)
         self.task = task  # for a trunk that takes its name
 
     def forward(self, x: Tensor) -> Any:
-        trunk, head = self.parts
-        return head(*(trunk(x) if self.task is None else trunk(x, self.task)))
+        trunk, head, stem = self.parts
+        return run_one(stem, trunk, head, x, self.task)
 
 
 class PassOn(nn.Module):
@@ -77,12 +81,14 @@ class MultiTaskModule(DelegatedTransfers, LightningModule):
         trunk: from an input to a tuple of what the heads take; one with a batch norm per task also takes its name.
         heads: per task, the rest of its network.
         models: the source modules by task; they are copied without their backbones.
-        backbone: the part of them that trunk and head stand for.
+        backbone: the part of them that stem, trunk and head stand for.
         used: for the backbone ``""``, what a source's ``forward`` uses, by task.
+        stems: per task, from its input to a tuple of what the trunk takes; none where that takes the input.
     """
 
     trunk: nn.Module
     heads: nn.ModuleDict
+    stems: nn.ModuleDict
     sources: nn.ModuleDict
 
     def __init__(
@@ -92,13 +98,18 @@ class MultiTaskModule(DelegatedTransfers, LightningModule):
         models: Mapping[str, LightningModule],
         backbone: str,
         used: Mapping[str, Sequence[str]],
+        stems: Mapping[str, nn.Module] | None = None,
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.trunk = trunk
         self.heads = nn.ModuleDict(heads)
+        self.stems = nn.ModuleDict(stems)
         self.norms_per_task = has_task_norms(trunk)
-        paths = {task: MergedPath(trunk, heads[task], task if self.norms_per_task else None) for task in models}
+        paths = {
+            task: MergedPath(trunk, heads[task], self._stem_of(task), task if self.norms_per_task else None)
+            for task in models
+        }
         self.sources = nn.ModuleDict(
             {task: make_shell(model, backbone, paths[task], used[task]) for task, model in models.items()}
         )
@@ -114,22 +125,29 @@ class MultiTaskModule(DelegatedTransfers, LightningModule):
         """The task that a dataloader belongs to, while a Trainer runs over it."""
         return self._loader_tasks[dataloader_idx]
 
-    def forward(self, x: Tensor, task: str | None = None) -> Any:
-        """All outputs, with one pass of the trunk, or one per task where it has norms for each; or one task's output.
+    def _stem_of(self, task: str) -> nn.Module | None:
+        return self.stems[task] if len(self.stems) else None
+
+    def forward(self, x: Inputs, task: str | None = None) -> Any:
+        """All outputs, with one pass of the trunk, or one per task where stems or norms are its own; or one task's.
 
         Args:
-            x: an input of the backbone.
-            task: the one head to run.
+            x: an input of the backbone; or a dict from task to input, for the outputs of those tasks.
+            task: the one task to run.
 
         Returns:
             A dict from task to output, or one task's output.
+
+        Raises:
+            ConfigurationError: if there is an input for a task that does not exist.
         """
         if task is not None:
-            return self.heads[task](*(self.trunk(x, task) if self.norms_per_task else self.trunk(x)))
-        return run_all(self.trunk, self.heads, x, self.norms_per_task)
+            norms_of = task if self.norms_per_task else None
+            return run_one(self._stem_of(task), self.trunk, self.heads[task], view_of(x, task), norms_of)
+        return run_all(self.stems, self.trunk, self.heads, x, self.norms_per_task)
 
     @torch.no_grad()
-    def fit_temperatures(self, dataloaders: Any, get_input: Callable[[Any], Tensor] = find_input) -> dict[str, float]:
+    def fit_temperatures(self, dataloaders: Any, get_input: Callable[[Any], Inputs] = find_input) -> dict[str, float]:
         """Temperatures for :class:`~lightning_zipit.JointAccuracy`, with which no head is surer than the others.
 
         No labels are used; see :func:`~lightning_zipit.functional.fit_temperatures`.
@@ -137,7 +155,8 @@ class MultiTaskModule(DelegatedTransfers, LightningModule):
         Args:
             dataloaders: such as those of the calibration: one per task in a sequence or dict, which count the same, or
                 a single loader with about equally many samples of each task.
-            get_input: from a batch to the backbone's input; by default the batch, its first item, or a well-known key.
+            get_input: from a batch to the backbone's input, or to one for each task by name; by default the batch, its
+                first item, or a well-known key.
 
         Returns:
             A temperature by task.
@@ -212,12 +231,12 @@ class MultiTaskModule(DelegatedTransfers, LightningModule):
         self._loader_tasks = self.tasks
 
     def configure_model(self) -> None:
-        """Runs that of every source module; a mesh of devices (FSDP2) then shards trunk and heads, each as one."""
+        """Runs that of every source module; a mesh of devices (FSDP2) then shards stems, trunk and heads one by one."""
         self._each_unlogged("configure_model")
         if self.device_mesh is not None and self.device_mesh["data_parallel"].size() > 1:
             from torch.distributed.fsdp import FSDPModule, fully_shard  # not in every build of torch
 
-            for part in (self.trunk, *self.heads.values()):
+            for part in (*self.stems.values(), self.trunk, *self.heads.values()):
                 if not isinstance(part, FSDPModule) and any(True for _ in part.parameters()):
                     fully_shard(part, mesh=self.device_mesh["data_parallel"])
 
@@ -325,9 +344,10 @@ class MultiHeadModule(MultiTaskModule):
     Args:
         models: the source modules by task.
         backbone: dotted name of the merged part in each, ``""`` for the whole ``forward``.
-        settings: where the trunk ends, and whether its batch norm is per task.
-        merged: trunk, heads and report of a merge.
-        example_input: an input of the backbone, where one that fits cannot be guessed; its values do not matter.
+        settings: where the trunk starts and ends, and whether its batch norm is per task.
+        merged: stems, trunk, heads and report of a merge.
+        example_input: an input of the backbone, or one of each by task, where one that fits cannot be guessed; its
+            values do not matter.
         barriers: nodes that stay in the heads, as :attr:`MergeGraph.barriers` has them.
         widths: per space its number of features, where that is not the sources'.
 
@@ -337,6 +357,7 @@ class MultiHeadModule(MultiTaskModule):
     Attributes:
         trunk: the shared part.
         heads: the rest of each task's network, a ``ModuleDict`` by task.
+        stems: what each task's network has before the trunk, a ``ModuleDict`` by task; empty without ``start_at``.
         sources: copies of the source modules, which run their own steps on trunk and head.
         report: what the merge did.
     """
@@ -349,7 +370,7 @@ class MultiHeadModule(MultiTaskModule):
         backbone: str = "",
         settings: MergeSettings | None = None,
         merged: MergedBackbone | None = None,
-        example_input: Tensor | None = None,
+        example_input: Inputs | None = None,
         barriers: Mapping[str, str] | None = None,
         widths: Mapping[str, int] | None = None,
     ) -> None:
@@ -363,13 +384,16 @@ class MultiHeadModule(MultiTaskModule):
                 give_norms(built, graphs)
             trunk: nn.Module = built
             heads: Mapping[str, nn.Module] = {task: build_head(graph, widths) for task, graph in graphs.items()}
+            stems: Mapping[str, nn.Module] = {
+                task: build_stem(graph, widths) for task, graph in graphs.items() if graph.stem_nodes
+            }
         else:
-            trunk, heads = merged.trunk, merged.heads
+            trunk, heads, stems = merged.trunk, merged.heads, merged.stems
         used = {
             task: [str(node.target) for node in graph.fx_graph.nodes if node.op in ("call_module", "get_attr")]
             for task, graph in graphs.items()
         }
-        super().__init__(trunk, heads, models, backbone, used)
+        super().__init__(trunk, heads, models, backbone, used, stems)
         self.report = merged.report if merged is not None else None
         self._record: dict[str, Any] = {
             "format": FORMAT,
@@ -378,16 +402,22 @@ class MultiHeadModule(MultiTaskModule):
             "stop_at": settings.stop_at,
             "merge_heads": settings.merge_heads,
             "norms_per_task": self.norms_per_task,
-            "input_shape": None if example is None else list(example.shape[1:]),
             "barriers": next(iter(graphs.values())).barriers,
             "widths": dict(merged.widths if merged is not None else widths or {}),
-            "input_dtype": None if example is None else str(example.dtype).removeprefix("torch."),
+            **_write_example(example),
         }
+        if settings.start_at is not None:
+            self._record["start_at"] = settings.start_at
 
     def find_problems(self, backbone: str, settings: MergeSettings) -> list[str]:
         """What stands in the way of merging this module again."""
+        if len(self.stems):
+            return [
+                f"it was merged with start_at={self._record['start_at']!r}: merge its sources, not the whole of it."
+            ]
         of_record = {"backbone": self.backbone} | {name: self._record[name] for name in ("stop_at", "merge_heads")}
         asked = {"backbone": backbone, "stop_at": settings.stop_at, "merge_heads": settings.merge_heads}
+        of_record["start_at"], asked["start_at"] = None, settings.start_at
         problems = [
             f"it was merged with {name}={known!r}, and can be merged again with the same alone, got {asked[name]!r}."
             for name, known in of_record.items()
@@ -413,8 +443,8 @@ class MultiHeadModule(MultiTaskModule):
         return split
 
     @property
-    def example_input(self) -> Tensor | None:
-        """Zeros of the shape and type of one sample, ``(1, …)``, where a merge has seen one."""
+    def example_input(self) -> Inputs | None:
+        """Zeros like one sample, ``(1, …)``, where a merge has seen one; by task where each has an input of its own."""
         return read_example(self._record)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -475,6 +505,7 @@ class MultiHeadModule(MultiTaskModule):
         settings = MergeSettings(
             stop_at=record["stop_at"],
             merge_heads=record["merge_heads"],
+            start_at=record.get("start_at"),
             refine=BatchNorm(per_task=record.get("norms_per_task", False)),
         )
         module = cls(
@@ -523,12 +554,14 @@ def _trace_models(
     models: Mapping[str, LightningModule],
     backbone: str,
     settings: MergeSettings,
-    example: Tensor | None,
+    example: Inputs | None,
     barriers: Mapping[str, str] | None,
 ) -> dict[str, MergeGraph]:
     networks = {task: get_backbone(model, backbone) for task, model in models.items()}
     fitting = None if example is None else like(example, next(iter(networks.values())))
-    return trace_all(networks, settings.stop_at, settings.merge_heads, fitting, barriers=barriers)
+    return trace_all(
+        networks, settings.stop_at, settings.merge_heads, fitting, barriers=barriers, start_at=settings.start_at
+    )
 
 
 def find_record(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -537,11 +570,28 @@ def find_record(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
     return record if isinstance(record, dict) else None
 
 
-def read_example(record: Mapping[str, Any]) -> Tensor | None:
-    if record["input_shape"] is None:
+def _write_example(example: Inputs | None) -> dict[str, Any]:
+    """Shape and type of a sample, or of each task's, in lists and strings."""
+    if example is None:
+        return {"input_shape": None, "input_dtype": None}
+    if isinstance(example, Tensor):
+        dtype, shape = describe_sample(example)
+        return {"input_shape": list(shape), "input_dtype": dtype}
+    known = {task: describe_sample(x) for task, x in example.items()}
+    return {
+        "input_shape": {task: list(shape) for task, (_, shape) in known.items()},
+        "input_dtype": {task: dtype for task, (dtype, _) in known.items()},
+    }
+
+
+def read_example(record: Mapping[str, Any]) -> Inputs | None:
+    """Zeros of the shape and type of one sample, or of each task's, as a checkpoint describes them."""
+    shape, dtype = record["input_shape"], record.get("input_dtype") or "float32"
+    if shape is None:
         return None
-    dtype = getattr(torch, record.get("input_dtype") or "float32")
-    return torch.zeros((), dtype=dtype).expand(1, *record["input_shape"])
+    if isinstance(shape, dict):
+        return {task: zeros_like_sample((dtype[task], own)) for task, own in shape.items()}
+    return zeros_like_sample((dtype, shape))
 
 
 def read_checkpoint(

@@ -14,8 +14,11 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from lightning_zipit.dense import fold_norms
 from lightning_zipit.graph import AxisRef, MergeGraph
 from lightning_zipit.graph.joined import UNMERGE, Joined
-from lightning_zipit.maps import Maps, unmerge_along
+from lightning_zipit.maps import Maps, counting_alone, shares_along, unmerge_along
 from lightning_zipit.merging import merge_into, unmerge_into
+
+MERGE = "merge"
+"""Name of the submodule of a stem that holds its merges."""
 
 
 class Unmerge(nn.Module):
@@ -71,6 +74,36 @@ class Unmerge(nn.Module):
         return f"{len(self.index)}, axis={self.axis}"
 
 
+class Merge(nn.Module):
+    """M_i as a layer: every merged feature is the mean over those of one source model that are in its cluster.
+
+    A merged feature that stands for none of them, which a one-to-one matching has none of, is silent: it is 0.
+
+    Args:
+        inputs: entries along the axis in the source.
+        outputs: entries along the axis in the merged network.
+        axis: the axis that holds the features.
+    """
+
+    index: Tensor
+    shares: Tensor
+
+    def __init__(self, inputs: int, outputs: int, axis: int) -> None:
+        super().__init__()
+        self.outputs, self.axis = outputs, axis
+        self.register_buffer("index", torch.arange(inputs) % outputs)
+        self.register_buffer("shares", torch.ones(inputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` with ``outputs`` entries along the axis."""
+        shares = self.shares.to(x.dtype).reshape(-1, *[1] * (x.ndim - self.axis - 1))
+        shape = [*x.shape[: self.axis], self.outputs, *x.shape[self.axis + 1 :]]
+        return x.new_zeros(shape).index_add(self.axis, self.index, x * shares)
+
+    def extra_repr(self) -> str:
+        return f"{len(self.index)}, {self.outputs}, axis={self.axis}"
+
+
 def build_merged(
     graphs: Sequence[MergeGraph],
     networks: Sequence[nn.Module],
@@ -106,6 +139,85 @@ def build_merged(
     return trunk, heads
 
 
+def build_stems(graphs: Sequence[MergeGraph], maps: Maps) -> list[fx.GraphModule]:
+    """The stems of a merge: what each network has before the trunk, and a merge of what that hands over.
+
+    Args:
+        graphs: the merge graph of each source network.
+        maps: the matching of each space.
+
+    Returns:
+        In eval mode; none where the trunk starts at the input.
+    """
+    widths = {name: space_map.width for name, space_map in maps.items()}
+    stems = [build_stem(graph, widths).eval() for graph in graphs if graph.stem_nodes]
+    for source, (stem, graph) in enumerate(zip(stems, graphs, strict=False)):
+        set_merges(stem, graph, maps, source)
+    return stems
+
+
+def build_stem(graph: MergeGraph, widths: Mapping[str, int] | None = None) -> fx.GraphModule:
+    """What one task's network has before the trunk, with copies of its weights.
+
+    Args:
+        graph: the merge graph of that task's network.
+        widths: per space of the trunk its number of features, where that is another.
+
+    Returns:
+        A module from the input to a tuple of what the trunk takes: values whose features a :class:`Merge` makes those
+        of the trunk, and values that pass by it into the head.
+    """
+    root, merges = _with_submodule(graph.module, MERGE)
+    stem = fx.Graph()
+    built: dict[str, fx.Node] = {}
+    for node in graph.stem_graph():
+        built[node.name] = stem.node_copy(node, lambda source: built[source.name])
+    passed = _passed(graph)
+    handed = []
+    for entry in graph.entries:
+        value = built[entry.node]
+        if entry.ref is not None and entry.axis is not None:
+            merges[entry.node] = Merge(entry.ref.size, entry.ref.resized(widths or {}).size, entry.axis)
+            value = stem.call_module(f"{MERGE}.{entry.node}", (value,))
+        elif entry.node in passed and entry.shape:
+            value = stem.call_method("clone", (value,))  # the trunk may write into it
+        handed.append(value)
+    stem.output((*handed, *(built[name] for name in passed)))
+    dtype = next((each.dtype for each in root.parameters() if each.is_floating_point()), None)
+    merges.to(dtype)
+    return _module(root, stem, "Stem", {}, None)
+
+
+def _passed(graph: MergeGraph) -> list[str]:
+    """The values of a stem that pass by the trunk into the head."""
+    return [crossing.node for crossing in graph.crossings if crossing.node in graph.stem_nodes]
+
+
+def _with_submodule(module: nn.Module, name: str) -> tuple[nn.Module, nn.ModuleDict]:
+    """A shallow copy of a module with one more submodule, which is empty."""
+    root = copy.copy(module)
+    root._modules = dict(module._modules)
+    added = root._modules[name] = nn.ModuleDict()
+    return root, added
+
+
+def set_merges(stem: nn.Module, graph: MergeGraph, maps: Maps, source: int) -> None:
+    """Tell the merges of a stem which merged feature each of its source's becomes a part of, and how large a part.
+
+    Args:
+        stem: a stem made by :func:`build_stem` from ``graph``.
+        graph: the merge graph of that source.
+        maps: the matching of each space.
+        source: the number of the source model.
+    """
+    alone = counting_alone(maps, source)
+    for entry in graph.entries:
+        if entry.ref is not None:
+            merge = stem.get_submodule(f"{MERGE}.{entry.node}")
+            merge.get_buffer("index").copy_(unmerge_along(entry.ref, maps, source))
+            merge.get_buffer("shares").copy_(shares_along(entry.ref, alone, source))
+
+
 def build_trunk(graph: MergeGraph, widths: Mapping[str, int] | None = None) -> fx.GraphModule:
     """The part of the network that all tasks share, with copies of the traced network's weights.
 
@@ -114,14 +226,15 @@ def build_trunk(graph: MergeGraph, widths: Mapping[str, int] | None = None) -> f
         widths: per space its number of features, where that is another; parameters of another size are zeros.
 
     Returns:
-        A module from the input to a tuple of what the heads take.
+        A module from the input, or from what the stems hand over, to a tuple of what the heads take.
     """
     trunk = fx.Graph()
-    built: dict[fx.Node, fx.Node] = {}
+    built = {entry.node: trunk.placeholder(entry.node) for entry in graph.entries}
+    passed = {name: trunk.placeholder(f"{name}_passed") for name in _passed(graph)}
     for node in graph.trunk_graph():
-        built[node] = trunk.node_copy(node, built.__getitem__)
-    by_name = {node.name: node for node in built}
-    trunk.output(tuple(built[by_name[crossing.node]] for crossing in graph.crossings))
+        built[node.name] = trunk.node_copy(node, lambda source: built[source.name])
+    built |= passed
+    trunk.output(tuple(built[crossing.node] for crossing in graph.crossings))
     return _module(graph.module, trunk, "Trunk", graph.axes, widths)
 
 
@@ -137,10 +250,7 @@ def build_head(graph: MergeGraph, widths: Mapping[str, int] | None = None) -> fx
         A module from what the trunk hands over to the network's own output. Where a value of the trunk is not read by
         layers that can take U_i into their weights alone, it starts with an :class:`Unmerge`.
     """
-    root = copy.copy(graph.module)  # shallow: `unmerge` is added to the copy alone
-    root._modules = dict(graph.module._modules)
-    unmerges = nn.ModuleDict()
-    root._modules[UNMERGE] = unmerges
+    root, unmerges = _with_submodule(graph.module, UNMERGE)
     head = fx.Graph()
     built: dict[fx.Node, fx.Node] = {}
     by_name = {node.name: node for node in graph.fx_graph.nodes}
@@ -153,8 +263,8 @@ def build_head(graph: MergeGraph, widths: Mapping[str, int] | None = None) -> fx
         elif _changed_in_place(by_name[crossing.node], graph):
             value = head.call_method("clone", (value,))  # the other heads read it too
         built[by_name[crossing.node]] = value
-    for node in graph.fx_graph.nodes:
-        if node.name not in graph.trunk_nodes and node.op != "placeholder":
+    for node in graph.head_graph():
+        if node.op != "placeholder":  # one that is not used
             built[node] = head.node_copy(node, built.__getitem__)
     return _module(root, head, "Head", graph.axes, widths)
 
@@ -169,7 +279,7 @@ VIEWS = {
 def _changed_in_place(node: fx.Node, graph: MergeGraph) -> bool:
     """Whether the head writes into a value of the trunk."""
     for user in node.users:
-        if user.name in graph.trunk_nodes or user.op == "output":
+        if user.name in graph.trunk_nodes | graph.stem_nodes or user.op == "output":
             continue
         module = graph.module.get_submodule(str(user.target)) if user.op == "call_module" else None
         name = type(module).__name__ if module else getattr(user.target, "__name__", str(user.target))

@@ -27,6 +27,7 @@ from lightning_zipit.files import replacing
 from lightning_zipit.graph import FeatureSpace
 from lightning_zipit.maps import DenseMap, SpaceMap
 from lightning_zipit.statistics import Moments
+from lightning_zipit.views import Inputs
 
 
 @dataclass(frozen=True)
@@ -415,12 +416,12 @@ def measure_shifts(before: Mapping[str, nn.Module], after: Mapping[str, nn.Modul
     return shifts
 
 
-def measure_cost(module: nn.Module, x: Tensor) -> Cost:
+def measure_cost(module: nn.Module, x: Inputs) -> Cost:
     """Count the FLOPs of one forward and the parameters of a network.
 
     Args:
         module: a network in eval mode.
-        x: an input of one sample, on its device.
+        x: an input of one sample, on its device, or one of each task.
 
     Returns:
         FLOPs (by :class:`torch.utils.flop_counter.FlopCounterMode`) and parameters.

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Any
+from typing import Any, overload
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -30,15 +30,17 @@ from lightning_zipit.graph.joined import Joined
 from lightning_zipit.graph.taps import before_activations, tapped_by_all
 from lightning_zipit.graph.verify import find_failing
 from lightning_zipit.maps import DenseMap, SpaceMap
-from lightning_zipit.matchers import CCA, Average, DualSpace
+from lightning_zipit.matchers import CCA, AnyWidthMatcher, Average, DualSpace
 from lightning_zipit.merging import (
     families,
+    handed_over,
     match,
     similarity_from,
 )
-from lightning_zipit.rebuild import build_merged
+from lightning_zipit.paths import AllHeads
+from lightning_zipit.rebuild import build_merged, build_stems
 from lightning_zipit.refine import BatchNorm, BatchNormEstimator, LayerByLayer, LeastSquares
-from lightning_zipit.refine.task_norms import find_norms, give_norms, has_task_norms, run_all, set_affine
+from lightning_zipit.refine.task_norms import find_norms, give_norms, set_affine
 from lightning_zipit.refine.walk import Walk
 from lightning_zipit.report import (
     Cost,
@@ -52,6 +54,7 @@ from lightning_zipit.report import (
 from lightning_zipit.settings import MergeSettings
 from lightning_zipit.statistics_file import CalibrationStatistics, StatisticsRecord
 from lightning_zipit.task_vectors import combine_into
+from lightning_zipit.views import Inputs, any_view, check_views, describe_sample, each_view, explain_views, view_of
 from lightning_zipit.weight_matching import common_start, match_by_weights
 from lightning_zipit.widths import FlopsModel, find_choices, spend
 
@@ -61,20 +64,23 @@ class MergedBackbone:
     """The networks that a merge made.
 
     Attributes:
-        trunk: from the input to a tuple of what the heads take; with a batch norm per task, from input and task.
+        trunk: from the input, or from what the stems hand over, to a tuple of what the heads take; with a batch norm
+            per task, it takes the name of the task last.
         heads: per task, from what the trunk hands over to the network's output.
         report: what the merge did.
-        example: zeros of the shape and type of one calibration sample, ``(1, …)``.
+        example: zeros of the shape and type of one calibration sample, ``(1, …)``, by task where each has its own.
         graphs: the merge graph of each source network.
         widths: per space its number of features, where that is not the sources'.
+        stems: per task, from its input to a tuple of what the trunk takes; empty without ``start_at``.
     """
 
     trunk: nn.Module
     heads: dict[str, nn.Module]
     report: MergeReport
-    example: Tensor
+    example: Inputs
     graphs: dict[str, MergeGraph]
     widths: dict[str, int] = field(default_factory=dict)
+    stems: dict[str, nn.Module] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -152,15 +158,18 @@ class MergeSession:
         self._pass = 0
         self._working: dict[str, nn.Module] = {}
         self._record = StatisticsRecord(settings.statistics, self._lead(backbones)) if settings.statistics else None
-        self._cuts: dict[str | None, MergeGraph] = {}  # by stop_at, where the statistics serve other merges too
+        if self._record is not None:
+            self._record.check_start(settings.start_at)
+        # The graphs by stop_at, where the statistics serve other merges too.
+        self._cuts: dict[str | None, dict[str, MergeGraph]] = {}
         self._seen: dict[int, int] = {}
         self.expected: Sequence[int | None] = ()
         if self._record is not None and self._record.complete is not None:
             known = self._record.complete
-            self._example = known.example.clone()
-            self.graphs = self._trace(known.example, barriers=known.barriers_of(settings.stop_at))
+            self._example: Inputs = known.example_of(list(self.backbones))
+            self.graphs = self._trace(self._example, barriers=known.barriers_of(settings.stop_at))
             warn_of_barriers(next(iter(self.graphs.values())))
-            self._choose_from(known.example)
+            self._choose_from(self._example)
             self.calibration_passes = 0
             return
         with suppress(UnknownShapeError):  # traced again on the first batch, if its size is another
@@ -175,8 +184,12 @@ class MergeSession:
 
     def _lead(self, networks: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
         """Of every model the network of its first task, which stands for its trunk."""
+        return {name: networks[task] for name, task in zip(self._names, self._leading(), strict=True)}
+
+    def _leading(self) -> list[str]:
+        """Of every model its first task."""
         first = {number: task for task, number in reversed(self._models.items())}
-        return {self._names[number]: networks[first[number]] for number in range(len(self._names))}
+        return [first[number] for number in range(len(self._names))]
 
     @property
     def passes(self) -> int:
@@ -186,30 +199,30 @@ class MergeSession:
             how = None
         return self.calibration_passes + (how is not None)
 
-    def calibrate(self, x: Tensor, networks: Mapping[str, nn.Module], index: int = 0, loader: int = 0) -> None:
+    def calibrate(self, x: Inputs, networks: Mapping[str, nn.Module], index: int = 0, loader: int = 0) -> None:
         """First passes: add a batch to the statistics of the spaces whose turn it is.
 
         Args:
-            x: an input of the backbones.
+            x: an input of the backbones, or one of each by task.
             networks: the source networks or copies of them, in eval mode, where ``x`` is.
             index: the number of the pass, below :attr:`calibration_passes`.
             loader: the number of the dataloader that ``x`` comes from.
 
         Raises:
-            CalibrationError: if the first batch gives NaN or Inf.
+            CalibrationError: if the first batch gives NaN or Inf, or a network cannot take it.
             StatisticsError: if the batches are not those of the calibration that is resumed.
             VerificationError: if the table of axes proves wrong everywhere.
         """
         if index != self._pass:
             self._match()
             self._pass = index
-        first = self._calibration is None
+        x, first = check_views(x, self.backbones), self._calibration is None
         if self._calibration is None:
             self._calibration = self._start(x, networks)
-        before = self._seen.get(loader, 0)
+        before, count = self._seen.get(loader, 0), len(any_view(x))
         if index == 0:
-            self._seen[loader] = before + len(x)
-        if self._record is not None and self._record.is_known(loader, before, len(x)):
+            self._seen[loader] = before + count
+        if self._record is not None and self._record.is_known(loader, before, count):
             return
         self._calibration.update(x)
         if first:
@@ -220,22 +233,25 @@ class MergeSession:
     def _gathered(self, partly: bool = False) -> CalibrationStatistics:
         """What the calibration has gathered, of this process alone or (in the end) of all."""
         assert self._calibration is not None and self._record is not None
+        dtype, shape = describe_sample(any_view(self._example))
         return CalibrationStatistics(
             self._record.fingerprints,
-            tuple(self._example.shape[1:]),
-            str(self._example.dtype).removeprefix("torch."),
+            shape,
+            dtype,
             next(iter(self.graphs.values())).barriers,
             self._calibration.statistics,
             self._seen if partly else {},
-            {stop_at or "": graph.barriers for stop_at, graph in self._cuts.items()},
+            {stop_at or "": next(iter(graphs.values())).barriers for stop_at, graphs in self._cuts.items()},
+            self.settings.start_at,
+            () if isinstance(self._example, Tensor) else tuple(map(describe_sample, self._example.values())),
         )
 
-    def _start(self, x: Tensor, networks: Mapping[str, nn.Module]) -> Calibration:
+    def _start(self, x: Inputs, networks: Mapping[str, nn.Module]) -> Calibration:
         task = next(iter(networks))
         if self._pass == 0:
-            self._example = torch.zeros_like(x[:1], device="cpu")
-            example = x[:8].detach()
-            with torch.inference_mode(False), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            self._example = each_view(x, lambda view: torch.zeros_like(view[:1], device="cpu"))
+            example, device = each_view(x, lambda view: view[:8].detach()), any_view(x).device.type
+            with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
                 self.graphs = self._prove(self.graphs, networks, example)
                 self._choose_from(example)
                 self._cuts = self._find_cuts(networks, example)
@@ -245,11 +261,11 @@ class MergeSession:
             calibration.restore(self._record.resumed.statistics)
         return calibration
 
-    def _trace(self, example: Tensor | None = None, **arguments: Any) -> dict[str, MergeGraph]:
+    def _trace(self, example: Inputs | None = None, **arguments: Any) -> dict[str, MergeGraph]:
         fitting = None if example is None else like(example, self._first)
         joined = [network for network in self.backbones.values() if isinstance(network, Joined)]
         arguments.setdefault("barriers", {node: why for each in joined for node, why in each.barriers.items()})
-        arguments = {"stop_at": self.settings.stop_at, **arguments}
+        arguments = {"stop_at": self.settings.stop_at, "start_at": self.settings.start_at, **arguments}
         graphs = trace_all(self.backbones, merge_heads=self.settings.merge_heads, example=fitting, **arguments)
         graph = next(iter(graphs.values()))
         if self.settings.norms_per_task and not find_norms(graph.module, list(graph.trunk_graph())):
@@ -260,30 +276,36 @@ class MergeSession:
         return graphs
 
     def _prove(
-        self, graphs: dict[str, MergeGraph], networks: Mapping[str, nn.Module], example: Tensor, **arguments: Any
+        self, graphs: dict[str, MergeGraph], networks: Mapping[str, nn.Module], example: Inputs, **arguments: Any
     ) -> dict[str, MergeGraph]:
         """Graphs that fit an example and, where the settings ask for it, are proved on it."""
-        if not graphs or any(graph.input_shape != example.shape[1:] for graph in graphs.values()):
-            graphs = self._trace(example, **arguments)
+        shapes = {task: view_of(example, task).shape[1:] for task in networks}
+        if not graphs or any(graph.input_shape != shapes[task] for task, graph in graphs.items()):
+            try:
+                graphs = self._trace(example, **arguments)
+            except ZipItError as error:
+                if not isinstance(example, Tensor) or self.settings.start_at is None:
+                    raise
+                raise type(error)(f"{error} {explain_views(networks)}") from error
         task = next(iter(networks))
-        if self.settings.verify and find_failing(networks[task], graphs[task], example.clone()):
+        if self.settings.verify and find_failing(networks[task], graphs[task], view_of(example, task).clone()):
             graphs = self._trace(example, verify=True, **arguments)
         return graphs
 
-    def _find_cuts(self, networks: Mapping[str, nn.Module], example: Tensor) -> dict[str | None, MergeGraph]:
-        """Of every cut that the statistics shall serve, the graph of the first network."""
-        cuts = {self.settings.stop_at: next(iter(self.graphs.values()))} if self.settings.also else {}
+    def _find_cuts(self, networks: Mapping[str, nn.Module], example: Inputs) -> dict[str | None, dict[str, MergeGraph]]:
+        """The graphs of every cut that the statistics shall serve."""
+        cuts = {self.settings.stop_at: self.graphs} if self.settings.also else {}
         for stop_at in dict.fromkeys(other.stop_at for other in self.settings.also):
             if stop_at not in cuts:
                 with suppress(ZipItError):  # the merge with this cut will say so
-                    cuts[stop_at] = next(iter(self._prove({}, networks, example, stop_at=stop_at).values()))
+                    cuts[stop_at] = self._prove({}, networks, example, stop_at=stop_at)
         return cuts
 
-    def _choose_from(self, example: Tensor) -> None:
+    def _choose_from(self, example: Inputs) -> None:
         """Find the widths that there are to choose from."""
         graph, settings = next(iter(self.graphs.values())), self.settings
-        example = like(example, self._first)
-        found = find_choices(graph, self._first, example, settings.width, len(self._names))
+        own = view_of(like(example, self._first), next(iter(self.backbones)))
+        found = find_choices(graph, self._first, own, settings.width, len(self._names))
         self._choices, self._size_notes = found
         if settings.flops is not None:
             flops = self._flops_model()
@@ -295,16 +317,20 @@ class MergeSession:
                 )
 
     def _flops_model(self) -> FlopsModel:
-        networks = list(self.backbones.values())
-        return FlopsModel.of(list(self.graphs.values()), networks, like(self._example, self._first))
+        networks, example = list(self.backbones.values()), like(self._example, self._first)
+        return FlopsModel.of(list(self.graphs.values()), networks, [view_of(example, task) for task in self.backbones])
 
     def _measuring(self, networks: Mapping[str, nn.Module]) -> Calibration:
-        graph = as_measured(next(iter(self.graphs.values())), self.settings)
         spaces: list[str] | None = [name for family in self._families() for name in family]
+        graphs = {task: as_measured(graph, self.settings) for task, graph in self.graphs.items()}
+        others = [each for each in self.settings.also if each.stop_at in self._cuts]
         if self._cuts:  # then there is one pass
-            others = [as_measured(self._cuts[s.stop_at], s) for s in self.settings.also if s.stop_at in self._cuts]
-            graph, spaces = tapped_by_all([graph, *others]), None
-        return Calibration(graph, self._lead(networks), spaces, positions=self.settings.positions)
+            spaces = None
+            for task, graph in graphs.items():
+                cuts = [as_measured(self._cuts[each.stop_at][task], each) for each in others]
+                graphs[task] = tapped_by_all([graph, *cuts])
+        leads = {task: networks[task] for task in self._leading()}
+        return Calibration(next(iter(graphs.values())), leads, spaces, positions=self.settings.positions, graphs=graphs)
 
     def _families(self) -> list[list[str]]:
         """The families of spaces whose turn it is in this pass; more turns than passes are taken in the last one."""
@@ -450,6 +476,7 @@ class MergeSession:
             graph, networks = graphs[0], list(self.backbones.values())
             trunk, built = build_merged(graphs, networks, maps, self._weights, list(self._models.values()))
             heads: dict[str, nn.Module] = dict(zip(self.backbones, built, strict=True))
+            stems: dict[str, nn.Module] = dict(zip(self.backbones, build_stems(graphs, maps), strict=False))
             if self.settings.combine is not None and self.base is not None:
                 combine_into(trunk, leads, self.base, self.settings.combine)
             if self.settings.norms_per_task:
@@ -464,21 +491,26 @@ class MergeSession:
                 notes += rigid_note(graph)
             if self.settings.norms_per_task:
                 notes += ("Batch norm is per task: the trunk runs once for each task, which merged FLOPs count.",)
+            if stems:
+                notes += ("Each task has a stem: stem and trunk run once for each task, which merged FLOPs count.",)
+                how = self.settings.matcher
+                if isinstance(how.matcher if isinstance(how, DualSpace) else how, AnyWidthMatcher):
+                    names = ", ".join(f"`{name}`" for name in sorted(handed_over(graph)))
+                    notes += (f"Matched one to one, as stems hand it over: {names}.",)
             if not isinstance(self.settings.matcher, Average):
                 notes += common_start(graph, leads, maps)
-            report = MergeReport(spaces, *self._costs(trunk, heads), notes, models=tuple(self._names))
+            report = MergeReport(spaces, *self._costs(AllHeads(trunk, heads, stems)), notes, models=tuple(self._names))
         widths = {name: one.width for name, one in maps.items() if one.width != graph.spaces[name].size}
-        self.merged = MergedBackbone(trunk, heads, report, self._example, self.graphs, widths)
+        self.merged = MergedBackbone(trunk, heads, report, self._example, self.graphs, widths, stems)
         return self.merged
 
-    def _costs(self, trunk: nn.Module, heads: Mapping[str, nn.Module]) -> tuple[dict[str, Cost], Cost]:
+    def _costs(self, merged: nn.Module) -> tuple[dict[str, Cost], Cost]:
         x = like(self._example, self._first)
         sources = {}
         for task, network in self.backbones.items():
             with evaluating(network):
-                sources[task] = measure_cost(network, x)
-        merged = measure_cost(AllHeads(trunk, heads), x)
-        return sources, merged
+                sources[task] = measure_cost(network, view_of(x, task))
+        return sources, measure_cost(merged, x)
 
     def start_refining(self, networks: Mapping[str, nn.Module], device: torch.device) -> None:
         """Between the passes: make a copy of the merged networks that runs where the calibration does.
@@ -489,30 +521,43 @@ class MergeSession:
         """
         assert self.merged is not None
         self._networks, dtype = dict(networks), next(next(iter(networks.values())).parameters()).dtype
-        self._kept: list[Tensor] = []
+        self._kept: list[Inputs] = []
         with torch.inference_mode(False):
             self._working = {
                 name: copy.deepcopy(module).to(device=device, dtype=dtype).eval()
                 for name, module in {"trunk": self.merged.trunk, **_prefixed(self.merged.heads)}.items()
             }
+            self._stems = {
+                task: copy.deepcopy(stem).to(device=device, dtype=dtype).eval()
+                for task, stem in self.merged.stems.items()
+            }
             self._estimator = BatchNormEstimator(self._working)
 
-    def refine(self, x: Tensor, tasks: Iterable[str]) -> None:
+    def refine(self, x: Inputs, tasks: Iterable[str]) -> None:
         """Last pass: add a batch to the running statistics of the trunk and of the heads of ``tasks``, or keep it.
 
+        Stems are what they are in the sources, and keep their statistics.
+
         Args:
-            x: an input of the backbones.
+            x: an input of the backbones, or one of each by task.
             tasks: the tasks that the batch belongs to.
         """
+        x = check_views(x, self.backbones)
         if isinstance(self.settings.refinement, LayerByLayer):
             self._kept.append(x)
             return
-        if len(x) == 1:
+        if len(any_view(x)) == 1:
             return  # a single sample has no variance
-        per_task = self.settings.norms_per_task
-        crossing = () if per_task else self._collect("trunk", x)
+        if isinstance(x, Tensor) and not self._stems and not self.settings.norms_per_task:
+            crossing = self._collect("trunk", x)
+            for task in tasks:
+                self._collect(f"heads.{task}", *crossing)
+            return
         for task in tasks:
-            self._collect(f"heads.{task}", *(self._collect("trunk", x, task) if per_task else crossing))
+            view = view_of(x, task)
+            entering = self._stems[task](view) if self._stems else (view,)
+            of_task = (task,) * self.settings.norms_per_task
+            self._collect(f"heads.{task}", *self._collect("trunk", *entering, *of_task))
 
     def _collect(self, part: str, *inputs: Any) -> Any:
         """Run a part of the merged network, and add what it is given to its running statistics."""
@@ -540,14 +585,23 @@ class MergeSession:
                     module.state_dict().values(), self._working[name].state_dict().values(), strict=True
                 ):
                     old.copy_(new)
-        self._working, self._networks, self._kept = {}, {}, []
+        self._working, self._stems, self._networks, self._kept = {}, {}, {}, []
 
     def _walk(self, how: LayerByLayer) -> None:
         assert self.merged is not None
         trunk, heads = self._working["trunk"], {task: self._working[f"heads.{task}"] for task in self.backbones}
         with torch.autocast(next(trunk.parameters()).device.type, enabled=False):
             walk = Walk(
-                trunk, heads, self._networks, self.graphs, self._maps, self._kept, how, self._weights, self._models
+                trunk,
+                heads,
+                self._networks,
+                self.graphs,
+                self._maps,
+                self._kept,
+                how,
+                self._weights,
+                self._models,
+                self._stems,
             )
             fits = walk.run()
         unfitted = walk.find_unfitted(fits) if isinstance(how, LeastSquares) else []
@@ -557,27 +611,9 @@ class MergeSession:
         self.merged = replace(self.merged, report=report)
 
 
-class AllHeads(nn.Module):
-    """Trunk and heads as one network: all outputs of one input by task.
-
-    Args:
-        trunk: from the input to a tuple of what the heads take.
-        heads: per task, the rest of the network.
-    """
-
-    def __init__(self, trunk: nn.Module, heads: Mapping[str, nn.Module] | nn.ModuleDict) -> None:
-        super().__init__()
-        self.trunk = trunk
-        self.heads = heads if isinstance(heads, nn.ModuleDict) else nn.ModuleDict(heads)
-        self.per_task = has_task_norms(trunk)
-
-    def forward(self, x: Tensor) -> dict[str, Any]:
-        return run_all(self.trunk, self.heads, x, self.per_task)
-
-
 def merge_backbones(
     backbones: Mapping[str, nn.Module],
-    batches: Sequence[Iterable[Tensor]] | Iterable[Tensor],
+    batches: Sequence[Iterable[Inputs]] | Iterable[Inputs],
     settings: MergeSettings | None = None,
     base: nn.Module | None = None,
 ) -> MergedBackbone:
@@ -586,6 +622,7 @@ def merge_backbones(
     Args:
         backbones: the source networks by task, on one device; they are left as they are.
         batches: inputs, to be gone through several times: a list with one iterable per task, or one iterable for all.
+            An input is a tensor for all networks, or a dict by task with one for each.
         settings: what to do; by default everything down to the last layer is zipped.
         base: the network that they were trained from, for ``settings.combine``.
 
@@ -604,8 +641,8 @@ def merge_backbones(
         torch.Size([5, 2])
     """
     session = MergeSession(backbones, settings or MergeSettings(), base)
-    per_task = isinstance(batches, (list, tuple)) and batches and not isinstance(batches[0], Tensor)
-    loaders: list[Iterable[Tensor]] = list(batches) if per_task else [batches]  # type: ignore[list-item]
+    per_task = isinstance(batches, (list, tuple)) and batches and not isinstance(batches[0], (Tensor, Mapping))
+    loaders: list[Iterable[Inputs]] = list(batches) if per_task else [batches]  # type: ignore[list-item, arg-type]
     if per_task and len(loaders) != len(backbones):
         raise ConfigurationError(
             f"{len(loaders)} sets of batches were given for {len(backbones)} tasks: give one each."
@@ -724,10 +761,14 @@ def warn_of_barriers(graph: MergeGraph) -> None:
         rank_zero_warn("Part of the trunk could not be merged and stays per task. " + " ".join(graph.barriers.values()))
 
 
-def like(x: Tensor, module: nn.Module) -> Tensor:
-    """An input as a network takes it: on its device, and of its type where it is not whole numbers."""
+@overload
+def like(x: Tensor, module: nn.Module) -> Tensor: ...
+@overload
+def like(x: Inputs, module: nn.Module) -> Inputs: ...
+def like(x: Inputs, module: nn.Module) -> Inputs:
+    """Inputs as a network takes them: on its device, and of its type where they are not whole numbers."""
     parameter = next(module.parameters())
-    return x.to(parameter.device, parameter.dtype if x.is_floating_point() else None)
+    return each_view(x, lambda one: one.to(parameter.device, parameter.dtype if one.is_floating_point() else None))
 
 
 def _prefixed(heads: Mapping[str, nn.Module]) -> dict[str, nn.Module]:

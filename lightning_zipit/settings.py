@@ -50,6 +50,9 @@ class MergeSettings:
             combined, such as ``Ties()``, instead of averaging weights.
         weights: how much each model counts where features become one, by task or in the order of the tasks; all the
             same by default.
+        start_at: dotted name inside the backbone of the trunk's first module: all that does not depend on it stays a
+            stem per task, so that inputs and first layers may differ from model to model. ``None`` zips from the input
+            on.
         also: other merges of the same models that a calibration for ``statistics`` shall serve too.
 
     Raises:
@@ -69,6 +72,7 @@ class MergeSettings:
     combine: Combination | None = None
     positions: int | None = None
     weights: ModelWeights | None = None
+    start_at: str | None = None
     also: tuple[MergeSettings, ...] = ()
 
     def __post_init__(self) -> None:

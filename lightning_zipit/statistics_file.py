@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from lightning_zipit.collectives import rank_and_size, share
 from lightning_zipit.errors import ConfigurationError, StatisticsError
 from lightning_zipit.files import find_output_problem, replacing
 from lightning_zipit.statistics import STATES, FeatureStatistics
+from lightning_zipit.views import Inputs, Sample, zeros_like_sample
 
 FORMAT = 2
 HEADER = "lightning_zipit"
@@ -42,6 +43,8 @@ class CalibrationStatistics:
         statistics: by tap, the features of all networks side by side.
         seen: how many samples of each loader are in them, of a calibration that has not ended yet; else empty.
         cuts: where they serve merges with several ``stop_at`` (``""`` for ``None``), the barriers of each.
+        start_at: the module that the trunk starts at; ``None`` for the input.
+        views: type and shape of a sample of each network, where each has a view of its own; else empty.
 
     Example:
         >>> import lightning_zipit as zipit
@@ -66,6 +69,8 @@ class CalibrationStatistics:
     statistics: dict[str, FeatureStatistics]
     seen: dict[int, int] = field(default_factory=dict)
     cuts: dict[str, dict[str, str]] = field(default_factory=dict)
+    start_at: str | None = None
+    views: tuple[Sample, ...] = ()
 
     def barriers_of(self, stop_at: str | None) -> dict[str, str]:
         """The nodes that cannot be merged in a merge with this ``stop_at``."""
@@ -79,7 +84,13 @@ class CalibrationStatistics:
     @property
     def example(self) -> Tensor:
         """Zeros of the shape and type of one sample, ``(1, …)``."""
-        return torch.zeros((), dtype=getattr(torch, self.input_dtype)).expand(1, *self.input_shape)
+        return zeros_like_sample((self.input_dtype, self.input_shape))
+
+    def example_of(self, tasks: Sequence[str]) -> Inputs:
+        """:attr:`example`, or that of each task where each has a view of its own."""
+        if not self.views:
+            return self.example.clone()
+        return {task: zeros_like_sample(view).clone() for task, view in zip(tasks, self.views, strict=True)}
 
     def __add__(self, other: CalibrationStatistics) -> CalibrationStatistics:
         """The statistics of the samples of both.
@@ -93,6 +104,8 @@ class CalibrationStatistics:
             ("input_dtype", "inputs of the type"),
             ("barriers", "networks with the barriers"),
             ("cuts", "merges with the cuts"),
+            ("start_at", "merges with start_at"),
+            ("views", "views"),
         ):
             mine, theirs = getattr(self, attribute), getattr(other, attribute)
             if mine != theirs:
@@ -128,6 +141,10 @@ class CalibrationStatistics:
         }
         if self.cuts:
             header["cuts"] = self.cuts
+        if self.start_at is not None:
+            header["start_at"] = self.start_at
+        if self.views:
+            header["views"] = [[dtype, list(shape)] for dtype, shape in self.views]
         text = json.dumps({**header, "digest": _digest(tensors, json.dumps(header, sort_keys=True))})
         with replacing(Path(path)) as file:
             save_file(tensors, file, {HEADER: text})
@@ -158,6 +175,8 @@ class CalibrationStatistics:
                 _restore(tensors, len(header["fingerprints"])),
                 {int(loader): int(samples) for loader, samples in header["seen"].items()},
                 {str(stop_at): dict(barriers) for stop_at, barriers in header.get("cuts", {}).items()},
+                header.get("start_at"),
+                tuple((str(dtype), tuple(map(int, shape))) for dtype, shape in header.get("views", ())),
             )
             if not known.example.numel():
                 raise ValueError(f"samples of the shape {known.input_shape} hold nothing")
@@ -251,6 +270,19 @@ class StatisticsRecord:
         if path == self.path and known.seen:
             raise StatisticsError(f"{path} holds a part of a calibration only. {way_out}")
         return known
+
+    def check_start(self, start_at: str | None) -> None:
+        """Compare where the trunk starts with what the files say.
+
+        Raises:
+            StatisticsError: if they were gathered for another start.
+        """
+        for known in (self.complete, self.resumed):
+            if known is not None and known.start_at != start_at:
+                raise StatisticsError(
+                    f"{self.path} was gathered with start_at={known.start_at!r}, and this merge has start_at="
+                    f"{start_at!r}. Delete it, or name another, to gather anew."
+                )
 
     def is_known(self, loader: int, before: int, samples: int) -> bool:
         """Whether a batch is in the statistics that were resumed.

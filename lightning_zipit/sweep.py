@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -115,24 +116,32 @@ class Sweep:
         return SweepRow(None, self._evaluate(Ensemble(module.models, module.backbone)))
 
     def _merge_alone(self, settings: MergeSettings) -> MultiHeadModule:
-        served = replace(settings, statistics=self.statistics, also=tuple(self.plan.settings))
-        return self.merge(self.make_module(), served)
+        also = tuple(each for each in self.plan.settings if each.start_at == settings.start_at)
+        return self.merge(self.make_module(), replace(settings, statistics=self._file_of(settings), also=also))
 
-    @property
-    def _lock(self) -> Path:
-        """Whoever holds it gathers the statistics for all shares."""
-        return self.statistics.with_name(f".{self.statistics.name}.lock")
+    def _file_of(self, settings: MergeSettings) -> Path:
+        """The statistics file: each start of the trunk has its own, as it is measured from there on."""
+        if settings.start_at is None:
+            return self.statistics
+        start = re.sub(r"[^\w.]", "_", settings.start_at)
+        return self.statistics.with_name(f"{self.statistics.stem}.from-{start}{self.statistics.suffix}")
+
+    def _gathering(self, settings: MergeSettings) -> AbstractContextManager[None]:
+        """Inside, this share alone gathers the statistics for all."""
+        file = self._file_of(settings)
+        alone = self.plan.share and not file.is_file()
+        return held(file.with_name(f".{file.name}.lock")) if alone else nullcontext()
 
     def _attempt(self, settings: MergeSettings) -> tuple[SweepRow, MergeReport | Exception]:
         """The row of one setting, and the report of its merge or what stood in its way."""
         try:
-            with held(self._lock) if self.plan.share and not self.statistics.is_file() else nullcontext():
+            with self._gathering(settings):
                 merged = self._merge_alone(settings)
             report, row = merged.report, SweepRow(settings, self._evaluate(merged))
         except StatisticsError:
             raise
         except Exception as error:
-            if isinstance(error, CalibrationError) and not self.statistics.is_file():
+            if isinstance(error, CalibrationError) and not self._file_of(settings).is_file():
                 raise  # the next setting would go through the same data
             return SweepRow(settings, error=f"{type(error).__name__}: {error}"), error
         assert report is not None
@@ -147,33 +156,34 @@ class Sweep:
         problems = self.evaluation.problems()
         errors: list[Exception] = []
         # Processes that are not there yet have files of their own.
-        known = self.statistics if self.trainer.world_size == 1 and not problems else None
+        reads = self.trainer.world_size == 1 and not problems
         module.trainer = self.trainer
         if problem := unsupported_strategy(self.trainer):
             problems.append(problem)
         if self.plan.share and self.trainer.world_size > 1:
             problems.append("`share` is for processes that know nothing of each other: use a Trainer with devices=1.")
         no_data = module.dataloaders is None and module.datamodule is None
-        if no_data and not self.statistics.is_file():
+        if no_data and not all(self._file_of(each).is_file() for each in self.plan.settings):
             problems.append("There is no calibration data: pass `dataloaders` or `datamodule`.")
         for path, argument in ((results, "results"), (self.statistics, "statistics")):
             problems += [problem] if (problem := find_output_problem(path, argument)) else []
-        graphs: dict[str | None, MergeGraph] = {}
-        for stop_at in dict.fromkeys(each.stop_at for each in self.plan.settings):
-            each = next(each for each in self.plan.settings if each.stop_at == stop_at)
+        graphs: dict[tuple[str | None, str | None], MergeGraph] = {}
+        for cut in dict.fromkeys((each.start_at, each.stop_at) for each in self.plan.settings):
+            each = next(each for each in self.plan.settings if (each.start_at, each.stop_at) == cut)
+            known = self._file_of(each) if reads else None
             try:
                 module.prepare(replace(each, statistics_memory=float("inf"), statistics=known))
                 if module.session is not None and module.session.graphs:
-                    graphs[stop_at] = next(iter(module.session.graphs.values()))
+                    graphs[cut] = next(iter(module.session.graphs.values()))
             except ZipItError as error:
                 problems.append(str(error))
                 errors.append(error)
             finally:
                 module.release()
-        if graphs and not problems:
-            tapped = tapped_by_all(
-                [as_measured(graphs[s.stop_at], s) for s in self.plan.settings if s.stop_at in graphs]
-            )
+        for start_at in dict.fromkeys(start for start, _ in graphs) if not problems else ():
+            cuts = {stop_at: graph for (start, stop_at), graph in graphs.items() if start == start_at}
+            own = [each for each in self.plan.settings if each.start_at == start_at and each.stop_at in cuts]
+            tapped = tapped_by_all([as_measured(cuts[each.stop_at], each) for each in own])
             needed = sum(statistics_bytes(tapped, name, len(module.models)) for name in tapped.spaces) / 2**30
             limit = self.plan.settings[0].statistics_memory
             if needed > limit:

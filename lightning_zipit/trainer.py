@@ -57,6 +57,7 @@ class ZipItTrainer(Trainer):
         test: bool = False,
         classes: dict[str, str] | None = None,
         weights_only: bool = True,
+        start_at: str | None = None,
     ) -> MultiHeadModule:
         """Merge trained checkpoints of one architecture into one checkpoint with a head per task, without training.
 
@@ -97,6 +98,9 @@ class ZipItTrainer(Trainer):
             classes: task name → class path, for tasks whose model is of another class (--classes.TASK=CLASS_PATH).
             weights_only: read tensors and primitives of the checkpoints only. false unpickles them, which runs code
                 that they hold: for files that you trust.
+            start_at: dotted name inside the backbone of the first module that the tasks share; all that does not depend
+                on it stays a stem per task. Where models take different inputs, a batch is a dict of them by task. By
+                default everything from the input on is shared.
 
         Returns:
             The merged module, in eval mode; it is also attached to this Trainer.
@@ -138,6 +142,7 @@ class ZipItTrainer(Trainer):
             combine=combine,
             positions=positions,
             weights=weights,
+            start_at=start_at,
         )
         if self.is_global_zero and merged.report is not None and not is_talkative(self):  # else it was printed
             merged.report.show()
@@ -178,6 +183,7 @@ class ZipItTrainer(Trainer):
         plot: str | None = None,
         classes: dict[str, str] | None = None,
         weights_only: bool = True,
+        start_at: list[str | None] | str | None = None,
     ) -> SweepResult:
         """Merge checkpoints with every combination of settings and validate each, from one calibration.
 
@@ -221,6 +227,8 @@ class ZipItTrainer(Trainer):
             classes: task name → class path, for tasks whose model is of another class (--classes.TASK=CLASS_PATH).
             weights_only: read tensors and primitives of the checkpoints only. false unpickles them, which runs code
                 that they hold: for files that you trust.
+            start_at: dotted name inside the backbone of the first module that the tasks share; null for everything from
+                the input on.
 
         Returns:
             The rows, the best of them and the Pareto front.
@@ -265,6 +273,7 @@ class ZipItTrainer(Trainer):
             merge_heads=merge_heads,
             statistics_memory=statistics_memory,
             statistics=file,
+            start_at=start_at,
         )
         if plot and not result.missing and self.is_global_zero:
             figure, _ = result.plot()

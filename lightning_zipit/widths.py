@@ -14,7 +14,8 @@ from lightning_zipit.errors import ConfigurationError
 from lightning_zipit.graph import AxisRef, MergeGraph, evaluating
 from lightning_zipit.graph.notes import reached
 from lightning_zipit.maps import SpaceMap
-from lightning_zipit.rebuild import build_head, build_merged, build_trunk
+from lightning_zipit.merging import handed_over
+from lightning_zipit.rebuild import build_head, build_merged, build_stem, build_stems, build_trunk
 
 Width: TypeAlias = float | Mapping[str, float] | Literal["auto"]
 """A ratio to the sources' width, for all spaces or by the name of the space; or what a budget of FLOPs allows."""
@@ -100,6 +101,8 @@ def find_fixed(graph: MergeGraph, network: nn.Module, example: Tensor) -> dict[s
             fixed[name] = "groups or heads"
         elif space.tap is None:
             fixed[name] = "nothing measures it"
+    for name in sorted(handed_over(graph)):
+        fixed.setdefault(name, "stems hand it over, each with as many features as it has")
     for refs in graph.axes.values():
         for block in (block for ref in refs if ref is not None for block in ref.blocks):
             if not block.contiguous:
@@ -132,8 +135,10 @@ def _fits(graph: MergeGraph, x: Tensor, extra: Mapping[str, int]) -> bool:
     """Whether a network whose spaces have more features runs at all; tried without computing anything."""
     widths = {name: graph.spaces[name].size + more for name, more in extra.items()}
     try:
-        trunk, head = (build(graph, widths).to("meta") for build in (build_trunk, build_head))
-        fx.Interpreter(head).run(*fx.Interpreter(trunk).run(x.to("meta")))
+        parts = [build_stem] * bool(graph.stem_nodes) + [build_trunk, build_head]
+        values: Any = (x.to("meta"),)
+        for part in parts:
+            values = fx.Interpreter(part(graph, widths).to("meta")).run(*values)
     except Exception:  # whatever the user's operators say to a size that they do not expect
         return False
     return True
@@ -149,8 +154,11 @@ def _agrees(graph: MergeGraph, network: nn.Module, x: Tensor, extra: Mapping[str
     expected = _tensors_in(network(x.clone()))
     try:
         trunk, heads = build_merged([graph, graph], [network, network], maps)
-        crossing = fx.Interpreter(trunk).run(x.clone())
-        found = [_tensors_in(fx.Interpreter(head).run(*crossing)) for head in heads]
+        stems: Sequence[fx.GraphModule | None] = build_stems([graph, graph], maps) or [None, None]
+        found = []
+        for stem, head in zip(stems, heads, strict=True):
+            entering = (x.clone(),) if stem is None else fx.Interpreter(stem).run(x.clone())
+            found.append(_tensors_in(fx.Interpreter(head).run(*fx.Interpreter(trunk).run(*entering))))
     except Exception:  # as above
         return False
     return all(
@@ -181,21 +189,24 @@ class FlopsModel:
     source: float
 
     @classmethod
-    def of(cls, graphs: Sequence[MergeGraph], networks: Sequence[nn.Module], x: Tensor) -> FlopsModel:
-        """Measure the layers of the first network, and those of the others' heads.
+    def of(
+        cls, graphs: Sequence[MergeGraph], networks: Sequence[nn.Module], x: Tensor | Sequence[Tensor]
+    ) -> FlopsModel:
+        """Measure the layers of the first network, and those of the others' heads; of all, where they have stems.
 
         Args:
             graphs: the merge graph of each network.
             networks: the source networks.
-            x: an input of one sample, on their device.
+            x: an input of one sample, on their device, or one for each.
         """
         layers: list[tuple[float, tuple[AxisRef, ...]]] = []
         rest = source = 0.0
-        for number, (graph, network) in enumerate(zip(graphs, networks, strict=True)):
+        views = [x] * len(networks) if isinstance(x, Tensor) else x
+        for number, (graph, network, view) in enumerate(zip(graphs, networks, views, strict=True)):
             nodes = list(graph.trunk_graph())
             shared = set(reached(nodes, set(nodes), dict(graph.module.named_parameters())))
             with torch.no_grad(), evaluating(network), FlopCounterMode(display=False) as counter:
-                network(x)
+                network(view)
             counts = {name.partition(".")[2]: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
             own = []
             for name, refs in graph.axes.items():
@@ -204,8 +215,11 @@ class FlopsModel:
                     own.append((float(counts[owner]), tuple(ref for ref in refs if ref), name in shared))
             if number == 0:
                 source = float(counter.get_total_flops())
-                rest = source - sum(flops for flops, _, _ in own)
-            layers += [(flops, refs) for flops, refs, in_trunk in own if number == 0 or not in_trunk]
+            if number == 0 or graph.stem_nodes:
+                rest += counter.get_total_flops() - sum(flops for flops, _, _ in own)
+                layers += [(flops, refs) for flops, refs, _ in own]
+            else:
+                layers += [(flops, refs) for flops, refs, in_trunk in own if not in_trunk]
         return cls(tuple(layers), rest, source)
 
     def __call__(self, widths: Mapping[str, int]) -> float:

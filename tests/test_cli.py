@@ -481,6 +481,19 @@ def test_what_a_merge_would_tie_is_shown_without_data(folder, capsys):
     assert (folder / "net.svg").read_text().startswith("<svg")
 
 
+def test_tasks_keep_their_stems(folder, capsys):
+    cli("merge", *SOURCES, "--start_at=body", "--output=ab.ckpt")
+    merged = MultiHeadModule.load_from_checkpoint("ab.ckpt")
+    assert list(merged.stems) == ["cats", "dogs"] and merged.report.spaces[0].name == "stem"
+    capsys.readouterr()
+    main(["inspect", "--ckpt_path=ab.ckpt"])
+    main(["inspect", "--model=helpers.cli_user.LitNet", "--arguments.width=5", "--backbone=net", "--start_at=body"])
+    assert capsys.readouterr().out == 2 * (str(trace(LitNet(5).net, start_at="body")) + "\n")
+    cli("sweep", *SOURCES, "--start_at=[body, null]", "--metric=val_loss", "--mode=min", data=TestedData)
+    with open("sweep.csv", newline="") as file:
+        assert [row["start_at"] for row in csv.DictReader(file)][1:] == ["body", "none"]
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [

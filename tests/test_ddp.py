@@ -39,6 +39,7 @@ torch.save({"state": merged.state_dict(), "spaces": spaces}, f"{out}/2-{rank}.pt
 from lightning_zipit.refine import LeastSquares
 fitted = merge(run(), 2, refine=LeastSquares(positions=None))
 torch.save(fitted.state_dict(), f"{out}/fitted-{rank}.pt")
+torch.save(merge(run(), 2, start_at="bn1").state_dict(), f"{out}/stems-{rank}.pt")
 merge(run(precision="64-true"), 2, f"{out}/two-64.safetensors")
 again = merge(run(), 2, f"{out}/two.safetensors")
 assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in merged.state_dict().items())
@@ -234,6 +235,16 @@ def test_statistics_of_batch_norm_are_averaged_over_the_batches_of_both(one, two
     for name, tensor in one.state_dict().items():
         if name.endswith("running_mean"):
             assert torch.allclose(tensor, first["state"][name], atol=0.1), name
+
+
+def test_two_processes_merge_behind_stems_as_one_does(folder, two):
+    alone = merge(trainer(), 1, start_at="bn1").state_dict()
+    first, second = (torch.load(folder / f"stems-{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert any(name.startswith("stems.b.") for name in alone) and alone.keys() == first.keys()
+    for name, tensor in alone.items():
+        assert torch.equal(first[name], second[name])
+        if "running" not in name and "num_batches" not in name:
+            assert torch.allclose(tensor, first[name], atol=1e-6), name
 
 
 def test_two_processes_fit_layers_as_one_does(folder, two):

@@ -28,6 +28,12 @@ def test_zip_beats_permute_beats_average_on_digits(tmp_path):
     assert (tmp_path / "digits.png").stat().st_size > 10_000
 
 
+def test_models_with_different_inputs_merge_behind_their_stems():
+    joint = joint_accuracies("examples/stems.py")
+    assert joint["zip"] > joint["permute"] > max(joint["model A"], joint["model B"])
+    assert joint["zip + least squares"] > joint["ensemble"] - 3
+
+
 def test_the_command_line_as_its_readme_says(tmp_path):
     folder = shutil.copytree(ROOT / "examples" / "cli", tmp_path / "cli")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

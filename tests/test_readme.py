@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.nets import Lit, images, trainer
+from helpers.nets import Lit, LitSplit, images, trainer
 from lightning.pytorch import LightningDataModule
 
 import lightning_zipit
@@ -47,6 +47,12 @@ def run(name, tmp_path, monkeypatch):
         "vehicle_validation": images(16, seed=3),
         "data": Data(),
         "images": torch.randn(2, 3, 16, 16),
+        "photos": LitSplit(3),
+        "scans": LitSplit(1),
+        "photo_images": images(classes=4),
+        "scan_images": images(classes=4, seed=1, channels=1),
+        "pixels": torch.randn(2, 3, 16, 16),
+        "gray_pixels": torch.randn(2, 1, 16, 16),
         "torch": torch,
         "trainer": trainer(),
     }
@@ -136,6 +142,11 @@ def test_the_line_between_two_models(tmp_path, monkeypatch):
 
 def test_merging_again(tmp_path, monkeypatch):
     assert run("again", tmp_path, monkeypatch)["everything"].tasks == ["animals", "plants", "vehicles"]
+
+
+def test_stems(tmp_path, monkeypatch):
+    scope = run("stems", tmp_path, monkeypatch)
+    assert scope["logits"].shape == scope["outputs"]["photos"].shape == (2, 4)
 
 
 def test_batch_norm_per_task(tmp_path, monkeypatch):

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from torch import fx, nn
 
+from lightning_zipit.errors import ConfigurationError
 from lightning_zipit.graph.interpret import Context, Event
-from lightning_zipit.graph.naming import place_of
+from lightning_zipit.graph.naming import describe, place_of
 from lightning_zipit.graph.notes import find_notes
 from lightning_zipit.graph.registry import find_rule
 from lightning_zipit.graph.rules import POOLING
@@ -28,6 +29,9 @@ from lightning_zipit.graph.spaces import (
 )
 from lightning_zipit.graph.values import Features, Ids, Opaque, leaves
 
+STEM = "stem"
+"""Name of the space that stems hand over: it must not depend on what a stem is made of."""
+
 
 class Analysis:
     """One traced network on its way to a :class:`MergeGraph`."""
@@ -40,23 +44,54 @@ class Analysis:
         trunk: set[fx.Node],
         stop_at: str | None,
         barriers: Mapping[str, str],
+        stem: Collection[fx.Node] = (),
+        start_at: str | None = None,
     ) -> None:
         self.backbone, self.graph, self.stop_at, self.barriers = backbone, graph, stop_at, barriers
         self.nodes = list(graph.nodes)
-        self.trunk = trunk
+        self.trunk, self.stem, self.start_at = trunk, stem, start_at
         self.ctx = Context(backbone, shapes)
         self.refs: dict[Any, AxisRef] = {}
         self.position = {node: index for index, node in enumerate(self.nodes)}
-        values = self.values = self.ctx.run([node for node in self.nodes if node in trunk], {}, tolerant=())
-        self.crossing_nodes = [
-            node for node in self.nodes if node in trunk and any(user not in trunk for user in node.users)
-        ]
+        self.entry_nodes = [node for node in self.nodes if node in stem and not trunk.isdisjoint(node.users)]
+        self.passed = [node for node in self.nodes if node in stem and any(map(self._in_head, node.users))]
+        entering = self._enter()
+        self.entries = {node: value for node, value in entering.items() if isinstance(value, Features)}
+        values = self.values = self.ctx.run([node for node in self.nodes if node in trunk], entering, tolerant=())
+        self.crossing_nodes = [node for node in self.nodes if node in trunk and any(map(self._in_head, node.users))]
         self.trunk_values = {node: values[node] for node in self.crossing_nodes}
         for node in self.crossing_nodes:
             self._cross(node, values[node])
         self.trunk_events = [event for events in self.ctx.events.values() for event in events]
         self.nestings, self.projected = list(self.ctx.nestings), list(self.ctx.projected)
         self.head_values = self._interpret_heads(values)
+
+    def _in_head(self, node: fx.Node) -> bool:
+        return node not in self.trunk and node not in self.stem
+
+    def _enter(self) -> dict[fx.Node, Any]:
+        """Run the stem, and give the trunk features of its own for those that the stem hands over.
+
+        Nothing of the stem is merged, so that nothing in it ties what the trunk takes.
+        """
+        stem = [node for node in self.nodes if node in self.stem]
+        values = self.stem_values = self.ctx.run(stem, {}, tolerant=self.stem)
+        self.ctx.forget()
+        entering = {}
+        for node in self.entry_nodes:
+            self.ctx.node, value = node, values[node]
+            if isinstance(value, Features) and len(value.axes) == 1:
+                _, first, which = np.unique(value.ids.ravel(), return_index=True, return_inverse=True)
+                value = replace(value, ids=self.ctx.fresh(len(first))[np.argsort(np.argsort(first))[which]])
+                self.ctx.enter(value)
+            elif any(isinstance(part, (Features, Opaque)) and part.ids.size for part in leaves(value)):
+                raise ConfigurationError(
+                    f"The trunk cannot start at {self.start_at!r}: what it takes from {describe(node, self.backbone)} "
+                    "does not hold features along one axis that is known. Name another module as `start_at`, or teach "
+                    "the operators before it with `lightning_zipit.graph.register_rule`."
+                )
+            entering[node] = value
+        return entering
 
     def _cross(self, node: fx.Node, value: Any) -> None:
         self.ctx.node = node
@@ -70,13 +105,17 @@ class Analysis:
 
     def _interpret_heads(self, values: dict[fx.Node, Any]) -> dict[fx.Node, Features]:
         """Run the heads on features of their own, so that nothing in a head ties spaces of the trunk."""
-        own = {}
+        own, known = {}, dict(values)
         for node, value in self.trunk_values.items():
             if isinstance(value, Features):
                 own[node] = replace(value, ids=self.ctx.fresh(*value.ids.shape))
+        for node in self.passed:
+            value = known[node] = self.stem_values[node]
+            if isinstance(value, Features):
+                own[node] = replace(value, ids=self.ctx.fresh(*value.ids.shape))
         self.ctx.events, self.ctx.mixed, self.ctx.nestings = {}, [], []
-        heads = [node for node in self.nodes if node not in self.trunk]
-        known = {**values, **own}
+        heads = [node for node in self.nodes if self._in_head(node)]
+        known |= own
         self.ctx.run(heads, known, tolerant=set(heads))
         returned = leaves(known[self.nodes[-1]])
         self.returned = [value.ids.ravel() for value in returned if isinstance(value, (Features, Opaque))]
@@ -90,10 +129,11 @@ class Analysis:
         head_events = [event for events in self.ctx.events.values() for event in events]
         crossings = tuple(self._crossing(node, head_events) for node in self.crossing_nodes)
         axes, spaces = self._axes(crossings, head_events), self._spaces()
+        passed = tuple(Crossing(node.name) for node in self.passed)
         return MergeGraph(
             spaces=spaces,
             axes=axes,
-            crossings=crossings,
+            crossings=crossings + passed,
             trunk_nodes=frozenset(node.name for node in self.trunk),
             stop_at=self.stop_at,
             module=self.backbone,
@@ -102,6 +142,9 @@ class Analysis:
             barriers=dict(self.barriers),
             notes=tuple(find_notes(self.backbone, self.nodes, self.trunk, spaces, axes, self.barriers)),
             input_shape=next(self.ctx.shapes[node.name][1:] for node in self.nodes if node.op == "placeholder"),
+            start_at=self.start_at,
+            stem_nodes=frozenset(node.name for node in self.stem),
+            entries=tuple(map(self._entry, self.entry_nodes)),
         )
 
     def _held(self, value: Any) -> tuple[str, ...]:
@@ -171,6 +214,8 @@ class Analysis:
         events = [self.trunk_events[place] for place, _ in where if isinstance(place, int)]
         if nesting is not None:
             base = f"{place_of(nesting.node)} {nesting.kind}"
+        elif any(event.kind == "entry" for event in events):
+            base = STEM
         else:
             first = next((event for event in events if event.kind == "producer"), events[0])
             base = first.name.rpartition(".")[0] if "." in first.name else first.name
@@ -217,6 +262,13 @@ class Analysis:
         absorbed = absorbed and not any(np.isin(own, self.component[ids]).any() for ids in others)
         return Crossing(node.name, value.axes[0], self._ref(self.component[value.ids.ravel()], None), absorbed)
 
+    def _entry(self, node: fx.Node) -> Crossing:
+        shape = self.ctx.shapes.get(node.name, ())[1:]
+        value = self.entries.get(node)
+        if value is None:
+            return Crossing(node.name, shape=shape)
+        return Crossing(node.name, value.axes[0], self._ref(self.component[value.ids.ravel()], None), shape=shape)
+
     def _axes(self, crossings: tuple[Crossing, ...], head_events: list[Event]) -> dict[str, tuple[AxisRef | None, ...]]:
         table: dict[str, list[AxisRef | None]] = {}
         canonical = set(self.ctx._canonical.values())
@@ -259,7 +311,7 @@ class Analysis:
             for space in dict.fromkeys(self.space_of[feature] for feature in self.component[event.entries].tolist()):
                 if event.kind in ("producer", "consumer"):
                     roles[space][event.kind].append((event.name, event.axis))
-                if event.kind != "producer" and event.value is not None:
+                if event.kind not in ("producer", "entry") and event.value is not None:
                     moment = (int(crossing), self.position[event.node])  # the cut comes after all of the trunk
                     last[space] = max(last.get(space, (moment, event)), (moment, event), key=lambda item: item[0])
         unit_of = self._units()
@@ -318,7 +370,7 @@ class Analysis:
     def _before_pooling(self, value: Features) -> Features:
         """What a global pooling reads: every position is a sample, while its average is but one per input."""
         node, found = value.node, value
-        while node is not None and math.prod(found.positions) == 1 and len(np.unique(found.ids)) == found.ids.size:
+        while node in self.trunk and math.prod(found.positions) == 1 and len(np.unique(found.ids)) == found.ids.size:
             inputs = [self.values[source] for source in node.all_input_nodes if source in self.values]
             if find_rule(node, self.backbone) not in POOLING or len(inputs) != 1 or not isinstance(inputs[0], Features):
                 return value

@@ -32,11 +32,11 @@ def find_trunk(
     body = [node for node in nodes if node.op != "output"]
     if stop_at is None:
         head = set() if whole else descendants(_last_layers(backbone, nodes, shapes), nodes)
-        return _with_items(_ancestors(_inputs_of(body, head), nodes), nodes, shapes) if head else set(body)
+        return with_items(_ancestors(_inputs_of(body, head), nodes), nodes, shapes) if head else set(body)
     inside = [node for node in body if stop_at in modules_around(node) or node.target == stop_at]
     if not inside:
-        raise ConfigurationError(_no_such_module(backbone, nodes, stop_at))
-    trunk = _with_items(_ancestors(set(inside), nodes), nodes, shapes)
+        raise ConfigurationError(no_such_module(backbone, nodes, "stop_at", stop_at))
+    trunk = with_items(_ancestors(set(inside), nodes), nodes, shapes)
     if not whole and trunk & _last_layers(backbone, nodes, shapes):
         raise ConfigurationError(
             f"stop_at={stop_at!r} cuts nothing: the last layer would be in the trunk. Use stop_at=None to zip "
@@ -46,7 +46,7 @@ def find_trunk(
     return trunk
 
 
-def _with_items(trunk: set[fx.Node], nodes: list[fx.Node], shapes: dict[str, tuple[int, ...]]) -> set[fx.Node]:
+def with_items(trunk: set[fx.Node], nodes: list[fx.Node], shapes: dict[str, tuple[int, ...]]) -> set[fx.Node]:
     """The items of a tuple of tensors belong to where the tuple is made: heads take tensors."""
     trunk = set(trunk)
     for node in nodes:
@@ -93,10 +93,11 @@ def _inputs_of(body: list[fx.Node], head: set[fx.Node]) -> set[fx.Node]:
     return {node for node in body if node in read and node not in head}
 
 
-def _no_such_module(backbone: nn.Module, nodes: list[fx.Node], stop_at: str) -> str:
+def no_such_module(backbone: nn.Module, nodes: list[fx.Node], argument: str, wanted: str) -> str:
+    """For errors: why an argument names no module that the trunk could start or end at."""
     names = [name for name, _ in backbone.named_modules() if name]
-    if stop_at in names:
-        return f"stop_at={stop_at!r} is a module of the backbone, but its forward does not call it."
-    close = difflib.get_close_matches(stop_at, names, n=3, cutoff=0.4)
+    if wanted in names:
+        return f"{argument}={wanted!r} is a module of the backbone, but its forward does not call it."
+    close = difflib.get_close_matches(wanted, names, n=3, cutoff=0.4)
     hint = f"Did you mean {' or '.join(map(repr, close))}?" if close else f"Its modules are {', '.join(names[:12])}, …"
-    return f"stop_at={stop_at!r} is no module of the backbone ({type(backbone).__name__}). {hint}"
+    return f"{argument}={wanted!r} is no module of the backbone ({type(backbone).__name__}). {hint}"

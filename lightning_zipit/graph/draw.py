@@ -15,10 +15,11 @@ from lightning_zipit.graph.spaces import MergeGraph
 ROW, BOX, MARGIN, LETTER = 24, 18, 10, 6.6
 """Distance between rows, height of a node, blank around the picture, and width of a letter; all in pixels."""
 LEFT, BAR, GAP = 150, 72, 28
-"""Room for arcs, width of the bar that shows a node's spaces, and the gap where the trunk ends."""
+"""Room for arcs, width of the bar that shows a node's spaces, and the gap where the trunk starts or ends."""
 GREY, LINE = "#d0d0d0", "#888888"
 GOLDEN = 0.6180339887
 LIGHTNESS = (0.68, 0.78, 0.58)
+KINDS = ("stem", "trunk", "head")
 KEY = "Grey: no features, or matched by number. Dashed: one per task."
 
 
@@ -56,9 +57,14 @@ def legend(graph: MergeGraph) -> list[tuple[str, str]]:
 
 
 def _shown(graph: MergeGraph) -> list[fx.Node]:
-    """The nodes in an order of execution that ends with the heads; parameters that are read by name are left out."""
+    """The nodes in an order of execution: stem, trunk, head; parameters that are read by name are left out."""
     nodes = (node for node in graph.fx_graph.nodes if node.op != "get_attr")
-    return sorted(nodes, key=lambda node: node.name not in graph.trunk_nodes)
+    return sorted(nodes, key=lambda node: _part(graph, node))
+
+
+def _part(graph: MergeGraph, node: fx.Node) -> int:
+    """The number of the part that a node is in: stem, trunk or head."""
+    return 0 if node.name in graph.stem_nodes else 1 if node.name in graph.trunk_nodes else 2
 
 
 def _edges(shown: list[fx.Node]) -> list[tuple[fx.Node, fx.Node]]:
@@ -67,7 +73,7 @@ def _edges(shown: list[fx.Node]) -> list[tuple[fx.Node, fx.Node]]:
 
 
 def _fills(graph: MergeGraph, node: fx.Node, colour: dict[str, str]) -> list[str]:
-    """The colours of a node: none in the heads, grey in the trunk where it holds no features."""
+    """The colours of a node: none in stem and head, grey in the trunk where it holds no features."""
     if node.name not in graph.trunk_nodes:
         return []
     return [colour[space] for space in graph.held.get(node.name, ())] or [GREY]
@@ -107,19 +113,23 @@ def to_svg(graph: MergeGraph) -> str:
     """The graph as a picture: nodes from top to bottom, connections that skip some as arcs, spaces in colour."""
     colour, shown = colours(graph), _shown(graph)
     row = {node: index for index, node in enumerate(shown)}
-    cut = sum(node.name in graph.trunk_nodes for node in shown)
+    cuts = tuple(sum(_part(graph, node) < part for node in shown) for part in (1, 2))
     texts = [label(graph, node) for node in shown]
     held = [graph.held.get(node.name, ()) for node in shown]
     box = round(max(map(len, texts)) * LETTER) + BAR + 3 * MARGIN
     width = LEFT + box + 2 * MARGIN + round(max(len(_names(spaces)) for spaces in held) * LETTER)
 
-    parts = [_edge(row[source], row[node], cut) for source, node in _edges(shown)]
+    parts = [_edge(row[source], row[node], cuts) for source, node in _edges(shown)]
     for index, (node, text, spaces) in enumerate(zip(shown, texts, held, strict=True)):
-        parts.append(_node(_top(index, cut), box, text, _fills(graph, node, colour), spaces))
-    if cut < len(shown):
-        parts.append(_cut(_top(cut, cut) - GAP // 2 - (ROW - BOX) // 2, width))
+        parts.append(
+            _node(_top(index, cuts), box, text, _fills(graph, node, colour), spaces, KINDS[_part(graph, node)])
+        )
+    names = ("stems: one per task", "trunk: merged", "heads: one per task")
+    for cut, above, below in zip(cuts, names[:2], names[1:], strict=True):
+        if 0 < cut < len(shown):
+            parts.append(_cut(_top(cut, cuts) - GAP // 2 - (ROW - BOX) // 2, width, above, below))
 
-    y = _top(len(shown), cut) + ROW
+    y = _top(len(shown), cuts) + ROW
     written = [line for note in (KEY, *graph.notes) for line in textwrap.wrap(note, 90)]
     for fills, text in [*(([fill], text) for fill, text in legend(graph)), *(([], line) for line in written)]:
         parts.append(_bar(LEFT, y, BOX, fills) + _text(LEFT + (BOX + MARGIN if fills else 0), y, text))
@@ -132,9 +142,9 @@ def to_svg(graph: MergeGraph) -> str:
     )
 
 
-def _top(row: int, cut: int) -> int:
-    """Where a row starts: the heads are set off from the trunk."""
-    return MARGIN + row * ROW + (GAP if row >= cut else 0)
+def _top(row: int, cuts: tuple[int, ...]) -> int:
+    """Where a row starts: stems and heads are set off from the trunk."""
+    return MARGIN + row * ROW + GAP * sum(0 < cut <= row for cut in cuts)
 
 
 def _reach(rows: int) -> int:
@@ -142,17 +152,17 @@ def _reach(rows: int) -> int:
     return round(LEFT * rows / (rows + 6))
 
 
-def _edge(start: int, end: int, cut: int) -> str:
+def _edge(start: int, end: int, cuts: tuple[int, ...]) -> str:
     if end == start + 1:
-        path = f"M {LEFT + MARGIN} {_top(start, cut) + BOX} V {_top(end, cut)}"
+        path = f"M {LEFT + MARGIN} {_top(start, cuts) + BOX} V {_top(end, cuts)}"
     else:
-        top, bottom, bend = _top(start, cut) + BOX - 5, _top(end, cut) + 5, LEFT - _reach(end - start)
+        top, bottom, bend = _top(start, cuts) + BOX - 5, _top(end, cuts) + 5, LEFT - _reach(end - start)
         path = f"M {LEFT} {top} C {bend} {top}, {bend} {bottom}, {LEFT} {bottom}"
     return f'<path d="{path}" fill="none" stroke="{LINE}" stroke-opacity="0.7"/>'
 
 
-def _node(y: int, width: int, text: str, fills: list[str], spaces: tuple[str, ...]) -> str:
-    kind, dashes = ("trunk", "") if fills else ("head", ' stroke-dasharray="3 2"')
+def _node(y: int, width: int, text: str, fills: list[str], spaces: tuple[str, ...], kind: str) -> str:
+    dashes = "" if fills else ' stroke-dasharray="3 2"'
     title = f"<title>{escape(_printable(', '.join(spaces)))}</title>" if spaces else ""
     return (
         f'<g class="{kind}">{title}{_bar(LEFT + width - BAR, y, BAR, fills)}'
@@ -174,10 +184,10 @@ def _bar(x: int, y: int, width: int, fills: list[str]) -> str:
     )
 
 
-def _cut(y: int, width: int) -> str:
+def _cut(y: int, width: int, above: str, below: str) -> str:
     line = f'<line class="cut" x1="0" y1="{y}" x2="{width}" y2="{y}" stroke="black" stroke-width="1.5"/>'
     x = LEFT + 2 * MARGIN
-    return f"{line}{_text(x, y - BOX, 'trunk: merged')}{_text(x, y, 'heads: one per task')}"
+    return f"{line}{_text(x, y - BOX, above)}{_text(x, y, below)}"
 
 
 def _text(x: int, y: int, text: str) -> str:

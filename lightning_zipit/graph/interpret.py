@@ -21,7 +21,7 @@ from lightning_zipit.graph.values import Features, Ids, Joined, Opaque, Paramete
 BASIC = ("weight", "bias")
 """Parameters that a rule may leave alone: they are positional where no features lie along them."""
 
-EventKind: TypeAlias = Literal["producer", "consumer", "reader", "crossing"]
+EventKind: TypeAlias = Literal["producer", "consumer", "reader", "crossing", "entry"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,8 @@ class Event:
         name: the parameter, or the node that reads.
         axis: the axis of the parameter.
         entries: the feature of every entry.
-        kind: what it does with them; a reader has no weights, and a crossing passes into the heads.
+        kind: what it does with them; a reader has no weights, a crossing passes into the heads, and an entry
+            comes from a stem.
         value: the tensor that is read.
         node: the node that reads or writes.
         groups: see :attr:`AxisRef.groups`.
@@ -230,6 +231,15 @@ class Context:
     def cross(self, value: Features) -> None:
         """Take note of a value that the heads read."""
         self._add(Event(f"crossing {self.node.name}", value.axes[0], value.ids.ravel(), "crossing", value, self.node))
+
+    def enter(self, value: Features) -> None:
+        """Take note of a value that a stem hands over."""
+        self._add(Event(f"entry {self.node.name}", value.axes[0], value.ids.ravel(), "entry", value, self.node))
+
+    def forget(self) -> None:
+        """Forget what rules said so far; features that were tied stay tied."""
+        self.events, self.nestings, self.projected = {}, [], []
+        self.pinned, self.mixed, self.opaque = [], [], []
 
     def _named(self, tensor: torch.Tensor, name: str) -> Parameter:
         known = self._canonical.get(id(tensor))

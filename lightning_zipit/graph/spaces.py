@@ -226,19 +226,21 @@ class FeatureSpace:
 
 @dataclass(frozen=True)
 class Crossing:
-    """A value that passes from the trunk to the heads.
+    """A value that passes from the trunk to the heads, or from a stem to the trunk.
 
     Attributes:
         node: name of the graph node that makes it.
-        axis: which of its axes holds features; ``None`` where it holds none.
+        axis: which of its axes holds features; ``None`` where it holds none, or they pass by the trunk.
         ref: the spaces along that axis.
         absorbed: whether the head's first layers read it through their weights; else the head starts by unmerging it.
+        shape: the sizes that it has for one sample, of a tensor that a stem hands over.
     """
 
     node: str
     axis: int | None = None
     ref: AxisRef | None = None
     absorbed: bool = False
+    shape: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -249,7 +251,7 @@ class MergeGraph:
         spaces: the feature spaces of the trunk by name.
         axes: for each parameter and buffer, per axis, the spaces that it writes or reads; ``None`` leaves the axis
             alone. Head parameters have entries where they read a space of the trunk.
-        crossings: what the heads take from the trunk, in order.
+        crossings: what the heads take from the trunk, in order; what they take from a stem comes last.
         trunk_nodes: names of the graph nodes of the trunk.
         stop_at: the module that was asked for as the trunk's last; ``None`` zips down to the last layer.
         module: the traced backbone.
@@ -259,6 +261,9 @@ class MergeGraph:
             and why.
         notes: for people: what is not merged by what it does, and why.
         input_shape: the shape of one sample of the input that the sizes come from.
+        start_at: the module that was asked for as the trunk's first; ``None`` zips from the input on.
+        stem_nodes: names of the graph nodes of the stem, which stays a part of each task's own.
+        entries: what the trunk takes from a stem, in order; none where it starts at the input.
     """
 
     spaces: dict[str, FeatureSpace]
@@ -272,6 +277,9 @@ class MergeGraph:
     barriers: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     input_shape: tuple[int, ...] = ()
+    start_at: str | None = None
+    stem_nodes: frozenset[str] = frozenset()
+    entries: tuple[Crossing, ...] = ()
 
     def to_table(self) -> Table:
         """The table of axes for people: one row a parameter, one column an axis (``→`` writes, ``←`` reads)."""
@@ -308,6 +316,15 @@ class MergeGraph:
     def trunk_graph(self) -> Iterator[fx.Node]:
         """The nodes of the trunk in order of execution."""
         return (node for node in self.fx_graph.nodes if node.name in self.trunk_nodes)
+
+    def stem_graph(self) -> Iterator[fx.Node]:
+        """The nodes of the stem in order of execution."""
+        return (node for node in self.fx_graph.nodes if node.name in self.stem_nodes)
+
+    def head_graph(self) -> Iterator[fx.Node]:
+        """The nodes of the head in order of execution, the last of which is the output."""
+        shared = self.trunk_nodes | self.stem_nodes
+        return (node for node in self.fx_graph.nodes if node.name not in shared)
 
 
 def unit_members(space: FeatureSpace) -> Tensor:

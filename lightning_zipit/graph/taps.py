@@ -20,7 +20,7 @@ def before_activations(graph: MergeGraph) -> MergeGraph:
 
     Returns:
         A graph of the same spaces. A tap moves back through operators that act on each entry by itself; one behind
-        anything else, such as max pooling or a norm, stays.
+        anything else, such as max pooling, a norm or a stem, stays.
 
     Example:
         >>> from torch import nn
@@ -35,7 +35,7 @@ def before_activations(graph: MergeGraph) -> MergeGraph:
         if space.tap is None:
             return space
         node: fx.Node = nodes[space.tap.node]
-        while find_rule(node, graph.module) in POINTWISE:
+        while node.name in graph.trunk_nodes and find_rule(node, graph.module) in POINTWISE:
             node = node.all_input_nodes[0]
         return replace(space, tap=replace(space.tap, node=node.name))
 
@@ -46,7 +46,7 @@ def tapped_by_all(graphs: Sequence[MergeGraph]) -> MergeGraph:
     """The first of several graphs of one network, measured wherever any of them is.
 
     Args:
-        graphs: with other cuts, or other taps; they are left as they are.
+        graphs: with other ends of the trunk, or other taps; they are left as they are.
 
     Returns:
         A graph to measure, not to merge: the spaces of the first, those of the others that are measured elsewhere, and
@@ -66,4 +66,10 @@ def tapped_by_all(graphs: Sequence[MergeGraph]) -> MergeGraph:
             if space.tap is not None and space.tap.key not in known:
                 known.add(space.tap.key)
                 spaces[f"{name} at {space.tap.key}"] = space
-    return replace(graphs[0], spaces=spaces, trunk_nodes=frozenset().union(*(graph.trunk_nodes for graph in graphs)))
+    return replace(
+        graphs[0],
+        spaces=spaces,
+        trunk_nodes=frozenset().union(*(graph.trunk_nodes for graph in graphs)),
+        stem_nodes=frozenset().union(*(graph.stem_nodes for graph in graphs)),
+        entries=tuple({entry.node: entry for graph in graphs for entry in graph.entries}.values()),
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from lightning_zipit.errors import ConfigurationError, TraceError, VerificationError
 from lightning_zipit.graph.analyse import Analysis
@@ -12,6 +12,7 @@ from lightning_zipit.graph.cut import descendants, find_trunk
 from lightning_zipit.graph.record import record
 from lightning_zipit.graph.shapes import shapes_of
 from lightning_zipit.graph.spaces import MergeGraph
+from lightning_zipit.graph.stem import find_behind, find_stem, name_apart, split_constants
 from lightning_zipit.graph.verify import explain, find_failing
 
 
@@ -23,6 +24,7 @@ def trace(
     merge_heads: bool = False,
     verify: Tensor | None = None,
     barriers: Mapping[str, str] | None = None,
+    start_at: str | None = None,
 ) -> MergeGraph:
     """Find out which axes of a network's parameters must be merged together.
 
@@ -42,6 +44,8 @@ def trace(
             compute the same. Two forwards of at most 8 samples are run in float64. A space that fails becomes a
             barrier.
         barriers: nodes of the traced graph that shall be barriers, and why.
+        start_at: dotted name of the trunk's first module; all that does not depend on it stays a stem per task.
+            ``None`` zips from the input on.
 
     Returns:
         The feature spaces and the table of axes.
@@ -49,7 +53,7 @@ def trace(
     Raises:
         UnknownShapeError: if no input is given and none that fits was guessed.
         TraceError: if torch.fx cannot follow, or a barrier leaves nothing to merge.
-        ConfigurationError: if ``stop_at`` does not exist or leaves nothing to merge.
+        ConfigurationError: if ``stop_at`` or ``start_at`` does not exist or leaves nothing to merge.
         VerificationError: if ``verify`` finds that nothing can be merged.
 
     Example:
@@ -61,15 +65,22 @@ def trace(
         ['None', '← 0[0:288]×36']
     """
     graph = record(backbone)
+    if start_at is not None:
+        split_constants(graph)
     shapes = shapes_of(backbone, graph, example_input if example_input is not None else verify)
     nodes = list(graph.nodes)
     trunk = find_trunk(backbone, nodes, stop_at, shapes, merge_heads)
+    stem: set[fx.Node] = set()
+    if start_at is not None:
+        behind = find_behind(backbone, nodes, start_at)
+        stem = find_stem(nodes, start_at, trunk, behind, shapes)
+        trunk, shapes = trunk - stem, name_apart(graph, behind, shapes)
     known = dict(barriers or {})
     last: TraceError | None = None
     while True:
         before = trunk - descendants({node for node in nodes if node.name in known}, nodes)
         try:
-            merge_graph = Analysis(backbone, graph, shapes, before, stop_at, known).result()
+            merge_graph = Analysis(backbone, graph, shapes, before, stop_at, known, stem, start_at).result()
             _check_mergeable(merge_graph, stop_at)
             failing = find_failing(backbone, merge_graph, verify) if verify is not None else {}
         except ConfigurationError as error:
@@ -90,7 +101,10 @@ def trace(
 def _check_mergeable(graph: MergeGraph, stop_at: str | None) -> None:
     if not any(space.tap for space in graph.spaces.values()):
         raise ConfigurationError(
-            f"stop_at={stop_at!r} leaves no layer with weights in the trunk, so there is nothing to merge: "
+            f"start_at={graph.start_at!r} leaves no layer with weights in the trunk, so there is nothing to merge: "
+            "name an earlier module, or a later `stop_at`."
+            if graph.start_at
+            else f"stop_at={stop_at!r} leaves no layer with weights in the trunk, so there is nothing to merge: "
             "name a later module."
             if stop_at
             else "The backbone has no layer with weights before its last, so there is nothing to merge."

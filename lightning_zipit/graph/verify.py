@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -33,7 +34,8 @@ def random_permutations(graph: MergeGraph, generator: torch.Generator | None = N
 def permute_spaces(module: nn.Module, graph: MergeGraph, permutations: Mapping[str, Tensor]) -> nn.Module:
     """A copy of a network whose feature spaces are in another order; it computes the same function.
 
-    Only for graphs whose every crossing into the heads is absorbed by weights, as with ``stop_at=None``.
+    Only for graphs whose every crossing into the heads is absorbed by weights, as with ``stop_at=None``; spaces that a
+    stem writes must keep their order.
 
     Args:
         module: the traced network, or another of the same architecture.
@@ -104,15 +106,16 @@ def find_failing(backbone: nn.Module, graph: MergeGraph, batch: Tensor) -> dict[
         reference = reference.double()
         example = example.double() if example.is_floating_point() else example
     tolerance = 1e-6 if exact else 1e-3
-    expected = _crossing_values(reference, graph, example)
+    entering = _entering_values(reference, graph, example)
+    expected = _crossing_values(reference, graph, entering)
     finite = all(value.isfinite().all() for value in expected)
-    if not finite or _agree(graph, reference, permutations, example, expected, tolerance):
+    if not finite or _agree(graph, reference, permutations, entering, expected, tolerance):
         return {}
     alone = [[name, *(other for other in permutations if name in units_around(graph, other))] for name in permutations]
     wrong = [
         family[0]
         for family in alone
-        if not _agree(graph, reference, {name: permutations[name] for name in family}, example, expected, tolerance)
+        if not _agree(graph, reference, {name: permutations[name] for name in family}, entering, expected, tolerance)
     ]
     return {
         name: next(node for node, held in graph.held.items() if name in held) for name in wrong or list(permutations)
@@ -123,12 +126,16 @@ def _agree(
     graph: MergeGraph,
     reference: nn.Module,
     permutations: Mapping[str, Tensor],
-    example: Tensor,
+    entering: Mapping[str, Any],
     expected: list[Tensor],
     tolerance: float,
 ) -> bool:
-    permuted = permute_spaces(reference, graph, permutations)
-    found = _crossing_values(permuted, graph, example)
+    permuted, entering = permute_spaces(reference, graph, permutations), dict(entering)
+    for entry in graph.entries:
+        if entry.ref is not None and entry.axis is not None:
+            tables = _tables(entry.ref, graph, permutations)
+            entering[entry.node] = entry.ref.gather(entering[entry.node], entry.axis, tables)
+    found = _crossing_values(permuted, graph, entering)
     for crossing, value, other in zip(_tensor_crossings(graph), expected, found, strict=True):
         if crossing.ref is not None and crossing.axis is not None:
             value = crossing.ref.gather(value, crossing.axis, _tables(crossing.ref, graph, permutations))
@@ -142,16 +149,36 @@ def _tensor_crossings(graph: MergeGraph) -> list[Crossing]:
     return [crossing for crossing in graph.crossings if crossing.axis is not None]
 
 
-def _crossing_values(module: nn.Module, graph: MergeGraph, example: Tensor) -> list[Tensor]:
-    """What the trunk hands over for an input."""
+def _entering_values(module: nn.Module, graph: MergeGraph, example: Tensor) -> dict[str, Any]:
+    """What the trunk starts from: the input, or what the stem makes of it."""
+    source = next(node for node in graph.fx_graph.nodes if node.op == "placeholder")
+    names = [entry.node for entry in graph.entries] if graph.stem_nodes else [source.name]
+    return _run(module, graph, graph.stem_graph(), {source.name: example}, names)
+
+
+def _crossing_values(module: nn.Module, graph: MergeGraph, entering: Mapping[str, Any]) -> list[Tensor]:
+    """What the trunk hands over."""
+    names = [crossing.node for crossing in _tensor_crossings(graph)]
+    return list(_run(module, graph, graph.trunk_graph(), entering, names).values())
+
+
+def _run(
+    module: nn.Module, graph: MergeGraph, nodes: Iterable[fx.Node], known: Mapping[str, Any], names: Sequence[str]
+) -> dict[str, Any]:
+    """The values of some nodes, by name, from those that are known."""
     interpreter = fx.Interpreter(module, graph=graph.fx_graph)
-    kept: dict[str, Tensor] = {}
-    names = {crossing.node for crossing in _tensor_crossings(graph)}
+    interpreter.env = {node: _cloned(known[node.name]) for node in graph.fx_graph.nodes if node.name in known}
+    kept = {name: known[name] for name in names if name in known}
     with torch.inference_mode(False), torch.no_grad():
-        for node in graph.trunk_graph():
-            interpreter.env[node] = example if node.op == "placeholder" else interpreter.run_node(node)
+        for node in nodes:
+            if node.name not in known:
+                interpreter.env[node] = interpreter.run_node(node)
             if node.name in names:
-                kept[node.name] = interpreter.env[node].clone()
+                kept[node.name] = _cloned(interpreter.env[node])
             for finished in interpreter.user_to_last_uses.get(node, ()):
                 interpreter.env.pop(finished, None)
-    return [kept[crossing.node] for crossing in _tensor_crossings(graph)]
+    return {name: kept[name] for name in names}
+
+
+def _cloned(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import replace
 from operator import attrgetter
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -14,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_zipit.dense import moments_under, set_moments
 from lightning_zipit.graph import AxisRef
-from lightning_zipit.maps import DenseMap, Maps
+from lightning_zipit.maps import DenseMap, Maps, counting_alone
 from lightning_zipit.merging import contract
 
 TASK = "task"
@@ -55,16 +53,16 @@ def find_norms(module: nn.Module, nodes: Collection[fx.Node]) -> list[fx.Node]:
 
 
 def give_norms(trunk: fx.GraphModule, tasks: Collection[str]) -> None:
-    """Give a trunk a batch norm per task; it then takes the name of the task as its second input.
+    """Give a trunk a batch norm per task; it then takes the name of the task as its last input.
 
     Args:
-        trunk: a trunk of one input; it is changed.
+        trunk: a trunk without; it is changed.
         tasks: the names of the tasks.
     """
     graph = trunk.graph
     calls = find_norms(trunk, list(graph.nodes))
-    (x,) = (node for node in graph.nodes if node.op == "placeholder")
-    with graph.inserting_after(x):
+    *_, last = (node for node in graph.nodes if node.op == "placeholder")
+    with graph.inserting_after(last):
         task = graph.placeholder(TASK)
     for name in dict.fromkeys(str(call.target) for call in calls):
         owner, _, attribute = name.rpartition(".")
@@ -96,8 +94,7 @@ def set_affine(
     own = {name: module for name, module in trunk.named_modules() if isinstance(module, TaskNorms)}
     for task, network in networks.items():
         source = models[task]
-        alone = tuple(float(number == source) for number in sorted(set(models.values())))
-        own_maps = {space: replace(known, weights=alone) for space, known in maps.items()}
+        own_maps = counting_alone(maps, source)
         with torch.no_grad():
             for name, norms in own.items():
                 (ref,) = axes.get(f"{name}.weight", (None,))
@@ -113,18 +110,3 @@ def set_affine(
 def has_task_norms(trunk: nn.Module) -> bool:
     """Whether a trunk takes the name of its task."""
     return any(isinstance(module, TaskNorms) for module in trunk.modules())
-
-
-def run_all(trunk: nn.Module, heads: nn.ModuleDict, x: Tensor, per_task: bool) -> dict[str, Any]:
-    """The outputs of all heads by task.
-
-    Args:
-        trunk: from an input to a tuple of what the heads take.
-        heads: per task, the rest of the network.
-        x: the input.
-        per_task: whether the trunk takes the name of its task, and has to run for each; else it runs once.
-    """
-    if per_task:
-        return {task: head(*trunk(x, task)) for task, head in heads.items()}
-    crossing = trunk(x)
-    return {task: head(*crossing) for task, head in heads.items()}

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, fx, nn
 
+from lightning_zipit.calibration import Beginning
 from lightning_zipit.collectives import rank_and_size
 from lightning_zipit.graph import AxisRef, MergeGraph
 from lightning_zipit.graph.joined import UNMERGE, Joined
@@ -20,6 +21,7 @@ from lightning_zipit.refine.layers import Fitted, Layer, Norm, find_stops, group
 from lightning_zipit.refine.least_squares import MOST_INPUTS, NormalEquations, patches, samples, solve_layer
 from lightning_zipit.refine.repair import OutputMoments, rescale_layer
 from lightning_zipit.refine.settings import LayerByLayer, LeastSquares
+from lightning_zipit.views import Inputs, view_of
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,8 @@ class Walk:
         how: what to do with each layer.
         weights: how much each model counts; all the same by default.
         models: the number of the model that each source is a part of, where several are paths of a merged one.
+        stems: per task, from its input to what the trunk takes; the trunk then goes through every batch once for each
+            task, and is fitted to all of them.
     """
 
     def __init__(
@@ -75,10 +79,11 @@ class Walk:
         sources: Mapping[str, nn.Module],
         graphs: Mapping[str, MergeGraph],
         maps: Maps,
-        batches: Sequence[Tensor],
+        batches: Sequence[Inputs],
         how: LayerByLayer,
         weights: Sequence[float] | None = None,
         models: Mapping[str, int] | None = None,
+        stems: Mapping[str, nn.Module] | None = None,
     ) -> None:
         models = models or {task: number for number, task in enumerate(sources)}
         leads = [list(models.values()).index(number) for number in sorted(set(models.values()))]
@@ -89,11 +94,17 @@ class Walk:
         self.nodes = list(self.graph.trunk_graph())
         crossing = {crossing.node for crossing in self.graph.crossings}
         self.crossings = [node for node in self.nodes if node.name in crossing]
-        own = [list(sources.values())[lead] for lead in leads]
-        self.runs = [Run(network, self.nodes, self.crossings) for network in (trunk, *own)]
+        self.leads = [list(sources)[lead] for lead in leads]
+        self.stems = stems or {}
+        # The tasks on whose inputs the merged trunk runs: one stands for all where they have the same.
+        separate = self.stems or any(isinstance(batch, Mapping) for batch in batches)
+        self.paths = list(sources) if separate else self.leads[:1]
+        by_name = {node.name: node for node in self.graph.fx_graph.nodes}
+        self.entries = [by_name[entry.node] for entry in self.graph.entries]
+        own = [sources[task] for task in self.leads]
+        self.runs = [Run(network, self.nodes, self.crossings) for network in (*[trunk] * len(self.paths), *own)]
         self.head_nodes = {
-            task: [node for node in graph.fx_graph.nodes if node.name not in graph.trunk_nodes and node.op != "output"]
-            for task, graph in graphs.items()
+            task: [node for node in graph.head_graph() if node.op != "output"] for task, graph in graphs.items()
         }
 
     def run(self) -> dict[str, float]:
@@ -104,10 +115,10 @@ class Walk:
             named ``trunk.`` or ``heads.TASK.`` and what they are called in the backbone.
         """
         fits: dict[str, float] = {}
-        stops = {"trunk": find_stops(self.graph.module, self.nodes, ())}
+        stops = {"trunk": find_stops(self.graph.module, self.nodes, self.entries)}
         for task, nodes in self.head_nodes.items():
             graph = self.graphs[task]
-            stops[f"heads.{task}"] = find_stops(graph.module, nodes, list(graph.trunk_graph()))
+            stops[f"heads.{task}"] = find_stops(graph.module, nodes, [*graph.stem_graph(), *graph.trunk_graph()])
         silent = rank_and_size()[0] != 0 or not Console().is_terminal
         with Progress(transient=True, disable=silent) as progress:
             bar = progress.add_task("refining layers", total=sum(map(len, stops.values())))
@@ -137,7 +148,7 @@ class Walk:
             def zip_of(name: str) -> Zip:
                 return Zip(self.shares, self.graph.axes.get(f"{name}.weight", (None,))[0], self.maps)
 
-            return _Part(self.trunk, zip_of, self.how)
+            return _Part(self.trunk, zip_of, self.how, len(self.paths))
         task = part.partition(".")[2]
         if not self.head_nodes[task]:
             return _Part(Frontier([], 0, self._begin, limit), lambda _: Zip(torch.ones(1)), self.how)
@@ -146,14 +157,21 @@ class Walk:
         return _Part(frontier, lambda _: Zip(torch.ones(1)), self.how)
 
     def _begin(self, batch: int) -> list[Values]:
+        """What the merged trunk starts from for each path, and each source."""
+        x = self.batches[batch]
+        if self.stems:
+            merged = [self.stems[task](view_of(x, task)) for task in self.paths]
+            own = [Beginning(self.graphs[task], self.sources[task]).run(view_of(x, task)) for task in self.leads]
+            return [dict(zip(self.entries, values, strict=False)) for values in (*merged, *own)]
         inputs = next(node for node in self.nodes if node.op == "placeholder")
-        return [{inputs: self.batches[batch].clone()} for _ in self.runs]
+        return [{inputs: view_of(x, task).clone()} for task in (*self.paths, *self.leads)]
 
     def _begin_head(self, task: str, batch: int) -> list[Values]:
         """What the trunk hands over: the merged one to the head, the source's own to the rest of the source."""
-        merged, own = self.trunk.finish(batch, (0, 1 + self.models[task]))
+        path = self.paths.index(task) if task in self.paths else 0
+        merged, own = self.trunk.finish(batch, (path, len(self.paths) + self.models[task]))
         graph = self.graphs[task]
-        by_name = {node.name: node for node in graph.trunk_graph()}
+        by_name = {node.name: node for node in graph.fx_graph.nodes}
         values: list[Values] = [
             # Clones, as the head may write into them, and the other heads read them too.
             {by_name[node.name]: fx.node.map_aggregate(held[node], _cloned) for node in self.crossings}
@@ -165,6 +183,11 @@ class Walk:
                 for held, part in zip(values, (self.heads[task], self.sources[task]), strict=True):
                     if part is self.heads[task] or isinstance(part, Joined):
                         held[node] = part.get_submodule(f"{UNMERGE}.{crossing.node}")(held[node])
+        passed = [by_name[crossing.node] for crossing in graph.crossings if crossing.node in graph.stem_nodes]
+        if passed:
+            beside = self.stems[task](view_of(self.batches[batch], task))[len(self.entries) :]
+            for held in values:
+                held |= {node: _cloned(value) for node, value in zip(passed, beside, strict=True)}
         return values
 
 
@@ -175,8 +198,9 @@ def _cloned(value: Any) -> Any:
 class _Part:
     """The trunk or a head on its way: takes it, and its sources, from stop to stop."""
 
-    def __init__(self, frontier: Frontier, zip_of: Callable[[str], Zip], how: LayerByLayer) -> None:
+    def __init__(self, frontier: Frontier, zip_of: Callable[[str], Zip], how: LayerByLayer, paths: int = 1) -> None:
         self.frontier, self.zip_of, self.how = frontier, zip_of, how
+        self.paths = paths  # how often the merged network runs; the sources come behind
         if frontier.runs:
             self.merged = frontier.runs[0].network
             self.position = {node: number for number, node in enumerate(frontier.runs[0].nodes)}
@@ -194,12 +218,15 @@ class _Part:
                 self._rescale(stop)
                 yield stop.name, None
 
-    def _batches(self, stop: Layer | Norm, target: fx.Node | None = None) -> Iterator[list[Values]]:
+    def _batches(
+        self, stop: Layer | Norm, target: fx.Node | None = None
+    ) -> Iterator[tuple[list[Values], list[Values]]]:
         """Per batch, the values of the merged network before a stop, and of the sources right behind a target."""
         if target is not None:
             self.sources_at = max(self.sources_at, self.position[target] + 1)
-        ends = [self.position[stop.node], *[self.sources_at] * (len(self.frontier.runs) - 1)]
-        return self.frontier.visit(ends)
+        sources = len(self.frontier.runs) - self.paths
+        for values in self.frontier.visit([self.position[stop.node]] * self.paths + [self.sources_at] * sources):
+            yield values[: self.paths], values[self.paths :]
 
     def _positions(self, layer: Fitted, value: Tensor) -> Tensor | None:
         count = value[0].numel() // (value.shape[-1] if isinstance(layer, nn.Linear) else value.shape[1])
@@ -214,13 +241,15 @@ class _Part:
             return None
         zipped = self.zip_of(stop.name)
         equations = NormalEquations(groups, inputs, outputs // groups, layer.weight.device)
-        for values, *sources in self._batches(stop, stop.target):
+        for merged, sources in self._batches(stop, stop.target):
             chosen = self._positions(layer, sources[0][stop.target])
-            target = zipped([samples(layer, each[stop.target], chosen) for each in sources])
-            if stop.beside is not None:
-                target -= samples(layer, values[stop.beside], chosen)
-            x = patches(layer, values[stop.input], chosen)
-            equations.add(x, target.unflatten(1, (groups, -1)).movedim(1, 0))
+            wanted = zipped([samples(layer, each[stop.target], chosen) for each in sources])
+            for values in merged:
+                target = wanted
+                if stop.beside is not None:
+                    target = wanted - samples(layer, values[stop.beside], chosen)
+                x = patches(layer, values[stop.input], chosen)
+                equations.add(x, target.unflatten(1, (groups, -1)).movedim(1, 0))
         equations.sum_over_processes()
         return solve_layer(layer, norm, equations, how.ridge)
 
@@ -229,11 +258,12 @@ class _Part:
         size, device = len(layer.weight), layer.weight.device
         zipped, now = self.zip_of(stop.name), OutputMoments(size, device)
         at = stop.norm or stop.node
-        widths = [len(layer_of(run.network, stop)[0].weight) for run in self.frontier.runs[1:]]
+        widths = [len(layer_of(run.network, stop)[0].weight) for run in self.frontier.runs[self.paths :]]
         wanted = [OutputMoments(size if zipped.mixes else width, device) for width in widths]
-        for values, *sources in self._batches(stop, at):
+        for merged, sources in self._batches(stop, at):
             chosen = self._positions(layer, sources[0][at])
-            now.add(samples(layer, layer(values[stop.input]), chosen))
+            for values in merged:
+                now.add(samples(layer, layer(values[stop.input]), chosen))
             rows = [samples(layer, each[at], chosen) for each in sources]
             if zipped.mixes:
                 rows = [zipped.part(source, each) for source, each in enumerate(rows)]
@@ -253,8 +283,9 @@ class _Part:
         norm = self.merged.get_submodule(stop.name)
         mean = norm.get_buffer("running_mean")
         now = OutputMoments(len(mean), mean.device)
-        for values, *_ in self._batches(stop):
-            now.add(values[stop.input].movedim(1, -1).flatten(0, -2))
+        for merged, _ in self._batches(stop):
+            for values in merged:
+                now.add(values[stop.input].movedim(1, -1).flatten(0, -2))
         now.sum_over_processes()
         mean.copy_(now.mean)
         norm.get_buffer("running_var").copy_(now.variance)

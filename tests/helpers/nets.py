@@ -105,6 +105,49 @@ class LitWhole(LightningModule):
         self.log("loss", F.cross_entropy(self(batch[0]), batch[1]))
 
 
+class SplitNet(nn.Module):
+    """A stem, which may be deeper and see other channels than that of the next, a body and a head."""
+
+    def __init__(self, channels=3, deep=False, num_classes=4):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(channels, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+        if deep:
+            self.stem.extend([nn.Conv2d(8, 8, 3, 2, 1), nn.ReLU()])
+        self.body = nn.Sequential(
+            *(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()),
+            *(nn.Conv2d(8, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU()),
+        )
+        self.head = nn.Linear(12, num_classes)
+
+    def forward(self, x):
+        return self.head(self.body(self.stem(x)).mean((2, 3)))
+
+
+class LitSplit(LightningModule):
+    """A classifier for images of some number of channels."""
+
+    def __init__(self, channels: int = 3, deep: bool = False, num_classes: int = 4):
+        super().__init__()
+        self.save_hyperparameters()
+        self.net = SplitNet(channels, deep, num_classes)
+
+    def forward(self, x):
+        return self.net(x)
+
+    def test_step(self, batch, batch_idx):
+        self.log("acc", (self(batch[0]).argmax(-1) == batch[1]).float().mean())
+
+    validation_step = test_step
+
+    def predict_step(self, batch, batch_idx):
+        return self(batch[0])
+
+
+def gray(x):
+    """Images in colour as grayscale images."""
+    return x.mean(1, keepdim=True)
+
+
 class Wrap(LightningModule):
     """Any network; saves no hyperparameters."""
 
@@ -127,10 +170,10 @@ def trainer(**arguments):
     return Trainer(**({"accelerator": "cpu"} | quiet | arguments))
 
 
-def images(count=48, size=16, classes=5, seed=0, batch_size=16):
+def images(count=48, size=16, classes=5, seed=0, batch_size=16, channels=3):
     """A loader of noise with labels."""
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(count, 3, size, size, generator=generator)
+    x = torch.randn(count, channels, size, size, generator=generator)
     return DataLoader(TensorDataset(x, torch.randint(0, classes, (count,), generator=generator)), batch_size)
 
 
