@@ -28,6 +28,9 @@ USAGES = {
     "[--output FILE] [option ...]",
     "sweep": "%(prog)s --checkpoints.TASK FILE --checkpoints.TASK FILE ... [--backbone NAME] [--metric NAME] "
     "[--stop_at '[NAME, NAME]'] [--alpha '[NUMBER, NUMBER]'] [--results FILE] [option ...]",
+    "inspect": "%(prog)s [--ckpt_path FILE] [--model CLASS] [--backbone NAME] [--start_at NAME] [--stop_at NAME] "
+    "[option ...]",
+    "export": "%(prog)s --ckpt_path FILE --output FILE [--batch_size NUMBER]",
 }
 
 MERGING = ("merge", "sweep")
@@ -212,6 +215,7 @@ def main(args: ArgsType = None) -> None:
         ZipItCLI(args=args, parser_kwargs={**settings, "default_env": not asks})  # help is short without the names
         return
     try:
-        auto_cli(command, args=words[1:], as_positional=False, prog=f"lightning-zipit {command.__name__}")
+        name = command.__name__
+        auto_cli(command, args=words[1:], as_positional=False, prog=f"lightning-zipit {name}", usage=USAGES[name])
     except ZipItError as error:
         sys.exit(f"error: {error}")
