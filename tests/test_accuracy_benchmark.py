@@ -119,6 +119,23 @@ def test_a_run_that_was_killed_goes_on(images, tmp_path, tiny):
     assert found[:1] + found[-2:] == ["ensemble", "permute", "average"]
 
 
+def test_training_goes_on_with_the_last_whole_epoch(images, tmp_path, tiny, monkeypatch):
+    epochs, step = [], networks.Classifier.training_step
+
+    def watched(self, batch, index):
+        epochs.append(self.current_epoch)
+        if epochs == [0, 1]:
+            raise RuntimeError("killed")
+        return step(self, batch, index)
+
+    monkeypatch.setattr(networks.Classifier, "training_step", watched)
+    options = {"groups": "resnet20x1-ce", "seeds": 0, "refine": "none", "matchers": "average"} | {"epochs": 3}
+    with pytest.raises(RuntimeError, match="killed"):
+        command(images, tmp_path, **options)
+    command(images, tmp_path, **options)
+    assert epochs == [0, 1, 1, 2, 0, 1, 2] and not list(tmp_path.rglob("*unfinished*"))
+
+
 def test_heads_may_be_embeddings_of_names(images, tmp_path, tiny):
     save(torch.eye(10), tmp_path / "cache" / "cifar10-text.pt")  # in place of those of a language model
     page = command(images, tmp_path, groups="resnet20x1-text four-tasks", seeds=0, refine="batch_norm", matchers="zip")

@@ -49,6 +49,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="a pair for each, in every group")
     add("--epochs", type=int, default=3, help="of the training of each network")
     add("--matchers", nargs="*", choices=list(MATCHERS), default=list(MATCHERS))
+    add("--settings", type=int, help="how many settings of each matcher the best is chosen from; all by default")
     add("--refine", nargs="*", choices=list(REFINEMENTS), default=list(REFINEMENTS))
     add("--stages", nargs="*", choices=stages, default=stages, help="how much is merged, by the paper's names")
     add("--calibration-images", type=int, default=1000, help="of each data set")
@@ -78,7 +79,7 @@ def main(words: Sequence[str] | None = None) -> None:
         embeddings = {name: embed(split.classes, arguments.cache / f"{name}-text.pt") for name, split in splits.items()}
     sources = Sources(splits, folder, Training(arguments.epochs), embeddings)
     results = Results(folder / f"results-{counts[2]}test.csv")
-    ways = Ways(arguments.matchers, arguments.refine, arguments.stages)
+    ways = Ways(arguments.matchers, arguments.refine, arguments.stages, arguments.settings)
     for group in groups:
         for pair in group.pairs:
             models = {task: sources.get(group, each) for task, each in pair.tasks.items()}

@@ -54,27 +54,28 @@ REFINEMENTS: dict[str, str | None] = {name: name for name in ("batch_norm", "lea
 ENSEMBLE = "ensemble"
 
 
-def settings_of(name: str, count: int) -> list[Matcher]:
-    """The settings of a matcher that make sense for so many models."""
+def settings_of(name: str, count: int, most: int | None = None) -> list[Matcher]:
+    """The settings of a matcher that make sense for so many models, ``most`` of them."""
     if (name == "optimal" and count > 2) or (name == "cycle-consistent" and count == 2):
         return []  # the one is for two models, the other is then the same as permute
-    return MATCHERS[name]
+    return MATCHERS[name][:most]
 
 
 @dataclass(frozen=True)
 class Ways:
-    """What is tried: names of :data:`MATCHERS`, of :data:`REFINEMENTS` and of the stages."""
+    """What is tried: names of matchers, refinements and stages; and how many settings of each matcher."""
 
     matchers: Sequence[str]
     refinements: Sequence[str]
     stages: Sequence[str]
+    settings: int | None = None
 
     def of(self, group: Group, count: int) -> Iterator[tuple[str, str, str, Matcher]]:
         """Stage, refinement, name and setting of the matcher, for so many models."""
         for stage in STAGES[group.architecture]:
             for refine in self.refinements:
                 for name in self.matchers:
-                    for matcher in settings_of(name, count):
+                    for matcher in settings_of(name, count, self.settings):
                         if stage in self.stages:
                             yield stage, refine, name, matcher
 

@@ -59,15 +59,18 @@ def order(row: Mean) -> tuple[int, int]:
 def as_tables(rows: Sequence[Row], groups: Mapping[str, Group]) -> str:
     """One section for each group that has rows, and one that compares refinements."""
     chosen = choose(rows)
+    tried: dict[tuple[str, ...], set[str]] = {}
+    for row in rows:
+        tried.setdefault((row.group, row.stage, row.matcher, row.refine), set()).add(row.setting)
     parts = [
-        group_table(group, [rows for rows in chosen if rows[0].group == name])
+        group_table(group, [rows for rows in chosen if rows[0].group == name], tried)
         for name, group in groups.items()
         if any(rows[0].group == name for rows in chosen)
     ]
     return "\n\n".join([*parts, comparison_table(chosen, groups)])
 
 
-def group_table(group: Group, chosen: Sequence[Sequence[Row]]) -> str:
+def group_table(group: Group, chosen: Sequence[Sequence[Row]], tried: Mapping[tuple[str, ...], set[str]]) -> str:
     """A row for each matcher and refinement, a column for each stage."""
     means = [average(rows) for rows in chosen]
     stages = [stage for stage in STAGES[group.architecture] if any(row.stage == stage for row in means)]
@@ -97,13 +100,14 @@ def group_table(group: Group, chosen: Sequence[Sequence[Row]]) -> str:
         if any(paper) and refine in ("", "batch_norm"):
             shown = " | ".join(f"*{pair[0]:.1f} / {pair[1]:.1f}*" if pair else "" for pair in paper)
             lines.append(f"| *{matcher}, the paper's {source}* | | {shown} |" + " |" * (len(stages) - len(places)))
-    tuned = [
-        f"{row.matcher}, {row.refine}, {row.stage}: `{row.setting}`"
+    settings = [
+        f"{row.matcher}, {row.refine}, {row.stage}: `{row.setting}` of "
+        f"{len(tried[row.group, row.stage, row.matcher, row.refine])}"
         for row in sorted(means, key=order)
-        if row.setting and row.stage
+        if row.setting
     ]
-    if tuned:
-        lines += ["", "Chosen on held-out training images: " + "; ".join(tuned) + "."]
+    if settings:
+        lines += ["", f"Settings, each the best of so many on held-out training images: {'; '.join(settings)}."]
     return "\n".join(lines)
 
 
