@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_zipit import Ensemble, ZipIt
 from lightning_zipit.matchers import (
+    CCA,
     Agglomerative,
     Average,
     CycleConsistent,
@@ -45,6 +46,7 @@ MATCHERS: dict[str, list[Matcher]] = {
     "k-means": [KMeans()],
     "agglomerative": [Agglomerative()],
     "weights": [WeightMatching()],
+    "cca": [CCA(1.0), CCA(0.1), CCA(10.0)],
     "dual space": [DualSpace(0.3), DualSpace(0.5), DualSpace(0.7)],
     "dual space, zip": [DualSpace(tau, GreedyZip()) for tau in (0.3, 0.5, 0.7)],
     "cycle-consistent": [CycleConsistent()],

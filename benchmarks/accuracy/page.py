@@ -57,7 +57,7 @@ def order(row: Mean) -> tuple[int, int]:
 
 
 def as_tables(rows: Sequence[Row], groups: Mapping[str, Group]) -> str:
-    """One section for each group that has rows, and one that compares refinements."""
+    """One section for each group that has rows, and one that compares refinements where both were tried."""
     chosen = choose(rows)
     tried: dict[tuple[str, ...], set[str]] = {}
     for row in rows:
@@ -67,7 +67,9 @@ def as_tables(rows: Sequence[Row], groups: Mapping[str, Group]) -> str:
         for name, group in groups.items()
         if any(rows[0].group == name for rows in chosen)
     ]
-    return "\n\n".join([*parts, comparison_table(chosen, groups)])
+    if fitted_and_not(chosen):
+        parts.append(comparison_table(chosen, groups))
+    return "\n\n".join(parts)
 
 
 def group_table(group: Group, chosen: Sequence[Sequence[Row]], tried: Mapping[tuple[str, ...], set[str]]) -> str:
@@ -100,14 +102,8 @@ def group_table(group: Group, chosen: Sequence[Sequence[Row]], tried: Mapping[tu
         if any(paper) and refine in ("", "batch_norm"):
             shown = " | ".join(f"*{pair[0]:.1f} / {pair[1]:.1f}*" if pair else "" for pair in paper)
             lines.append(f"| *{matcher}, the paper's {source}* | | {shown} |" + " |" * (len(stages) - len(places)))
-    settings = [
-        f"{row.matcher}, {row.refine}, {row.stage}: `{row.setting}` of "
-        f"{len(tried[row.group, row.stage, row.matcher, row.refine])}"
-        for row in sorted(means, key=order)
-        if row.setting
-    ]
-    if settings:
-        lines += ["", f"Settings, each the best of so many on held-out training images: {'; '.join(settings)}."]
+    if settings := describe_settings(sorted(means, key=order), tried):
+        lines += ["", f"Settings, each the best of so many on held-out training images: {settings}."]
     return "\n".join(lines)
 
 
@@ -118,6 +114,19 @@ def describe_pairs(chosen: Sequence[Sequence[Row]]) -> str:
     few = {len(rows) for rows in chosen} - {len(alone)}
     note = f" Some rows have fewer pairs ({min(few)})." if few else ""
     return f"Accuracy of each network by itself on its own classes: {'; '.join(accuracies)}.{note}"
+
+
+def describe_settings(means: Sequence[Mean], tried: Mapping[tuple[str, ...], set[str]]) -> str:
+    """The settings of the matchers that have several, with the stages that each is for."""
+    stages: dict[tuple[str, str, str, int], list[str]] = {}
+    for row in means:
+        if row.setting:
+            count = len(tried[row.group, row.stage, row.matcher, row.refine])
+            stages.setdefault((row.matcher, row.refine, row.setting, count), []).append(row.stage)
+    return "; ".join(
+        f"{matcher} with {refine}, {', '.join(names)}: `{setting.replace(', rounds=20, seed=0', '')}` of {count}"
+        for (matcher, refine, setting, count), names in stages.items()
+    )
 
 
 def as_cell(row: Mean) -> str:
