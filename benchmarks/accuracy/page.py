@@ -79,7 +79,7 @@ def group_table(group: Group, chosen: Sequence[Sequence[Row]], tried: Mapping[tu
     flops = {row.stage: f"{row.flops / 1e6:.0f} MFLOPs" for row in means}
     cells: dict[tuple[str, str], dict[str, str]] = {}
     for row in sorted(means, key=order):
-        cells.setdefault((row.matcher, row.refine), {})[row.stage] = as_cell(row)
+        cells.setdefault((row.matcher, row.refine), {})[row.stage] = as_cell(row, max(row.pairs for row in means))
     columns = [f"{stage} ({flops[stage]})" for stage in stages]
     lines = [
         f"### {group.title}",
@@ -111,8 +111,8 @@ def describe_pairs(chosen: Sequence[Sequence[Row]]) -> str:
     """How many pairs there are, and how good their networks."""
     alone = next(rows for rows in chosen if rows[0].matcher == ENSEMBLE)
     accuracies = [f"{row.pair} ({row.tasks.replace(' ', ', ')})" for row in alone]
-    few = {len(rows) for rows in chosen} - {len(alone)}
-    note = f" Some rows have fewer pairs ({min(few)})." if few else ""
+    few = any(len(rows) < len(alone) for rows in chosen)
+    note = " Cells with a number in brackets are of so many pairs." if few else ""
     return f"Accuracy of each network by itself on its own classes: {'; '.join(accuracies)}.{note}"
 
 
@@ -129,10 +129,12 @@ def describe_settings(means: Sequence[Mean], tried: Mapping[tuple[str, ...], set
     )
 
 
-def as_cell(row: Mean) -> str:
+def as_cell(row: Mean, pairs: int) -> str:
+    """The accuracies, with the number of pairs where it is not that of the group."""
+    fewer = f" [{row.pairs}]" if row.pairs < pairs else ""
     if row.pairs == 1:
-        return f"{row.joint:.1f} / {row.mean:.1f}"
-    return f"{row.joint:.1f} ± {row.joint_std:.1f} / {row.mean:.1f} ± {row.mean_std:.1f}"
+        return f"{row.joint:.1f} / {row.mean:.1f}{fewer}"
+    return f"{row.joint:.1f} ± {row.joint_std:.1f} / {row.mean:.1f} ± {row.mean_std:.1f}{fewer}"
 
 
 def fitted_and_not(chosen: Sequence[Sequence[Row]]) -> list[tuple[Row, Row]]:
