@@ -28,6 +28,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torchvision
 from baselines import plain_calibrate, plain_greedy_zip
+from marks import write_between_marks
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -43,8 +44,6 @@ from lightning_zipit.merging import SpaceMap, families, match, similarity_from
 from lightning_zipit.rebuild import build_merged
 from lightning_zipit.report import measure_cost
 from lightning_zipit.sweep import quiet
-
-BEGIN, END = "<!-- measured -->", "<!-- end -->"
 
 
 @dataclass(frozen=True)
@@ -362,13 +361,6 @@ def as_markdown(rows: Sequence[Ratio]) -> str:
     return "\n".join([f"Measured on {machine()}.", "", "| what | against | ratio |", "| --- | --- | --: |", *lines])
 
 
-def write_into(page: Path, rows: Sequence[Ratio]) -> None:
-    """Put the table between the marks of a page."""
-    text = page.read_text(encoding="utf-8")
-    before, after = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
-    page.write_text(f"{before}\n{as_markdown(rows)}\n{after}", encoding="utf-8")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", choices=list(PARTS), default=list(PARTS))
@@ -394,7 +386,7 @@ def main() -> None:
     if arguments.json:
         arguments.json.write_text(json.dumps({"machine": machine(), "rows": [asdict(row) for row in rows]}, indent=2))
     if arguments.write:
-        write_into(arguments.write, rows)
+        write_between_marks(arguments.write, as_markdown(rows))
 
 
 if __name__ == "__main__":

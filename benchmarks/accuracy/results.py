@@ -1,0 +1,155 @@
+"""Rows of one merge each, kept in a file as they come; and their means over pairs."""
+
+from __future__ import annotations
+
+import csv
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, astuple, dataclass, fields
+from pathlib import Path
+from typing import get_type_hints
+
+
+@dataclass(frozen=True)
+class Row:
+    """One merged network, or the ensemble of the sources.
+
+    Attributes:
+        group: the name of the :class:`~accuracy.experiments.Group`.
+        pair: the name of the pair in it.
+        sources: a digest of the source networks' weights.
+        stage: how much is merged, by the paper's name; empty for the ensemble.
+        matcher: by the name in the tables.
+        setting: the hyperparameters of the matcher.
+        refine: by name.
+        held_joint: joint accuracy on held-out training images, in percent; NaN where there is one setting.
+        held_mean: the mean accuracy over tasks there.
+        joint: joint accuracy on test images.
+        mean: the mean accuracy over tasks there.
+        tasks: accuracy of each task on test images, for people.
+        flops: of one forward for one image.
+        parameters: of the network.
+        seconds: that merging and evaluation took.
+    """
+
+    group: str
+    pair: str
+    sources: str
+    stage: str
+    matcher: str
+    setting: str
+    refine: str
+    held_joint: float
+    held_mean: float
+    joint: float
+    mean: float
+    tasks: str
+    flops: int
+    parameters: int
+    seconds: float
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What tells rows apart."""
+        return astuple(self)[:7]
+
+
+class Results:
+    """The rows in a CSV file; a later row with the same key counts."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        types = get_type_hints(Row)
+        self.rows: dict[tuple[str, ...], Row] = {}
+        if path.exists():
+            with path.open(newline="", encoding="utf-8") as file:
+                for record in csv.DictReader(file):
+                    if None in record or None in record.values():
+                        continue  # the last line of a run that was killed while it wrote
+                    row = Row(**{name: types[name](value) for name, value in record.items()})
+                    self.rows[row.key] = row
+
+    def add(self, row: Row) -> None:
+        """Keep a row, in the file at once."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        begun = self.path.exists() and self.path.read_bytes().endswith(b"\n")
+        with self.path.open("a", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            if self.path.stat().st_size == 0:
+                writer.writerow(field.name for field in fields(Row))
+            elif not begun:
+                file.write("\n")
+            writer.writerow(astuple(row))
+        self.rows[row.key] = row
+
+
+@dataclass(frozen=True)
+class Mean:
+    """Accuracies of one way to merge, over the pairs of a group: means and sample standard deviations in percent."""
+
+    group: str
+    stage: str
+    matcher: str
+    setting: str
+    refine: str
+    pairs: int
+    joint: float
+    joint_std: float
+    mean: float
+    mean_std: float
+    flops: int
+    parameters: int
+
+
+def deviation(values: Sequence[float]) -> float:
+    """The sample standard deviation; NaN for a single value."""
+    return statistics.stdev(values) if len(values) > 1 else float("nan")
+
+
+def choose(rows: Iterable[Row]) -> list[list[Row]]:
+    """For each way to merge, the rows with the setting of its matcher that is the best on held-out images.
+
+    Settings are compared by their mean joint accuracy over pairs; those that were tried on fewer pairs do not count.
+
+    Returns:
+        The rows of one group, stage, matcher and refinement, a row for each pair.
+    """
+    ways: dict[tuple[str, ...], dict[str, dict[str, Row]]] = {}
+    for row in rows:
+        way = ways.setdefault((row.group, row.stage, row.matcher, row.refine), {})
+        way.setdefault(row.setting, {})[row.pair] = row
+    best = []
+    for settings in ways.values():
+        most = max(map(len, settings.values()))
+        complete = [list(by_pair.values()) for by_pair in settings.values() if len(by_pair) == most]
+        best.append(max(complete, key=lambda rows: statistics.fmean(row.held_joint for row in rows)))
+    return best
+
+
+def average(rows: Sequence[Row]) -> Mean:
+    """The mean of rows that differ in the pair alone."""
+    first = rows[0]
+    joint, mean = [row.joint for row in rows], [row.mean for row in rows]
+    return Mean(
+        first.group,
+        first.stage,
+        first.matcher,
+        first.setting,
+        first.refine,
+        len(rows),
+        statistics.fmean(joint),
+        deviation(joint),
+        statistics.fmean(mean),
+        deviation(mean),
+        first.flops,
+        first.parameters,
+    )
+
+
+def write_means(means: Sequence[Mean], path: Path) -> None:
+    """The means as a CSV file, accuracies to two decimals."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Mean)], lineterminator="\n")
+        writer.writeheader()
+        for row in means:
+            writer.writerow({k: f"{v:.2f}" if isinstance(v, float) else v for k, v in asdict(row).items()})
