@@ -148,6 +148,8 @@ class Calibration:
             key: FeatureStatistics([len(self.taps[name].block.starts)] * len(networks), dtype)
             for key, name in self.spaces.items()
         }
+        for each in self._statistics.values():
+            each.few = max(each.sizes)  # what waits is then no more than this, or multiplied in single precision
         self._waiting: dict[str, list[list[Tensor]]] = defaultdict(list)
 
     @property
@@ -169,15 +171,15 @@ class Calibration:
             self.lockstep.run([view_of(x, task) for task in self.tasks], self._observe)
 
     def _observe(self, node: str, values: list[Tensor]) -> None:
-        """Add samples; where they are much fewer than the features, together with those of the next batches.
+        """Add samples; where they are fewer than the features of a model, together with those of the next batches.
 
         Products are then few and large, and statistics, which are much larger than the samples, are added to once.
-        What waits takes an eighth of their memory.
+        What waits takes at most a 2N-th of their memory and one batch more.
         """
         for key in self.at_node.get(node, ()):
             statistics = self._statistics[key].to(values[0].device)
             features = [self._choose(self.taps[self.spaces[key]].features(value)) for value in values]
-            few = sum(statistics.sizes) // 4
+            few = statistics.few
             if features[0][0].numel() > few and key not in self._waiting:
                 statistics.update(features, features_first=True)
                 continue

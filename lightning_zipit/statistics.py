@@ -88,6 +88,7 @@ class FeatureStatistics(Metric):
         for name, shape in zip(STATES, [(), (size,), (size,), ()], strict=True):
             self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum", persistent=True)
         self._samples = 0  # since the origin was set
+        self.few = size  # up to so many samples, Gram matrices are taken in float64
         self._shrink_default()
         self.comoment = torch.zeros(size, size, dtype=torch.float64)  # once: `add_state` would keep a copy
 
@@ -129,9 +130,8 @@ class FeatureStatistics(Metric):
         if not self._samples:
             self._set_origin(features)
         self._samples += samples
-        # Fewer samples than features: copies of a feature are told apart from near copies by the last digits, and the
-        # product is cheap.
-        dtype = torch.float64 if self._samples <= size else self.gram_dtype
+        # Few samples: copies of a feature are told apart from near copies by the last digits, and the product is cheap.
+        dtype = torch.float64 if self._samples <= self.few else self.gram_dtype
         dtype = torch.promote_types(features[0].dtype, dtype)
         rows = torch.empty(size, *features[0].shape[1:], dtype=dtype, device=features[0].device)
         origins = self.origin.to(dtype).split(self.sizes)
