@@ -37,13 +37,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from cifar10 import ResNet20
 
 from lightning_zipit import MergeGraph, MergeSettings, merge_backbones, trace
+from lightning_zipit.announce import quiet
 from lightning_zipit.calibration import Calibration, statistics_bytes
 from lightning_zipit.functional import greedy_zip
 from lightning_zipit.matchers import GreedyZip
 from lightning_zipit.merging import SpaceMap, families, match, similarity_from
 from lightning_zipit.rebuild import build_merged
 from lightning_zipit.report import measure_cost
-from lightning_zipit.sweep import quiet
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
+from lightning_zipit.announce import quiet
 from lightning_zipit.collectives import rank_and_size, share
 from lightning_zipit.errors import ConfigurationError
 from lightning_zipit.matchers import GreedyZip
@@ -155,7 +154,7 @@ class Search(Plan):
         }
         wanted: list[Literal["minimize", "maximize"]] = ["maximize" if mode == "max" else "minimize", "minimize"]
         if study is None:
-            with _silent():
+            with quiet("optuna"):
                 study = optuna.create_study(directions=wanted, sampler=optuna.samplers.TPESampler(seed=0))
         self.study = study
         self._check(wanted)
@@ -201,7 +200,7 @@ class Search(Plan):
     def _ask(self, asked: list[Trial]) -> dict[str, Any]:
         if rank_and_size()[0] != 0:
             return {}
-        with _silent():
+        with quiet("optuna"):
             asked.append(self.study.ask(self.distributions))
         return asked[0].params
 
@@ -216,25 +215,13 @@ class Search(Plan):
         return settings
 
     def _tell(self, trial: Trial, row: SweepRow) -> None:
-        with _silent():
+        with quiet("optuna"):
             if row.error:
                 from optuna.trial import TrialState
 
                 self.study.tell(trial, state=TrialState.FAIL)
             else:
                 self.study.tell(trial, [row.metrics[self.metric], row.flops][: len(self.study.directions)])
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """No information from Optuna, which has a line for every trial: a sweep has a bar."""
-    logger = logging.getLogger("optuna")
-    level = logger.level
-    logger.setLevel(max(level, logging.WARNING))
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def make_plan(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -18,6 +17,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lightning_zipit._lightning import unsupported_strategy
+from lightning_zipit.announce import quiet
 from lightning_zipit.calibration import statistics_bytes
 from lightning_zipit.errors import CalibrationError, ConfigurationError, StatisticsError, ZipItError
 from lightning_zipit.evaluation import Evaluation
@@ -220,18 +220,6 @@ class Sweep:
                 yield lambda text, steps: bar.update(task, description=text, advance=steps)
         finally:
             callbacks[:] = before
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """No information from Lightning: each merge and validation would say the same again."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(max(level, logging.WARNING))
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _with_costs(row: SweepRow, cost: Cost, report: MergeReport) -> SweepRow:
