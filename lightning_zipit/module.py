@@ -21,7 +21,7 @@ from lightning_zipit.files import replacing
 from lightning_zipit.multihead import MultiHeadModule, split_merged
 from lightning_zipit.session import MergeSession
 from lightning_zipit.settings import MergeSettings
-from lightning_zipit.sources import DelegatedTransfers, find_input, find_problems, get_backbone, name_tasks
+from lightning_zipit.sources import DelegatedTransfers, find_input, find_inputs, find_problems, get_backbone, name_tasks
 from lightning_zipit.views import Inputs, any_view, check_views
 from lightning_zipit.widths import changes_size
 
@@ -247,7 +247,7 @@ class ZipItModule(DelegatedTransfers, LightningModule):
             The number of samples.
         """
         assert self.session is not None
-        x = check_views(self._find_input(batch), self.models)
+        x = check_views(find_inputs(batch, self.models, self.get_input), self.models)
         index, loader = divmod(dataloader_idx, self._loaders_per_pass())
         if index < self.session.calibration_passes:
             self.session.calibrate(x, self._networks(), index, loader)
@@ -257,11 +257,6 @@ class ZipItModule(DelegatedTransfers, LightningModule):
                 self.session.start_refining(self._networks(), any_view(x).device)
             self.session.refine(x, self._tasks_of(dataloader_idx))
         return len(any_view(x))
-
-    def _find_input(self, batch: Any) -> Inputs:
-        if self.get_input is find_input and isinstance(batch, Mapping) and all(task in batch for task in self.models):
-            return {task: find_input(batch[task]) for task in self.models}
-        return self.get_input(batch)
 
     def finish(self) -> None:
         """After the last batch: complete the merge and build the merged module."""

@@ -33,6 +33,7 @@ from lightning_zipit.sources import (
     DelegatedTransfers,
     describe_source,
     find_input,
+    find_inputs,
     find_problems,
     get_backbone,
     make_shell,
@@ -156,7 +157,7 @@ class MultiTaskModule(DelegatedTransfers, LightningModule):
             dataloaders: such as those of the calibration: one per task in a sequence or dict, which count the same, or
                 a single loader with about equally many samples of each task.
             get_input: from a batch to the backbone's input, or to one for each task by name; by default the batch, its
-                first item, or a well-known key.
+                first item, or a well-known key, or those of a batch with the tasks as keys.
 
         Returns:
             A temperature by task.
@@ -168,7 +169,7 @@ class MultiTaskModule(DelegatedTransfers, LightningModule):
         loaders = list(dataloaders.values()) if isinstance(dataloaders, Mapping) else dataloaders
         with evaluating(self):
             seen = [
-                [self(like(get_input(batch), self)) for batch in loader]
+                [self(like(find_inputs(batch, self.tasks, get_input), self)) for batch in loader]
                 for loader in (loaders if isinstance(loaders, (list, tuple)) else [loaders])
             ]
         outputs = list(itertools.chain(*seen))

@@ -7,7 +7,7 @@ import importlib
 import inspect
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch._dynamo import OptimizedModule
 
 from lightning_zipit._lightning import forget_compilation
 from lightning_zipit.errors import CalibrationError, CheckpointError, ConfigurationError
+from lightning_zipit.views import Inputs
 
 INPUT_KEYS = ("x", "image", "images", "img", "input", "inputs", "pixel_values", "data", "features")
 """Where a batch that is a dict is looked into for the network's input."""
@@ -134,6 +135,17 @@ def find_input(batch: Any) -> Tensor:
         f"{type(batch).__name__}{content}. Say it "
         "with `get_input`, for example get_input=lambda batch: batch['pixels']."
     )
+
+
+def find_inputs(batch: Any, tasks: Collection[str], get_input: Callable[[Any], Inputs] = find_input) -> Inputs:
+    """The inputs of all models in a batch: what ``get_input`` finds, or by default those of a batch by task.
+
+    Raises:
+        CalibrationError: if there is none; it says how to name it.
+    """
+    if get_input is find_input and isinstance(batch, Mapping) and all(task in batch for task in tasks):
+        return {task: find_input(batch[task]) for task in tasks}
+    return get_input(batch)
 
 
 def describe_source(model: LightningModule) -> dict[str, Any]:

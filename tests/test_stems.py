@@ -270,6 +270,7 @@ def test_a_batch_with_the_tasks_as_keys_is_a_dict_of_views(models, merged):
     batches = [{"rgb": (x, y), "gray": (gray(x), y)} for x, y in COLOUR]
     how = {"backbone": "net", "start_at": "body"}
     assert equal(ZipIt(trainer()).merge(models, [batches, batches], **how), merged)
+    assert merged.fit_temperatures([batches, batches]) == merged.fit_temperatures([COLOUR, COLOUR], views)
 
 
 @pytest.mark.parametrize(
