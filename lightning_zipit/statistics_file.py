@@ -87,9 +87,15 @@ class CalibrationStatistics:
         return zeros_like_sample((self.input_dtype, self.input_shape))
 
     def example_of(self, tasks: Sequence[str]) -> Inputs:
-        """:attr:`example`, or that of each task where each has a view of its own."""
+        """:attr:`example`, or that of each task where each has a view of its own.
+
+        Raises:
+            StatisticsError: if there is not one view for each task.
+        """
         if not self.views:
             return self.example.clone()
+        if len(self.views) != len(tasks):
+            raise StatisticsError(f"The statistics are of {len(self.views)} views of a sample, for {len(tasks)} tasks.")
         return {task: zeros_like_sample(view).clone() for task, view in zip(tasks, self.views, strict=True)}
 
     def __add__(self, other: CalibrationStatistics) -> CalibrationStatistics:
@@ -178,8 +184,9 @@ class CalibrationStatistics:
                 header.get("start_at"),
                 tuple((str(dtype), tuple(map(int, shape))) for dtype, shape in header.get("views", ())),
             )
-            if not known.example.numel():
-                raise ValueError(f"samples of the shape {known.input_shape} hold nothing")
+            for dtype, shape in ((known.input_dtype, known.input_shape), *known.views):
+                if not zeros_like_sample((dtype, shape)).numel():
+                    raise ValueError(f"samples of the shape {shape} hold nothing")
         except Exception as error:  # whatever a damaged file makes of its parts
             raise StatisticsError(
                 f"{path} cannot be read as a statistics file: {error}. Delete it, or name another, to gather anew."

@@ -1,6 +1,7 @@
 """Separate stems, a merged middle, separate heads."""
 
 import copy
+import dataclasses
 import pickle
 
 import pytest
@@ -264,6 +265,12 @@ def test_statistics_hold_the_inputs_of_all_and_where_the_trunk_starts(models, me
     assert (known + known).example_of(TASKS)["gray"].shape == (1, 1, 8, 8)
     with pytest.raises(StatisticsError, match=r"start_at='body', and this merge has start_at='body\.1'"):
         ZipIt(trainer()).merge(models, backbone="net", start_at="body.1", refine=None, statistics=file)
+    dataclasses.replace(known, views=(("no_type", (3, 8, 8)), known.views[1])).save(file)
+    with pytest.raises(StatisticsError, match="cannot be read as a statistics file"):
+        CalibrationStatistics.load(file)
+    dataclasses.replace(known, views=known.views[:1]).save(file)
+    with pytest.raises(StatisticsError, match="of 1 views of a sample, for 2 tasks"):
+        ZipIt(trainer()).merge(models, backbone="net", start_at="body", refine=None, statistics=file)
 
 
 def test_a_batch_with_the_tasks_as_keys_is_a_dict_of_views(models, merged):
