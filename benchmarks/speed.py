@@ -1,6 +1,7 @@
 """Times and memory, as ratios that are measured side by side in one run: ``make bench``.
 
 python benchmarks/speed.py [--only matching calibration …] [--json FILE] [--write docs/performance.md]
+python benchmarks/speed.py --device cuda [--batch-size 256] [--json FILE]
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from lightning_zipit import MergeGraph, MergeSettings, merge_backbones, trace
 from lightning_zipit.announce import quiet
 from lightning_zipit.calibration import Calibration, statistics_bytes
 from lightning_zipit.functional import greedy_zip
+from lightning_zipit.layout import Layout, channels_last
 from lightning_zipit.matchers import GreedyZip
 from lightning_zipit.merging import SpaceMap, families, match, similarity_from
 from lightning_zipit.rebuild import build_merged
@@ -71,6 +73,8 @@ class Ratio:
 def seconds(work: Callable[[], Any]) -> float:
     start = time.perf_counter()
     work()
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
@@ -139,10 +143,13 @@ def matching_of(kind: str, matrices: dict[int, Tensor], repeats: int) -> Iterato
 # Calibration
 
 
-def resnet50s(batches: int = 12) -> tuple[MergeGraph, dict[str, nn.Module], list[Tensor]]:
+def resnet50s(
+    batches: int = 12, batch_size: int = 8, device: str = "cpu"
+) -> tuple[MergeGraph, dict[str, nn.Module], list[Tensor]]:
     torch.manual_seed(0)
-    networks = {task: torchvision.models.resnet50(num_classes=10).eval() for task in "ab"}
-    return trace(networks["a"]), networks, [torch.randn(8, 3, 224, 224) for _ in range(batches)]
+    networks = {task: torchvision.models.resnet50(num_classes=10).eval().to(device) for task in "ab"}
+    graph = trace(networks["a"])
+    return graph, networks, [torch.randn(batch_size, 3, 224, 224).to(device) for _ in range(batches)]
 
 
 def forwards(networks: Sequence[nn.Module], batches: Sequence[Tensor]) -> None:
@@ -154,9 +161,9 @@ def forwards(networks: Sequence[nn.Module], batches: Sequence[Tensor]) -> None:
 def calibrate(
     graph: MergeGraph, networks: dict[str, nn.Module], batches: Sequence[Tensor], positions: int | None = None
 ) -> Calibration:
-    calibration = Calibration(graph, networks, positions=positions)
+    calibration, layout = Calibration(graph, networks, positions=positions), Layout()
     for x in batches:
-        calibration.update(x)
+        calibration.update(layout(x, networks))
     assert calibration.statistics  # what waits is added
     return calibration
 
@@ -169,15 +176,55 @@ def calibration(repeats: int) -> Iterator[Ratio]:
         lambda: plain_calibrate(graph, sources, batches), lambda: forwards(sources, batches), max(1, repeats // 2)
     )
     yield Ratio.of("calibration as the paper describes it, two ResNet-50s, 8 × 3 × 224 × 224", against, plainly)
+    for images, given in (("", batches), (" with the channels last", [channels_last(x) for x in batches])):
+        for positions in (None, 64):
+            ratios = in_turn(
+                lambda: calibrate(graph, networks, given, positions),  # noqa: B023 (called at once)
+                lambda: forwards(sources, given),  # noqa: B023
+                repeats,
+            )
+            what = f"`positions={positions}`" if positions else "all positions"
+            yield Ratio.of(f"calibration, {what}", against + (images and f", images{images}"), ratios)
+
+
+def products(graph: MergeGraph, samples: dict[str, int], rate: float) -> float:
+    """The seconds that half of the products of all features with all take, at so many multiplications in a second."""
+    return sum((2 * graph.spaces[name].size) ** 2 / 2 * count for name, count in samples.items()) / rate
+
+
+def accelerator(repeats: int, device: str, batch_size: int) -> Iterator[Ratio]:
+    """What is measured on another device than the CPU, with the limit that its rate of multiplication sets."""
+    matrix = correlations_of((4096,))[4096]
+    here, there = matrix.to(device), seconds(lambda: greedy_zip(matrix, 2, 2048, 0.1, 1.0))
+    greedy_zip(here, 2, 2048, 0.1, 1.0)
+    ratios = [seconds(lambda: greedy_zip(here, 2, 2048, 0.1, 1.0)) / there for _ in range(repeats)]
+    yield Ratio.of(f"`greedy_zip`, correlations of two ResNet-50s on {device}, n = 4096", "on the CPU", ratios)
+    graph, networks, batches = resnet50s(4, batch_size, device)
+    sources, shape = list(networks.values()), f"{batch_size} × 3 × 224 × 224 on {device}"
+    factor = torch.randn(4096, 4096, device=device)
+    rate = 4096**3 / min(seconds(lambda: factor @ factor) for _ in range(5))
+    forward = min(seconds(lambda: forwards(sources, batches)) for _ in range(3))
     for positions in (None, 64):
+        found = calibrate(graph, networks, batches, positions)
+        counts = {name: int(found.statistics[key].count) for key, name in found.spaces.items()}
+        least = 1 + products(graph, counts, rate) / forward
+        del found
         ratios = in_turn(
             lambda: calibrate(graph, networks, batches, positions),  # noqa: B023 (called at once)
             lambda: forwards(sources, batches),
             repeats,
         )
-        yield Ratio.of(
-            "calibration" + (f", `positions={positions}`" if positions else ", all positions"), against, ratios
-        )
+        what = f"`positions={positions}`" if positions else "all positions"
+        yield Ratio.of(f"calibration, {what}, two ResNet-50s, {shape}", "forwards of both", ratios)
+        yield Ratio.of(f"the least that products alone allow, {what}", "forwards of both", [least])
+    if torch.cuda.is_initialized():
+        held, peaks = sum(statistics_bytes(graph, space, 2) for space in graph.spaces), []
+        for work in (lambda: calibrate(graph, networks, batches), lambda: forwards(sources, batches)):
+            torch.cuda.reset_peak_memory_stats()
+            work()
+            peaks.append(torch.cuda.max_memory_allocated())
+        what = f"peak memory of calibration, less the statistics, {shape}"
+        yield Ratio.of(what, "forwards, one network after the other", [(peaks[0] - held) / peaks[1]])
 
 
 def resident_bytes() -> int:
@@ -364,6 +411,8 @@ def as_markdown(rows: Sequence[Ratio]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--device", help="measure there what another device than the CPU changes, and nothing else")
+    parser.add_argument("--batch-size", type=int, default=256, help="of the images on that device")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--write", type=Path, help="a page with the marks that the table stands between")
@@ -375,8 +424,11 @@ def main() -> None:
         if arguments.grow:
             grow(arguments.grow)
             return
-        for name in arguments.only:
-            for row in PARTS[name](arguments.repeats):
+        parts = [partial(PARTS[name], arguments.repeats) for name in arguments.only]
+        if arguments.device:
+            parts = [partial(accelerator, arguments.repeats, arguments.device, arguments.batch_size)]
+        for part in parts:
+            for row in part():
                 print(f"{row.what}, against {row.against}: {row}", flush=True)
                 rows.append(row)
     table = Table("what", "against", "ratio")

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from lightning_zipit.errors import CalibrationError, StatisticsError
 from lightning_zipit.graph import MergeGraph, Tap
 from lightning_zipit.graph.record import IN_PLACE
-from lightning_zipit.statistics import FeatureStatistics, Moments, sum_over_processes
+from lightning_zipit.statistics import FeatureStatistics, Moments, empty_like_features, sum_over_processes
 from lightning_zipit.views import Inputs, any_view, view_of
 
 
@@ -150,13 +150,14 @@ class Calibration:
         }
         for each in self._statistics.values():
             each.few = max(each.sizes)  # what waits is then no more than this, or multiplied in single precision
-        self._waiting: dict[str, list[list[Tensor]]] = defaultdict(list)
+        self._waiting: dict[str, Waiting] = {}
 
     @property
     def statistics(self) -> dict[str, FeatureStatistics]:
         """The statistics of all samples so far, by the key of the tap."""
-        for key in list(self._waiting):
-            self._add_waiting(key)
+        for waiting in self._waiting.values():
+            waiting.flush()
+        self._waiting.clear()
         return self._statistics
 
     def update(self, x: Inputs) -> None:
@@ -177,33 +178,33 @@ class Calibration:
         What waits takes at most a 2N-th of their memory and one batch more.
         """
         for key in self.at_node.get(node, ()):
-            statistics = self._statistics[key].to(values[0].device)
+            statistics = self._statistics[key]
+            if statistics.comoment.device != values[0].device:
+                statistics.to(values[0].device)
             features = [self._choose(self.taps[self.spaces[key]].features(value)) for value in values]
-            few = statistics.few
-            if features[0][0].numel() > few and key not in self._waiting:
-                statistics.update(features, features_first=True)
-                continue
-            self._waiting[key].append([copied(feature, value) for feature, value in zip(features, values, strict=True)])
-            if sum(feature.shape[1] for feature, *_ in self._waiting[key]) > few:
-                self._add_waiting(key)
+            if key not in self._waiting:
+                if features[0][0].numel() > statistics.few:
+                    statistics.update(features, features_first=True)
+                    continue
+                self._waiting[key] = Waiting(statistics, features)
+            self._waiting[key].add(features)
 
     def _choose(self, features: Tensor) -> Tensor:
         """Some positions of every sample, ``(features, batch, …)`` to ``(features, batch, positions)``."""
         if self._marks is None or features.ndim < 3 or features.shape[1] % len(self._marks):
             return features
         assert self.positions is not None
-        flat = features.flatten(2)
-        size = flat.shape[2]
+        batch, size = features.shape[1], features[0, 0].numel()
         if size <= self.positions:
             return features
         if size not in self._chosen:
             self._chosen[size] = choose_positions(self._marks, size, self.positions)
-        index = self._chosen[size].repeat_interleave(flat.shape[1] // len(self._marks), 0)  # windows are samples
-        return flat.gather(2, index.expand(len(flat), -1, -1))
-
-    def _add_waiting(self, key: str) -> None:
-        batches = self._waiting.pop(key)
-        self._statistics[key].update([torch.cat(parts, 1) for parts in zip(*batches, strict=True)], features_first=True)
+        index = self._chosen[size].repeat_interleave(batch // len(self._marks), 0)  # windows are samples
+        if features.stride(0) == 1:  # the features of a position lie next to each other
+            rows = features.flatten(1).T
+            index = index + size * torch.arange(batch, device=index.device)[:, None]
+            return rows.index_select(0, index.flatten()).view(batch, -1, rows.shape[1]).movedim(2, 0)
+        return features.flatten(2).gather(2, index.expand(len(features), -1, -1))
 
     def restore(self, known: Mapping[str, FeatureStatistics]) -> None:
         """Add statistics that were gathered before, by tap; they are used up.
@@ -284,10 +285,42 @@ class Calibration:
         return Moments(moments.count, torch.stack(means).mean(0), torch.stack(covariances).sum(0))
 
 
-def copied(features: Tensor, value: Tensor) -> Tensor:
-    """Features as ``(features, samples)`` that no operator of the network that works in place can change."""
-    flat = features.flatten(1)
-    return flat.clone() if flat.untyped_storage().data_ptr() == value.untyped_storage().data_ptr() else flat
+class Waiting:
+    """Samples that are added to statistics together, once they are more than the features of a model.
+
+    Args:
+        statistics: what they are added to.
+        features: the first of them, of each model ``(C_i, samples, …)``.
+    """
+
+    def __init__(self, statistics: FeatureStatistics, features: Sequence[Tensor]) -> None:
+        self.statistics = statistics
+        first = features[0].flatten(1)
+        room = first[:, :1].expand(-1, statistics.few + first.shape[1])
+        with torch.inference_mode(False):  # may then be written to in either mode
+            self.rows = empty_like_features(sum(statistics.sizes), room, first.dtype)
+        self.filled = 0
+
+    def add(self, features: Sequence[Tensor]) -> None:
+        """Copy samples of each model, ``(C_i, samples, …)``: no operator that works in place can change them here."""
+        samples = features[0][0].numel()
+        if self.filled + samples > self.rows.shape[1]:  # a batch larger than the first
+            self.flush()
+        if samples > self.rows.shape[1]:
+            self.statistics.update(features, features_first=True)
+            return
+        free = self.rows[:, self.filled : self.filled + samples].unflatten(1, features[0].shape[1:])
+        for part, feature in zip(free.split(self.statistics.sizes), features, strict=True):
+            part.copy_(feature)
+        self.filled += samples
+        if self.filled > self.statistics.few:
+            self.flush()
+
+    def flush(self) -> None:
+        """Add what waits."""
+        if self.filled:
+            self.statistics.consume(self.rows[:, : self.filled])
+            self.filled = 0
 
 
 def marks(x: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from lightning_zipit.graph.agreement import trace_all
 from lightning_zipit.graph.joined import Joined
 from lightning_zipit.graph.taps import before_activations, tapped_by_all
 from lightning_zipit.graph.verify import find_failing
+from lightning_zipit.layout import Layout
 from lightning_zipit.maps import DenseMap, SpaceMap
 from lightning_zipit.matchers import CCA, AnyWidthMatcher, Average, DualSpace
 from lightning_zipit.merging import (
@@ -148,6 +149,7 @@ class MergeSession:
             self._weights = tuple(float(of_tasks.count(name)) for name in self._names)
         self.graphs: dict[str, MergeGraph] = {}
         self.merged: MergedBackbone | None = None
+        self._layout = Layout()
         self._calibration: Calibration | None = None
         self._choices: dict[str, tuple[int, ...]] = {}  # per space, the widths that it may have
         self._size_notes: tuple[str, ...] = ()
@@ -224,7 +226,7 @@ class MergeSession:
             self._seen[loader] = before + count
         if self._record is not None and self._record.is_known(loader, before, count):
             return
-        self._calibration.update(x)
+        self._calibration.update(self._layout(x, networks))
         if first:
             self._calibration.check_finite()
         if self._record is not None:
@@ -542,7 +544,7 @@ class MergeSession:
             x: an input of the backbones, or one of each by task.
             tasks: the tasks that the batch belongs to.
         """
-        x = check_views(x, self.backbones)
+        x = self._layout(check_views(x, self.backbones), self._networks)
         if isinstance(self.settings.refinement, LayerByLayer):
             self._kept.append(x)
             return

@@ -15,7 +15,7 @@ from lightning_zipit.collectives import all_reduce_sums
 
 STATES = ("count", "origin", "total", "comoment")
 
-LEAF = 64
+LEAF = 128
 """Rows of a product that are not worth halving."""
 
 AT_ONCE = 2**22
@@ -123,8 +123,20 @@ class FeatureStatistics(Metric):
                 if parts[0].numel():
                     self._add_samples(parts)
 
-    def _add_samples(self, features: Sequence[Tensor]) -> None:
-        """Add samples of each model, ``(C_i, samples, …)``: one pass that shifts and copies them, and one product."""
+    def consume(self, rows: Tensor) -> None:
+        """Add samples, and use their memory for what is computed of them: afterwards they mean nothing.
+
+        Args:
+            rows: the features of all models ``(n, samples)``.
+        """
+        with torch.no_grad(), full_precision(rows.device.type):
+            self._add_samples(rows.split(self.sizes), rows)
+
+    def _add_samples(self, features: Sequence[Tensor], room: Tensor | None = None) -> None:
+        """Add samples of each model, ``(C_i, samples, …)``: one pass that shifts and copies them, and one product.
+
+        Where there is room of the right type for what is shifted, ``(n, samples)``, it is used.
+        """
         samples, size = features[0][0].numel(), sum(self.sizes)
         self._unseal()
         if not self._samples:
@@ -133,11 +145,11 @@ class FeatureStatistics(Metric):
         # Few samples: copies of a feature are told apart from near copies by the last digits, and the product is cheap.
         dtype = torch.float64 if self._samples <= self.few else self.gram_dtype
         dtype = torch.promote_types(features[0].dtype, dtype)
-        rows = torch.empty(size, *features[0].shape[1:], dtype=dtype, device=features[0].device)
+        rows = empty_like_features(size, features[0], dtype) if room is None or room.dtype != dtype else room
         origins = self.origin.to(dtype).split(self.sizes)
         for part, feature, origin in zip(rows.split(self.sizes), features, origins, strict=True):
             torch.sub(feature, origin.view(-1, *[1] * (feature.ndim - 1)), out=part)
-        rows = rows.view(size, samples)
+        rows = rows.flatten(1)
         self.count += samples
         self.total += rows.mean(1).double() * samples
         add_gram(self.comoment, rows)
@@ -285,6 +297,14 @@ def add_gram(total: Tensor, rows: Tensor) -> None:
     total[first, second] += rows[first] @ rows[second].T
     for half in (first, second):
         add_gram(total[half, half], rows[half])
+
+
+def empty_like_features(size: int, features: Tensor, dtype: torch.dtype) -> Tensor:
+    """Room for ``(size, …)``, with features in memory as those of ``(C, …)``: next to each other, or far apart."""
+    positions = features.shape[1:]
+    if features.stride(0) == 1:  # the layout of channels_last
+        return features.new_empty(*positions, size, dtype=dtype).movedim(-1, 0)
+    return features.new_empty(size, *positions, dtype=dtype)
 
 
 def mean_by_first(features: Tensor) -> Tensor:
