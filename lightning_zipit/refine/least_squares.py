@@ -21,16 +21,15 @@ def patches(layer: Fitted, x: Tensor, positions: Tensor | None = None) -> Tensor
     Args:
         layer: a convolution of one or two dimensions, or a linear layer.
         x: its input.
-        positions: which output positions to take, counted row by row; all by default.
+        positions: which output positions to take of every sample, counted row by row, ``(batch, count)``; all by
+            default.
 
     Returns:
         ``(groups, samples × positions, inputs of a group)``; the product with the weights of the group, ``(outputs,
         inputs)``, is the layer's output without bias.
     """
     if isinstance(layer, nn.Linear):
-        rows = x.reshape(len(x), -1, x.shape[-1])
-        chosen = rows if positions is None else rows[:, positions]
-        return chosen.reshape(1, -1, x.shape[-1])
+        return taken(x.reshape(len(x), -1, x.shape[-1]), positions).reshape(1, -1, x.shape[-1])
     if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
         mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
         x = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
@@ -44,16 +43,21 @@ def patches(layer: Fitted, x: Tensor, positions: Tensor | None = None) -> Tensor
         columns = F.unfold(x.unsqueeze(2), *sizes)
     else:
         columns = F.unfold(x, layer.kernel_size, layer.dilation, padding, layer.stride)
-    if positions is not None:
-        columns = columns[..., positions]
-    grouped = columns.unflatten(1, (layer.groups, -1))  # (batch, groups, inputs, positions)
-    return grouped.permute(1, 0, 3, 2).flatten(1, 2)
+    grouped = taken(columns.mT, positions).unflatten(2, (layer.groups, -1))  # (batch, positions, groups, inputs)
+    return grouped.movedim(2, 0).flatten(1, 2)
 
 
 def samples(layer: Fitted, value: Tensor, positions: Tensor | None = None) -> Tensor:
     """Values of the shape of a layer's output, ``(samples × positions, outputs)``, in the order of :func:`patches`."""
     rows = value.reshape(len(value), -1, value.shape[-1]) if isinstance(layer, nn.Linear) else value.flatten(2).mT
-    return (rows if positions is None else rows[:, positions]).flatten(0, 1)
+    return taken(rows, positions).flatten(0, 1)
+
+
+def taken(rows: Tensor, positions: Tensor | None) -> Tensor:
+    """Of ``(batch, positions, …)``, those in ``(batch, count)``, or all."""
+    if positions is None:
+        return rows
+    return rows[torch.arange(len(rows), device=rows.device)[:, None], positions]
 
 
 class NormalEquations:

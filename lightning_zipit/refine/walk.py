@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, fx, nn
 
-from lightning_zipit.calibration import Beginning
+from lightning_zipit.calibration import Beginning, choose_positions, marks
 from lightning_zipit.collectives import rank_and_size
 from lightning_zipit.graph import AxisRef, MergeGraph
 from lightning_zipit.graph.joined import UNMERGE, Joined
@@ -21,7 +21,7 @@ from lightning_zipit.refine.layers import Fitted, Layer, Norm, find_stops, group
 from lightning_zipit.refine.least_squares import MOST_INPUTS, NormalEquations, patches, samples, solve_layer
 from lightning_zipit.refine.repair import OutputMoments, rescale_layer
 from lightning_zipit.refine.settings import LayerByLayer, LeastSquares
-from lightning_zipit.views import Inputs, view_of
+from lightning_zipit.views import Inputs, any_view, view_of
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,7 @@ class Walk:
         self.models, self.shares = models, model_shares(len(leads), weights)
         self.heads, self.sources, self.graphs, self.maps, self.how = heads, sources, graphs, maps, how
         self.batches = batches
+        self.marks = [marks(any_view(x)) for x in batches]
         self.graph = next(iter(graphs.values()))
         self.nodes = list(self.graph.trunk_graph())
         crossing = {crossing.node for crossing in self.graph.crossings}
@@ -148,13 +149,13 @@ class Walk:
             def zip_of(name: str) -> Zip:
                 return Zip(self.shares, self.graph.axes.get(f"{name}.weight", (None,))[0], self.maps)
 
-            return _Part(self.trunk, zip_of, self.how, len(self.paths))
+            return _Part(self.trunk, zip_of, self.how, self.marks, len(self.paths))
         task = part.partition(".")[2]
         if not self.head_nodes[task]:
-            return _Part(Frontier([], 0, self._begin, limit), lambda _: Zip(torch.ones(1)), self.how)
+            return _Part(Frontier([], 0, self._begin, limit), lambda _: Zip(torch.ones(1)), self.how, [])
         runs = [Run(network, self.head_nodes[task]) for network in (self.heads[task], self.sources[task])]
         frontier = Frontier(runs, len(self.batches), lambda batch: self._begin_head(task, batch), limit)
-        return _Part(frontier, lambda _: Zip(torch.ones(1)), self.how)
+        return _Part(frontier, lambda _: Zip(torch.ones(1)), self.how, self.marks)
 
     def _begin(self, batch: int) -> list[Values]:
         """What the merged trunk starts from for each path, and each source."""
@@ -198,14 +199,21 @@ def _cloned(value: Any) -> Any:
 class _Part:
     """The trunk or a head on its way: takes it, and its sources, from stop to stop."""
 
-    def __init__(self, frontier: Frontier, zip_of: Callable[[str], Zip], how: LayerByLayer, paths: int = 1) -> None:
+    def __init__(
+        self,
+        frontier: Frontier,
+        zip_of: Callable[[str], Zip],
+        how: LayerByLayer,
+        marks: Sequence[Tensor],
+        paths: int = 1,
+    ) -> None:
         self.frontier, self.zip_of, self.how = frontier, zip_of, how
+        self.marks = marks  # of the samples of each batch
         self.paths = paths  # how often the merged network runs; the sources come behind
         if frontier.runs:
             self.merged = frontier.runs[0].network
             self.position = {node: number for number, node in enumerate(frontier.runs[0].nodes)}
         self.sources_at = 0
-        self.generator = torch.Generator().manual_seed(0)  # the same positions on every process
 
     def visit(self, stops: Sequence[Layer | Norm]) -> Iterator[tuple[str, float | None]]:
         for stop in stops:
@@ -220,19 +228,23 @@ class _Part:
 
     def _batches(
         self, stop: Layer | Norm, target: fx.Node | None = None
-    ) -> Iterator[tuple[list[Values], list[Values]]]:
-        """Per batch, the values of the merged network before a stop, and of the sources right behind a target."""
+    ) -> Iterator[tuple[Tensor, list[Values], list[Values]]]:
+        """Per batch its marks, the values of the merged network before a stop, and of the sources behind a target."""
         if target is not None:
             self.sources_at = max(self.sources_at, self.position[target] + 1)
         sources = len(self.frontier.runs) - self.paths
-        for values in self.frontier.visit([self.position[stop.node]] * self.paths + [self.sources_at] * sources):
-            yield values[: self.paths], values[self.paths :]
+        ends = [self.position[stop.node]] * self.paths + [self.sources_at] * sources
+        for numbers, values in zip(self.marks, self.frontier.visit(ends), strict=True):
+            yield numbers + self.position[stop.node], values[: self.paths], values[self.paths :]
 
-    def _positions(self, layer: Fitted, value: Tensor) -> Tensor | None:
+    def _positions(self, layer: Fitted, value: Tensor, marks: Tensor) -> Tensor | None:
+        """Positions of every sample that depend on the sample and the layer alone, so that all processes agree."""
         count = value[0].numel() // (value.shape[-1] if isinstance(layer, nn.Linear) else value.shape[1])
         if self.how.positions is None or count <= self.how.positions:
             return None
-        return torch.randperm(count, generator=self.generator)[: self.how.positions].to(value.device)
+        each, rest = divmod(len(value), len(marks))  # windows are samples
+        own = marks.repeat_interleave(each) if not rest else marks.new_zeros(len(value))
+        return choose_positions(own, count, self.how.positions)
 
     def _solve(self, stop: Layer, how: LeastSquares) -> float | None:
         layer, norm = layer_of(self.merged, stop)
@@ -241,8 +253,8 @@ class _Part:
             return None
         zipped = self.zip_of(stop.name)
         equations = NormalEquations(groups, inputs, outputs // groups, layer.weight.device)
-        for merged, sources in self._batches(stop, stop.target):
-            chosen = self._positions(layer, sources[0][stop.target])
+        for numbers, merged, sources in self._batches(stop, stop.target):
+            chosen = self._positions(layer, sources[0][stop.target], numbers)
             wanted = zipped([samples(layer, each[stop.target], chosen) for each in sources])
             for values in merged:
                 target = wanted
@@ -260,8 +272,8 @@ class _Part:
         at = stop.norm or stop.node
         widths = [len(layer_of(run.network, stop)[0].weight) for run in self.frontier.runs[self.paths :]]
         wanted = [OutputMoments(size if zipped.mixes else width, device) for width in widths]
-        for merged, sources in self._batches(stop, at):
-            chosen = self._positions(layer, sources[0][at])
+        for numbers, merged, sources in self._batches(stop, at):
+            chosen = self._positions(layer, sources[0][at], numbers)
             for values in merged:
                 now.add(samples(layer, layer(values[stop.input]), chosen))
             rows = [samples(layer, each[at], chosen) for each in sources]
@@ -283,7 +295,7 @@ class _Part:
         norm = self.merged.get_submodule(stop.name)
         mean = norm.get_buffer("running_mean")
         now = OutputMoments(len(mean), mean.device)
-        for merged, _ in self._batches(stop):
+        for _, merged, _ in self._batches(stop):
             for values in merged:
                 now.add(values[stop.input].movedim(1, -1).flatten(0, -2))
         now.sum_over_processes()

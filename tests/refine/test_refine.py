@@ -52,7 +52,7 @@ def test_patches_times_weights_are_what_the_layer_gives(name):
     x = torch.randn(shape)
     groups = getattr(layer, "groups", 1)
     weight = layer.weight.flatten(1).unflatten(0, (groups, -1))
-    positions = torch.tensor([2, 0]) if x.ndim > 2 else None
+    positions = torch.tensor([[2, 0], [1, 2], [0, 1], [2, 1], [0, 2]])[: len(x)] if x.ndim > 2 else None
     for chosen in (None, positions):
         product = (patches(layer, x, chosen) @ weight.mT).movedim(0, 1).flatten(1) + layer.bias
         assert torch.allclose(product, samples(layer, layer(x), chosen), atol=1e-5)
