@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -48,31 +49,23 @@ class Run:
 class Frontier:
     """What some networks have computed of every batch, as far as they have come.
 
+    Values are kept where those of all batches fit into memory, and elsewhere computed from where they last did: of a
+    network whose activations become smaller on the way, only the first layers are run anew for every stop.
+
     Args:
         runs: the networks.
         count: the number of batches.
         begin: from the number of a batch to the values that each network starts from, for it to change.
-        limit: bytes that may be kept; where the values of all batches take more, they are computed anew from the
-            start for every stop.
+        limit: bytes that may be kept.
     """
 
     def __init__(self, runs: Sequence[Run], count: int, begin: Callable[[int], list[Values]], limit: int) -> None:
         self.runs = list(runs)
         self.count = count
         self._begin = begin
-        self._reached = [0] * len(self.runs)
-        self.kept = count > 0 and self._widest() * count <= limit
-        self._ended: set[tuple[int, int]] = set()
-        self._values = [begin(number) for number in range(count)] if self.kept else []
-
-    def _widest(self) -> int:
-        """The most bytes that the values of one batch take at once."""
-        values, most = self._begin(0), 0
-        for position in range(max(len(run.nodes) for run in self.runs)):
-            for run, held in zip(self.runs, values, strict=True):
-                run.advance(held, position, position + 1)
-            most = max(most, sum(map(count_bytes, values)))
-        return most
+        self._limit = limit
+        self._kept: list[list[Values]] = []  # per batch; nothing where all start from the beginning
+        self._reached = [0] * len(self.runs)  # by what is kept
 
     def visit(self, ends: Sequence[int]) -> Iterator[list[Values]]:
         """Take all batches to a stop.
@@ -83,29 +76,52 @@ class Frontier:
         Yields:
             Per batch, the values of each network.
         """
+        fits, ahead = False, []
         for number in range(self.count):
-            batch = self._values[number] if self.kept else self._begin(number)
-            starts = self._reached if self.kept else [0] * len(self.runs)
-            for run, values, start, end in zip(self.runs, batch, starts, ends, strict=True):
+            batch = self._kept[number] if fits and self._kept else self._copy(number, range(len(self.runs)))
+            for run, values, start, end in zip(self.runs, batch, self._reached, ends, strict=True):
                 run.advance(values, start, end)
+            if not number:
+                fits = self._fits(batch)
+            if fits:
+                ahead.append(batch)
             yield batch
-        self._reached = list(ends)
+        if fits:
+            self._kept, self._reached = ahead, list(ends)
+
+    def complete(self) -> None:
+        """Take all batches to the end of the networks, where that can be kept."""
+        ends = [len(run.nodes) for run in self.runs]
+        for batch in self.visit(ends):
+            if not self._fits(batch):
+                break
 
     def finish(self, batch: int, numbers: Sequence[int]) -> list[Values]:
-        """The values that some networks have at their end.
+        """The values that some networks have at their end, for the caller to change.
 
         Args:
             batch: the number of a batch.
             numbers: the numbers of the networks.
         """
-        values = self._values[batch] if self.kept else self._begin(batch)
-        for number in numbers:
+        found = self._copy(batch, numbers)
+        for number, values in zip(numbers, found, strict=True):
             run = self.runs[number]
-            if (batch, number) not in self._ended:
-                run.advance(values[number], self._reached[number] if self.kept else 0, len(run.nodes))
-            if self.kept:
-                self._ended.add((batch, number))
-        return [values[number] for number in numbers]
+            run.advance(values, self._reached[number], len(run.nodes))
+        return found
+
+    def _fits(self, batch: Sequence[Values]) -> bool:
+        return sum(map(count_bytes, batch)) * self.count <= self._limit
+
+    def _copy(self, batch: int, numbers: Sequence[int]) -> list[Values]:
+        """What a batch goes on from in some networks, for them to change."""
+        if not self._kept:
+            values = self._begin(batch)
+            return [values[number] for number in numbers]
+        memo: dict[int, Any] = {}  # what shares memory goes on to share it
+        return [
+            {node: copy.deepcopy(value, memo) for node, value in self._kept[batch][number].items()}
+            for number in numbers
+        ]
 
 
 def count_bytes(values: Mapping[fx.Node, Any]) -> int:

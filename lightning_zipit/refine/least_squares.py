@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_zipit.collectives import all_reduce_sums
 from lightning_zipit.refine.layers import Fitted, groups_of
-from lightning_zipit.statistics import full_precision
+from lightning_zipit.statistics import AT_ONCE, add_gram
 
 MOST_INPUTS = 8192
 """Layers with more inputs keep their weights: the normal equations of one take half a GiB at this size."""
@@ -36,15 +38,37 @@ def patches(layer: Fitted, x: Tensor, positions: Tensor | None = None) -> Tensor
         padding: tuple[int, ...] = (0,) * len(layer.kernel_size)
     else:
         padding = tuple(int(size) for size in layer.padding)
-    if layer.kernel_size == (1, 1) and layer.stride == (1, 1) and padding == (0, 0):
-        columns = x.flatten(2)
-    elif isinstance(layer, nn.Conv1d):
-        sizes = ((1, *layer.kernel_size), (1, *layer.dilation), (0, *padding), (1, *layer.stride))
-        columns = F.unfold(x.unsqueeze(2), *sizes)
+    sizes: list[tuple[int, ...]] = [layer.kernel_size, layer.dilation, padding, layer.stride]
+    if isinstance(layer, nn.Conv1d):
+        x, sizes = x.unsqueeze(2), [(neutral, *size) for neutral, size in zip((1, 1, 0, 1), sizes, strict=True)]
+    if positions is not None:
+        columns = _windows(x, positions, *sizes)
+    elif sizes == [(1, 1), (1, 1), (0, 0), (1, 1)]:
+        columns = x.flatten(2).mT
     else:
-        columns = F.unfold(x, layer.kernel_size, layer.dilation, padding, layer.stride)
-    grouped = taken(columns.mT, positions).unflatten(2, (layer.groups, -1))  # (batch, positions, groups, inputs)
-    return grouped.movedim(2, 0).flatten(1, 2)
+        columns = F.unfold(x, *sizes).mT
+    return columns.unflatten(2, (layer.groups, -1)).movedim(2, 0).flatten(1, 2)
+
+
+def _windows(
+    x: Tensor,
+    positions: Tensor,
+    kernel: Sequence[int],
+    dilation: Sequence[int],
+    padding: Sequence[int],
+    stride: Sequence[int],
+) -> Tensor:
+    """What :func:`torch.nn.functional.unfold` gives, at some positions of each sample: ``(batch, count, inputs)``."""
+    x = F.pad(x, (padding[1], padding[1], padding[0], padding[0])).movedim(1, 3)
+    height, width = x.shape[1:3]
+    per_row = (width - dilation[1] * (kernel[1] - 1) - 1) // stride[1] + 1
+    steps = [torch.arange(size, device=x.device) * step for size, step in zip(kernel, dilation, strict=True)]
+    offsets = (steps[0][:, None] * width + steps[1]).flatten()  # of the inputs of a window from its corner
+    corners = positions // per_row * stride[0] * width + positions % per_row * stride[1]
+    corners = corners + torch.arange(len(x), device=x.device)[:, None] * height * width
+    index = corners[:, :, None] + offsets
+    found = x.reshape(-1, x.shape[3]).index_select(0, index.flatten())
+    return found.unflatten(0, index.shape).mT.flatten(2)
 
 
 def samples(layer: Fitted, value: Tensor, positions: Tensor | None = None) -> Tensor:
@@ -76,6 +100,7 @@ class NormalEquations:
 
         self.count = zeros(1)[:1]
         self.inputs, self.outputs = zeros(inputs), zeros(outputs)
+        # Of the Gram matrices, what lies below the diagonal means nothing.
         self.gram, self.cross, self.power = zeros(inputs, inputs), zeros(inputs, outputs), zeros(outputs)
 
     def add(self, x: Tensor, target: Tensor) -> None:
@@ -85,14 +110,20 @@ class NormalEquations:
             x: ``(groups, samples, inputs)``.
             target: ``(groups, samples, outputs)``.
         """
-        with full_precision(x.device.type):
-            x, target = x.float(), target.float()
+        # In double precision throughout: what rounding would differ by with the split into batches, a nearly singular
+        # Gram matrix magnifies. A forward gives a sample the same digits in whatever batch it comes.
+        rows = max(1, AT_ONCE // (len(x) * (x.shape[2] + target.shape[2])))
+        for some, wanted in zip(x.split(rows, 1), target.split(rows, 1), strict=True):
+            x, target = some.double(), wanted.double()
             self.count += x.shape[1]
-            self.inputs += x.sum(1, dtype=torch.float64)
-            self.outputs += target.sum(1, dtype=torch.float64)
-            self.gram += x.mT @ x
+            self.inputs += x.sum(1)
+            self.outputs += target.sum(1)
+            self.power += target.square().sum(1)
             self.cross += x.mT @ target
-            self.power += target.square().sum(1, dtype=torch.float64)
+            if len(x) > 1:
+                self.gram += x.mT @ x
+            else:
+                add_gram(self.gram[0], x[0].T)
 
     def sum_over_processes(self) -> None:
         """Put the samples of all processes into the sums of each."""
@@ -103,14 +134,16 @@ class NormalEquations:
 
         Args:
             prior: ``(groups, outputs, inputs)``.
-            ridge: λ as a share of the mean variance of the inputs.
+            ridge: λ as a share of the mean square of the inputs. Where they hardly vary beside their mean, little but
+                rounding tells samples apart, and the weights stay near the prior.
             intercept: whether there is a bias; without one it is 0.
 
         Returns:
             float64 ``(groups, outputs, inputs)`` and ``(groups, outputs)``.
         """
         mean, offset, gram, cross = self._centred(intercept)
-        strength = ridge * gram.diagonal(dim1=1, dim2=2).mean(1).clamp(min=torch.finfo(torch.float32).tiny)
+        squares = self.gram.diagonal(dim1=1, dim2=2).mean(1) / self.count[0]
+        strength = ridge * squares.clamp(min=torch.finfo(torch.float32).tiny)
         identity = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
         while True:
             penalty = strength[:, None, None]
@@ -136,7 +169,8 @@ class NormalEquations:
 
     def _centred(self, centre: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         mean, offset = (sums / self.count * centre for sums in (self.inputs, self.outputs))
-        gram = self.gram / self.count - mean[:, :, None] * mean[:, None, :]
+        upper = self.gram.triu()
+        gram = (upper + upper.triu(1).mT) / self.count - mean[:, :, None] * mean[:, None, :]
         cross = self.cross / self.count - mean[:, :, None] * offset[:, None, :]
         return mean, offset, gram, cross
 

@@ -28,7 +28,7 @@ class LayerByLayer(Refinement):
     Args:
         positions: how many positions of an image or sequence are looked at in each layer, at random; ``None`` for all.
         cache_bytes: memory for activations between layers; where those of all calibration data take more, they are
-            computed anew for each layer.
+            computed anew for each layer, from the last one where they fitted.
 
     Raises:
         ValueError: if a number is out of range.
@@ -64,8 +64,8 @@ class LeastSquares(LayerByLayer):
     Args:
         positions: how many positions of an image or sequence are looked at in each layer, at random; ``None`` for all.
         cache_bytes: memory for activations between layers; where those of all calibration data take more, they are
-            computed anew for each layer.
-        ridge: how strongly weights are held to those that zipping gives, as a share of the mean variance of a layer's
+            computed anew for each layer, from the last one where they fitted.
+        ridge: how strongly weights are held to those that zipping gives, as a share of the mean square of a layer's
             inputs.
         pre_activations: match features by what they are in front of their activation function, as that is what layers
             are fitted to, and not behind it, as the paper does. Statistics are then those of other tensors.

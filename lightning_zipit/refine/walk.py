@@ -153,6 +153,7 @@ class Walk:
         task = part.partition(".")[2]
         if not self.head_nodes[task]:
             return _Part(Frontier([], 0, self._begin, limit), lambda _: Zip(torch.ones(1)), self.how, [])
+        self.trunk.complete()
         runs = [Run(network, self.head_nodes[task]) for network in (self.heads[task], self.sources[task])]
         frontier = Frontier(runs, len(self.batches), lambda batch: self._begin_head(task, batch), limit)
         return _Part(frontier, lambda _: Zip(torch.ones(1)), self.how, self.marks)
@@ -173,11 +174,7 @@ class Walk:
         merged, own = self.trunk.finish(batch, (path, len(self.paths) + self.models[task]))
         graph = self.graphs[task]
         by_name = {node.name: node for node in graph.fx_graph.nodes}
-        values: list[Values] = [
-            # Clones, as the head may write into them, and the other heads read them too.
-            {by_name[node.name]: fx.node.map_aggregate(held[node], _cloned) for node in self.crossings}
-            for held in (merged, own)
-        ]
+        values: list[Values] = [{by_name[node.name]: held[node] for node in self.crossings} for held in (merged, own)]
         for crossing in graph.crossings:
             if crossing.ref is not None and not crossing.absorbed:
                 node = by_name[crossing.node]

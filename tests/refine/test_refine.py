@@ -17,6 +17,7 @@ from helpers.nets import (
     trainer,
 )
 from torch import nn
+from torch.utils.data import DataLoader
 from torchvision.models import DenseNet, ShuffleNetV2
 
 from lightning_zipit import MergeSettings, MultiHeadModule, ZipIt, merge_backbones, trace
@@ -26,6 +27,7 @@ from lightning_zipit.graph.taps import before_activations
 from lightning_zipit.graph.verify import random_permutations
 from lightning_zipit.matchers import Average, GreedyZip
 from lightning_zipit.refine import LeastSquares, Repair
+from lightning_zipit.refine.frontier import Frontier
 from lightning_zipit.refine.least_squares import NormalEquations, patches, samples
 from lightning_zipit.session import AllHeads
 
@@ -47,9 +49,12 @@ LAYERS = {
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", LAYERS)
-def test_patches_times_weights_are_what_the_layer_gives(name):
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_patches_times_weights_are_what_the_layer_gives(name, memory_format):
     layer, shape = LAYERS[name]
     x = torch.randn(shape)
+    if x.ndim == 4:
+        x = x.to(memory_format=memory_format)
     groups = getattr(layer, "groups", 1)
     weight = layer.weight.flatten(1).unflatten(0, (groups, -1))
     positions = torch.tensor([[2, 0], [1, 2], [0, 1], [2, 1], [0, 2]])[: len(x)] if x.ndim > 2 else None
@@ -72,7 +77,7 @@ def test_normal_equations_give_the_solution_of_a_dense_computation(ridge, interc
         mean = x[group].mean(0) if intercept else torch.zeros(5)
         offset = target[group].mean(0) if intercept else torch.zeros(3)
         centred = (x[group] - mean).numpy()
-        strength = ridge * np.square(centred).mean()
+        strength = ridge * np.square(x[group].numpy()).mean()
         rows = np.concatenate([centred, np.sqrt(300 * strength) * np.eye(5)])
         wanted = np.concatenate([(target[group] - offset).numpy(), np.sqrt(300 * strength) * prior[group].T.numpy()])
         expected = np.linalg.lstsq(rows, wanted, rcond=None)[0].T
@@ -163,10 +168,34 @@ def models():
 
 
 @pytest.mark.parametrize("stop_at", [None, "layer1"])
-def test_activations_that_do_not_fit_into_the_cache_are_computed_anew(models, stop_at):
+@pytest.mark.parametrize("cache_bytes", [0, 2**20])
+def test_activations_that_do_not_fit_into_the_cache_are_computed_anew(models, stop_at, cache_bytes, monkeypatch):
+    """All of them, or those of the first layers only: the last hold fewer positions."""
+    batches_kept = []
+
+    def visit(self, ends, visit=Frontier.visit):
+        yield from visit(self, ends)
+        batches_kept.append(len(self._kept))
+
     kept = merge(models, LeastSquares(), stop_at=stop_at).state_dict()
-    recomputed = merge(models, LeastSquares(cache_bytes=0), stop_at=stop_at).state_dict()
+    monkeypatch.setattr(Frontier, "visit", visit)
+    recomputed = merge(models, LeastSquares(cache_bytes=cache_bytes), stop_at=stop_at).state_dict()
     assert all(torch.equal(tensor, recomputed[name]) for name, tensor in kept.items())
+    assert (min(batches_kept) == 0) and (max(batches_kept) > 0) == (cache_bytes > 0)
+
+
+@pytest.mark.parametrize("positions", [9, None])
+def test_the_split_into_batches_changes_nothing(models, positions):
+    """Not even where the inputs of a layer hardly vary: noise, averaged over positions, looks always the same."""
+    x = [torch.randn(45, 3, 16, 16, generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
+    eights, fives = (
+        ZipIt(trainer())
+        .merge(models, [DataLoader(part, size) for part in x], backbone="net", refine=LeastSquares(positions))
+        .state_dict()
+        for size in (8, 5)
+    )
+    for name, tensor in eights.items():
+        assert torch.allclose(tensor, fives[name], rtol=0, atol=1e-5), name
 
 
 def test_sources_stay_as_they_were_and_the_result_can_be_saved(models, tmp_path):
