@@ -533,7 +533,8 @@ class MergeSession:
                 task: copy.deepcopy(stem).to(device=device, dtype=dtype).eval()
                 for task, stem in self.merged.stems.items()
             }
-            self._estimator = BatchNormEstimator(self._working)
+            if not isinstance(self.settings.refinement, LayerByLayer):  # which starts from the merged statistics
+                self._estimator = BatchNormEstimator(self._working)
 
     def refine(self, x: Inputs, tasks: Iterable[str]) -> None:
         """Last pass: add a batch to the running statistics of the trunk and of the heads of ``tasks``, or keep it.

@@ -66,7 +66,7 @@ class LeastSquares(LayerByLayer):
         cache_bytes: memory for activations between layers; where those of all calibration data take more, they are
             computed anew for each layer, from the last one where they fitted.
         ridge: how strongly weights are held to those that zipping gives, as a share of the mean square of a layer's
-            inputs.
+            inputs. One divided by the number of images or sequences is added: they count as one more.
         pre_activations: match features by what they are in front of their activation function, as that is what layers
             are fitted to, and not behind it, as the paper does. Statistics are then those of other tensors.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from rich.progress import Progress
 from torch import Tensor, fx, nn
 
 from lightning_zipit.calibration import Beginning, choose_positions, marks
-from lightning_zipit.collectives import rank_and_size
+from lightning_zipit.collectives import rank_and_size, share
 from lightning_zipit.graph import AxisRef, MergeGraph
 from lightning_zipit.graph.joined import UNMERGE, Joined
 from lightning_zipit.maps import DenseMap, Maps, along_axis, model_shares
@@ -115,6 +115,9 @@ class Walk:
             For :class:`LeastSquares`, the share of the variance of its target that each layer explains; layers are
             named ``trunk.`` or ``heads.TASK.`` and what they are called in the backbone.
         """
+        if isinstance(self.how, LeastSquares):  # what merging gave counts as one image more
+            images = sum(share(lambda: sum(map(len, self.marks))))
+            self.how = replace(self.how, ridge=self.how.ridge + 1 / images)
         fits: dict[str, float] = {}
         stops = {"trunk": find_stops(self.graph.module, self.nodes, self.entries)}
         for task, nodes in self.head_nodes.items():

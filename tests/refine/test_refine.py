@@ -123,10 +123,10 @@ NETWORKS = {
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "how", [LeastSquares(**EVERYTHING, ridge=1e-6), Repair(**EVERYTHING)], ids=["least squares", "repair"]
+    ("how", "tolerance"), [(LeastSquares(), 1e-3), (Repair(**EVERYTHING), 2e-2)], ids=["least squares", "repair"]
 )
 @pytest.mark.parametrize("name", NETWORKS)
-def test_a_model_merged_with_a_permuted_copy_stays_the_same_function(name, how):
+def test_a_model_merged_with_a_permuted_copy_stays_the_same_function(name, how, tolerance):
     if isinstance(how, Repair) and name == "concatenated":
         pytest.skip("REPAIR averages the moments of features that are never active, which may wake them")
     torch.manual_seed(0)
@@ -137,7 +137,7 @@ def test_a_model_merged_with_a_permuted_copy_stays_the_same_function(name, how):
     permuted = permute_spaces(net, graph, random_permutations(graph))
     for stop_at in (None, *cuts):
         merged = merge_backbones({"a": net, "b": permuted}, list(x.split(16)), MergeSettings(stop_at, refine=how))
-        assert relative_error(AllHeads(merged.trunk, merged.heads)(x[:8]), net(x[:8])) < 2e-2, stop_at
+        assert relative_error(AllHeads(merged.trunk, merged.heads)(x[:8]), net(x[:8])) < tolerance, stop_at
 
 
 @torch.no_grad()
