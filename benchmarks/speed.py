@@ -45,6 +45,7 @@ from lightning_zipit.layout import Layout, channels_last
 from lightning_zipit.matchers import GreedyZip
 from lightning_zipit.merging import SpaceMap, families, match, similarity_from
 from lightning_zipit.rebuild import build_merged
+from lightning_zipit.refine import BatchNorm, LeastSquares
 from lightning_zipit.report import measure_cost
 
 
@@ -388,6 +389,26 @@ class Whole(nn.Module):
         return [head(*crossing) for head in self.heads]
 
 
+def refinement(repeats: int) -> Iterator[Ratio]:
+    """What follows matching, on its own: a merge less the same merge without it."""
+    _, networks, batches = resnet50s(batches=4)
+    plain = MergeSettings(refine=None, verify=False)
+    ways = {
+        'refine="batch_norm"': BatchNorm(),
+        'refine="least_squares"': LeastSquares(),
+        "LeastSquares(cache_bytes=2**29)": LeastSquares(cache_bytes=2**29),
+    }
+    ratios: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(max(1, repeats // 2)):
+        forward = seconds(lambda: forwards(list(networks.values()), batches))
+        merge = seconds(lambda: merge_backbones(networks, batches, plain))
+        for name, how in ways.items():
+            refined = seconds(partial(merge_backbones, networks, batches, replace(plain, refine=how)))
+            ratios[name].append((refined - merge) / forward)
+    for name, found in ratios.items():
+        yield Ratio.of(f"{name}, two ResNet-50s, 32 images of 224 × 224", "forwards of both over the images", found)
+
+
 PARTS: dict[str, Callable[[int], Iterator[Ratio]]] = {
     "matching": matching,
     "calibration": calibration,
@@ -395,6 +416,7 @@ PARTS: dict[str, Callable[[int], Iterator[Ratio]]] = {
     "two_ranks": two_ranks,
     "models": models,
     "merging": merging,
+    "refinement": refinement,
     "sweep": sweep,
 }
 

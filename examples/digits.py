@@ -94,10 +94,10 @@ def main() -> None:
     models = {task: train(task, 2 * arguments.seed + offset, arguments.epochs) for offset, task in enumerate(CLASSES)}
     calibration = [DataLoader(of_task(load(test=False), task), 64) for task in CLASSES]
     merges = {
-        "weight average": {"matcher": Average()},
-        "permute": {"matcher": Permute()},
-        "zip": {"matcher": GreedyZip()},
-        "zip up to block2": {"matcher": GreedyZip(), "stop_at": "block2"},
+        "weight average": {"matcher": Average(), "refine": "batch_norm"},
+        "permute": {"matcher": Permute(), "refine": "batch_norm"},
+        "zip": {"matcher": GreedyZip(), "refine": "batch_norm"},
+        "zip up to block2": {"matcher": GreedyZip(), "stop_at": "block2", "refine": "batch_norm"},
         "zip + least squares": {"matcher": GreedyZip(), "refine": "least_squares"},
     }
     rows = compare(models, CLASSES, merges, calibration, list(DataLoader(load(test=True), 256)), backbone="net")

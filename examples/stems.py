@@ -62,9 +62,9 @@ def main() -> None:
     calibration = [DataLoader(of_task(load(test=False), task), 64) for task in CLASSES]
     test = [(views(batch), batch[1]) for batch in DataLoader(load(test=True), 256)]
     merges: dict[str, dict[str, Any]] = {
-        "permute": {"matcher": Permute()},
-        "zip": {"matcher": GreedyZip()},
-        "zip block2 and block3": {"matcher": GreedyZip(), "stop_at": "block3"},
+        "permute": {"matcher": Permute(), "refine": "batch_norm"},
+        "zip": {"matcher": GreedyZip(), "refine": "batch_norm"},
+        "zip block2 and block3": {"matcher": GreedyZip(), "stop_at": "block3", "refine": "batch_norm"},
         "zip + least squares": {"matcher": GreedyZip(), "refine": "least_squares"},
     }
     rows, report = [], None

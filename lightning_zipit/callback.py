@@ -58,7 +58,7 @@ class ZipItCallback(Callback):
         self,
         stop_at: str | None = None,
         matcher: Matcher | None = None,
-        refine: Refine | None = "batch_norm",
+        refine: Refine | None = "least_squares",
         merge_heads: bool = False,
         verify: bool = True,
         statistics_memory: float = 8.0,

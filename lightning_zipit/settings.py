@@ -31,9 +31,9 @@ class MergeSettings:
         matcher: similarity → labels, or dense maps.
         similarity: how alike features are: ``"correlation"``, ``"absolute"`` (its absolute value), ``"cosine"``, or
             ``"covariance"`` of their activations.
-        refine: what follows merging: ``"batch_norm"`` re-estimates running statistics, ``"least_squares"`` fits every
-            layer to the sources, ``"repair"`` gives it their means and deviations, ``None`` does nothing. Settings
-            other than the default come with an instance, such as ``LeastSquares(positions=None)``.
+        refine: what follows merging: ``"least_squares"`` fits every layer to the sources, ``"batch_norm"`` re-estimates
+            running statistics, ``"repair"`` gives layers the sources' means and deviations, ``None`` does nothing.
+            Settings other than the default come with an instance, such as ``LeastSquares(positions=None)``.
         merge_heads: merge the last layer too, for models that share one output space.
         verify: prove the table of axes on the first calibration batch.
         statistics_memory: GiB that the statistics may take; where they need more, the calibration data is gone through
@@ -61,7 +61,7 @@ class MergeSettings:
 
     stop_at: str | None = None
     matcher: Matcher = field(default_factory=GreedyZip)
-    refine: Refine | None = "batch_norm"
+    refine: Refine | None = "least_squares"
     merge_heads: bool = False
     verify: bool = True
     statistics_memory: float = 8.0

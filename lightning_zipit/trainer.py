@@ -42,7 +42,7 @@ class ZipItTrainer(Trainer):
         backbone: str = "",
         stop_at: str | None = None,
         matcher: Matcher | None = None,
-        refine: Refine | None = "batch_norm",
+        refine: Refine | None = "least_squares",
         merge_heads: bool = False,
         statistics_memory: float = 8.0,
         statistics: str | None = None,
@@ -72,9 +72,9 @@ class ZipItTrainer(Trainer):
             stop_at: dotted name inside the backbone of the last module that the tasks share. By default everything down
                 to the last layer, which stays a head per task.
             matcher: how features of the models are matched; GreedyZip by default.
-            refine: what follows merging, in a second pass over the data: batch_norm re-estimates running statistics,
-                least_squares fits every layer to the sources, repair gives it their means and deviations, null does
-                nothing. Settings: --refine LeastSquares --refine.positions 256.
+            refine: what follows merging, in a second pass over the data: least_squares fits every layer to the
+                sources, batch_norm re-estimates running statistics, repair gives layers the sources' means and
+                deviations, null does nothing. Settings: --refine LeastSquares --refine.positions 256.
             merge_heads: merge the last layer too, for models that share one output space.
             statistics_memory: GiB that the statistics may take; where they need more, the calibration data is gone
                 through several times.
@@ -168,7 +168,7 @@ class ZipItTrainer(Trainer):
         matcher: list[Matcher] | Matcher | None = None,
         alpha: Range | list[float] | float | None = None,
         beta: Range | list[float] | float | None = None,
-        refine: list[Refine | None] | Refine | None = "batch_norm",
+        refine: list[Refine | None] | Refine | None = "least_squares",
         similarity: list[SimilarityKind] | SimilarityKind = "correlation",
         width: Range | list[Width] | Width = 1.0,
         flops: Range | list[float] | float | None = None,

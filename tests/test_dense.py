@@ -123,7 +123,9 @@ def test_a_linear_network_and_its_mixed_copies_merge_to_what_they_compute(linear
     assert distance(permuted, linear, x) > 1
 
 
-@pytest.mark.parametrize(("refine", "gamma"), [(None, 1e-6), ("batch_norm", 0.1), ("repair", 10.0)])
+@pytest.mark.parametrize(
+    ("refine", "gamma"), [(None, 1e-6), ("batch_norm", 0.1), ("repair", 10.0), ("least_squares", 0.1)]
+)
 def test_a_network_and_its_copies_merge_to_what_they_compute(residual, refine, gamma):
     x = noise(size=16)
     graph = trace(residual)

@@ -102,7 +102,7 @@ def test_features_that_are_constant_are_counted():
     nets = twins()
     with torch.no_grad():
         nets["b"].layer1[1].bn1.bias[:4] = -100
-    found = kinds(nets, torch.cat(batches()))
+    found = kinds(nets, torch.cat(batches()), refine="batch_norm")
     assert "4 of 8 features of model 'b' in `layer1.1.conv1`" in found["dead"]
 
 
@@ -128,7 +128,7 @@ def test_batch_norm_that_moves_far_is_noticed():
     nets = twins()
     for net in nets.values():
         net.layer1[0].bn2.running_mean.add_(3 * net.layer1[0].bn2.running_var.sqrt())
-    message = kinds(nets, torch.cat(batches()))["norms"]
+    message = kinds(nets, torch.cat(batches()), refine="batch_norm")["norms"]
     assert "1 of " in message and "`trunk.layer1.0.bn2`" in message and "least_squares" in message
 
 

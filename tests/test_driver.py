@@ -99,7 +99,7 @@ def test_more_than_two_models(count):
 
 def test_batch_norm_of_the_trunk_sees_all_data_and_of_a_head_its_own():
     models = pair((5, 5))
-    merge = {"backbone": "net", "stop_at": "layer1"}
+    merge = {"backbone": "net", "stop_at": "layer1", "refine": "batch_norm"}
     one = ZipIt(trainer()).merge(models, dataloaders=[images(seed=0), images(seed=1)], **merge)
     other = ZipIt(trainer()).merge(models, dataloaders=[images(seed=0), images(seed=1)], matcher=GreedyZip(), **merge)
     scaled = [(2 * batch[0], batch[1]) for batch in images(seed=1)]
@@ -143,7 +143,7 @@ def test_a_merge_leaves_no_statistics_to_the_garbage_collector(tmp_path):
 def test_networks_without_batch_norm_take_one_pass():
     models = {"a": Wrap(PlainNet()), "b": Wrap(PlainNet(3))}
     module = ZipItModule(models, "net")
-    trainer(callbacks=[ZipItCallback()]).predict(module, loaders())
+    trainer(callbacks=[ZipItCallback(refine="batch_norm")]).predict(module, loaders())
     assert module.merged(torch.randn(2, 3, 16, 16))["b"].shape == (2, 3)
 
 
@@ -222,8 +222,8 @@ def test_zip_and_permute_beat_the_average_on_a_permuted_task():
 
 
 def test_the_report_counts_clusters_and_costs():
-    merged = ZipIt(trainer()).merge(pair(), dataloaders=loaders(), backbone="net", stop_at="layer1")
-    report = merged.report
+    how = {"stop_at": "layer1", "refine": "batch_norm"}
+    report = ZipIt(trainer()).merge(pair(), dataloaders=loaders(), backbone="net", **how).report
     assert [space.name for space in report.spaces] == ["conv1", "layer1.0.conv1", "layer1.1.conv1"]
     assert report.sources["a"].flops < report.merged.flops < report.ensemble.flops
     assert all(0 < space.across <= space.size for space in report.spaces)

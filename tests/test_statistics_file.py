@@ -59,23 +59,24 @@ class Interrupted:
 
 
 def test_statistics_that_are_there_stand_for_the_calibration(models, path, monkeypatch):
-    gathered = merge(models, path)
+    gathered = merge(models, path, refine="batch_norm")
     written = path.read_bytes()
     monkeypatch.setattr(MergeSession, "calibrate", lambda *_: pytest.fail("there was another calibration"))
-    assert same(merge(models, path), gathered)
+    assert same(merge(models, path, refine="batch_norm"), gathered)
     monkeypatch.undo()
     assert same(merge(models, path, [], refine=None), merge(models, None, refine=None))  # without any data
     assert path.read_bytes() == written and [*path.parent.iterdir()] == [path]
 
 
-def test_batch_norm_needs_data_even_so(models, path):
-    merge(models, path)
+@pytest.mark.parametrize("refine", ["batch_norm", "least_squares"])
+def test_refinement_needs_data_even_so(models, path, refine):
+    merge(models, path, refine=refine)
     with pytest.raises(CalibrationError, match="refine=None"):
-        merge(models, path, [])
+        merge(models, path, [], refine=refine)
 
 
 def test_another_matcher_and_renamed_tasks_can_use_them(models, path):
-    merge(models, path)
+    merge(models, path, refine=None)
     renamed = dict(zip("xy", models.values(), strict=True))
     assert list(merge(renamed, path, [], refine=None).heads) == ["x", "y"]
 
@@ -187,10 +188,10 @@ def test_the_input_and_what_could_not_be_merged_are_remembered(path):
 
     models = {task: Wrap(Odd()) for task in "ab"}
     data = DataLoader(torch.randn(32, 6), 8)
-    gathered = merge(models, path, data)
+    gathered = merge(models, path, data, refine=None)
     known = CalibrationStatistics.load(path)
     assert known.input_shape == (6,) and list(known.barriers) == ["cumsum"]
-    assert same(merge(models, path, []), gathered)
+    assert same(merge(models, path, [], refine=None), gathered)
 
 
 class Payload:

@@ -331,6 +331,7 @@ def test_views_need_no_stems():
     outputs = AllHeads(merged.trunk, merged.heads)({"a": X, "b": other})
     assert not merged.stems
     assert all(torch.allclose(outputs[task], net(x), atol=1e-5) for task, x in (("a", X), ("b", other)))
-    renewed = merge_backbones(nets, [{"a": X, "b": other}], MergeSettings(matcher=Average()))
+    settings = MergeSettings(matcher=Average(), refine="batch_norm")
+    renewed = merge_backbones(nets, [{"a": X, "b": other}], settings)
     mean = torch.stack([net.stem[0](x).mean((0, 2, 3)) for x in (X, other)]).mean(0)
     assert torch.allclose(renewed.trunk.get_submodule("stem.1").running_mean, mean, atol=1e-5)

@@ -88,13 +88,14 @@ def test_no_share_of_the_weights_is_the_matching_of_activations():
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
-def test_a_merge_by_weights_depends_on_the_data_only_for_batch_norm(tmp_path):
+def test_a_merge_by_weights_depends_on_the_data_only_for_what_follows(tmp_path):
     torch.manual_seed(0)
     models = {task: Lit(5) for task in "ab"}
     for model in models.values():
         settle(model.net, torch.randn(32, 3, 16, 16))
+    how = {"backbone": "net", "matcher": WeightMatching(), "refine": "batch_norm"}
     merges = [
-        ZipIt(trainer()).merge(models, images(seed=seed), backbone="net", matcher=WeightMatching(), statistics=file)
+        ZipIt(trainer()).merge(models, images(seed=seed), statistics=file, **how)
         for seed, file in enumerate((None, tmp_path / "s.safetensors"))
     ]
     first, second = (merged.state_dict() for merged in merges)

@@ -68,7 +68,8 @@ class LeastSquares(LayerByLayer):
         ridge: how strongly weights are held to those that zipping gives, as a share of the mean square of a layer's
             inputs. One divided by the number of images or sequences is added: they count as one more.
         pre_activations: match features by what they are in front of their activation function, as that is what layers
-            are fitted to, and not behind it, as the paper does. Statistics are then those of other tensors.
+            are fitted to, and not behind it, as the paper does. Statistics are then those of other tensors. Matchers
+            that ask for covariances, as those of linear maps do, are always given those behind it.
 
     Raises:
         ValueError: if a number is out of range.
