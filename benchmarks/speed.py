@@ -396,7 +396,7 @@ def refinement(repeats: int) -> Iterator[Ratio]:
     ways = {
         'refine="batch_norm"': BatchNorm(),
         'refine="least_squares"': LeastSquares(),
-        "LeastSquares(cache_bytes=2**29)": LeastSquares(cache_bytes=2**29),
+        "LeastSquares(cache_bytes=2**27)": LeastSquares(cache_bytes=2**27),
     }
     ratios: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(max(1, repeats // 2)):
