@@ -111,7 +111,7 @@ class NormalEquations:
             target: ``(groups, samples, outputs)``.
         """
         # In double precision throughout: what rounding would differ by with the split into batches, a nearly singular
-        # Gram matrix magnifies. A forward gives a sample the same digits in whatever batch it comes.
+        # Gram matrix magnifies. (Forwards on a CPU give a sample the same digits in any batch of two or more.)
         rows = max(1, AT_ONCE // (len(x) * (x.shape[2] + target.shape[2])))
         for some, wanted in zip(x.split(rows, 1), target.split(rows, 1), strict=True):
             x, target = some.double(), wanted.double()
