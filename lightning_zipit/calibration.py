@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from lightning_zipit.errors import CalibrationError, StatisticsError
+from lightning_zipit.folding import Folds
 from lightning_zipit.graph import MergeGraph, Tap
 from lightning_zipit.graph.record import IN_PLACE
 from lightning_zipit.statistics import FeatureStatistics, Moments, empty_like_features, sum_over_processes
@@ -20,16 +21,22 @@ from lightning_zipit.views import Inputs, any_view, view_of
 class Lockstep:
     """Runs the trunks of N networks of one architecture side by side, one node of the graph at a time.
 
-    Every activation is dropped after its last use, so that the peak memory is that of N plain forwards.
+    Every activation is dropped after its last use, so that the peak memory is that of N plain forwards. Batch norm is
+    computed with the convolution in front of it.
 
     Args:
         graph: the merge graph of the networks.
         networks: the networks, each in the mode and on the device that it shall run in.
         graphs: the merge graph of each, where they have stems of their own.
+        observed: the names of the nodes that are observed.
     """
 
     def __init__(
-        self, graph: MergeGraph, networks: Sequence[nn.Module], graphs: Sequence[MergeGraph] | None = None
+        self,
+        graph: MergeGraph,
+        networks: Sequence[nn.Module],
+        graphs: Sequence[MergeGraph] | None = None,
+        observed: Collection[str] = (),
     ) -> None:
         self.nodes = list(graph.trunk_graph())
         by_name = {node.name: node for node in graph.fx_graph.nodes}
@@ -37,6 +44,7 @@ class Lockstep:
         pairs = zip(graphs or [graph] * len(networks), networks, strict=True)
         self.stems = [Beginning(own, network) for own, network in pairs] if graph.stem_nodes else []
         self.interpreters = [fx.Interpreter(network, graph=graph.fx_graph) for network in networks]
+        self.folds = Folds(networks, self.nodes, observed)
         last_use = {source: node for node in self.nodes for source in (node, *node.all_input_nodes)}
         self.finished: dict[fx.Node, list[fx.Node]] = defaultdict(list)
         for source, node in last_use.items():
@@ -47,7 +55,8 @@ class Lockstep:
 
         Args:
             views: the input of each.
-            observe: called after each node with its name and its value in every network.
+            observe: called after each node with its name and its value in every network; a layer whose batch norm is
+                computed with it has the value of its norm.
         """
         try:
             for interpreter, stem, x in zip(self.interpreters, self.stems, views, strict=bool(self.stems)):
@@ -56,7 +65,8 @@ class Lockstep:
                 observe(node.name, [interpreter.env[node] for interpreter in self.interpreters])
             for node in self.nodes:
                 for interpreter, x in zip(self.interpreters, views, strict=True):
-                    interpreter.env[node] = run_node(interpreter, node, x)
+                    if not self.folds.run(interpreter, node):
+                        interpreter.env[node] = run_node(interpreter, node, x)
                 observe(node.name, [interpreter.env[node] for interpreter in self.interpreters])
                 for interpreter in self.interpreters:
                     for source in self.finished[node]:
@@ -129,8 +139,6 @@ class Calibration:
         self._chosen: dict[int, Tensor] = {}  # positions of each of them, by how many there are
         self.networks = dict(networks)
         self.tasks = list(networks)
-        own = [graphs[task] for task in networks] if graphs is not None else None
-        self.lockstep = Lockstep(graph, list(networks.values()), own)
         self.taps = {
             name: space.tap
             for name, space in graph.spaces.items()
@@ -144,6 +152,8 @@ class Calibration:
         self.at_node: dict[str, list[str]] = defaultdict(list)
         for key, name in self.spaces.items():
             self.at_node[self.taps[name].node].append(key)
+        own = [graphs[task] for task in networks] if graphs is not None else None
+        self.lockstep = Lockstep(graph, list(networks.values()), own, self.at_node)
         self._statistics = {
             key: FeatureStatistics([len(self.taps[name].block.starts)] * len(networks), dtype)
             for key, name in self.spaces.items()

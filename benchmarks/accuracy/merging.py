@@ -41,7 +41,7 @@ from .results import Results, Row
 MATCHERS: dict[str, list[Matcher]] = {
     "average": [Average()],
     "permute": [Permute()],
-    "zip": [GreedyZip(0.1, 1.0), GreedyZip(0.3, 0.125), GreedyZip(0.5, 1.0), GreedyZip(1.0, 1.0)],
+    "zip": [GreedyZip(0.1, 1.0), GreedyZip(1.0, 1.0), GreedyZip(0.3, 0.125), GreedyZip(0.5, 1.0)],
     "optimal": [Optimal()],
     "k-means": [KMeans()],
     "agglomerative": [Agglomerative()],
