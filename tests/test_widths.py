@@ -1,6 +1,7 @@
 """Merged networks that are wider or narrower than a source."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from lightning_zipit.graph.spaces import Block
 from lightning_zipit.matchers import Agglomerative, DualSpace, GreedyZip, KMeans, Matcher, Permute
 from lightning_zipit.report import measure_cost
 from lightning_zipit.session import AllHeads
-from lightning_zipit.widths import FlopsModel, find_fixed, spend
+from lightning_zipit.widths import FlopsModel, find_fixed, spend, total_loss
 
 
 class Dense(nn.Module):
@@ -234,6 +235,27 @@ def test_a_budget_is_spent_where_most_would_be_lost():
     losses = {name: {width: loss * (8 - width) for width in range(1, 9)} for name, loss in (("a", 0.01), ("b", 0.1))}
     assert spend(flops, losses, 1.0) == {"a": 2, "b": 8}
     assert spend(flops, losses, 0.0) == {"a": 1, "b": 1}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_budget_is_spent_nearly_as_well_as_the_best_of_all_ways(seed):
+    generator = torch.Generator().manual_seed(seed)
+    axes = [axis(name) for name in "abc"]
+    flops = FlopsModel(((1.0, (axes[0], axes[1])), (2.0, (axes[1], axes[2])), (1.0, (axes[1], axes[1]))), 0.0, 1.0)
+    falls = (
+        torch.rand(3, 8, generator=generator).sort(descending=True).values
+    )  # the more is left, the less the next one gives
+    losses = {
+        name: {width: float(fall[width:].sum() / fall.sum()) for width in range(1, 9)}
+        for name, fall in zip("abc", falls, strict=True)
+    }
+    every = [dict(zip("abc", widths, strict=True)) for widths in itertools.product(range(1, 9), repeat=3)]
+    narrowest = total_loss(flops, losses, every[0])
+    for budget in (2.0, 4.0, 8.0):
+        chosen = spend(flops, losses, budget)
+        assert flops(chosen) <= budget
+        best = min(total_loss(flops, losses, widths) for widths in every if flops(widths) <= budget)
+        assert total_loss(flops, losses, chosen) <= best + 0.1 * narrowest
 
 
 # Axes
