@@ -132,6 +132,7 @@ def main() -> None:
     parser.add_argument("--stop-at", nargs="+", default=["none", "layer2", "layer1"], help="the trunk's last module")
     parser.add_argument("--methods", nargs="+", choices=[*METHODS, *OTHERS], default=list(METHODS))
     parser.add_argument("--widths", nargs="+", type=float, default=[1.0], help="ratios of the trunk's to one network's")
+    parser.add_argument("--flops", nargs="*", type=float, default=[], help="budgets, as ratios to one network's FLOPs")
     parser.add_argument("--calibration-images", type=int, default=1500)
     parser.add_argument("--test-images", type=int, default=5000)
     parser.add_argument("--plot", type=Path, help="write joint accuracy over cost to this image file")
@@ -149,6 +150,12 @@ def main() -> None:
         for stop_at in (None if name == "none" else name for name in arguments.stop_at)
         for name in arguments.methods
         for width in arguments.widths
+    }
+    merges |= {
+        f"{name}, auto, width for {budget:g} × FLOPs": (METHODS | OTHERS)[name]
+        | {"stop_at": "auto", "width": "auto", "flops": budget}
+        for name in arguments.methods
+        for budget in arguments.flops
     }
     # One loader for both tasks: the calibration images hold the classes of all.
     rows = compare(models, classes, merges, DataLoader(calibration, 100), list(DataLoader(test, 500)), backbone="net")

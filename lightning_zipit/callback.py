@@ -27,7 +27,7 @@ class ZipItCallback(Callback):
 
     Args:
         stop_at: dotted name inside the backbone of the trunk's last module; ``None`` zips everything down to the last
-            layer, which stays a head per task.
+            layer, which stays a head per task. ``"auto"`` with ``width="auto"`` chooses it within ``flops``.
         matcher: similarity → labels; ``GreedyZip()`` by default, ``Average()`` with ``combine``.
         refine: what follows merging; see :class:`~lightning_zipit.MergeSettings`.
         merge_heads: merge the last layer too, for models that share one output space.

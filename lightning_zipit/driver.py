@@ -76,7 +76,7 @@ class ZipIt:
                 ``train_dataloader()`` in a fixed order.
             backbone: dotted name of the part to merge, the same in each module; ``""`` for the whole ``forward``.
             stop_at: dotted name inside the backbone of the trunk's last module; ``None`` zips everything down to the
-                last layer, which stays a head per task.
+                last layer, which stays a head per task. ``"auto"`` with ``width="auto"`` chooses it within ``flops``.
             matcher: similarity → labels; ``GreedyZip()`` by default, ``Average()`` with ``combine``.
             refine: what follows merging; see :class:`~lightning_zipit.MergeSettings`.
             merge_heads: merge the last layer too, for models that share one output space.
@@ -205,7 +205,7 @@ class ZipIt:
                 your own; by default one that goes on from ``results``.
             share: ``"2/8"`` does the second of eight shares of the settings: for eight processes that know nothing of
                 each other, and have ``results`` and ``statistics`` on a file system that they share.
-            stop_at: the trunk's last module.
+            stop_at: the trunk's last module, or ``"auto"``.
             matcher: similarity → labels.
             alpha: of ``GreedyZip``, instead of ``matcher``.
             beta: of ``GreedyZip``, instead of ``matcher``.

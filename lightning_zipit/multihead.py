@@ -400,7 +400,7 @@ class MultiHeadModule(MultiTaskModule):
             "format": FORMAT,
             "sources": {task: describe_source(model) for task, model in models.items()},
             "backbone": backbone,
-            "stop_at": settings.stop_at,
+            "stop_at": next(iter(graphs.values())).stop_at,
             "merge_heads": settings.merge_heads,
             "norms_per_task": self.norms_per_task,
             "barriers": next(iter(graphs.values())).barriers,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -26,6 +27,7 @@ from lightning_zipit.errors import (
 )
 from lightning_zipit.graph import FeatureSpace, MergeGraph, evaluating
 from lightning_zipit.graph.agreement import trace_all
+from lightning_zipit.graph.cut import find_cuts
 from lightning_zipit.graph.joined import Joined
 from lightning_zipit.graph.taps import before_activations, tapped_by_all
 from lightning_zipit.graph.verify import find_failing
@@ -57,7 +59,7 @@ from lightning_zipit.statistics_file import CalibrationStatistics, StatisticsRec
 from lightning_zipit.task_vectors import combine_into
 from lightning_zipit.views import Inputs, any_view, check_views, describe_sample, each_view, explain_views, view_of
 from lightning_zipit.weight_matching import common_start, match_by_weights
-from lightning_zipit.widths import FlopsModel, find_choices, spend
+from lightning_zipit.widths import FlopsModel, find_choices, spend, total_loss
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,14 @@ class Matched:
         if isinstance(space_map, DenseMap):
             return cls(space_map, report, sum(report.losses) / len(report.losses))
         return cls(space_map, report, 0.0 if similarity is None else F.zip_loss(similarity, space_map.labels))
+
+
+class Plan(NamedTuple):
+    """An end of the trunk with the widths that a budget allows there, and what is lost by matching."""
+
+    graphs: dict[str, MergeGraph]
+    widths: dict[str, int]
+    loss: float
 
 
 class MergeSession:
@@ -169,7 +179,7 @@ class MergeSession:
         if self._record is not None and self._record.complete is not None:
             known = self._record.complete
             self._example: Inputs = known.example_of(list(self.backbones))
-            self.graphs = self._trace(self._example, barriers=known.barriers_of(settings.stop_at))
+            self.graphs = self._trace(self._example, barriers=known.barriers_of(settings.last_module))
             warn_of_barriers(next(iter(self.graphs.values())))
             self._choose_from(self._example)
             self.calibration_passes = 0
@@ -267,7 +277,7 @@ class MergeSession:
         fitting = None if example is None else like(example, self._first)
         joined = [network for network in self.backbones.values() if isinstance(network, Joined)]
         arguments.setdefault("barriers", {node: why for each in joined for node, why in each.barriers.items()})
-        arguments = {"stop_at": self.settings.stop_at, "start_at": self.settings.start_at, **arguments}
+        arguments = {"stop_at": self.settings.last_module, "start_at": self.settings.start_at, **arguments}
         graphs = trace_all(self.backbones, merge_heads=self.settings.merge_heads, example=fitting, **arguments)
         graph = next(iter(graphs.values()))
         if self.settings.norms_per_task and not find_norms(graph.module, list(graph.trunk_graph())):
@@ -296,8 +306,8 @@ class MergeSession:
 
     def _find_cuts(self, networks: Mapping[str, nn.Module], example: Inputs) -> dict[str | None, dict[str, MergeGraph]]:
         """The graphs of every cut that the statistics shall serve."""
-        cuts = {self.settings.stop_at: self.graphs} if self.settings.also else {}
-        for stop_at in dict.fromkeys(other.stop_at for other in self.settings.also):
+        cuts = {self.settings.last_module: self.graphs} if self.settings.also else {}
+        for stop_at in dict.fromkeys(other.last_module for other in self.settings.also):
             if stop_at not in cuts:
                 with suppress(ZipItError):  # the merge with this cut will say so
                     cuts[stop_at] = self._prove({}, networks, example, stop_at=stop_at)
@@ -310,7 +320,7 @@ class MergeSession:
         found = find_choices(graph, self._first, own, settings.width, len(self._names))
         self._choices, self._size_notes = found
         if settings.flops is not None:
-            flops = self._flops_model()
+            flops = self._flops_model(self.graphs)
             least = flops({name: widths[0] for name, widths in self._choices.items()}) / flops.source
             if settings.flops < least:
                 raise ConfigurationError(
@@ -318,18 +328,18 @@ class MergeSession:
                     f"flops={settings.flops}: give it more, or cut it elsewhere with `stop_at`."
                 )
 
-    def _flops_model(self) -> FlopsModel:
+    def _flops_model(self, graphs: Mapping[str, MergeGraph]) -> FlopsModel:
         networks, example = list(self.backbones.values()), like(self._example, self._first)
-        return FlopsModel.of(list(self.graphs.values()), networks, [view_of(example, task) for task in self.backbones])
+        return FlopsModel.of(list(graphs.values()), networks, [view_of(example, task) for task in self.backbones])
 
     def _measuring(self, networks: Mapping[str, nn.Module]) -> Calibration:
         spaces: list[str] | None = [name for family in self._families() for name in family]
         graphs = {task: as_measured(graph, self.settings) for task, graph in self.graphs.items()}
-        others = [each for each in self.settings.also if each.stop_at in self._cuts]
+        others = [each for each in self.settings.also if each.last_module in self._cuts]
         if self._cuts:  # then there is one pass
             spaces = None
             for task, graph in graphs.items():
-                cuts = [as_measured(self._cuts[each.stop_at][task], each) for each in others]
+                cuts = [as_measured(self._cuts[each.last_module][task], each) for each in others]
                 graphs[task] = tapped_by_all([graph, *cuts])
         leads = {task: networks[task] for task in self._leading()}
         return Calibration(next(iter(graphs.values())), leads, spaces, positions=self.settings.positions, graphs=graphs)
@@ -441,12 +451,36 @@ class MergeSession:
         widths = {name: found[0].space_map.width for name, found in self._matched.items()}
         if self.settings.flops is not None:
             losses = {name: {one.space_map.width: one.loss for one in found} for name, found in self._matched.items()}
-            flops = self._flops_model()
-            widths = spend(flops, losses, self.settings.flops * flops.source)
+            plans = [self._plan(self.graphs, losses)]
+            if self.settings.stop_at == "auto":
+                plans += [self._plan(graphs, losses) for graphs in self._shorter()]
+            self.graphs, widths, _ = min(plans, key=lambda plan: plan.loss)
         return {
-            name: next(one for one in found if one.space_map.width == widths[name])
-            for name, found in self._matched.items()
+            name: next(one for one in self._matched[name] if one.space_map.width == width)
+            for name, width in widths.items()
         }
+
+    def _plan(self, graphs: dict[str, MergeGraph], losses: Mapping[str, Mapping[int, float]]) -> Plan:
+        """What the budget allows with this end of the trunk; infinite loss where it allows none of it."""
+        flops, own = self._flops_model(graphs), next(iter(graphs.values())).spaces
+        losses = {name: known for name, known in losses.items() if name in own}
+        budget = self.settings.flops * flops.source  # type: ignore[operator]
+        widths = spend(flops, losses, budget)
+        within = flops(widths) <= budget * (1 + 1e-9)
+        return Plan(graphs, widths, total_loss(flops, losses, widths) if within else math.inf)
+
+    def _shorter(self) -> Iterator[dict[str, MergeGraph]]:
+        """The graphs of trunks that end earlier, whose spaces are measured where they are in the whole of it."""
+        whole = next(iter(self.graphs.values()))
+        measured = as_measured(whole, self.settings).spaces
+        for stop_at in find_cuts(whole):
+            try:
+                graphs = self._trace(self._example, stop_at=stop_at, barriers=whole.barriers)
+            except ZipItError:
+                continue
+            spaces = as_measured(next(iter(graphs.values())), self.settings).spaces
+            if all(name in measured and _place(measured[name]) == _place(space) for name, space in spaces.items()):
+                yield graphs
 
     @property
     def _first(self) -> nn.Module:
@@ -489,6 +523,8 @@ class MergeSession:
             if self._weights is not None:
                 counts = ", ".join(f"{task} {one:g}" for task, one in zip(self._names, self._weights, strict=True))
                 notes += (f"Where features became one, models counted by their weights: {counts}.",)
+            if self.settings.stop_at == "auto":
+                notes += (f"The trunk ends at {f'`{graph.stop_at}`' if graph.stop_at else 'the last layer'}.",)
             if any(isinstance(one, DenseMap) for one in maps.values()) or isinstance(self.settings.matcher, CCA):
                 notes += rigid_note(graph)
             if self.settings.norms_per_task:
@@ -774,6 +810,11 @@ def like(x: Inputs, module: nn.Module) -> Inputs:
     """Inputs as a network takes them: on its device, and of its type where they are not whole numbers."""
     parameter = next(module.parameters())
     return each_view(x, lambda one: one.to(parameter.device, parameter.dtype if one.is_floating_point() else None))
+
+
+def _place(space: FeatureSpace) -> tuple[str | None, int]:
+    """Where a space is measured."""
+    return None if space.tap is None else space.tap.key, space.size
 
 
 def _prefixed(heads: Mapping[str, nn.Module]) -> dict[str, nn.Module]:

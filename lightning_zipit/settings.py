@@ -27,7 +27,7 @@ class MergeSettings:
 
     Attributes:
         stop_at: dotted name inside the backbone of the trunk's last module; ``None`` zips everything down to the last
-            layer, which stays a head per task.
+            layer, which stays a head per task. With ``width="auto"``, ``"auto"`` chooses it within ``flops`` too.
         matcher: similarity → labels, or dense maps.
         similarity: how alike features are: ``"correlation"``, ``"absolute"`` (its absolute value), ``"cosine"``, or
             ``"covariance"`` of their activations.
@@ -129,6 +129,11 @@ class MergeSettings:
                 '`flops` is the budget of width="auto": give both or neither, got '
                 f"width={self.width!r} and flops={self.flops}."
             )
+        if self.stop_at == "auto" and (self.width != "auto" or self.merge_heads):
+            raise ConfigurationError(
+                'stop_at="auto" shares out a budget of FLOPs: give width="auto" and `flops` with it, and no '
+                f"`merge_heads`, got width={self.width!r} and merge_heads={self.merge_heads}."
+            )
         if self.flops is not None and not self.flops > 0:
             raise ConfigurationError(f"`flops` must be above 0, got {self.flops}.")
         if isinstance(self.width, str) and self.width != "auto":
@@ -151,6 +156,11 @@ class MergeSettings:
     def measured_similarity(self) -> SimilarityKind:
         """What the matcher is given."""
         return self.matcher.similarity or self.similarity
+
+    @property
+    def last_module(self) -> str | None:
+        """The trunk's last module as far as that is known before matching: with ``"auto"``, it may be any."""
+        return None if self.stop_at == "auto" else self.stop_at
 
     @property
     def refinement(self) -> Refinement | None:

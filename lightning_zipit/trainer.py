@@ -70,7 +70,7 @@ class ZipItTrainer(Trainer):
                 stands for all its tasks.
             backbone: dotted name of the part of the model to merge; the whole forward by default.
             stop_at: dotted name inside the backbone of the last module that the tasks share. By default everything down
-                to the last layer, which stays a head per task.
+                to the last layer, which stays a head per task. "auto" chooses it, with width "auto".
             matcher: how features of the models are matched; GreedyZip by default.
             refine: what follows merging, in a second pass over the data: least_squares fits every layer to the
                 sources, batch_norm re-estimates running statistics, repair gives layers the sources' means and
@@ -207,7 +207,7 @@ class ZipItTrainer(Trainer):
             share: which of how many processes this is that share the combinations, such as 2/8; each is started by
                 itself, and the last to end writes output and plot.
             stop_at: dotted name inside the backbone of the last module that the tasks share; null for everything down
-                to the last layer.
+                to the last layer. "auto" chooses it, with width "auto".
             matcher: how features of the models are matched; GreedyZip by default.
             alpha: of GreedyZip, instead of matcher.
             beta: of GreedyZip, instead of matcher.

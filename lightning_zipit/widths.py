@@ -24,7 +24,7 @@ Width: TypeAlias = float | Mapping[str, float] | Literal["auto"]
 LEVELS = 8
 """Into how many steps the width of one model is divided where widths are chosen."""
 LOSS_POWER = 1.5
-"""Of the loss of a space: large losses cost more than their share."""
+"""Of the loss of a space, for steps between widths."""
 SAMPLES = 2
 
 
@@ -249,8 +249,9 @@ class FlopsModel:
 def spend(flops: FlopsModel, losses: Mapping[str, Mapping[int, float]], budget: float) -> dict[str, int]:
     """Choose widths within a budget, so that the network as a whole loses as little as possible by matching.
 
-    Starts with every space at its widest, and takes one step down at a time where :func:`total_loss` grows the least
-    for each FLOP that is saved.
+    Starts with every space at its widest, and takes one step down at a time: where the loss grows the least for each
+    FLOP that is saved. The loss counts by the layers that read or write the space, and to a power: large ones cost more
+    than their share.
 
     Args:
         flops: what widths cost.
@@ -262,22 +263,27 @@ def spend(flops: FlopsModel, losses: Mapping[str, Mapping[int, float]], budget: 
     """
     levels = {name: sorted(known, reverse=True) for name, known in losses.items()}
     widths = {name: known[0] for name, known in levels.items()}
-    touched = {name: flops.touched_by(name) for name in losses}
-
-    def price(name: str) -> float:
-        """What a step loses for each FLOP that it saves."""
-        narrower = {**widths, name: levels[name][1]}
-        lost = total_loss(flops, losses, {name: narrower[name]}) - total_loss(flops, losses, {name: widths[name]})
-        saved = sum(flops.of_layer(number, widths) - flops.of_layer(number, narrower) for number in touched[name])
-        return max(lost, 0.0) / saved if saved > 0 else math.inf
-
-    while flops(widths) > budget:
-        steps = [name for name, known in levels.items() if len(known) > 1]
-        if not steps:
+    layers = {name: flops.touched_by(name) for name in losses}
+    cost = [flops.of_layer(number, widths) for number in range(len(flops.layers))]
+    prices: dict[str, float] = {}  # of the next step of each space
+    while flops.rest + sum(cost) > budget:
+        for name in levels.keys() - prices.keys():
+            if len(levels[name]) > 1:
+                wide, narrow = levels[name][:2]
+                before, behind = (max(losses[name][width], 0.0) ** LOSS_POWER for width in (wide, narrow))
+                lost = len(layers[name]) * (behind - before)
+                saved = sum(cost[number] - flops.of_layer(number, {**widths, name: narrow}) for number in layers[name])
+                prices[name] = max(lost, 0.0) / saved if saved > 0 else math.inf
+        if not prices:
             break
-        chosen = min(steps, key=price)
+        chosen = min(prices, key=lambda name: (prices[name], name))
         levels[chosen].pop(0)
         widths[chosen] = levels[chosen][0]
+        for number in layers[chosen]:
+            cost[number] = flops.of_layer(number, widths)
+        near = set(layers[chosen])
+        prices = {name: price for name, price in prices.items() if near.isdisjoint(layers[name])}
+        prices.pop(chosen, None)
     return widths
 
 
@@ -286,6 +292,4 @@ def total_loss(flops: FlopsModel, losses: Mapping[str, Mapping[int, float]], wid
 
     Over networks of many widths, this sum ranks their accuracies nearly as they are.
     """
-    return sum(
-        len(flops.touched_by(name)) * max(losses[name][width], 0.0) ** LOSS_POWER for name, width in widths.items()
-    )
+    return sum(len(flops.touched_by(name)) * losses[name][width] for name, width in widths.items())

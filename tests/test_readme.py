@@ -211,7 +211,7 @@ def test_the_method(tmp_path, monkeypatch):
     assert run("method", tmp_path, monkeypatch)["merged"].shape == (8, 6)
 
 
-@pytest.mark.parametrize("name", ["width", "fold"])
+@pytest.mark.parametrize("name", ["width", "auto", "fold"])
 def test_widths(name, tmp_path, monkeypatch):
     report = run(name, tmp_path, monkeypatch)["merged"].report
     assert any(space.width != space.size for space in report.spaces)

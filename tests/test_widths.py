@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision.models as tv
-from helpers.nets import Lit, PlainNet, SmallResNet, images, settle, trainer
+from helpers.nets import Lit, PlainNet, SmallResNet, images, settle, settled_pair, trainer
 from torch import nn
 
 from lightning_zipit import MergeSettings, MultiHeadModule, ZipIt, merge_backbones, trace
@@ -258,6 +258,53 @@ def test_a_budget_is_spent_nearly_as_well_as_the_best_of_all_ways(seed):
         assert total_loss(flops, losses, chosen) <= best + 0.1 * narrowest
 
 
+# Where the trunk ends
+
+
+def test_the_more_may_be_spent_the_earlier_the_trunk_ends():
+    nets, ends = networks(SmallResNet), []
+    for budget in (0.6, 1.5, 1.9):
+        settings = MergeSettings(stop_at="auto", width="auto", flops=budget, refine=None)
+        merged = merge_backbones(nets, batches(), settings)
+        assert merged.report.merged.flops <= budget * merged.report.sources["task0"].flops * 1.001
+        (graph,) = {graph.stop_at: graph for graph in merged.graphs.values()}.values()
+        assert [space.name for space in merged.report.spaces] == list(graph.spaces)
+        ends.append(len(graph.trunk_nodes))
+        assert any("The trunk ends at" in note for note in merged.report.notes)
+    assert ends[0] > ends[2] and ends == sorted(ends, reverse=True)
+
+
+def test_a_trunk_whose_end_was_chosen_is_saved_and_made_again_from_its_statistics(tmp_path):
+    models, how = settled_pair(), {"backbone": "net", "stop_at": "auto", "width": "auto", "flops": 1.6, "refine": None}
+    how["statistics"] = tmp_path / "known.safetensors"
+    run = trainer()
+    merged = ZipIt(run).merge(models, images(32), **how)
+    run.save_checkpoint(tmp_path / "merged.ckpt", weights_only=True)
+    for other in (
+        MultiHeadModule.load_from_checkpoint(tmp_path / "merged.ckpt"),
+        ZipIt(trainer()).merge(models, **how),
+    ):
+        for name, tensor in merged.state_dict().items():
+            assert torch.equal(other.state_dict()[name], tensor)
+
+
+def test_a_sweep_over_ends_of_the_trunk_calibrates_once(tmp_path):
+    result = ZipIt(trainer()).sweep(
+        settled_pair(),
+        images(32),
+        val_dataloaders=[images(16), images(16)],
+        backbone="net",
+        metric="val_acc",
+        stop_at=["auto", "layer1", None],
+        width="auto",
+        flops=[0.7, 1.7],
+        refine=None,
+        results=tmp_path / "swept.csv",
+    )
+    assert not any(row.error for row in result.rows[:2]) and len(result.rows) == 6
+    assert all(row.relative_flops <= row.settings.flops * 1.001 for row in result.rows if not row.error)
+
+
 # Axes
 
 
@@ -300,6 +347,8 @@ class TwoArguments(Matcher):
         ({"width": 1.5, "matcher": DualSpace()}, "Permute leaves"),
         ({"width": "auto"}, "`flops` is the budget"),
         ({"flops": 1.5}, "`flops` is the budget"),
+        ({"stop_at": "auto"}, "shares out a budget of FLOPs"),
+        ({"stop_at": "auto", "width": "auto", "flops": 1.0, "merge_heads": True}, "no `merge_heads`"),
         ({"width": "auto", "flops": -1.0}, "`flops` must be above 0"),
         ({"width": "automatic"}, "`width` must be a ratio"),
         ({"width": "auto", "flops": 1.0, "matcher": DualSpace(matcher=GreedyZip())}, "all spaces together"),

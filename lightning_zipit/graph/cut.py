@@ -11,6 +11,8 @@ from torch import fx, nn
 from lightning_zipit.errors import ConfigurationError
 from lightning_zipit.graph.interpret import Context
 from lightning_zipit.graph.naming import modules_around
+from lightning_zipit.graph.notes import reached
+from lightning_zipit.graph.spaces import MergeGraph
 from lightning_zipit.graph.values import Features, Opaque, leaves
 
 
@@ -44,6 +46,39 @@ def find_trunk(
             "down to the last layer, or merge_heads=True if all models share one output space."
         )
     return trunk
+
+
+def find_cuts(graph: MergeGraph) -> list[str]:
+    """The modules that a shorter trunk could end at, so that one tensor alone goes from there into the heads.
+
+    Args:
+        graph: a merge graph.
+
+    Returns:
+        Their names in the order of execution; of those that leave the same layers in the trunk, the last.
+
+    Example:
+        >>> from lightning_zipit import trace
+        >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> find_cuts(trace(net))
+        ['1']
+    """
+    nodes, trunk = list(graph.fx_graph.nodes), set(graph.trunk_graph())
+    weights = {name: weight for name, weight in graph.module.named_parameters() if weight.ndim > 1}
+    inside: dict[str, set[fx.Node]] = {}
+    for node in (node for node in nodes if node in trunk):
+        called = [str(node.target)] if node.op == "call_module" else []
+        for name in filter(None, [*modules_around(node), *called]):
+            inside.setdefault(name, set()).add(node)
+    found: dict[tuple[str, ...], tuple[str, int]] = {}  # by the layers in the trunk
+    for name, last in inside.items():
+        own = _ancestors(last, nodes) & trunk
+        layers = tuple(reached(nodes, own, weights))
+        if sum(not own.issuperset(node.users) for node in own) == 1 and len(own) > found.get(layers, ("", 0))[1]:
+            found[layers] = (name, len(own))
+    for layers in ((), tuple(reached(nodes, trunk, weights))):
+        found.pop(layers, None)
+    return [name for _, (name, _) in sorted(found.items(), key=lambda item: len(item[0]))]
 
 
 def with_items(trunk: set[fx.Node], nodes: list[fx.Node], shapes: dict[str, tuple[int, ...]]) -> set[fx.Node]:
