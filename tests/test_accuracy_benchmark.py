@@ -109,6 +109,13 @@ def test_a_second_run_does_nothing_new(images, tmp_path, tiny):
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("resnet20*.pt")} == networks
 
 
+def test_matchers_that_look_at_other_activations_have_statistics_of_their_own(images, tmp_path, tiny):
+    options = {"groups": "resnet20x1-ce", "seeds": 0, "refine": "least_squares", "settings": 1}
+    command(images, tmp_path, **options, matchers="permute cca")
+    found = [row["matcher"] for row in csv.DictReader(results(tmp_path).read_text().splitlines())]
+    assert found == ["ensemble", "permute", "cca"]
+
+
 def test_a_run_that_was_killed_goes_on(images, tmp_path, tiny):
     options = {"groups": "resnet20x1-ce", "seeds": 0, "refine": "none"}
     command(images, tmp_path, **options, matchers="permute")

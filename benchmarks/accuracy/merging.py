@@ -134,7 +134,8 @@ class Bench:
                 yield self._row(key, lambda: self._merge(stage, refine, matcher))  # noqa: B023 (called at once)
 
     def _merge(self, stage: str, refine: str, matcher: Matcher) -> LightningModule:
-        measured = "before" if refine == "least_squares" else "behind"  # the activation functions
+        before = refine == "least_squares" and matcher.similarity != "covariance"
+        measured = "before" if before else "behind"  # the activation functions
         statistics = self.cache / f"{self.digest}-{stage.replace('/', 'of')}-{measured}.safetensors"
         statistics.parent.mkdir(parents=True, exist_ok=True)
         images, labels = Batches(self.images("calibration"))[slice(None)]
