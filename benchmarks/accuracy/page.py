@@ -11,7 +11,7 @@ from lightning_zipit.plots import plot_tradeoff
 from .experiments import Group
 from .merging import ENSEMBLE, MATCHERS, REFINEMENTS
 from .networks import STAGES
-from .results import Mean, Row, average, choose
+from .results import Mean, Row, average, by_way, choose
 
 PAPER: dict[str, tuple[str, dict[tuple[str, str], tuple[float, float]]]] = {
     "text": (
@@ -59,9 +59,7 @@ def order(row: Mean) -> tuple[int, int]:
 def as_tables(rows: Sequence[Row], groups: Mapping[str, Group]) -> str:
     """One section for each group that has rows, and one that compares refinements where both were tried."""
     chosen = choose(rows)
-    tried: dict[tuple[str, ...], set[str]] = {}
-    for row in rows:
-        tried.setdefault((row.group, row.stage, row.matcher, row.refine), set()).add(row.setting)
+    tried = {way: len(settings) for way, settings in by_way(rows).items()}
     parts = [
         group_table(group, [rows for rows in chosen if rows[0].group == name], tried)
         for name, group in groups.items()
@@ -72,7 +70,7 @@ def as_tables(rows: Sequence[Row], groups: Mapping[str, Group]) -> str:
     return "\n\n".join(parts)
 
 
-def group_table(group: Group, chosen: Sequence[Sequence[Row]], tried: Mapping[tuple[str, ...], set[str]]) -> str:
+def group_table(group: Group, chosen: Sequence[Sequence[Row]], tried: Mapping[tuple[str, ...], int]) -> str:
     """A row for each matcher and refinement, a column for each stage."""
     means = [average(rows) for rows in chosen]
     stages = [stage for stage in STAGES[group.architecture] if any(row.stage == stage for row in means)]
@@ -116,12 +114,12 @@ def describe_pairs(chosen: Sequence[Sequence[Row]]) -> str:
     return f"Accuracy of each network by itself on its own classes: {'; '.join(accuracies)}.{note}"
 
 
-def describe_settings(means: Sequence[Mean], tried: Mapping[tuple[str, ...], set[str]]) -> str:
+def describe_settings(means: Sequence[Mean], tried: Mapping[tuple[str, ...], int]) -> str:
     """The settings of the matchers that have several, with the stages that each is for."""
     stages: dict[tuple[str, str, str, int], list[str]] = {}
     for row in means:
         if row.setting:
-            count = len(tried[row.group, row.stage, row.matcher, row.refine])
+            count = tried[row.group, row.stage, row.matcher, row.refine]
             stages.setdefault((row.matcher, row.refine, row.setting, count), []).append(row.stage)
     return "; ".join(
         f"{matcher} with {refine}, {', '.join(names)}: `{setting.replace(', rounds=20, seed=0', '')}` of {count}"

@@ -114,16 +114,23 @@ def choose(rows: Iterable[Row]) -> list[list[Row]]:
     Returns:
         The rows of one group, stage, matcher and refinement, a row for each pair.
     """
+    return [
+        max(settings, key=lambda rows: statistics.fmean(row.held_joint for row in rows))
+        for settings in by_way(rows).values()
+    ]
+
+
+def by_way(rows: Iterable[Row]) -> dict[tuple[str, ...], list[list[Row]]]:
+    """By group, stage, matcher and refinement, the rows of each setting that was tried on the most pairs."""
     ways: dict[tuple[str, ...], dict[str, dict[str, Row]]] = {}
     for row in rows:
         way = ways.setdefault((row.group, row.stage, row.matcher, row.refine), {})
         way.setdefault(row.setting, {})[row.pair] = row
-    best = []
-    for settings in ways.values():
+    found = {}
+    for way, settings in ways.items():
         most = max(map(len, settings.values()))
-        complete = [list(by_pair.values()) for by_pair in settings.values() if len(by_pair) == most]
-        best.append(max(complete, key=lambda rows: statistics.fmean(row.held_joint for row in rows)))
-    return best
+        found[way] = [list(by_pair.values()) for by_pair in settings.values() if len(by_pair) == most]
+    return found
 
 
 def average(rows: Sequence[Row]) -> Mean:
