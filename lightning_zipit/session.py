@@ -708,10 +708,8 @@ def merge_backbones(
 
 def as_measured(graph: MergeGraph, settings: MergeSettings) -> MergeGraph:
     """A graph whose spaces are tapped where a merge of these settings looks at them, if it does."""
-    how, matcher = settings.refinement, settings.matcher
-    # Features in front of their activation function are often linear functions of fewer others: linear maps between
-    # them are then not unique, and mix what the activation function makes of them in any way.
-    if isinstance(how, LeastSquares) and how.pre_activations and matcher.similarity != "covariance":
+    matcher = settings.matcher
+    if settings.before_activations:
         graph = before_activations(graph)
     if isinstance(matcher, DualSpace) and matcher.tau == 1:  # by weights alone
         graph = replace(graph, spaces={name: replace(space, tap=None) for name, space in graph.spaces.items()})

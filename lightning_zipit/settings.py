@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias, get_args
 from lightning_zipit.errors import ConfigurationError
 from lightning_zipit.functional.matrices import check_weights
 from lightning_zipit.matchers import AnyWidthMatcher, Average, DualSpace, GreedyZip, Matcher, SimilarityKind
-from lightning_zipit.refine import NAMED, BatchNorm, Refinement
+from lightning_zipit.refine import NAMED, BatchNorm, LeastSquares, Refinement
 from lightning_zipit.task_vectors import Combination
 from lightning_zipit.widths import Width, changes_size
 
@@ -166,6 +166,14 @@ class MergeSettings:
     def refinement(self) -> Refinement | None:
         """What follows merging, with its settings."""
         return NAMED[self.refine] if isinstance(self.refine, str) else self.refine
+
+    @property
+    def before_activations(self) -> bool:
+        """Whether features are measured in front of their activation functions, as layers are fitted there."""
+        # They are often linear functions of fewer others there: linear maps between them are then not unique, and mix
+        # what the activation function makes of them in any way.
+        how = self.refinement
+        return isinstance(how, LeastSquares) and how.pre_activations and self.matcher.similarity != "covariance"
 
     @property
     def norms_per_task(self) -> bool:

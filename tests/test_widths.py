@@ -242,9 +242,7 @@ def test_a_budget_is_spent_nearly_as_well_as_the_best_of_all_ways(seed):
     generator = torch.Generator().manual_seed(seed)
     axes = [axis(name) for name in "abc"]
     flops = FlopsModel(((1.0, (axes[0], axes[1])), (2.0, (axes[1], axes[2])), (1.0, (axes[1], axes[1]))), 0.0, 1.0)
-    falls = (
-        torch.rand(3, 8, generator=generator).sort(descending=True).values
-    )  # the more is left, the less the next one gives
+    falls = torch.rand(3, 8, generator=generator).sort(descending=True).values  # each feature adds less than the last
     losses = {
         name: {width: float(fall[width:].sum() / fall.sum()) for width in range(1, 9)}
         for name, fall in zip("abc", falls, strict=True)

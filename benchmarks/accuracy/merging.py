@@ -16,7 +16,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_zipit import Ensemble, ZipIt
+from lightning_zipit import Ensemble, MergeSettings, ZipIt
 from lightning_zipit.matchers import (
     CCA,
     Agglomerative,
@@ -134,8 +134,8 @@ class Bench:
                 yield self._row(key, lambda: self._merge(stage, refine, matcher))  # noqa: B023 (called at once)
 
     def _merge(self, stage: str, refine: str, matcher: Matcher) -> LightningModule:
-        before = refine == "least_squares" and matcher.similarity != "covariance"
-        measured = "before" if before else "behind"  # the activation functions
+        how = MergeSettings(STAGES[self.group.architecture][stage], matcher, REFINEMENTS[refine])
+        measured = "before" if how.before_activations else "behind"  # the activation functions
         statistics = self.cache / f"{self.digest}-{stage.replace('/', 'of')}-{measured}.safetensors"
         statistics.parent.mkdir(parents=True, exist_ok=True)
         images, labels = Batches(self.images("calibration"))[slice(None)]
@@ -143,9 +143,9 @@ class Bench:
             self.models,
             DataLoader(TensorDataset(images, labels), 100),  # one loader: the images hold the classes of all tasks
             backbone="net",
-            stop_at=STAGES[self.group.architecture][stage],
-            matcher=matcher,
-            refine=REFINEMENTS[refine],
+            stop_at=how.stop_at,
+            matcher=how.matcher,
+            refine=how.refine,
             statistics=statistics,
         )
 

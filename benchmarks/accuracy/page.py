@@ -186,6 +186,7 @@ def draw(rows: Sequence[Row], groups: Mapping[str, Group], folder: Path) -> list
             row
             for row in sorted(means, key=order)
             if row.matcher in ("average", "permute", "zip") and row.refine in ("batch_norm", "least_squares")
+            if row.pairs == max(mean.pairs for mean in means)  # means of other pairs are not on one line
         ]
         if not shown:
             continue
@@ -203,6 +204,7 @@ def draw(rows: Sequence[Row], groups: Mapping[str, Group], folder: Path) -> list
         plt.close(figure)
     if pairs := fitted_and_not(chosen):
         figure, axes = plt.subplots(figsize=(5.6, 5.2), layout="constrained")
+        axes.set_prop_cycle(color=plt.get_cmap("tab20").colors[::2] + plt.get_cmap("tab20").colors[1::2])
         for matcher in dict.fromkeys(plain.matcher for plain, _ in pairs):
             own = [(plain.joint, fitted.joint) for plain, fitted in pairs if plain.matcher == matcher]
             axes.scatter(*zip(*own, strict=True), s=22, alpha=0.75, label=matcher)
