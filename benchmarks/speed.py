@@ -42,8 +42,9 @@ from lightning_zipit.announce import quiet
 from lightning_zipit.calibration import Calibration, statistics_bytes
 from lightning_zipit.functional import greedy_zip
 from lightning_zipit.layout import Layout, channels_last
+from lightning_zipit.maps import SpaceMap
 from lightning_zipit.matchers import GreedyZip
-from lightning_zipit.merging import SpaceMap, families, match, similarity_from
+from lightning_zipit.matching import families, match, similarity_from
 from lightning_zipit.rebuild import build_merged
 from lightning_zipit.refine import BatchNorm, LeastSquares
 from lightning_zipit.report import measure_cost

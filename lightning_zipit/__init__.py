@@ -13,7 +13,8 @@ from lightning_zipit.graph import MergeGraph, register_rule, trace
 from lightning_zipit.interpolation import interpolate
 from lightning_zipit.metrics import JointAccuracy
 from lightning_zipit.module import ZipItModule
-from lightning_zipit.multihead import Ensemble, MultiHeadModule
+from lightning_zipit.multihead import MultiHeadModule
+from lightning_zipit.multitask import Ensemble
 from lightning_zipit.plan import Range
 from lightning_zipit.report import MergeReport
 from lightning_zipit.session import merge_backbones

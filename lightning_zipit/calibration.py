@@ -357,3 +357,24 @@ def statistics_bytes(graph: MergeGraph, space: str, num_models: int) -> int:
     """The memory of a space's statistics: a float64 matrix over the features of all models."""
     tap = graph.spaces[space].tap
     return 0 if tap is None else 8 * (num_models * len(tap.block.starts)) ** 2
+
+
+def check_counts(seen: Sequence[Mapping[int, int]], expected: Sequence[int | None]) -> None:
+    """Compare the samples that all processes have seen with the sizes of the data sets.
+
+    Args:
+        seen: per process, the samples of each loader.
+        expected: the samples of each loader's data set; ``None`` where that is not known.
+
+    Raises:
+        CalibrationError: if samples were counted twice or not at all.
+    """
+    for loader, size in enumerate(expected):
+        count = sum(counts.get(loader, 0) for counts in seen)
+        if size is not None and count != size:
+            raise CalibrationError(
+                f"The processes have seen {count} samples of calibration loader {loader}, whose data set has {size}: "
+                f"samples were {'counted twice' if count > size else 'left out'}. Leave sharing out the data to the "
+                "Trainer (use_distributed_sampler=True, its default), and use no shuffling and no distributed sampler "
+                "of your own: those shuffle in each process by themselves, or repeat samples to fill up."
+            )

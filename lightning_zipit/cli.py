@@ -13,10 +13,11 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from lightning_zipit._lightning import make_optional, make_switch, show_first, subcommand_parsers
+from lightning_zipit.checkpoint import find_record, read_checkpoint
 from lightning_zipit.commands import export, inspect
 from lightning_zipit.errors import ConfigurationError, ZipItError
 from lightning_zipit.matchers import Matcher
-from lightning_zipit.multihead import MultiHeadModule, find_record, read_checkpoint
+from lightning_zipit.multihead import MultiHeadModule
 from lightning_zipit.trainer import CLASS_PATH, ZipItTrainer
 
 USAGES = {

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_zipit.checkpoint import find_record, read_checkpoint, read_example
 from lightning_zipit.errors import ConfigurationError
 from lightning_zipit.export import export_merged
 from lightning_zipit.files import find_output_problem, replacing
 from lightning_zipit.graph import MergeGraph, trace
-from lightning_zipit.multihead import MultiHeadModule, find_record, read_checkpoint, read_example
+from lightning_zipit.multihead import MultiHeadModule
 from lightning_zipit.sources import find_class, find_object, get_backbone, make_source
 from lightning_zipit.trainer import load_source
 from lightning_zipit.views import view_of

@@ -65,6 +65,16 @@ def find_rigid(graph: MergeGraph) -> dict[str, str]:
     return rigid
 
 
+def rigid_note(graph: MergeGraph) -> tuple[str, ...]:
+    """A note for people on the spaces that a matcher of dense maps has matched one to one, if there are any."""
+    reasons: dict[str, list[str]] = {}
+    for name, why in find_rigid(graph).items():
+        if graph.spaces[name].tap is not None and not graph.spaces[name].pinned:
+            reasons.setdefault(why, []).append(f"`{name}`")
+    listed = "; ".join(f"{', '.join(names)} ({why})" for why, names in reasons.items())
+    return (f"Matched one to one, as combinations of features cannot be used there: {listed}.",) * bool(reasons)
+
+
 def _obstacle(node: fx.Node, graph: MergeGraph, folded: set[str]) -> str:
     """Why the features that a node gives cannot be mixed; empty where they can."""
     name = str(node.target) if node.op == "call_module" else node.name

@@ -12,8 +12,7 @@ from lightning_zipit._lightning import unsupported_strategy
 from lightning_zipit.callback import ZipItCallback
 from lightning_zipit.errors import ConfigurationError
 from lightning_zipit.evaluation import Evaluation
-from lightning_zipit.matchers import Matcher
-from lightning_zipit.merging import SimilarityKind
+from lightning_zipit.matchers import Matcher, SimilarityKind
 from lightning_zipit.module import ZipItModule
 from lightning_zipit.multihead import MultiHeadModule
 from lightning_zipit.plan import Range, make_plan

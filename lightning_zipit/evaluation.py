@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_zipit.collectives import share
 from lightning_zipit.errors import ConfigurationError
 from lightning_zipit.metrics import JointAccuracy
-from lightning_zipit.multihead import MultiTaskModule
+from lightning_zipit.multitask import MultiTaskModule
 from lightning_zipit.views import Inputs
 
 TARGET_KEYS = ("label", "labels", "target", "targets", "y")

@@ -14,8 +14,7 @@ from lightning_zipit.errors import ConfigurationError
 from lightning_zipit.files import find_output_problem, replacing_with_companions
 from lightning_zipit.multihead import MultiHeadModule
 from lightning_zipit.paths import AllHeads
-from lightning_zipit.session import like
-from lightning_zipit.views import Inputs, each_view
+from lightning_zipit.views import Inputs, each_view, like
 
 ONNX_PACKAGES = ("onnx", "onnxscript")
 

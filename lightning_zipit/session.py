@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import copy
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field, replace
-from functools import cache
-from typing import Any, NamedTuple, overload
+from dataclasses import replace
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_zipit import functional as F
-from lightning_zipit.calibration import Calibration, statistics_bytes
+from lightning_zipit.calibration import Calibration, check_counts
 from lightning_zipit.collectives import is_distributed, rank_and_size, share
-from lightning_zipit.dense import find_rigid
+from lightning_zipit.dense import rigid_note
 from lightning_zipit.errors import (
     CalibrationError,
     ConfigurationError,
@@ -33,93 +28,31 @@ from lightning_zipit.graph.taps import before_activations, tapped_by_all
 from lightning_zipit.graph.verify import find_failing
 from lightning_zipit.layout import Layout
 from lightning_zipit.maps import DenseMap, SpaceMap
+from lightning_zipit.matched import Matched, Matchings
 from lightning_zipit.matchers import CCA, AnyWidthMatcher, Average, DualSpace
-from lightning_zipit.merging import (
-    families,
-    handed_over,
-    match,
-    similarity_from,
-)
+from lightning_zipit.matching import handed_over, split_families
 from lightning_zipit.paths import AllHeads
-from lightning_zipit.rebuild import build_merged, build_stems
-from lightning_zipit.refine import BatchNorm, BatchNormEstimator, LayerByLayer, LeastSquares
+from lightning_zipit.rebuild import MergedBackbone, build_merged, build_stems
+from lightning_zipit.refine import BatchNorm
+from lightning_zipit.refine.batch_norm import has_batch_norm
+from lightning_zipit.refine.refiner import Refiner
 from lightning_zipit.refine.task_norms import find_norms, give_norms, set_affine
-from lightning_zipit.refine.walk import Walk
-from lightning_zipit.report import (
-    Cost,
-    Measure,
-    MergeReport,
-    SpaceReport,
-    measure_cost,
-    measure_shifts,
-    report_space,
-)
+from lightning_zipit.report import Cost, MergeReport, measure_cost
 from lightning_zipit.settings import MergeSettings
 from lightning_zipit.statistics_file import CalibrationStatistics, StatisticsRecord
 from lightning_zipit.task_vectors import combine_into
-from lightning_zipit.views import Inputs, any_view, check_views, describe_sample, each_view, explain_views, view_of
-from lightning_zipit.weight_matching import common_start, match_by_weights
-from lightning_zipit.widths import FlopsModel, find_choices, spend, total_loss
-
-
-@dataclass(frozen=True)
-class MergedBackbone:
-    """The networks that a merge made.
-
-    Attributes:
-        trunk: from the input, or from what the stems hand over, to a tuple of what the heads take; with a batch norm
-            per task, it takes the name of the task last.
-        heads: per task, from what the trunk hands over to the network's output.
-        report: what the merge did.
-        example: zeros of the shape and type of one calibration sample, ``(1, …)``, by task where each has its own.
-        graphs: the merge graph of each source network.
-        widths: per space its number of features, where that is not the sources'.
-        stems: per task, from its input to a tuple of what the trunk takes; empty without ``start_at``.
-    """
-
-    trunk: nn.Module
-    heads: dict[str, nn.Module]
-    report: MergeReport
-    example: Inputs
-    graphs: dict[str, MergeGraph]
-    widths: dict[str, int] = field(default_factory=dict)
-    stems: dict[str, nn.Module] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Matched:
-    """A matching of one space.
-
-    Attributes:
-        space_map: the labels, or matrices.
-        report: for people.
-        loss: what is lost by it; see :func:`~lightning_zipit.functional.zip_loss`.
-    """
-
-    space_map: SpaceMap | DenseMap
-    report: SpaceReport
-    loss: float = 0.0
-
-    @classmethod
-    def of(
-        cls,
-        space: FeatureSpace,
-        space_map: SpaceMap | DenseMap,
-        similarity: Tensor | None,
-        measure: Measure | None = None,
-    ) -> Matched:
-        report = report_space(space, space_map, similarity, measure)
-        if isinstance(space_map, DenseMap):
-            return cls(space_map, report, sum(report.losses) / len(report.losses))
-        return cls(space_map, report, 0.0 if similarity is None else F.zip_loss(similarity, space_map.labels))
-
-
-class Plan(NamedTuple):
-    """An end of the trunk with the widths that a budget allows there, and what is lost by matching."""
-
-    graphs: dict[str, MergeGraph]
-    widths: dict[str, int]
-    loss: float
+from lightning_zipit.views import (
+    Inputs,
+    any_view,
+    check_views,
+    describe_sample,
+    each_view,
+    explain_views,
+    like,
+    view_of,
+)
+from lightning_zipit.weight_matching import common_start
+from lightning_zipit.widths import FlopsModel, Plan, count_flops, find_choices
 
 
 class MergeSession:
@@ -163,12 +96,11 @@ class MergeSession:
         self._calibration: Calibration | None = None
         self._choices: dict[str, tuple[int, ...]] = {}  # per space, the widths that it may have
         self._size_notes: tuple[str, ...] = ()
-        self._matched: dict[str, list[Matched]] = {}  # per space, one for every width
+        self._flops: list[dict[str, float]] | None = None  # of every network, by module
+        self._matchings = Matchings(settings.matcher, settings.measured_similarity, len(self._names))
         self._maps: dict[str, SpaceMap | DenseMap] = {}
-        self._measures: dict[str, Measure] = {}
-        self._similarities: dict[str, Tensor] = {}  # of all spaces, for a matcher that looks at them together
         self._pass = 0
-        self._working: dict[str, nn.Module] = {}
+        self._refiner: Refiner | None = None
         self._record = StatisticsRecord(settings.statistics, self._lead(backbones)) if settings.statistics else None
         if self._record is not None:
             self._record.check_start(settings.start_at)
@@ -329,8 +261,10 @@ class MergeSession:
                 )
 
     def _flops_model(self, graphs: Mapping[str, MergeGraph]) -> FlopsModel:
-        networks, example = list(self.backbones.values()), like(self._example, self._first)
-        return FlopsModel.of(list(graphs.values()), networks, [view_of(example, task) for task in self.backbones])
+        if self._flops is None:
+            example = like(self._example, self._first)
+            self._flops = [count_flops(network, view_of(example, task)) for task, network in self.backbones.items()]
+        return FlopsModel.of(list(graphs.values()), self._flops)
 
     def _measuring(self, networks: Mapping[str, nn.Module]) -> Calibration:
         spaces: list[str] | None = [name for family in self._families() for name in family]
@@ -363,14 +297,12 @@ class MergeSession:
                     unused.free()
             else:
                 self._complete_statistics()
-            if isinstance(self.settings.matcher, DualSpace):
-                self._keep_similarities()
-            else:
-                for part in share(self._match_own_families):
-                    self._matched.update(part)
+            share(self._save)
+            assert self._calibration is not None
+            graph = next(iter(self.graphs.values()))
+            self._matchings.add(graph, self._families(), self._calibration, self._choices)
         if self._record is not None:
             self._record.discard()
-        assert self._calibration is not None
         for statistics in self._calibration.statistics.values():
             statistics.free()
         self._calibration = None  # the statistics have served
@@ -395,79 +327,28 @@ class MergeSession:
             )
         self._calibration.check_finite()
 
-    def _keep_similarities(self) -> None:
-        """On every process those of all spaces, as a space is matched by weights that depend on all others."""
-        share(self._save)
-        for name in (name for family in self._families() for name in family):
-            similarity = self._similarity(name)
-            if similarity is not None:
-                self._similarities[name] = similarity.cpu()
-
     def _save(self) -> None:
         if self._record is not None and self._record.complete is None and rank_and_size()[0] == 0:
             self._gathered().save(self._record.path)
 
-    def _similarity(self, space: str) -> Tensor | None:
-        assert self._calibration is not None
-        moments = self._calibration.take(space)
-        if moments is None:
-            return None
-        self._measures[space] = Measure.of(moments, len(self._names))
-        return similarity_from(moments, self.settings.measured_similarity)
-
-    def _match_by_weights(self, matcher: DualSpace) -> dict[str, list[Matched]]:
-        graph, networks = next(iter(self.graphs.values())), list(self._lead(self.backbones).values())
-        widths = {name: chosen for name, (chosen,) in self._choices.items()}
-        matched = match_by_weights(graph, networks, self._similarities, matcher, widths)
-        self._similarities.clear()
-        measures = self._measures
-        return {name: [Matched.of(graph.spaces[name], *found, measures.get(name))] for name, found in matched.items()}
-
-    def _match_own_families(self) -> dict[str, list[Matched]]:
-        self._save()
-        rank, processes = rank_and_size()
-        graph, count = next(iter(self.graphs.values())), len(self._names)
-        turns, rigid = self._families(), cache(lambda: find_rigid(graph))
-        costs = [sum(graph.spaces[name].size ** 2 for name in family) for family in turns]
-        matched: dict[str, list[Matched]] = {}
-        for number in split_evenly(costs, processes)[rank]:
-            similarity_of = cache(self._similarity)
-            for widths in self._widths_of(turns[number]):
-                matcher, family = self.settings.matcher, turns[number]
-                found = match(graph, family, similarity_of, matcher, count, widths, lambda name: name not in rigid())
-                for name, space_map, similarity in found:
-                    one = Matched.of(graph.spaces[name], space_map, similarity, self._measures.get(name))
-                    matched.setdefault(name, []).append(one)
-        return matched
-
-    def _widths_of(self, family: Sequence[str]) -> list[dict[str, int]]:
-        """The widths to match a family with, one after the other; a family of several spaces has but one."""
-        if len(family) > 1:
-            return [{}]
-        return [{name: width} for name in family for width in self._choices[name]]
-
     def _choose(self) -> dict[str, Matched]:
-        """Of every space, the matching of the width that it is to have."""
-        widths = {name: found[0].space_map.width for name, found in self._matched.items()}
-        if self.settings.flops is not None:
-            losses = {name: {one.space_map.width: one.loss for one in found} for name, found in self._matched.items()}
-            plans = [self._plan(self.graphs, losses)]
-            if self.settings.stop_at == "auto":
-                plans += [self._plan(graphs, losses) for graphs in self._shorter()]
-            self.graphs, widths, _ = min(plans, key=lambda plan: plan.loss)
+        """Of every space, the matching of the width that it is to have; a budget may end the trunk earlier, too."""
+        found = self._matchings.found
+        if self.settings.flops is None:
+            return {name: one for name, (one,) in found.items()}
+        losses = {name: {one.space_map.width: one.loss for one in matched} for name, matched in found.items()}
+        ends = [self.graphs, *(self._shorter() if self.settings.stop_at == "auto" else ())]
+        plans = []
+        for graphs in ends:
+            spaces = next(iter(graphs.values())).spaces
+            own = {name: losses[name] for name in found if name in spaces}
+            plans.append(Plan.within(self._flops_model(graphs), own, self.settings.flops))
+        best = min(range(len(plans)), key=lambda number: plans[number].loss)
+        self.graphs = ends[best]
         return {
-            name: next(one for one in self._matched[name] if one.space_map.width == width)
-            for name, width in widths.items()
+            name: next(one for one in found[name] if one.space_map.width == width)
+            for name, width in plans[best].widths.items()
         }
-
-    def _plan(self, graphs: dict[str, MergeGraph], losses: Mapping[str, Mapping[int, float]]) -> Plan:
-        """What the budget allows with this end of the trunk; infinite loss where it allows none of it."""
-        flops, own = self._flops_model(graphs), next(iter(graphs.values())).spaces
-        losses = {name: known for name, known in losses.items() if name in own}
-        budget = self.settings.flops * flops.source  # type: ignore[operator]
-        widths = spend(flops, losses, budget)
-        within = flops(widths) <= budget * (1 + 1e-9)
-        return Plan(graphs, widths, total_loss(flops, losses, widths) if within else math.inf)
 
     def _shorter(self) -> Iterator[dict[str, MergeGraph]]:
         """The graphs of trunks that end earlier, whose spaces are measured where they are in the whole of it."""
@@ -504,10 +385,10 @@ class MergeSession:
             )
         self._match()
         with torch.inference_mode(False), torch.no_grad():
-            if isinstance(self.settings.matcher, DualSpace):
-                self._matched = self._match_by_weights(self.settings.matcher)
+            leads = list(self._lead(self.backbones).values())
+            self._matchings.finish(next(iter(self.graphs.values())), leads, self._choices)
             chosen = self._choose()
-            leads, graphs = list(self._lead(self.backbones).values()), [self.graphs[task] for task in self.backbones]
+            graphs = [self.graphs[task] for task in self.backbones]
             self._maps = maps = {name: replace(one.space_map, weights=self._weights) for name, one in chosen.items()}
             graph, networks = graphs[0], list(self.backbones.values())
             trunk, built = build_merged(graphs, networks, maps, self._weights, list(self._models.values()))
@@ -519,28 +400,34 @@ class MergeSession:
                 give_norms(trunk, heads)
                 set_affine(trunk, self.backbones, graph.axes, maps, self._models)
             spaces = tuple(chosen[name].report for name in graph.spaces)
-            notes = graph.notes + self._size_notes
-            if self._weights is not None:
-                counts = ", ".join(f"{task} {one:g}" for task, one in zip(self._names, self._weights, strict=True))
-                notes += (f"Where features became one, models counted by their weights: {counts}.",)
-            if self.settings.stop_at == "auto":
-                notes += (f"The trunk ends at {f'`{graph.stop_at}`' if graph.stop_at else 'the last layer'}.",)
-            if any(isinstance(one, DenseMap) for one in maps.values()) or isinstance(self.settings.matcher, CCA):
-                notes += rigid_note(graph)
-            if self.settings.norms_per_task:
-                notes += ("Batch norm is per task: the trunk runs once for each task, which merged FLOPs count.",)
-            if stems:
-                notes += ("Each task has a stem: stem and trunk run once for each task, which merged FLOPs count.",)
-                how = self.settings.matcher
-                if isinstance(how.matcher if isinstance(how, DualSpace) else how, AnyWidthMatcher):
-                    names = ", ".join(f"`{name}`" for name in sorted(handed_over(graph)))
-                    notes += (f"Matched one to one, as stems hand it over: {names}.",)
-            if not isinstance(self.settings.matcher, Average):
-                notes += common_start(graph, leads, maps)
-            report = MergeReport(spaces, *self._costs(AllHeads(trunk, heads, stems)), notes, models=tuple(self._names))
+            report = MergeReport(
+                spaces, *self._costs(AllHeads(trunk, heads, stems)), self._notes(graph), models=tuple(self._names)
+            )
         widths = {name: one.width for name, one in maps.items() if one.width != graph.spaces[name].size}
         self.merged = MergedBackbone(trunk, heads, report, self._example, self.graphs, widths, stems)
         return self.merged
+
+    def _notes(self, graph: MergeGraph) -> tuple[str, ...]:
+        """What people should know of the merge."""
+        notes = graph.notes + self._size_notes
+        matcher = self.settings.matcher
+        if self._weights is not None:
+            counts = ", ".join(f"{task} {one:g}" for task, one in zip(self._names, self._weights, strict=True))
+            notes += (f"Where features became one, models counted by their weights: {counts}.",)
+        if self.settings.stop_at == "auto":
+            notes += (f"The trunk ends at {f'`{graph.stop_at}`' if graph.stop_at else 'the last layer'}.",)
+        if any(isinstance(one, DenseMap) for one in self._maps.values()) or isinstance(matcher, CCA):
+            notes += rigid_note(graph)
+        if self.settings.norms_per_task:
+            notes += ("Batch norm is per task: the trunk runs once for each task, which merged FLOPs count.",)
+        if graph.stem_nodes:
+            notes += ("Each task has a stem: stem and trunk run once for each task, which merged FLOPs count.",)
+            if isinstance(matcher.matcher if isinstance(matcher, DualSpace) else matcher, AnyWidthMatcher):
+                names = ", ".join(f"`{name}`" for name in sorted(handed_over(graph)))
+                notes += (f"Matched one to one, as stems hand it over: {names}.",)
+        if not isinstance(matcher, Average):
+            notes += common_start(graph, list(self._lead(self.backbones).values()), self._maps)
+        return notes
 
     def _costs(self, merged: nn.Module) -> tuple[dict[str, Cost], Cost]:
         x = like(self._example, self._first)
@@ -551,57 +438,25 @@ class MergeSession:
         return sources, measure_cost(merged, x)
 
     def start_refining(self, networks: Mapping[str, nn.Module], device: torch.device) -> None:
-        """Between the passes: make a copy of the merged networks that runs where the calibration does.
+        """Between the passes: make copies of the merged networks that run where the calibration does.
 
         Args:
             networks: the networks that the calibration used.
             device: where the batches are.
         """
-        assert self.merged is not None
-        self._networks, dtype = dict(networks), next(next(iter(networks.values())).parameters()).dtype
-        self._kept: list[Inputs] = []
-        with torch.inference_mode(False):
-            self._working = {
-                name: copy.deepcopy(module).to(device=device, dtype=dtype).eval()
-                for name, module in {"trunk": self.merged.trunk, **_prefixed(self.merged.heads)}.items()
-            }
-            self._stems = {
-                task: copy.deepcopy(stem).to(device=device, dtype=dtype).eval()
-                for task, stem in self.merged.stems.items()
-            }
-            if not isinstance(self.settings.refinement, LayerByLayer):  # which starts from the merged statistics
-                self._estimator = BatchNormEstimator(self._working)
+        assert self.merged is not None and self.settings.refinement is not None
+        how = self.settings.refinement
+        self._refiner = Refiner(self.merged, networks, how, self._maps, device, self._weights, self._models)
 
     def refine(self, x: Inputs, tasks: Iterable[str]) -> None:
-        """Last pass: add a batch to the running statistics of the trunk and of the heads of ``tasks``, or keep it.
-
-        Stems are what they are in the sources, and keep their statistics.
+        """Last pass: refine the merged networks by a batch.
 
         Args:
             x: an input of the backbones, or one of each by task.
             tasks: the tasks that the batch belongs to.
         """
-        x = self._layout(check_views(x, self.backbones), self._networks)
-        if isinstance(self.settings.refinement, LayerByLayer):
-            self._kept.append(x)
-            return
-        if len(any_view(x)) == 1:
-            return  # a single sample has no variance
-        if isinstance(x, Tensor) and not self._stems and not self.settings.norms_per_task:
-            crossing = self._collect("trunk", x)
-            for task in tasks:
-                self._collect(f"heads.{task}", *crossing)
-            return
-        for task in tasks:
-            view = view_of(x, task)
-            entering = self._stems[task](view) if self._stems else (view,)
-            of_task = (task,) * self.settings.norms_per_task
-            self._collect(f"heads.{task}", *self._collect("trunk", *entering, *of_task))
-
-    def _collect(self, part: str, *inputs: Any) -> Any:
-        """Run a part of the merged network, and add what it is given to its running statistics."""
-        with self._estimator.collecting(self._working[part]):
-            return self._working[part](*inputs)
+        assert self._refiner is not None
+        self._refiner.add(self._layout(check_views(x, self.backbones), self._refiner.networks), tasks)
 
     def finish_refining(self) -> None:
         """After the last pass: take what was refined over into the merged networks.
@@ -609,45 +464,9 @@ class MergeSession:
         Raises:
             CalibrationError: if a batch norm has seen no batch.
         """
-        assert self.merged is not None
-        how = self.settings.refinement
-        parts = {"trunk": self.merged.trunk, **_prefixed(self.merged.heads)}
-        with torch.inference_mode(False), torch.no_grad():
-            if isinstance(how, LayerByLayer):
-                self._walk(how)
-            else:
-                self._estimator.finish()
-                shifts = measure_shifts(parts, self._working)
-                self.merged = replace(self.merged, report=replace(self.merged.report, shifts=shifts))
-            for name, module in parts.items():
-                for old, new in zip(
-                    module.state_dict().values(), self._working[name].state_dict().values(), strict=True
-                ):
-                    old.copy_(new)
-        self._working, self._stems, self._networks, self._kept = {}, {}, {}, []
-
-    def _walk(self, how: LayerByLayer) -> None:
-        assert self.merged is not None
-        trunk, heads = self._working["trunk"], {task: self._working[f"heads.{task}"] for task in self.backbones}
-        with torch.autocast(next(trunk.parameters()).device.type, enabled=False):
-            walk = Walk(
-                trunk,
-                heads,
-                self._networks,
-                self.graphs,
-                self._maps,
-                self._kept,
-                how,
-                self._weights,
-                self._models,
-                self._stems,
-            )
-            fits = walk.run()
-        unfitted = walk.find_unfitted(fits) if isinstance(how, LeastSquares) else []
-        note = (f"Kept the weights that merging gave them: {', '.join(f'`{name}`' for name in unfitted)}.",)
-        notes = self.merged.report.notes + note * bool(unfitted)
-        report = replace(self.merged.report, fits=fits, notes=notes)
-        self.merged = replace(self.merged, report=report)
+        assert self._refiner is not None
+        self.merged = self._refiner.finish()
+        self._refiner = None
 
 
 def merge_backbones(
@@ -716,104 +535,12 @@ def as_measured(graph: MergeGraph, settings: MergeSettings) -> MergeGraph:
     return graph
 
 
-def split_families(graph: MergeGraph, num_models: int, limit: float) -> list[list[list[str]]]:
-    """Families of spaces by turns, so that the statistics of one turn take no more memory than a limit.
-
-    Args:
-        graph: the merge graph.
-        num_models: N.
-        limit: bytes; a single family may take more.
-
-    Returns:
-        Per turn, its families.
-    """
-    turns: list[list[list[str]]] = []
-    filled = 0
-    for family in families(graph):
-        size = sum(statistics_bytes(graph, name, num_models) for name in family)
-        if not turns or filled + size > limit:
-            turns.append([])
-            filled = 0
-        turns[-1].append(family)
-        filled += size
-    return turns
-
-
-def split_evenly(costs: Sequence[float], parts: int) -> list[list[int]]:
-    """Share out pieces of work, the largest first, always to whom has the least.
-
-    Args:
-        costs: what each piece takes.
-        parts: how many there are to share it.
-
-    Returns:
-        Per part, the numbers of its pieces.
-    """
-    shares: list[list[int]] = [[] for _ in range(parts)]
-    loads = [0.0] * parts
-    for number in sorted(range(len(costs)), key=lambda number: -costs[number]):
-        part = loads.index(min(loads))
-        shares[part].append(number)
-        loads[part] += costs[number]
-    return shares
-
-
-def check_counts(seen: Sequence[Mapping[int, int]], expected: Sequence[int | None]) -> None:
-    """Compare the samples that all processes have seen with the sizes of the data sets.
-
-    Args:
-        seen: per process, the samples of each loader.
-        expected: the samples of each loader's data set; ``None`` where that is not known.
-
-    Raises:
-        CalibrationError: if samples were counted twice or not at all.
-    """
-    for loader, size in enumerate(expected):
-        count = sum(counts.get(loader, 0) for counts in seen)
-        if size is not None and count != size:
-            raise CalibrationError(
-                f"The processes have seen {count} samples of calibration loader {loader}, whose data set has {size}: "
-                f"samples were {'counted twice' if count > size else 'left out'}. Leave sharing out the data to the "
-                "Trainer (use_distributed_sampler=True, its default), and use no shuffling and no distributed sampler "
-                "of your own: those shuffle in each process by themselves, or repeat samples to fill up."
-            )
-
-
-def rigid_note(graph: MergeGraph) -> tuple[str, ...]:
-    """A note for people on the spaces that a matcher of dense maps has matched one to one, if there are any."""
-    reasons: dict[str, list[str]] = {}
-    for name, why in find_rigid(graph).items():
-        if graph.spaces[name].tap is not None and not graph.spaces[name].pinned:
-            reasons.setdefault(why, []).append(f"`{name}`")
-    listed = "; ".join(f"{', '.join(names)} ({why})" for why, names in reasons.items())
-    return (f"Matched one to one, as combinations of features cannot be used there: {listed}.",) * bool(reasons)
-
-
-def has_batch_norm(module: nn.Module) -> bool:
-    """Whether a network has batch norm with running statistics."""
-    return any(isinstance(child, _BatchNorm) and child.track_running_stats for child in module.modules())
-
-
 def warn_of_barriers(graph: MergeGraph) -> None:
     """Say what stays per task although the trunk should have held it."""
     if graph.barriers:
         rank_zero_warn("Part of the trunk could not be merged and stays per task. " + " ".join(graph.barriers.values()))
 
 
-@overload
-def like(x: Tensor, module: nn.Module) -> Tensor: ...
-@overload
-def like(x: Inputs, module: nn.Module) -> Inputs: ...
-def like(x: Inputs, module: nn.Module) -> Inputs:
-    """Inputs as a network takes them: on its device, and of its type where they are not whole numbers."""
-    parameter = next(module.parameters())
-    return each_view(x, lambda one: one.to(parameter.device, parameter.dtype if one.is_floating_point() else None))
-
-
 def _place(space: FeatureSpace) -> tuple[str | None, int]:
     """Where a space is measured."""
     return None if space.tap is None else space.tap.key, space.size
-
-
-def _prefixed(heads: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    return {f"heads.{task}": head for task, head in heads.items()}

@@ -25,7 +25,8 @@ from lightning_zipit.files import find_output_problem, held
 from lightning_zipit.graph import MergeGraph
 from lightning_zipit.graph.taps import tapped_by_all
 from lightning_zipit.module import ZipItModule
-from lightning_zipit.multihead import Ensemble, MultiHeadModule, MultiTaskModule
+from lightning_zipit.multihead import MultiHeadModule
+from lightning_zipit.multitask import Ensemble, MultiTaskModule
 from lightning_zipit.plan import Plan
 from lightning_zipit.report import Cost, MergeReport
 from lightning_zipit.session import as_measured

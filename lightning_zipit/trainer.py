@@ -13,12 +13,12 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
 from lightning_zipit._lightning import unsupported_strategy
 from lightning_zipit.announce import is_talkative
+from lightning_zipit.checkpoint import find_record, read_checkpoint
 from lightning_zipit.driver import ZipIt
 from lightning_zipit.errors import CheckpointError, ConfigurationError
 from lightning_zipit.files import find_output_problem, replacing
-from lightning_zipit.matchers import Matcher
-from lightning_zipit.merging import SimilarityKind
-from lightning_zipit.multihead import MultiHeadModule, find_record, read_checkpoint
+from lightning_zipit.matchers import Matcher, SimilarityKind
+from lightning_zipit.multihead import MultiHeadModule
 from lightning_zipit.plan import Range
 from lightning_zipit.settings import ModelWeights, Refine
 from lightning_zipit.sources import INSTANTIATOR, find_class

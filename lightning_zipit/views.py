@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import TypeAlias
+from typing import TypeAlias, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_zipit.errors import CalibrationError
 
@@ -41,6 +41,16 @@ def any_view(inputs: Inputs) -> Tensor:
 def each_view(inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
     """The same inputs, changed tensor by tensor."""
     return change(inputs) if isinstance(inputs, Tensor) else {task: change(x) for task, x in inputs.items()}
+
+
+@overload
+def like(x: Tensor, module: nn.Module) -> Tensor: ...
+@overload
+def like(x: Inputs, module: nn.Module) -> Inputs: ...
+def like(x: Inputs, module: nn.Module) -> Inputs:
+    """Inputs as a network takes them: on its device, and of its type where they are not whole numbers."""
+    parameter = next(module.parameters())
+    return each_view(x, lambda one: one.to(parameter.device, parameter.dtype if one.is_floating_point() else None))
 
 
 def check_views(inputs: Inputs, tasks: Iterable[str]) -> Inputs:

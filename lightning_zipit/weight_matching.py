@@ -13,7 +13,8 @@ from lightning_zipit.graph import AxisRef, MergeGraph
 from lightning_zipit.graph.notes import reached
 from lightning_zipit.maps import DenseMap, Maps, SpaceMap
 from lightning_zipit.matchers import DualSpace
-from lightning_zipit.merging import contract, families, match
+from lightning_zipit.matching import families, match
+from lightning_zipit.merging import contract
 
 ALIKE = 0.5
 """From which cosine on the weights of networks are alike."""

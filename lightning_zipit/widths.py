@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
@@ -15,7 +15,7 @@ from lightning_zipit.errors import ConfigurationError
 from lightning_zipit.graph import AxisRef, MergeGraph, evaluating
 from lightning_zipit.graph.notes import reached
 from lightning_zipit.maps import SpaceMap
-from lightning_zipit.merging import handed_over
+from lightning_zipit.matching import handed_over
 from lightning_zipit.rebuild import build_head, build_merged, build_stem, build_stems, build_trunk
 
 Width: TypeAlias = float | Mapping[str, float] | Literal["auto"]
@@ -177,6 +177,19 @@ def _tensors_in(value: Any) -> list[Tensor]:
     return found
 
 
+def count_flops(network: nn.Module, x: Tensor) -> dict[str, float]:
+    """The FLOPs of one forward by the name of the module, and under ``""`` of the whole network.
+
+    Args:
+        network: a source network.
+        x: an input of one sample, on its device.
+    """
+    with torch.no_grad(), evaluating(network), FlopCounterMode(display=False) as counter:
+        network(x)
+    counts = {name.partition(".")[2]: float(sum(ops.values())) for name, ops in counter.get_flop_counts().items()}
+    return {**counts, "": float(counter.get_total_flops())}
+
+
 @dataclass(frozen=True)
 class FlopsModel:
     """The FLOPs of the merged network, as its layers' inputs and outputs grow and shrink with the spaces.
@@ -192,38 +205,29 @@ class FlopsModel:
     source: float
 
     @classmethod
-    def of(
-        cls, graphs: Sequence[MergeGraph], networks: Sequence[nn.Module], x: Tensor | Sequence[Tensor]
-    ) -> FlopsModel:
-        """Measure the layers of the first network, and those of the others' heads; of all, where they have stems.
+    def of(cls, graphs: Sequence[MergeGraph], counts: Sequence[Mapping[str, float]]) -> FlopsModel:
+        """From the layers of the first network, and those of the others' heads; of all, where they have stems.
 
         Args:
             graphs: the merge graph of each network.
-            networks: the source networks.
-            x: an input of one sample, on their device, or one for each.
+            counts: of each network, see :func:`count_flops`.
         """
         layers: list[tuple[float, tuple[AxisRef, ...]]] = []
-        rest = source = 0.0
-        views = [x] * len(networks) if isinstance(x, Tensor) else x
-        for number, (graph, network, view) in enumerate(zip(graphs, networks, views, strict=True)):
+        rest = 0.0
+        for number, (graph, count) in enumerate(zip(graphs, counts, strict=True)):
             nodes = list(graph.trunk_graph())
             shared = set(reached(nodes, set(nodes), dict(graph.module.named_parameters())))
-            with torch.no_grad(), evaluating(network), FlopCounterMode(display=False) as counter:
-                network(view)
-            counts = {name.partition(".")[2]: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
             own = []
             for name, refs in graph.axes.items():
                 owner, _, attribute = name.rpartition(".")
-                if attribute == "weight" and len(refs) > 1 and owner in counts:
-                    own.append((float(counts[owner]), tuple(ref for ref in refs if ref), name in shared))
-            if number == 0:
-                source = float(counter.get_total_flops())
+                if attribute == "weight" and len(refs) > 1 and owner in count:
+                    own.append((count[owner], tuple(ref for ref in refs if ref), name in shared))
             if number == 0 or graph.stem_nodes:
-                rest += counter.get_total_flops() - sum(flops for flops, _, _ in own)
+                rest += count[""] - sum(flops for flops, _, _ in own)
                 layers += [(flops, refs) for flops, refs, _ in own]
             else:
                 layers += [(flops, refs) for flops, refs, in_trunk in own if not in_trunk]
-        return cls(tuple(layers), rest, source)
+        return cls(tuple(layers), rest, counts[0][""])
 
     def __call__(self, widths: Mapping[str, int]) -> float:
         """The FLOPs of the merged network with these widths, a space that is left out having its own."""
@@ -293,3 +297,23 @@ def total_loss(flops: FlopsModel, losses: Mapping[str, Mapping[int, float]], wid
     Over networks of many widths, this sum ranks their accuracies nearly as they are.
     """
     return sum(len(flops.touched_by(name)) * losses[name][width] for name, width in widths.items())
+
+
+class Plan(NamedTuple):
+    """The widths that a budget allows, and what matching loses with them; infinity where it allows none."""
+
+    widths: dict[str, int]
+    loss: float
+
+    @classmethod
+    def within(cls, flops: FlopsModel, losses: Mapping[str, Mapping[int, float]], budget: float) -> Plan:
+        """Spend a budget.
+
+        Args:
+            flops: what widths cost.
+            losses: per space and width, what matching loses.
+            budget: a ratio to the FLOPs of one source.
+        """
+        widths = spend(flops, losses, budget * flops.source)
+        allowed = flops(widths) <= budget * flops.source * (1 + 1e-9)
+        return cls(widths, total_loss(flops, losses, widths) if allowed else math.inf)

@@ -12,7 +12,7 @@ from torch import nn
 from lightning_zipit import MergeSettings, merge_backbones, trace
 from lightning_zipit.graph import permute_spaces
 from lightning_zipit.graph.verify import random_permutations
-from lightning_zipit.session import AllHeads
+from lightning_zipit.paths import AllHeads
 
 
 def named(name):

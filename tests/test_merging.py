@@ -12,15 +12,8 @@ from lightning_zipit import functional as F
 from lightning_zipit.graph import AxisRef, Block, FeatureSpace, MergeGraph
 from lightning_zipit.maps import DenseMap, SpaceMap, unmerge_along
 from lightning_zipit.matchers import Average, DenseMaps, GreedyZip, Permute
-from lightning_zipit.merging import (
-    contract,
-    families,
-    match,
-    merge_into,
-    merge_parameter,
-    similarity_from,
-    unmerge_into,
-)
+from lightning_zipit.matching import families, match, similarity_from
+from lightning_zipit.merging import contract, merge_into, merge_parameter, unmerge_into
 
 SPACES = {"a": 4, "b": 6}
 

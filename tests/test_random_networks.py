@@ -13,7 +13,7 @@ from lightning_zipit import MergeSettings, merge_backbones, trace
 from lightning_zipit.graph import permute_spaces
 from lightning_zipit.graph.verify import random_permutations
 from lightning_zipit.matchers import GreedyZip
-from lightning_zipit.session import AllHeads
+from lightning_zipit.paths import AllHeads
 
 hypothesis = pytest.importorskip("hypothesis", reason="needs hypothesis, which the dev extra installs")
 from hypothesis import strategies as st  # noqa: E402

@@ -13,7 +13,7 @@ from lightning_zipit import functional as F
 from lightning_zipit.announce import log_report
 from lightning_zipit.errors import CheckpointError
 from lightning_zipit.graph import Block, FeatureSpace, Tap
-from lightning_zipit.merging import SpaceMap
+from lightning_zipit.maps import SpaceMap
 from lightning_zipit.report import (
     Cost,
     Measure,

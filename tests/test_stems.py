@@ -19,8 +19,8 @@ from lightning_zipit.export import export_merged
 from lightning_zipit.graph import permute_spaces
 from lightning_zipit.graph.verify import random_permutations
 from lightning_zipit.matchers import Average, GreedyZip, Matcher, Permute
+from lightning_zipit.paths import AllHeads
 from lightning_zipit.refine import BatchNorm, LeastSquares
-from lightning_zipit.session import AllHeads
 
 X = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 LABELS = torch.randint(0, 4, (64,), generator=torch.Generator().manual_seed(1))

@@ -15,7 +15,7 @@ from lightning_zipit.errors import ConfigurationError
 from lightning_zipit.graph import permute_spaces
 from lightning_zipit.graph.verify import random_permutations
 from lightning_zipit.matchers import Average, DualSpace, GreedyZip, Permute, WeightMatching
-from lightning_zipit.session import AllHeads
+from lightning_zipit.paths import AllHeads
 
 
 def grouped(width):

@@ -9,8 +9,8 @@ from lightning_zipit import MergeSettings, ZipIt, merge_backbones
 from lightning_zipit import functional as F
 from lightning_zipit.errors import ConfigurationError
 from lightning_zipit.matchers import Average, Permute
+from lightning_zipit.paths import AllHeads
 from lightning_zipit.refine import LeastSquares, Repair
-from lightning_zipit.session import AllHeads
 from lightning_zipit.task_vectors import Ties
 
 X = torch.randn(48, 3, 16, 16, generator=torch.Generator().manual_seed(5))

@@ -15,9 +15,9 @@ from lightning_zipit.errors import ConfigurationError
 from lightning_zipit.graph import AxisRef
 from lightning_zipit.graph.spaces import Block
 from lightning_zipit.matchers import Agglomerative, DualSpace, GreedyZip, KMeans, Matcher, Permute
+from lightning_zipit.paths import AllHeads
 from lightning_zipit.report import measure_cost
-from lightning_zipit.session import AllHeads
-from lightning_zipit.widths import FlopsModel, find_fixed, spend, total_loss
+from lightning_zipit.widths import FlopsModel, count_flops, find_fixed, spend, total_loss
 
 
 class Dense(nn.Module):
@@ -224,7 +224,7 @@ def test_features_that_are_alike_are_merged_first():
 def test_the_flops_of_widths_are_those_that_are_measured():
     nets = networks(Dense)
     graphs = [trace(net, example_input=batches()[0]) for net in nets.values()]
-    model = FlopsModel.of(graphs, list(nets.values()), batches()[0][:1])
+    model = FlopsModel.of(graphs, [count_flops(net, batches()[0][:1]) for net in nets.values()])
     merged = merge_backbones(nets, batches(), MergeSettings(width=1.5, refine=None))
     assert model(merged.widths) == pytest.approx(merged.report.merged.flops)
     assert model({}) == pytest.approx(merge_backbones(nets, batches(), MergeSettings()).report.merged.flops)

@@ -73,3 +73,8 @@ def average_over_processes(norms: Sequence[_BatchNorm]) -> None:
         norm.get_buffer("running_mean").copy_(mean)
         norm.get_buffer("running_var").copy_(variance)
         norm.get_buffer("num_batches_tracked").copy_(packed[0])
+
+
+def has_batch_norm(module: nn.Module) -> bool:
+    """Whether a network has batch norm with running statistics."""
+    return any(isinstance(child, _BatchNorm) and child.track_running_stats for child in module.modules())

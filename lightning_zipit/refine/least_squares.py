@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -129,6 +130,36 @@ class NormalEquations:
         """Put the samples of all processes into the sums of each."""
         all_reduce_sums([self.count, self.inputs, self.outputs, self.gram, self.cross, self.power])
 
+    def centred(self) -> CentredEquations:
+        """The equations of the samples less their mean."""
+        mean, offset = self.inputs / self.count, self.outputs / self.count
+        gram = self.gram.triu()
+        gram += gram.triu(1).mT
+        squares = gram.diagonal(dim1=1, dim2=2).mean(1) / self.count[0]
+        gram.div_(self.count).baddbmm_(mean[:, :, None], mean[:, None, :], alpha=-1)
+        cross = torch.baddbmm(self.cross / self.count, mean[:, :, None], offset[:, None, :], alpha=-1)
+        return CentredEquations(mean, offset, gram, cross, (self.power / self.count - offset.square()).sum(), squares)
+
+
+class CentredEquations(NamedTuple):
+    """What the weights of a layer and their fit follow from.
+
+    Attributes:
+        mean: of the inputs, ``(groups, inputs)``.
+        offset: the mean of the targets, ``(groups, outputs)``.
+        gram: the covariance of the inputs, ``(groups, inputs, inputs)``.
+        cross: that of inputs and targets, ``(groups, inputs, outputs)``.
+        variance: of all targets together.
+        squares: the mean square of the inputs of each group, ``(groups,)``.
+    """
+
+    mean: Tensor
+    offset: Tensor
+    gram: Tensor
+    cross: Tensor
+    variance: Tensor
+    squares: Tensor
+
     def solve(self, prior: Tensor, ridge: float, intercept: bool = True) -> tuple[Tensor, Tensor]:
         """The weights and bias that minimise Σ‖W x + b - t‖² + λ‖W - prior‖².
 
@@ -141,41 +172,37 @@ class NormalEquations:
         Returns:
             float64 ``(groups, outputs, inputs)`` and ``(groups, outputs)``.
         """
-        mean, offset, gram, cross = self._centred(intercept)
-        squares = self.gram.diagonal(dim1=1, dim2=2).mean(1) / self.count[0]
-        strength = ridge * squares.clamp(min=torch.finfo(torch.float32).tiny)
-        identity = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
+        gram, cross = self.gram, self.cross
+        if not intercept:
+            gram = torch.baddbmm(gram, self.mean[:, :, None], self.mean[:, None, :])
+            cross = torch.baddbmm(cross, self.mean[:, :, None], self.offset[:, None, :])
+        strength = ridge * self.squares.clamp(min=torch.finfo(torch.float32).tiny)
         while True:
-            penalty = strength[:, None, None]
-            factor, failed = torch.linalg.cholesky_ex(gram + penalty * identity)
+            held = gram.clone()
+            held.diagonal(dim1=1, dim2=2).add_(strength[:, None])
+            factor, failed = torch.linalg.cholesky_ex(held)
             if not failed.any():
                 break
             strength = torch.where(failed > 0, strength * 10, strength)
-        weight = torch.cholesky_solve(cross + penalty * prior.double().mT, factor).mT
-        return weight, offset - (weight @ mean[:, :, None]).squeeze(2)
+        weight = torch.cholesky_solve(cross + strength[:, None, None] * prior.double().mT, factor).mT
+        bias = self.offset - self._through(weight)
+        return weight, bias if intercept else torch.zeros_like(bias)
 
     def explained(self, weight: Tensor, bias: Tensor) -> float:
         """The share of the target's variance that weights explain, over all outputs; 1 at best."""
-        mean, offset, gram, cross = self._centred()
-        total = (self.power / self.count - offset.square()).sum()
-        fitted = 2 * (weight * cross.mT).sum() - ((weight @ gram) * weight).sum()
-        shift = ((weight @ mean[:, :, None]).squeeze(2) + bias - offset).square().sum()
-        return ((fitted - shift) / total.clamp(min=torch.finfo(torch.float64).tiny)).item()
+        fitted = 2 * (weight * self.cross.mT).sum() - ((weight @ self.gram) * weight).sum()
+        shift = (self._through(weight) + bias - self.offset).square().sum()
+        return ((fitted - shift) / self.variance.clamp(min=torch.finfo(torch.float64).tiny)).item()
 
     def moments_of(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance of W x per output, ``(groups, outputs)`` each."""
-        mean, _, gram, _ = self._centred()
-        return (weight @ mean[:, :, None]).squeeze(2), ((weight @ gram) * weight).sum(2).clamp(min=0)
+        return self._through(weight), ((weight @ self.gram) * weight).sum(2).clamp(min=0)
 
-    def _centred(self, centre: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        mean, offset = (sums / self.count * centre for sums in (self.inputs, self.outputs))
-        upper = self.gram.triu()
-        gram = (upper + upper.triu(1).mT) / self.count - mean[:, :, None] * mean[:, None, :]
-        cross = self.cross / self.count - mean[:, :, None] * offset[:, None, :]
-        return mean, offset, gram, cross
+    def _through(self, weight: Tensor) -> Tensor:
+        return (weight @ self.mean[:, :, None]).squeeze(2)
 
 
-def solve_layer(layer: Fitted, norm: _BatchNorm | None, equations: NormalEquations, ridge: float) -> float:
+def solve_layer(layer: Fitted, norm: _BatchNorm | None, equations: CentredEquations, ridge: float) -> float:
     """Set the weights of a layer, and the norm behind it, to the solution of its normal equations.
 
     The norm gets the statistics of what the layer gives now, and the scale and shift that undo them: in eval mode it

@@ -131,6 +131,8 @@ class Walk:
                     progress.advance(bar)
                     if fit is not None:
                         fits[f"{part}.{name}"] = fit
+                if part == "trunk":
+                    self.trunk.complete()
         return fits
 
     def find_unfitted(self, fits: Collection[str]) -> list[str]:
@@ -156,7 +158,6 @@ class Walk:
         task = part.partition(".")[2]
         if not self.head_nodes[task]:
             return _Part(Frontier([], 0, self._begin, limit), lambda _: Zip(torch.ones(1)), self.how, [])
-        self.trunk.complete()
         runs = [Run(network, self.head_nodes[task]) for network in (self.heads[task], self.sources[task])]
         frontier = Frontier(runs, len(self.batches), lambda batch: self._begin_head(task, batch), limit)
         return _Part(frontier, lambda _: Zip(torch.ones(1)), self.how, self.marks)
@@ -263,7 +264,7 @@ class _Part:
                 x = patches(layer, values[stop.input], chosen)
                 equations.add(x, target.unflatten(1, (groups, -1)).movedim(1, 0))
         equations.sum_over_processes()
-        return solve_layer(layer, norm, equations, how.ridge)
+        return solve_layer(layer, norm, equations.centred(), how.ridge)
 
     def _rescale(self, stop: Layer) -> None:
         layer, norm = layer_of(self.merged, stop)

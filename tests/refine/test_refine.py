@@ -26,10 +26,10 @@ from lightning_zipit.graph import permute_spaces
 from lightning_zipit.graph.taps import before_activations
 from lightning_zipit.graph.verify import random_permutations
 from lightning_zipit.matchers import Average, GreedyZip
+from lightning_zipit.paths import AllHeads
 from lightning_zipit.refine import LeastSquares, Repair
 from lightning_zipit.refine.frontier import Frontier
 from lightning_zipit.refine.least_squares import NormalEquations, patches, samples
-from lightning_zipit.session import AllHeads
 
 EVERYTHING = {"positions": None}
 
@@ -72,7 +72,7 @@ def test_normal_equations_give_the_solution_of_a_dense_computation(ridge, interc
     equations = NormalEquations(2, 5, 3, x.device)
     for part in (slice(100), slice(100, 300)):
         equations.add(x[:, part], target[:, part])
-    weight, bias = equations.solve(prior, ridge, intercept)
+    weight, bias = equations.centred().solve(prior, ridge, intercept)
     for group in range(2):
         mean = x[group].mean(0) if intercept else torch.zeros(5)
         offset = target[group].mean(0) if intercept else torch.zeros(3)
@@ -92,9 +92,10 @@ def test_the_explained_share_is_that_of_the_residuals():
     target = x @ torch.randn(5, 3) + torch.randn(400, 3)
     equations = NormalEquations(1, 5, 3, x.device)
     equations.add(x, target)
-    weight, bias = equations.solve(torch.zeros(1, 3, 5), 1e-6)
+    centred = equations.centred()
+    weight, bias = centred.solve(torch.zeros(1, 3, 5), 1e-6)
     residual = target[0] - x[0] @ weight[0].T.float() - bias[0].float()
-    assert equations.explained(weight, bias) == pytest.approx(
+    assert centred.explained(weight, bias) == pytest.approx(
         1 - (residual.var(0).sum() / target[0].var(0).sum()).item(), abs=1e-4
     )
 
@@ -104,7 +105,7 @@ def test_inputs_that_are_constant_or_the_same_leave_a_solution():
     x[..., 0] = 3
     equations = NormalEquations(1, 6, 2, x.device)
     equations.add(x, x[..., 1:3])
-    weight, bias = equations.solve(torch.zeros(1, 2, 6), 1e-9)
+    weight, bias = equations.centred().solve(torch.zeros(1, 2, 6), 1e-9)
     assert weight.isfinite().all() and torch.allclose(
         x[0] @ weight[0].T.float() + bias[0].float(), x[0, :, 1:3], atol=1e-3
     )

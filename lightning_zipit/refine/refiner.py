@@ -1,0 +1,135 @@
+"""The last pass over the calibration data: what follows merging, on copies that run where the batches are."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_zipit.maps import Maps
+from lightning_zipit.rebuild import MergedBackbone
+from lightning_zipit.refine.batch_norm import BatchNormEstimator
+from lightning_zipit.refine.settings import BatchNorm, LayerByLayer, LeastSquares, Refinement
+from lightning_zipit.refine.walk import Walk
+from lightning_zipit.report import measure_shifts
+from lightning_zipit.views import Inputs, any_view, view_of
+
+
+class Refiner:
+    """Refines copies of merged networks batch by batch, and takes what was found over into them in the end.
+
+    Args:
+        merged: the merged networks.
+        networks: the source networks by task, in eval mode.
+        how: what to do.
+        maps: the matching of each space.
+        device: where the batches are, and ``networks``.
+        weights: how much each model counts; all the same by default.
+        models: the number of the model that each network is a part of, by task.
+    """
+
+    def __init__(
+        self,
+        merged: MergedBackbone,
+        networks: Mapping[str, nn.Module],
+        how: Refinement,
+        maps: Maps,
+        device: torch.device,
+        weights: Sequence[float] | None,
+        models: Mapping[str, int],
+    ) -> None:
+        self.merged, self.networks, self.how = merged, dict(networks), how
+        self.maps, self.weights, self.models = maps, weights, models
+        self.batches: list[Inputs] = []
+        dtype = next(next(iter(networks.values())).parameters()).dtype
+
+        def working(module: nn.Module) -> nn.Module:
+            return copy.deepcopy(module).to(device=device, dtype=dtype).eval()
+
+        with torch.inference_mode(False):
+            self.trunk = working(merged.trunk)
+            self.heads = {task: working(head) for task, head in merged.heads.items()}
+            self.stems = {task: working(stem) for task, stem in merged.stems.items()}
+            if not isinstance(how, LayerByLayer):  # which starts from the merged statistics
+                self.estimator = BatchNormEstimator(_parts(self.trunk, self.heads))
+
+    def add(self, x: Inputs, tasks: Iterable[str]) -> None:
+        """Add a batch to the running statistics of the trunk and of the heads of ``tasks``, or keep it for the end.
+
+        Stems are what they are in the sources, and keep their statistics.
+
+        Args:
+            x: an input of the backbones, or one of each by task.
+            tasks: the tasks that the batch belongs to.
+        """
+        if isinstance(self.how, LayerByLayer):
+            self.batches.append(x)
+            return
+        if len(any_view(x)) == 1:
+            return  # a single sample has no variance
+        per_task = isinstance(self.how, BatchNorm) and self.how.per_task
+        if isinstance(x, Tensor) and not self.stems and not per_task:
+            crossing = self._collect(self.trunk, x)
+            for task in tasks:
+                self._collect(self.heads[task], *crossing)
+            return
+        for task in tasks:
+            view = view_of(x, task)
+            entering = self.stems[task](view) if self.stems else (view,)
+            self._collect(self.heads[task], *self._collect(self.trunk, *entering, *(task,) * per_task))
+
+    def _collect(self, part: nn.Module, *inputs: Any) -> Any:
+        """Run a part of the merged network, and add what it is given to its running statistics."""
+        with self.estimator.collecting(part):
+            return part(*inputs)
+
+    def finish(self) -> MergedBackbone:
+        """After the last batch: refine, and take what was found over.
+
+        Returns:
+            The merged networks, changed, with a report that says so.
+
+        Raises:
+            CalibrationError: if a batch norm has seen no batch.
+        """
+        parts, working = _parts(self.merged.trunk, self.merged.heads), _parts(self.trunk, self.heads)
+        report = self.merged.report
+        with torch.inference_mode(False), torch.no_grad():
+            if isinstance(self.how, LayerByLayer):
+                with torch.autocast(next(self.trunk.parameters()).device.type, enabled=False):
+                    walk = self._walk(self.how)
+                    report = replace(report, fits=walk.run())
+                if isinstance(self.how, LeastSquares) and (unfitted := walk.find_unfitted(report.fits)):
+                    names = ", ".join(f"`{name}`" for name in unfitted)
+                    report = replace(
+                        report, notes=(*report.notes, f"Kept the weights that merging gave them: {names}.")
+                    )
+            else:
+                self.estimator.finish()
+                report = replace(report, shifts=measure_shifts(parts, working))
+            for name, module in parts.items():
+                for old, new in zip(module.state_dict().values(), working[name].state_dict().values(), strict=True):
+                    old.copy_(new)
+        return replace(self.merged, report=report)
+
+    def _walk(self, how: LayerByLayer) -> Walk:
+        return Walk(
+            self.trunk,
+            self.heads,
+            self.networks,
+            self.merged.graphs,
+            self.maps,
+            self.batches,
+            how,
+            self.weights,
+            self.models,
+            self.stems,
+        )
+
+
+def _parts(trunk: nn.Module, heads: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    return {"trunk": trunk, **{f"heads.{task}": head for task, head in heads.items()}}
