@@ -5,6 +5,8 @@ samples, and matched features become one. Nothing is trained.
 """
 
 from lightning_zipit import functional
+from lightning_zipit.calibration.statistics import FeatureStatistics, Moments
+from lightning_zipit.calibration.statistics_file import CalibrationStatistics
 from lightning_zipit.callback import ZipItCallback
 from lightning_zipit.cli import ZipItCLI
 from lightning_zipit.driver import ZipIt
@@ -15,13 +17,11 @@ from lightning_zipit.metrics import JointAccuracy
 from lightning_zipit.module import ZipItModule
 from lightning_zipit.multihead import MultiHeadModule
 from lightning_zipit.multitask import Ensemble
-from lightning_zipit.plan import Range
-from lightning_zipit.report import MergeReport
+from lightning_zipit.report.report import MergeReport
 from lightning_zipit.session import merge_backbones
 from lightning_zipit.settings import MergeSettings
-from lightning_zipit.statistics import FeatureStatistics, Moments
-from lightning_zipit.statistics_file import CalibrationStatistics
-from lightning_zipit.sweep_result import SweepResult
+from lightning_zipit.sweep.plan import Range
+from lightning_zipit.sweep.results import SweepResult
 from lightning_zipit.trainer import ZipItTrainer
 
 __version__ = "0.1.0"

@@ -9,13 +9,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_zipit._lightning import unsupported_strategy
-from lightning_zipit.announce import announce
 from lightning_zipit.errors import CalibrationError
 from lightning_zipit.matchers import Matcher, SimilarityKind
+from lightning_zipit.merging.widths import Width
 from lightning_zipit.module import ZipItModule
+from lightning_zipit.report.announce import announce
 from lightning_zipit.settings import MergeSettings, ModelWeights, Refine, default_matcher
 from lightning_zipit.task_vectors import Combination
-from lightning_zipit.widths import Width
 
 
 class ZipItCallback(Callback):

@@ -11,18 +11,18 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning_zipit._lightning import unsupported_strategy
 from lightning_zipit.callback import ZipItCallback
 from lightning_zipit.errors import ConfigurationError
-from lightning_zipit.evaluation import Evaluation
 from lightning_zipit.matchers import Matcher, SimilarityKind
+from lightning_zipit.merging.widths import Width
 from lightning_zipit.module import ZipItModule
 from lightning_zipit.multihead import MultiHeadModule
-from lightning_zipit.plan import Range, make_plan
 from lightning_zipit.settings import MergeSettings, ModelWeights, Refine
 from lightning_zipit.sources import find_input
-from lightning_zipit.sweep import Sweep
-from lightning_zipit.sweep_result import Mode, SweepResult
+from lightning_zipit.sweep.evaluation import Evaluation
+from lightning_zipit.sweep.plan import Range, make_plan
+from lightning_zipit.sweep.results import Mode, SweepResult
+from lightning_zipit.sweep.sweep import Sweep
 from lightning_zipit.task_vectors import Combination
 from lightning_zipit.views import Inputs
-from lightning_zipit.widths import Width
 
 if TYPE_CHECKING:
     from optuna import Study

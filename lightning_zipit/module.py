@@ -18,12 +18,12 @@ from lightning_zipit._lightning import count_samples, predict_loaders, spawns_pr
 from lightning_zipit.collectives import share
 from lightning_zipit.errors import CalibrationError, ConfigurationError
 from lightning_zipit.files import replacing
+from lightning_zipit.merging.widths import changes_size
 from lightning_zipit.multihead import MultiHeadModule, split_merged
 from lightning_zipit.session import MergeSession
 from lightning_zipit.settings import MergeSettings
 from lightning_zipit.sources import DelegatedTransfers, find_input, find_inputs, find_problems, get_backbone, name_tasks
 from lightning_zipit.views import Inputs, any_view, check_views
-from lightning_zipit.widths import changes_size
 
 
 class ZipItModule(DelegatedTransfers, LightningModule):

@@ -11,9 +11,10 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_zipit.calibration import Calibration, check_counts
+from lightning_zipit.calibration.calibration import Calibration, check_counts
+from lightning_zipit.calibration.layout import Layout
+from lightning_zipit.calibration.statistics_file import CalibrationStatistics, StatisticsRecord
 from lightning_zipit.collectives import is_distributed, rank_and_size, share
-from lightning_zipit.dense import rigid_note
 from lightning_zipit.errors import (
     CalibrationError,
     ConfigurationError,
@@ -26,20 +27,21 @@ from lightning_zipit.graph.cut import find_cuts
 from lightning_zipit.graph.joined import Joined
 from lightning_zipit.graph.taps import before_activations, tapped_by_all
 from lightning_zipit.graph.verify import find_failing
-from lightning_zipit.layout import Layout
-from lightning_zipit.maps import DenseMap, SpaceMap
-from lightning_zipit.matched import Matched, Matchings
 from lightning_zipit.matchers import CCA, AnyWidthMatcher, Average, DualSpace
-from lightning_zipit.matching import handed_over, split_families
+from lightning_zipit.matching.by_weights import common_start
+from lightning_zipit.matching.families import handed_over, split_families
+from lightning_zipit.matching.matchings import Matched, Matchings
+from lightning_zipit.merging.dense import rigid_note
+from lightning_zipit.merging.maps import DenseMap, SpaceMap
+from lightning_zipit.merging.rebuild import MergedBackbone, build_merged, build_stems
+from lightning_zipit.merging.widths import FlopsModel, Plan, count_flops, find_choices
 from lightning_zipit.paths import AllHeads
-from lightning_zipit.rebuild import MergedBackbone, build_merged, build_stems
 from lightning_zipit.refine import BatchNorm
 from lightning_zipit.refine.batch_norm import has_batch_norm
 from lightning_zipit.refine.refiner import Refiner
 from lightning_zipit.refine.task_norms import find_norms, give_norms, set_affine
-from lightning_zipit.report import Cost, MergeReport, measure_cost
+from lightning_zipit.report.report import Cost, MergeReport, measure_cost
 from lightning_zipit.settings import MergeSettings
-from lightning_zipit.statistics_file import CalibrationStatistics, StatisticsRecord
 from lightning_zipit.task_vectors import combine_into
 from lightning_zipit.views import (
     Inputs,
@@ -51,8 +53,6 @@ from lightning_zipit.views import (
     like,
     view_of,
 )
-from lightning_zipit.weight_matching import common_start
-from lightning_zipit.widths import FlopsModel, Plan, count_flops, find_choices
 
 
 class MergeSession:

@@ -10,9 +10,9 @@ from typing import Literal, TypeAlias, get_args
 from lightning_zipit.errors import ConfigurationError
 from lightning_zipit.functional.matrices import check_weights
 from lightning_zipit.matchers import AnyWidthMatcher, Average, DualSpace, GreedyZip, Matcher, SimilarityKind
+from lightning_zipit.merging.widths import Width, changes_size
 from lightning_zipit.refine import NAMED, BatchNorm, LeastSquares, Refinement
 from lightning_zipit.task_vectors import Combination
-from lightning_zipit.widths import Width, changes_size
 
 ModelWeights: TypeAlias = Mapping[str, float] | Sequence[float]
 """How much each model counts: by task, or in the order of the tasks."""

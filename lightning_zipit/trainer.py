@@ -12,19 +12,19 @@ from typing import Any
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
 from lightning_zipit._lightning import unsupported_strategy
-from lightning_zipit.announce import is_talkative
 from lightning_zipit.checkpoint import find_record, read_checkpoint
 from lightning_zipit.driver import ZipIt
 from lightning_zipit.errors import CheckpointError, ConfigurationError
 from lightning_zipit.files import find_output_problem, replacing
 from lightning_zipit.matchers import Matcher, SimilarityKind
+from lightning_zipit.merging.widths import Width, changes_size
 from lightning_zipit.multihead import MultiHeadModule
-from lightning_zipit.plan import Range
+from lightning_zipit.report.announce import is_talkative
 from lightning_zipit.settings import ModelWeights, Refine
 from lightning_zipit.sources import INSTANTIATOR, find_class
-from lightning_zipit.sweep_result import Mode, SweepResult
+from lightning_zipit.sweep.plan import Range
+from lightning_zipit.sweep.results import Mode, SweepResult
 from lightning_zipit.task_vectors import Combination
-from lightning_zipit.widths import Width, changes_size
 
 CLASS_PATH = "_class_path"
 """The hyperparameter that holds the class of a model which Lightning's command line was given by class path."""

@@ -8,11 +8,11 @@ from helpers.nets import images, settled_pair, trainer
 from lightning_zipit import Range, ZipIt
 from lightning_zipit.errors import ConfigurationError
 from lightning_zipit.matchers import GreedyZip, Permute
-from lightning_zipit.plan import Search
 from lightning_zipit.session import MergeSession
 from lightning_zipit.settings import MergeSettings
-from lightning_zipit.sweep import Sweep
-from lightning_zipit.sweep_result import SweepRow, describe
+from lightning_zipit.sweep.plan import Search
+from lightning_zipit.sweep.results import SweepRow, describe
+from lightning_zipit.sweep.sweep import Sweep
 
 optuna = pytest.importorskip("optuna")
 

@@ -10,11 +10,12 @@ from torch import nn
 
 from lightning_zipit import MergeReport
 from lightning_zipit import functional as F
-from lightning_zipit.announce import log_report
+from lightning_zipit.calibration.statistics import Moments
 from lightning_zipit.errors import CheckpointError
 from lightning_zipit.graph import Block, FeatureSpace, Tap
-from lightning_zipit.maps import SpaceMap
-from lightning_zipit.report import (
+from lightning_zipit.merging.maps import SpaceMap
+from lightning_zipit.report.announce import log_report
+from lightning_zipit.report.report import (
     Cost,
     Measure,
     NormShift,
@@ -23,7 +24,6 @@ from lightning_zipit.report import (
     measure_shifts,
     report_space,
 )
-from lightning_zipit.statistics import Moments
 
 
 def report_of(labels, num_models, similarity=None, reader="fc"):

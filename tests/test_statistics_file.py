@@ -11,7 +11,8 @@ from helpers.nets import Lit, Wrap, images, settled_pair, trainer
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_zipit import CalibrationStatistics, MergeSettings, ZipIt, merge_backbones, statistics_file
+from lightning_zipit import CalibrationStatistics, MergeSettings, ZipIt, merge_backbones
+from lightning_zipit.calibration import statistics_file
 from lightning_zipit.errors import CalibrationError, ConfigurationError, StatisticsError, ZipItError
 from lightning_zipit.matchers import WeightMatching
 from lightning_zipit.session import MergeSession

@@ -15,9 +15,9 @@ from lightning_zipit.errors import ConfigurationError
 from lightning_zipit.graph import AxisRef
 from lightning_zipit.graph.spaces import Block
 from lightning_zipit.matchers import Agglomerative, DualSpace, GreedyZip, KMeans, Matcher, Permute
+from lightning_zipit.merging.widths import FlopsModel, count_flops, find_fixed, spend, total_loss
 from lightning_zipit.paths import AllHeads
-from lightning_zipit.report import measure_cost
-from lightning_zipit.widths import FlopsModel, count_flops, find_fixed, spend, total_loss
+from lightning_zipit.report.report import measure_cost
 
 
 class Dense(nn.Module):

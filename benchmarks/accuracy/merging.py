@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_zipit import Ensemble, MergeSettings, ZipIt
+from lightning_zipit.calibration.statistics_file import fingerprint
 from lightning_zipit.matchers import (
     CCA,
     Agglomerative,
@@ -30,8 +31,7 @@ from lightning_zipit.matchers import (
     Permute,
     WeightMatching,
 )
-from lightning_zipit.report import measure_cost
-from lightning_zipit.statistics_file import fingerprint
+from lightning_zipit.report.report import measure_cost
 
 from .data import Batches, Images, Split
 from .experiments import Group, Pair

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_zipit.calibration.statistics import AT_ONCE, add_gram
 from lightning_zipit.collectives import all_reduce_sums
-from lightning_zipit.refine.layers import Fitted, groups_of
-from lightning_zipit.statistics import AT_ONCE, add_gram
+from lightning_zipit.graph.layers import Fitted, groups_of
 
 MOST_INPUTS = 8192
 """Layers with more inputs keep their weights: the normal equations of one take half a GiB at this size."""

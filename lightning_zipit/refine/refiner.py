@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_zipit.maps import Maps
-from lightning_zipit.rebuild import MergedBackbone
+from lightning_zipit.merging.maps import Maps
+from lightning_zipit.merging.rebuild import MergedBackbone
 from lightning_zipit.refine.batch_norm import BatchNormEstimator
 from lightning_zipit.refine.settings import BatchNorm, LayerByLayer, LeastSquares, Refinement
 from lightning_zipit.refine.walk import Walk
-from lightning_zipit.report import measure_shifts
+from lightning_zipit.report.report import measure_shifts
 from lightning_zipit.views import Inputs, any_view, view_of
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_zipit.collectives import all_reduce_sums
-from lightning_zipit.refine.layers import Fitted
+from lightning_zipit.graph.layers import Fitted
 
 
 class OutputMoments:

@@ -11,13 +11,13 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, fx, nn
 
-from lightning_zipit.calibration import Beginning, choose_positions, marks
+from lightning_zipit.calibration.calibration import Beginning, choose_positions, marks
 from lightning_zipit.collectives import rank_and_size, share
 from lightning_zipit.graph import AxisRef, MergeGraph
 from lightning_zipit.graph.joined import UNMERGE, Joined
-from lightning_zipit.maps import DenseMap, Maps, along_axis, model_shares
+from lightning_zipit.graph.layers import Fitted, Layer, Norm, find_stops, groups_of, layer_of
+from lightning_zipit.merging.maps import DenseMap, Maps, along_axis, model_shares
 from lightning_zipit.refine.frontier import Frontier, Run, Values
-from lightning_zipit.refine.layers import Fitted, Layer, Norm, find_stops, groups_of, layer_of
 from lightning_zipit.refine.least_squares import MOST_INPUTS, NormalEquations, patches, samples, solve_layer
 from lightning_zipit.refine.repair import OutputMoments, rescale_layer
 from lightning_zipit.refine.settings import LayerByLayer, LeastSquares

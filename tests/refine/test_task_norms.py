@@ -11,9 +11,9 @@ from torch import nn
 from lightning_zipit import MergeSettings, MultiHeadModule, ZipIt, merge_backbones, trace
 from lightning_zipit.errors import ConfigurationError
 from lightning_zipit.export import export_merged
-from lightning_zipit.maps import SpaceMap
 from lightning_zipit.matchers import Average
-from lightning_zipit.rebuild import build_merged
+from lightning_zipit.merging.maps import SpaceMap
+from lightning_zipit.merging.rebuild import build_merged
 from lightning_zipit.refine import BatchNorm
 from lightning_zipit.refine.task_norms import give_norms, set_affine
 

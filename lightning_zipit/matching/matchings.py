@@ -9,15 +9,15 @@ from functools import cache
 from torch import Tensor, nn
 
 from lightning_zipit import functional as F
-from lightning_zipit.calibration import Calibration
+from lightning_zipit.calibration.calibration import Calibration
 from lightning_zipit.collectives import rank_and_size, share
-from lightning_zipit.dense import find_rigid
 from lightning_zipit.graph import FeatureSpace, MergeGraph
-from lightning_zipit.maps import DenseMap, SpaceMap
 from lightning_zipit.matchers import DualSpace, Matcher, SimilarityKind
-from lightning_zipit.matching import match, similarity_from
-from lightning_zipit.report import Measure, SpaceReport, report_space
-from lightning_zipit.weight_matching import match_by_weights
+from lightning_zipit.matching.by_weights import match_by_weights
+from lightning_zipit.matching.families import match, similarity_from
+from lightning_zipit.merging.dense import find_rigid
+from lightning_zipit.merging.maps import DenseMap, SpaceMap
+from lightning_zipit.report.report import Measure, SpaceReport, report_space
 
 Choices = Mapping[str, Sequence[int]]
 """Per space, the widths that it may have."""
@@ -78,7 +78,7 @@ class Matchings:
 
         Args:
             graph: the merge graph of the first model.
-            families: of :func:`~lightning_zipit.matching.families`.
+            families: of :func:`~lightning_zipit.matching.families.families`.
             calibration: the statistics of all processes.
             choices: per space its widths, in rising order.
         """

@@ -10,11 +10,11 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_zipit.graph import AxisRef, MergeGraph
+from lightning_zipit.graph.layers import ADDITIONS, Fitted, Layer, find_stops, layer_of
 from lightning_zipit.graph.registry import find_rule
 from lightning_zipit.graph.rules import POINTWISE, POOLING, elementwise, layers, shapes
-from lightning_zipit.maps import DenseMap, Maps
-from lightning_zipit.merging import contract
-from lightning_zipit.refine.layers import ADDITIONS, Fitted, Layer, find_stops, layer_of
+from lightning_zipit.merging.maps import DenseMap, Maps
+from lightning_zipit.merging.parameters import contract
 
 LINEAR = (
     *(nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d),

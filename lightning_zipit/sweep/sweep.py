@@ -17,22 +17,22 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lightning_zipit._lightning import unsupported_strategy
-from lightning_zipit.announce import quiet
-from lightning_zipit.calibration import statistics_bytes
+from lightning_zipit.calibration.calibration import statistics_bytes
+from lightning_zipit.calibration.statistics_file import fingerprint
 from lightning_zipit.errors import CalibrationError, ConfigurationError, StatisticsError, ZipItError
-from lightning_zipit.evaluation import Evaluation
 from lightning_zipit.files import find_output_problem, held
 from lightning_zipit.graph import MergeGraph
 from lightning_zipit.graph.taps import tapped_by_all
 from lightning_zipit.module import ZipItModule
 from lightning_zipit.multihead import MultiHeadModule
 from lightning_zipit.multitask import Ensemble, MultiTaskModule
-from lightning_zipit.plan import Plan
-from lightning_zipit.report import Cost, MergeReport
+from lightning_zipit.report.announce import quiet
+from lightning_zipit.report.report import Cost, MergeReport
 from lightning_zipit.session import as_measured
 from lightning_zipit.settings import MergeSettings
-from lightning_zipit.statistics_file import fingerprint
-from lightning_zipit.sweep_result import Mode, ResultsFile, SweepResult, SweepRow, describe
+from lightning_zipit.sweep.evaluation import Evaluation
+from lightning_zipit.sweep.plan import Plan
+from lightning_zipit.sweep.results import Mode, ResultsFile, SweepResult, SweepRow, describe
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from lightning_zipit.dense import fold_norms
 from lightning_zipit.graph import AxisRef, MergeGraph
 from lightning_zipit.graph.joined import UNMERGE, Joined
-from lightning_zipit.maps import Maps, counting_alone, shares_along, unmerge_along
-from lightning_zipit.merging import merge_into, unmerge_into
-from lightning_zipit.report import MergeReport
+from lightning_zipit.merging.dense import fold_norms
+from lightning_zipit.merging.maps import Maps, counting_alone, shares_along, unmerge_along
+from lightning_zipit.merging.parameters import merge_into, unmerge_into
+from lightning_zipit.report.report import MergeReport
 from lightning_zipit.views import Inputs
 
 MERGE = "merge"

@@ -9,7 +9,7 @@ from statistics import NormalDist
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from lightning_zipit.report import MergeReport, SpaceReport
+    from lightning_zipit.report.report import MergeReport, SpaceReport
 
 Kind = Literal["chance", "samples", "dead", "crowded", "collapse", "norms"]
 

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from lightning_zipit import functional as F
-from lightning_zipit.calibration import statistics_bytes
+from lightning_zipit.calibration.calibration import statistics_bytes
+from lightning_zipit.calibration.statistics import Moments
 from lightning_zipit.errors import ConfigurationError
 from lightning_zipit.graph import FeatureSpace, MergeGraph
 from lightning_zipit.graph.spaces import unit_members, units_around, units_first
-from lightning_zipit.maps import DenseMap, SpaceMap
 from lightning_zipit.matchers import AnyWidthMatcher, DenseMaps, GreedyZip, Matcher, Permute, SimilarityKind
-from lightning_zipit.statistics import Moments
+from lightning_zipit.merging.maps import DenseMap, SpaceMap
 
 SCALE_HANDICAP = 1e-6
 ROWS_AT_ONCE = 1024

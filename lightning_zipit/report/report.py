@@ -20,13 +20,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_zipit import functional as F
-from lightning_zipit.cca import mixed_agreement
-from lightning_zipit.diagnosis import Finding, diagnose
+from lightning_zipit.calibration.statistics import Moments
 from lightning_zipit.errors import CheckpointError
 from lightning_zipit.files import replacing
 from lightning_zipit.graph import FeatureSpace
-from lightning_zipit.maps import DenseMap, SpaceMap
-from lightning_zipit.statistics import Moments
+from lightning_zipit.matching.cca import mixed_agreement
+from lightning_zipit.merging.maps import DenseMap, SpaceMap
+from lightning_zipit.report.diagnosis import Finding, diagnose
 from lightning_zipit.views import Inputs
 
 

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from lightning_zipit.calibration.folding import Folds
+from lightning_zipit.calibration.statistics import FeatureStatistics, Moments, empty_like_features, sum_over_processes
 from lightning_zipit.errors import CalibrationError, StatisticsError
-from lightning_zipit.folding import Folds
 from lightning_zipit.graph import MergeGraph, Tap
 from lightning_zipit.graph.record import IN_PLACE
-from lightning_zipit.statistics import FeatureStatistics, Moments, empty_like_features, sum_over_processes
 from lightning_zipit.views import Inputs, any_view, view_of
 
 

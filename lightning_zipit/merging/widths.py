@@ -14,9 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from lightning_zipit.errors import ConfigurationError
 from lightning_zipit.graph import AxisRef, MergeGraph, evaluating
 from lightning_zipit.graph.notes import reached
-from lightning_zipit.maps import SpaceMap
-from lightning_zipit.matching import handed_over
-from lightning_zipit.rebuild import build_head, build_merged, build_stem, build_stems, build_trunk
+from lightning_zipit.matching.families import handed_over
+from lightning_zipit.merging.maps import SpaceMap
+from lightning_zipit.merging.rebuild import build_head, build_merged, build_stem, build_stems, build_trunk
 
 Width: TypeAlias = float | Mapping[str, float] | Literal["auto"]
 """A ratio to the sources' width, for all spaces or by the name of the space; or what a budget of FLOPs allows."""

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from lightning_zipit import functional as F
 from lightning_zipit.graph import AxisRef, MergeGraph
 from lightning_zipit.graph.notes import reached
-from lightning_zipit.maps import DenseMap, Maps, SpaceMap
 from lightning_zipit.matchers import DualSpace
-from lightning_zipit.matching import families, match
-from lightning_zipit.merging import contract
+from lightning_zipit.matching.families import families, match
+from lightning_zipit.merging.maps import DenseMap, Maps, SpaceMap
+from lightning_zipit.merging.parameters import contract
 
 ALIKE = 0.5
 """From which cosine on the weights of networks are alike."""

@@ -16,10 +16,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lightning_zipit.calibration.statistics import STATES, FeatureStatistics
 from lightning_zipit.collectives import rank_and_size, share
 from lightning_zipit.errors import ConfigurationError, StatisticsError
 from lightning_zipit.files import find_output_problem, replacing
-from lightning_zipit.statistics import STATES, FeatureStatistics
 from lightning_zipit.views import Inputs, Sample, zeros_like_sample
 
 FORMAT = 2

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from lightning_zipit.announce import quiet
 from lightning_zipit.collectives import rank_and_size, share
 from lightning_zipit.errors import ConfigurationError
 from lightning_zipit.matchers import GreedyZip
+from lightning_zipit.report.announce import quiet
 from lightning_zipit.settings import MergeSettings, default_matcher
-from lightning_zipit.sweep_result import Mode, SweepRow, describe, to_text
+from lightning_zipit.sweep.results import Mode, SweepRow, describe, to_text
 
 if TYPE_CHECKING:
     from optuna import Study, Trial

@@ -10,7 +10,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelSummary
 from lightning.pytorch.loggers import Logger
 
-from lightning_zipit.report import MergeReport
+from lightning_zipit.report.report import MergeReport
 
 
 def is_talkative(trainer: Trainer) -> bool:

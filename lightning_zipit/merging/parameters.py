@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_zipit.graph import AxisRef
-from lightning_zipit.maps import Maps, along_axis, model_shares
+from lightning_zipit.merging.maps import Maps, along_axis, model_shares
 
 
 def contract(weight: Tensor, axes: Sequence[AxisRef | None], maps: Maps, source: int) -> Tensor:

@@ -1,0 +1,1 @@
+"""Batches to the statistics of every feature space."""

@@ -1,0 +1,1 @@
+"""Statistics to a map of every feature space: which features become one."""

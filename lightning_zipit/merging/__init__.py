@@ -1,0 +1,1 @@
+"""Maps to merged weights, and these to real modules."""

@@ -1,0 +1,1 @@
+"""What a merge did, in numbers and in words."""

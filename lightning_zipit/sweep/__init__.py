@@ -1,0 +1,1 @@
+"""Many settings, validated and compared."""
