@@ -48,6 +48,7 @@ OTHERS = {
     "cca": {"matcher": CCA(), "refine": "batch_norm"},
     "average + least squares": {"matcher": Average(), "refine": "least_squares"},
     "weights + least squares": {"matcher": WeightMatching(), "refine": "least_squares"},
+    "dual space + least squares": {"matcher": DualSpace(), "refine": "least_squares"},
     "dual space, zip + least squares": {"matcher": DualSpace(matcher=GreedyZip()), "refine": "least_squares"},
     "k-means + least squares": {"matcher": KMeans(), "refine": "least_squares"},
     "agglomerative + least squares": {"matcher": Agglomerative(), "refine": "least_squares"},

@@ -101,7 +101,7 @@ def group_table(group: Group, chosen: Sequence[Sequence[Row]], tried: Mapping[tu
             shown = " | ".join(f"*{pair[0]:.1f} / {pair[1]:.1f}*" if pair else "" for pair in paper)
             lines.append(f"| *{matcher}, the paper's {source}* | | {shown} |" + " |" * (len(stages) - len(places)))
     if settings := describe_settings(sorted(means, key=order), tried):
-        lines += ["", f"Settings, each the best of so many on held-out training images: {settings}."]
+        lines += ["", " ".join(settings)]
     return "\n".join(lines)
 
 
@@ -114,17 +114,27 @@ def describe_pairs(chosen: Sequence[Sequence[Row]]) -> str:
     return f"Accuracy of each network by itself on its own classes: {'; '.join(accuracies)}.{note}"
 
 
-def describe_settings(means: Sequence[Mean], tried: Mapping[tuple[str, ...], int]) -> str:
-    """The settings of the matchers that have several, with the stages that each is for."""
-    stages: dict[tuple[str, str, str, int], list[str]] = {}
-    for row in means:
-        if row.setting:
-            count = tried[row.group, row.stage, row.matcher, row.refine]
-            stages.setdefault((row.matcher, row.refine, row.setting, count), []).append(row.stage)
-    return "; ".join(
-        f"{matcher} with {refine}, {', '.join(names)}: `{setting.replace(', rounds=20, seed=0', '')}` of {count}"
-        for (matcher, refine, setting, count), names in stages.items()
-    )
+def describe_settings(means: Sequence[Mean], tried: Mapping[tuple[str, ...], int]) -> list[str]:
+    """The settings of the matchers that have some: those that were chosen, with what each is for, and the others."""
+    chosen: dict[tuple[str, str, str, int], list[str]] = {}
+    alone: dict[tuple[str, str], list[str]] = {}
+    for row in (row for row in means if row.setting):
+        count = tried[row.group, row.stage, row.matcher, row.refine]
+        setting = row.setting.replace(", rounds=20, seed=0", "")
+        if count > 1:
+            chosen.setdefault((row.matcher, row.refine, setting, count), []).append(row.stage)
+        elif row.refine not in alone.setdefault((row.matcher, setting), []):
+            alone[row.matcher, setting].append(row.refine)
+    sentences = {
+        "Settings, each the best of so many on held-out training images": [
+            f"{matcher} with {refine}, {', '.join(stages)}: `{setting}` of {count}"
+            for (matcher, refine, setting, count), stages in chosen.items()
+        ],
+        "The only one that was run": [
+            f"{matcher} with {', '.join(refinements)}: `{setting}`" for (matcher, setting), refinements in alone.items()
+        ],
+    }
+    return [f"{begin}: {'; '.join(parts)}." for begin, parts in sentences.items() if parts]
 
 
 def as_cell(row: Mean, pairs: int) -> str:
