@@ -182,7 +182,7 @@ def calibration(repeats: int) -> Iterator[Ratio]:
         for positions in (None, 64):
             ratios = in_turn(
                 lambda: calibrate(graph, networks, given, positions),  # noqa: B023 (called at once)
-                lambda: forwards(sources, given),  # noqa: B023
+                lambda: forwards(sources, given),  # noqa: B023 (called at once)
                 repeats,
             )
             what = f"`positions={positions}`" if positions else "all positions"
@@ -312,7 +312,7 @@ def models(repeats: int) -> Iterator[Ratio]:
         graph = trace(networks["0"])
         ratios = in_turn(
             lambda: calibrate(graph, networks, [x]),  # noqa: B023 (called at once)
-            lambda: forwards(list(networks.values()), [x]),  # noqa: B023
+            lambda: forwards(list(networks.values()), [x]),  # noqa: B023 (called at once)
             repeats,
         )
         yield Ratio.of(f"calibration, {count} ResNet-20s, 256 × 3 × 32 × 32", "forwards of all", ratios)
@@ -320,7 +320,7 @@ def models(repeats: int) -> Iterator[Ratio]:
         needed = sum(8 * (count * space.size) ** 2 for space in graph.spaces.values() if space.tap)
         held = sum(state.nbytes for each in found.statistics.values() for state in each.metric_state.values())
         yield Ratio.of(f"memory of the statistics of {count} ResNet-20s", "(N·C)² × 8 bytes", [held / needed])
-        taken[count] = seconds(lambda: matched(graph, found, count))  # noqa: B023
+        taken[count] = seconds(lambda: matched(graph, found, count))  # noqa: B023 (called at once)
     yield Ratio.of("matching of 8 ResNet-20s", "of 2; (N·C)² grows 16 times", [taken[8] / taken[2]])
 
 

@@ -21,7 +21,8 @@ from lightning_zipit.errors import CheckpointError, ConfigurationError, ZipItErr
 from lightning_zipit.graph import MergeGraph
 from lightning_zipit.graph.agreement import trace_all
 from lightning_zipit.graph.joined import Joined
-from lightning_zipit.merging.rebuild import MergedBackbone, build_head, build_stem, build_trunk
+from lightning_zipit.merged import MergedBackbone
+from lightning_zipit.merging.rebuild import build_head, build_stem, build_trunk
 from lightning_zipit.multitask import MultiTaskModule
 from lightning_zipit.refine import BatchNorm
 from lightning_zipit.refine.task_norms import give_norms

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -25,15 +26,17 @@ from lightning_zipit.graph import FeatureSpace, MergeGraph, evaluating
 from lightning_zipit.graph.agreement import trace_all
 from lightning_zipit.graph.cut import find_cuts
 from lightning_zipit.graph.joined import Joined
+from lightning_zipit.graph.spaces import handed_over
 from lightning_zipit.graph.taps import before_activations, tapped_by_all
 from lightning_zipit.graph.verify import find_failing
 from lightning_zipit.matchers import CCA, AnyWidthMatcher, Average, DualSpace
 from lightning_zipit.matching.by_weights import common_start
-from lightning_zipit.matching.families import handed_over, split_families
+from lightning_zipit.matching.families import split_families
 from lightning_zipit.matching.matchings import Matched, Matchings
+from lightning_zipit.merged import MergedBackbone
 from lightning_zipit.merging.dense import rigid_note
 from lightning_zipit.merging.maps import DenseMap, SpaceMap
-from lightning_zipit.merging.rebuild import MergedBackbone, build_merged, build_stems
+from lightning_zipit.merging.rebuild import build_merged, build_stems
 from lightning_zipit.merging.widths import FlopsModel, Plan, count_flops, find_choices
 from lightning_zipit.paths import AllHeads
 from lightning_zipit.refine import BatchNorm
@@ -96,7 +99,6 @@ class MergeSession:
         self._calibration: Calibration | None = None
         self._choices: dict[str, tuple[int, ...]] = {}  # per space, the widths that it may have
         self._size_notes: tuple[str, ...] = ()
-        self._flops: list[dict[str, float]] | None = None  # of every network, by module
         self._matchings = Matchings(settings.matcher, settings.measured_similarity, len(self._names))
         self._maps: dict[str, SpaceMap | DenseMap] = {}
         self._pass = 0
@@ -112,7 +114,7 @@ class MergeSession:
             known = self._record.complete
             self._example: Inputs = known.example_of(list(self.backbones))
             self.graphs = self._trace(self._example, barriers=known.barriers_of(settings.last_module))
-            warn_of_barriers(next(iter(self.graphs.values())))
+            warn_of_barriers(self._graph)
             self._choose_from(self._example)
             self.calibration_passes = 0
             return
@@ -182,7 +184,7 @@ class MergeSession:
             self._record.fingerprints,
             shape,
             dtype,
-            next(iter(self.graphs.values())).barriers,
+            self._graph.barriers,
             self._calibration.statistics,
             self._seen if partly else {},
             {stop_at or "": next(iter(graphs.values())).barriers for stop_at, graphs in self._cuts.items()},
@@ -247,7 +249,7 @@ class MergeSession:
 
     def _choose_from(self, example: Inputs) -> None:
         """Find the widths that there are to choose from."""
-        graph, settings = next(iter(self.graphs.values())), self.settings
+        graph, settings = self._graph, self.settings
         own = view_of(like(example, self._first), next(iter(self.backbones)))
         found = find_choices(graph, self._first, own, settings.width, len(self._names))
         self._choices, self._size_notes = found
@@ -261,10 +263,13 @@ class MergeSession:
                 )
 
     def _flops_model(self, graphs: Mapping[str, MergeGraph]) -> FlopsModel:
-        if self._flops is None:
-            example = like(self._example, self._first)
-            self._flops = [count_flops(network, view_of(example, task)) for task, network in self.backbones.items()]
-        return FlopsModel.of(list(graphs.values()), self._flops)
+        return FlopsModel.of(list(graphs.values()), self._flop_counts)
+
+    @cached_property
+    def _flop_counts(self) -> list[dict[str, float]]:
+        """Of every network, by module."""
+        example = like(self._example, self._first)
+        return [count_flops(network, view_of(example, task)) for task, network in self.backbones.items()]
 
     def _measuring(self, networks: Mapping[str, nn.Module]) -> Calibration:
         spaces: list[str] | None = [name for family in self._families() for name in family]
@@ -284,8 +289,7 @@ class MergeSession:
         return [family for turn in self._turns()[self._pass : None if last else self._pass + 1] for family in turn]
 
     def _turns(self) -> list[list[list[str]]]:
-        graph = next(iter(self.graphs.values()))
-        return split_families(graph, len(self._names), self.settings.statistics_memory * 2**30)
+        return split_families(self._graph, len(self._names), self.settings.statistics_memory * 2**30)
 
     def _match(self) -> None:
         """Match the spaces of this pass, from the statistics of all processes; each matches a part of them."""
@@ -299,8 +303,7 @@ class MergeSession:
                 self._complete_statistics()
             share(self._save)
             assert self._calibration is not None
-            graph = next(iter(self.graphs.values()))
-            self._matchings.add(graph, self._families(), self._calibration, self._choices)
+            self._matchings.add(self._graph, self._families(), self._calibration, self._choices)
         if self._record is not None:
             self._record.discard()
         for statistics in self._calibration.statistics.values():
@@ -352,7 +355,7 @@ class MergeSession:
 
     def _shorter(self) -> Iterator[dict[str, MergeGraph]]:
         """The graphs of trunks that end earlier, whose spaces are measured where they are in the whole of it."""
-        whole = next(iter(self.graphs.values()))
+        whole = self._graph
         measured = as_measured(whole, self.settings).spaces
         for stop_at in find_cuts(whole):
             try:
@@ -366,6 +369,11 @@ class MergeSession:
     @property
     def _first(self) -> nn.Module:
         return next(iter(self.backbones.values()))
+
+    @property
+    def _graph(self) -> MergeGraph:
+        """The merge graph of the first network."""
+        return next(iter(self.graphs.values()))
 
     def merge(self) -> MergedBackbone:
         """Match and merge, from the statistics of all processes.
@@ -386,7 +394,7 @@ class MergeSession:
         self._match()
         with torch.inference_mode(False), torch.no_grad():
             leads = list(self._lead(self.backbones).values())
-            self._matchings.finish(next(iter(self.graphs.values())), leads, self._choices)
+            self._matchings.finish(self._graph, leads, self._choices)
             chosen = self._choose()
             graphs = [self.graphs[task] for task in self.backbones]
             self._maps = maps = {name: replace(one.space_map, weights=self._weights) for name, one in chosen.items()}

@@ -333,6 +333,11 @@ def unit_members(space: FeatureSpace) -> Tensor:
     return order.reshape(max(space.unit_of) + 1, -1)
 
 
+def handed_over(graph: MergeGraph) -> set[str]:
+    """The spaces that stems write."""
+    return {space for entry in graph.entries if entry.ref is not None for space in entry.ref.spaces}
+
+
 def units_first(graph: MergeGraph) -> list[str]:
     """The names of all spaces, those of units before those of their members."""
     return sorted(graph.spaces, key=lambda name: len(units_around(graph, name)))

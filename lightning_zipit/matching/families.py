@@ -12,17 +12,12 @@ from lightning_zipit.calibration.calibration import statistics_bytes
 from lightning_zipit.calibration.statistics import Moments
 from lightning_zipit.errors import ConfigurationError
 from lightning_zipit.graph import FeatureSpace, MergeGraph
-from lightning_zipit.graph.spaces import unit_members, units_around, units_first
+from lightning_zipit.graph.spaces import handed_over, unit_members, units_around, units_first
 from lightning_zipit.matchers import AnyWidthMatcher, DenseMaps, GreedyZip, Matcher, Permute, SimilarityKind
 from lightning_zipit.merging.maps import DenseMap, SpaceMap
 
 SCALE_HANDICAP = 1e-6
 ROWS_AT_ONCE = 1024
-
-
-def handed_over(graph: MergeGraph) -> set[str]:
-    """The spaces that stems write."""
-    return {space for entry in graph.entries if entry.ref is not None for space in entry.ref.spaces}
 
 
 def families(graph: MergeGraph) -> list[list[str]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,35 +16,9 @@ from lightning_zipit.graph.joined import UNMERGE, Joined
 from lightning_zipit.merging.dense import fold_norms
 from lightning_zipit.merging.maps import Maps, counting_alone, shares_along, unmerge_along
 from lightning_zipit.merging.parameters import merge_into, unmerge_into
-from lightning_zipit.report.report import MergeReport
-from lightning_zipit.views import Inputs
 
 MERGE = "merge"
 """Name of the submodule of a stem that holds its merges."""
-
-
-@dataclass(frozen=True)
-class MergedBackbone:
-    """The networks that a merge made.
-
-    Attributes:
-        trunk: from the input, or from what the stems hand over, to a tuple of what the heads take; with a batch norm
-            per task, it takes the name of the task last.
-        heads: per task, from what the trunk hands over to the network's output.
-        report: what the merge did.
-        example: zeros of the shape and type of one calibration sample, ``(1, …)``, by task where each has its own.
-        graphs: the merge graph of each source network.
-        widths: per space its number of features, where that is not the sources'.
-        stems: per task, from its input to a tuple of what the trunk takes; empty without ``start_at``.
-    """
-
-    trunk: nn.Module
-    heads: dict[str, nn.Module]
-    report: MergeReport
-    example: Inputs
-    graphs: dict[str, MergeGraph]
-    widths: dict[str, int] = field(default_factory=dict)
-    stems: dict[str, nn.Module] = field(default_factory=dict)
 
 
 class Unmerge(nn.Module):

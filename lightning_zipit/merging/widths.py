@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lightning_zipit.errors import ConfigurationError
 from lightning_zipit.graph import AxisRef, MergeGraph, evaluating
 from lightning_zipit.graph.notes import reached
-from lightning_zipit.matching.families import handed_over
+from lightning_zipit.graph.spaces import handed_over
 from lightning_zipit.merging.maps import SpaceMap
 from lightning_zipit.merging.rebuild import build_head, build_merged, build_stem, build_stems, build_trunk
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_zipit.merged import MergedBackbone
 from lightning_zipit.merging.maps import Maps
-from lightning_zipit.merging.rebuild import MergedBackbone
 from lightning_zipit.refine.batch_norm import BatchNormEstimator
 from lightning_zipit.refine.settings import BatchNorm, LayerByLayer, LeastSquares, Refinement
 from lightning_zipit.refine.walk import Walk
