@@ -15,8 +15,7 @@ from lightning_zipit.errors import ConfigurationError
 from lightning_zipit.graph.interpret import Context, Event
 from lightning_zipit.graph.naming import describe, place_of
 from lightning_zipit.graph.notes import find_notes
-from lightning_zipit.graph.registry import find_rule
-from lightning_zipit.graph.rules import POOLING
+from lightning_zipit.graph.registry import Trait, traits_of
 from lightning_zipit.graph.spaces import (
     AxisRef,
     Block,
@@ -372,7 +371,8 @@ class Analysis:
         node, found = value.node, value
         while node in self.trunk and math.prod(found.positions) == 1 and len(np.unique(found.ids)) == found.ids.size:
             inputs = [self.values[source] for source in node.all_input_nodes if source in self.values]
-            if find_rule(node, self.backbone) not in POOLING or len(inputs) != 1 or not isinstance(inputs[0], Features):
+            passing = traits_of(node, self.backbone) & (Trait.POOLING | Trait.REARRANGE)
+            if not passing or len(inputs) != 1 or not isinstance(inputs[0], Features):
                 return value
             found, node = inputs[0], inputs[0].node
         return found

@@ -15,7 +15,7 @@ from torch import fx, nn
 
 from lightning_zipit.errors import TraceError
 from lightning_zipit.graph.naming import describe, symbol
-from lightning_zipit.graph.registry import PRODUCERS, RULES, Rule, find_rule
+from lightning_zipit.graph.registry import OPERATORS, Operator, Trait, operator_of
 from lightning_zipit.graph.values import Features, Ids, Joined, Opaque, Parameter, Plain, Value, leaves
 
 BASIC = ("weight", "bias")
@@ -354,20 +354,20 @@ class Context:
             return args[0]
         if node.op == "call_module":
             args = (self.module.get_submodule(str(node.target)), *args)  # type: ignore[arg-type]
-        return self._apply(find_rule(node, self.module), args, kwargs)
+        return self._apply(operator_of(node, self.module), args, kwargs)
 
-    def _apply(self, rule: Rule | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _apply(self, known: Operator | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         inputs = list(leaves((args, kwargs)))
         opaque = [value.ids for value in inputs if isinstance(value, Opaque)]
-        if opaque and rule not in PRODUCERS:
+        if opaque and not (known is not None and Trait.PRODUCER in known.traits):
             raise self.error("an operator before it has no rule")
         if opaque:
             args = tuple(Plain() if isinstance(value, Opaque) else value for value in args)
-        if rule is None and any(isinstance(value, Features) for value in inputs):
+        if known is None and any(isinstance(value, Features) for value in inputs):
             raise self.error("no rule knows what it does to features")
-        if rule is None:
+        if known is None:
             return self.constant(inputs)
-        value = rule(self, *args, **kwargs)
+        value = known.rule(self, *args, **kwargs)
         if self.node.op == "call_module":
             self._check_parameters(args[0])
         return value
@@ -377,7 +377,7 @@ class Context:
         for name, parameter in module.named_parameters():
             full = self._canonical.get(id(parameter))
             known = any((full, axis) in self.events for axis in range(parameter.ndim))
-            if parameter.numel() > 1 and not known and name not in BASIC and type(module) not in RULES:
+            if parameter.numel() > 1 and not known and name not in BASIC and type(module) not in OPERATORS:
                 raise self.error(
                     f"the rule that it inherits does not know its parameter `{name}`, which would not be merged"
                 )

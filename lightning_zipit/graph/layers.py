@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import operator
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_zipit.graph.registry import Trait, traits_of
+
 Fitted: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Linear
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Linear)
-ADDITIONS = (operator.add, operator.iadd, torch.add)
-PASSING = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Identity)
-"""Modules that change nothing in eval mode and may stand between a layer, its norm and a sum."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +103,7 @@ def _describe(module: nn.Module, node: fx.Node, order: dict[fx.Node, int], end: 
     if following is not None and _is_norm(module, following) and order.get(following, end) < end:
         norm = last = following
         following = _only_user(module, following)
-    if following is not None and following.target in ADDITIONS and order.get(following, end) < end:
+    if following is not None and Trait.SUM in traits_of(following, module) and order.get(following, end) < end:
         others = [source for source in following.all_input_nodes if order.get(source, end) < order[node]]
         if len(following.all_input_nodes) == 2 and len(others) == 1 and not following.kwargs:
             return Layer(node, norm, following, others[0])
@@ -116,7 +113,7 @@ def _describe(module: nn.Module, node: fx.Node, order: dict[fx.Node, int], end: 
 def _only_user(module: nn.Module, node: fx.Node) -> fx.Node | None:
     while len(node.users) == 1:
         (user,) = node.users
-        if user.op != "call_module" or not isinstance(module.get_submodule(str(user.target)), PASSING):
+        if Trait.IDENTITY not in traits_of(user, module):
             return user
         node = user
     return None

@@ -7,8 +7,7 @@ from dataclasses import replace
 
 from torch import fx
 
-from lightning_zipit.graph.registry import find_rule
-from lightning_zipit.graph.rules import POINTWISE
+from lightning_zipit.graph.registry import Trait, traits_of
 from lightning_zipit.graph.spaces import FeatureSpace, MergeGraph
 
 
@@ -35,7 +34,7 @@ def before_activations(graph: MergeGraph) -> MergeGraph:
         if space.tap is None:
             return space
         node: fx.Node = nodes[space.tap.node]
-        while node.name in graph.trunk_nodes and find_rule(node, graph.module) in POINTWISE:
+        while node.name in graph.trunk_nodes and Trait.POINTWISE in traits_of(node, graph.module):
             node = node.all_input_nodes[0]
         return replace(space, tap=replace(space.tap, node=node.name))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -10,20 +9,13 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_zipit.graph import AxisRef, MergeGraph
-from lightning_zipit.graph.layers import ADDITIONS, Fitted, Layer, find_stops, layer_of
-from lightning_zipit.graph.registry import find_rule
-from lightning_zipit.graph.rules import POINTWISE, POOLING, elementwise, layers, shapes
+from lightning_zipit.graph.layers import Fitted, Layer, find_stops, layer_of
+from lightning_zipit.graph.registry import Trait, traits_of
 from lightning_zipit.merging.maps import DenseMap, Maps
 from lightning_zipit.merging.parameters import contract
 
-LINEAR = (
-    *(nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d),
-    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
-)
-"""Layers that are linear in the features that they read; in groups, they are not among them."""
-SUMS = (*ADDITIONS, operator.sub, operator.isub, torch.sub, "add", "add_", "sub", "sub_")
-PASSING = (POINTWISE | POOLING | {shapes.cat}) - {layers.prelu, layers.prelu_module}
-"""Rules of operators behind which features are what they were: feature by feature, as if activations were linear."""
+PASSING = Trait.POINTWISE | Trait.POOLING | Trait.REARRANGE | Trait.SUM | Trait.DIFFERENCE
+"""Operators behind which features are what they were: feature by feature, as if activations were linear."""
 
 
 def find_rigid(graph: MergeGraph) -> dict[str, str]:
@@ -49,7 +41,7 @@ def find_rigid(graph: MergeGraph) -> dict[str, str]:
         why, made = _obstacle(node, graph, folded), graph.held.get(node.name, ())
         for name in made if why else ():
             rigid.setdefault(name, why)
-        if find_rule(node, graph.module) is elementwise.reduce:
+        if Trait.SYMMETRIC in traits_of(node, graph.module):
             for name in (name for source in node.all_input_nodes for name in graph.held.get(source.name, ())):
                 if name not in made:
                     rigid.setdefault(name, f"`{node.name}` reduces over features")
@@ -78,15 +70,14 @@ def rigid_note(graph: MergeGraph) -> tuple[str, ...]:
 def _obstacle(node: fx.Node, graph: MergeGraph, folded: set[str]) -> str:
     """Why the features that a node gives cannot be mixed; empty where they can."""
     name = str(node.target) if node.op == "call_module" else node.name
+    traits = traits_of(node, graph.module)
     if node.op == "call_module":
-        module = graph.module.get_submodule(name)
-        if type(module) in LINEAR and getattr(module, "groups", 1) > 1:
+        linear = Trait.LINEAR in traits
+        if linear and getattr(graph.module.get_submodule(name), "groups", 1) > 1:
             return f"`{name}` is depthwise or grouped"
-        if name in folded or (type(module) in LINEAR and any(graph.axes.get(f"{name}.weight", ()))):
+        if name in folded or (linear and any(graph.axes.get(f"{name}.weight", ()))):
             return ""
-    elif node.op in ("call_function", "call_method") and node.target in SUMS:
-        return ""
-    if node.op not in ("get_attr", "placeholder") and find_rule(node, graph.module) in PASSING:
+    if traits & PASSING and Trait.PER_FEATURE not in traits:
         return ""
     return f"`{name}` acts on each feature by itself, or on all"
 

@@ -13,6 +13,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from lightning_zipit.graph import AxisRef, MergeGraph
 from lightning_zipit.graph.joined import UNMERGE, Joined
+from lightning_zipit.graph.registry import Trait, traits_of, writes_in_place
 from lightning_zipit.merging.dense import fold_norms
 from lightning_zipit.merging.maps import Maps, counting_alone, shares_along, unmerge_along
 from lightning_zipit.merging.parameters import merge_into, unmerge_into
@@ -269,26 +270,13 @@ def build_head(graph: MergeGraph, widths: Mapping[str, int] | None = None) -> fx
     return _module(root, head, "Head", graph.axes, widths)
 
 
-VIEWS = {
-    *("view", "reshape", "flatten", "squeeze", "unsqueeze", "permute", "transpose", "contiguous", "detach", "chunk"),
-    *("split", "getitem", "to", "float", "dropout", "Flatten", "Identity", "Dropout", "Dropout2d"),
-}
-"""Operators whose result can share memory with their input."""
-
-
 def _changed_in_place(node: fx.Node, graph: MergeGraph) -> bool:
     """Whether the head writes into a value of the trunk."""
     for user in node.users:
         if user.name in graph.trunk_nodes | graph.stem_nodes or user.op == "output":
             continue
-        module = graph.module.get_submodule(str(user.target)) if user.op == "call_module" else None
-        name = type(module).__name__ if module else getattr(user.target, "__name__", str(user.target))
-        in_place = getattr(module, "inplace", False) or user.kwargs.get("inplace") or name.endswith("_")
-        if (
-            in_place
-            or name in ("iadd", "isub", "imul", "itruediv")
-            or (name in VIEWS and _changed_in_place(user, graph))
-        ):
+        views = Trait.VIEW in traits_of(user, graph.module)
+        if writes_in_place(user, graph.module) or (views and _changed_in_place(user, graph)):
             return True
     return False
 

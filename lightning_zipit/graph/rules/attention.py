@@ -13,7 +13,7 @@ from torch import nn
 
 from lightning_zipit.graph.align import broadcast, contract
 from lightning_zipit.graph.interpret import Context
-from lightning_zipit.graph.registry import module_rule, rule
+from lightning_zipit.graph.registry import Trait, module_rule, rule
 from lightning_zipit.graph.values import Features, Ids, Parameter, Plain, Value
 
 
@@ -82,7 +82,7 @@ def _project_out(ctx: Context, x: Value, values: Ids, weight: Parameter, bias: P
     return output
 
 
-@module_rule(nn.MultiheadAttention, producer=True)
+@module_rule(nn.MultiheadAttention, traits=Trait.PRODUCER)
 def multihead_attention_module(
     ctx: Context, module: nn.MultiheadAttention, query: Value, key: Value, value: Value, *args: Any, **kwargs: Any
 ) -> Any:
@@ -94,7 +94,7 @@ def multihead_attention_module(
     return _project_out(ctx, query, values, ctx.weight("out_proj.weight"), ctx.parameter("out_proj.bias")), None
 
 
-@rule("torchvision.models.swin_transformer.shifted_window_attention", producer=True)
+@rule("torchvision.models.swin_transformer.shifted_window_attention", traits=Trait.PRODUCER)
 def shifted_window_attention(
     ctx: Context,
     input: Value,

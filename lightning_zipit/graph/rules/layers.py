@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_zipit.graph.align import broadcast, mix
 from lightning_zipit.graph.interpret import Context
-from lightning_zipit.graph.registry import module_rule, rule
+from lightning_zipit.graph.registry import Trait, module_rule, rule
 from lightning_zipit.graph.values import Features, Parameter, Value
 
 
@@ -45,31 +45,31 @@ def convolution(
     return output
 
 
-@module_rule(nn.Conv1d, nn.Conv2d, nn.Conv3d, producer=True)
+@module_rule(nn.Conv1d, nn.Conv2d, nn.Conv3d, traits=Trait.PRODUCER | Trait.LINEAR)
 def convolution_module(ctx: Context, module: nn.Conv2d, x: Value) -> Value:
     return convolution(ctx, x, ctx.weight(), ctx.parameter("bias"), module.groups)
 
 
-@module_rule(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, producer=True)
+@module_rule(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, traits=Trait.PRODUCER | Trait.LINEAR)
 def transposed_convolution_module(ctx: Context, module: nn.ConvTranspose2d, x: Value, *args: Any) -> Value:
     return convolution(ctx, x, ctx.weight(), ctx.parameter("bias"), module.groups, transposed=True)
 
 
-@rule(F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d, producer=True)
+@rule(F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d, traits=Trait.PRODUCER | Trait.LINEAR)
 def convolution_function(
     ctx: Context, input: Value, weight: Value, bias: Any = None, *args: Any, groups: int = 1, **kwargs: Any
 ) -> Value:
     return convolution(ctx, input, weight, bias, args[3] if len(args) > 3 else groups)
 
 
-@rule(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, producer=True)
+@rule(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, traits=Trait.PRODUCER | Trait.LINEAR)
 def transposed_convolution(
     ctx: Context, input: Value, weight: Value, bias: Any = None, *args: Any, groups: int = 1, **kwargs: Any
 ) -> Value:
     return convolution(ctx, input, weight, bias, args[3] if len(args) > 3 else groups, transposed=True)
 
 
-@rule(F.linear, torch._C._nn.linear, producer=True)
+@rule(F.linear, torch._C._nn.linear, traits=Trait.PRODUCER | Trait.LINEAR)
 def linear(ctx: Context, input: Value, weight: Value, bias: Parameter | None = None) -> Value:
     """Reads the last axis (each feature H·W times, after a flatten), makes a new last axis."""
     if not isinstance(weight, Parameter):
@@ -85,12 +85,12 @@ def linear(ctx: Context, input: Value, weight: Value, bias: Parameter | None = N
     return output
 
 
-@module_rule(nn.Linear, producer=True)
+@module_rule(nn.Linear, traits=Trait.PRODUCER | Trait.LINEAR)
 def linear_module(ctx: Context, module: nn.Linear, x: Value) -> Value:
     return linear(ctx, x, ctx.weight(), ctx.parameter("bias"))
 
 
-@rule(F.embedding, producer=True)
+@rule(F.embedding, traits=Trait.PRODUCER | Trait.LINEAR)
 def embedding(ctx: Context, input: Value, weight: Parameter, *args: Any, **kwargs: Any) -> Value:
     """Makes new features on a new last axis."""
     output = Features(ctx.fresh(weight.shape[1]), (ctx.rank - 1,))
@@ -98,7 +98,7 @@ def embedding(ctx: Context, input: Value, weight: Parameter, *args: Any, **kwarg
     return output
 
 
-@module_rule(nn.Embedding, producer=True)
+@module_rule(nn.Embedding, traits=Trait.PRODUCER | Trait.LINEAR)
 def embedding_module(ctx: Context, module: nn.Embedding, x: Value) -> Value:
     return embedding(ctx, x, ctx.weight())
 
@@ -106,14 +106,18 @@ def embedding_module(ctx: Context, module: nn.Embedding, x: Value) -> Value:
 # Normalisation
 
 
-@module_rule(nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
-@module_rule("torchvision.ops.misc.FrozenBatchNorm2d")
+@module_rule(
+    *(nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm),
+    "torchvision.ops.misc.FrozenBatchNorm2d",
+    traits=Trait.NORM | Trait.PER_FEATURE,
+    ignored=("momentum",),
+)
 def batch_norm_module(ctx: Context, module: nn.Module, x: Value) -> Value:
     names = ("weight", "bias", "running_mean", "running_var")
     return batch_norm(ctx, x, *(ctx.parameter(name) for name in names))
 
 
-@rule(F.batch_norm, torch.batch_norm, F.instance_norm)
+@rule(F.batch_norm, torch.batch_norm, F.instance_norm, traits=Trait.NORM | Trait.PER_FEATURE, ignored=("momentum",))
 def batch_norm(ctx: Context, input: Value, *parameters: Any, **named: Any) -> Value:
     """Each channel by itself."""
     if isinstance(input, Features):
@@ -125,22 +129,22 @@ def batch_norm(ctx: Context, input: Value, *parameters: Any, **named: Any) -> Va
     return input
 
 
-@module_rule(nn.PReLU)
+@module_rule(nn.PReLU, traits=Trait.POINTWISE | Trait.PER_FEATURE)
 def prelu_module(ctx: Context, module: nn.PReLU, x: Value) -> Value:
     return batch_norm(ctx, x, *([ctx.weight()] if module.num_parameters > 1 else []))
 
 
-@rule(F.prelu, torch.prelu, "prelu")
+@rule(F.prelu, torch.prelu, "prelu", traits=Trait.POINTWISE | Trait.PER_FEATURE)
 def prelu(ctx: Context, input: Value, weight: Parameter) -> Value:
     return batch_norm(ctx, input, *([weight] if weight.shape[0] != 1 else []))
 
 
-@module_rule(nn.GroupNorm)
+@module_rule(nn.GroupNorm, traits=Trait.NORM | Trait.PER_FEATURE | Trait.SYMMETRIC)
 def group_norm_module(ctx: Context, module: nn.GroupNorm, x: Value) -> Value:
     return group_norm(ctx, x, module.num_groups, ctx.parameter("weight"), ctx.parameter("bias"))
 
 
-@rule(F.group_norm, torch.group_norm)
+@rule(F.group_norm, torch.group_norm, traits=Trait.NORM | Trait.PER_FEATURE | Trait.SYMMETRIC)
 def group_norm(
     ctx: Context, input: Value, num_groups: int, weight: Any = None, bias: Any = None, *args: Any, **kwargs: Any
 ) -> Value:
@@ -152,13 +156,15 @@ def group_norm(
     return input
 
 
-@module_rule(nn.LayerNorm, nn.RMSNorm, own_forward=True)
+@module_rule(nn.LayerNorm, nn.RMSNorm, traits=Trait.NORM | Trait.PER_FEATURE | Trait.SYMMETRIC)
 def layer_norm_module(ctx: Context, module: nn.LayerNorm, x: Value) -> Value:
     bias = ctx.parameter("bias") if hasattr(module, "bias") else None
     return layer_norm(ctx, x, module.normalized_shape, ctx.parameter("weight"), bias)
 
 
-@rule(F.layer_norm, torch.layer_norm, F.rms_norm, torch.rms_norm)
+@rule(
+    F.layer_norm, torch.layer_norm, F.rms_norm, torch.rms_norm, traits=Trait.NORM | Trait.PER_FEATURE | Trait.SYMMETRIC
+)
 def layer_norm(
     ctx: Context, input: Value, normalized_shape: Any, weight: Any = None, bias: Any = None, *args: Any, **kwargs: Any
 ) -> Value:

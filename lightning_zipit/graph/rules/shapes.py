@@ -12,8 +12,7 @@ from torch import Tensor, fx, nn
 
 from lightning_zipit.graph.align import broadcast_all
 from lightning_zipit.graph.interpret import Context
-from lightning_zipit.graph.registry import module_rule, rule
-from lightning_zipit.graph.rules.elementwise import POOLING
+from lightning_zipit.graph.registry import Trait, module_rule, rule
 from lightning_zipit.graph.values import Features, Joined, Parameter, Plain, Value
 
 
@@ -26,6 +25,7 @@ from lightning_zipit.graph.values import Features, Joined, Parameter, Plain, Val
     *("reshape", "view", "flatten", "unflatten", "squeeze", "unsqueeze", "permute", "transpose", "swapaxes"),
     *("swapdims", "movedim", "t", "chunk", "split", "split_with_sizes", "unbind", "select", "narrow", "index_select"),
     *("expand", "expand_as", "broadcast_to", "reshape_as", "view_as", "repeat", "tile", "roll", "flip"),
+    traits=Trait.REARRANGE | Trait.VIEW,
 )
 def rearrange(ctx: Context, input: Value, *args: Any, **kwargs: Any) -> Any:
     """Entries go elsewhere and none is changed: the operator itself is run, on the numbers of the features."""
@@ -93,12 +93,12 @@ def _view(parameter: Parameter, numbered: list[Tensor]) -> Parameter:
     return Parameter(parameter.name, shape, tuple(axes))
 
 
-@module_rule(nn.Flatten, nn.Unflatten, "torchvision.ops.misc.Permute")
+@module_rule(nn.Flatten, nn.Unflatten, "torchvision.ops.misc.Permute", traits=Trait.REARRANGE | Trait.VIEW)
 def rearrange_module(ctx: Context, module: nn.Module, x: Value) -> Any:
     return rearrange(ctx, x)
 
 
-@rule(operator.getitem)
+@rule(operator.getitem, traits=Trait.REARRANGE | Trait.VIEW)
 def getitem(ctx: Context, container: Any, index: Any) -> Any:
     """An item of a tuple or a size; of a tensor, entries of some axes."""
     if isinstance(container, (Features, Parameter, Plain)):
@@ -106,7 +106,7 @@ def getitem(ctx: Context, container: Any, index: Any) -> Any:
     return None if container is None else container[index]
 
 
-@rule(torch.cat, torch.concat, torch.concatenate)
+@rule(torch.cat, torch.concat, torch.concatenate, traits=Trait.REARRANGE)
 def cat(ctx: Context, tensors: Sequence[Any], dim: int = 0, **kwargs: Any) -> Any:
     """Along the features: one after the other. Along positions: the same features of all, tied."""
     dim = kwargs.get("axis", dim)
@@ -135,7 +135,7 @@ def stack(ctx: Context, tensors: Sequence[Value], dim: int = 0) -> Value:
     return Features(x.ids, tuple(axis + (axis >= dim) for axis in x.axes))
 
 
-@rule("size", getattr)
+@rule("size", getattr, traits=Trait.SHAPE)
 def size(ctx: Context, input: Value, dim: Any = None) -> Any:
     if isinstance(dim, str) and dim in ("T", "mT"):
         return rearrange(ctx, input, dim)
@@ -144,14 +144,11 @@ def size(ctx: Context, input: Value, dim: Any = None) -> Any:
     return len(input.shape) if dim == "ndim" else input.shape
 
 
-@rule("dim", "ndimension")
+@rule("dim", "ndimension", traits=Trait.SHAPE)
 def rank(ctx: Context, input: Value) -> Any:
     return None if input.shape is None else len(input.shape)
 
 
-@rule("numel")
+@rule("numel", traits=Trait.SHAPE)
 def numel(ctx: Context, input: Value) -> Any:
     return None if input.shape is None else int(np.prod(input.shape))
-
-
-POOLING.update({rearrange, rearrange_module, getitem})
