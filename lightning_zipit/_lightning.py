@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters_context
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset
 
 SHARDING = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
+
+INSTANTIATORS = ("lightning.pytorch.cli.instantiate_module", "pytorch_lightning.cli.instantiate_module")
+"""The functions that Lightning names in checkpoints to make the hyperparameters of a command line again."""
+
+
+@contextmanager
+def recorded(hyperparameters: Mapping[str, Any]) -> Iterator[None]:
+    """Inside, ``save_hyperparameters`` keeps these, as under LightningCLI, instead of what a constructor is given."""
+    with _given_hyperparameters_context(dict(hyperparameters), INSTANTIATORS[0]):
+        yield
 
 
 def unsupported_strategy(trainer: Trainer) -> str | None:
@@ -85,6 +97,18 @@ def make_switch(parser: LightningArgumentParser, name: str) -> None:
     """Let a yes-or-no option stand without a value, for yes."""
     (action,) = (action for action in parser._actions if action.dest == name)
     action.nargs, action.const = "?", True
+
+
+def add_trust(parser: LightningArgumentParser) -> None:
+    """Let a command that reads a checkpoint be told what that may name, and not unpickle it unless it is told to."""
+    parser.add_argument(
+        "--trust",
+        type=list[str] | str | None,
+        default=None,
+        help="Modules or classes by dotted name that the checkpoint may name, such as my_project.",
+    )
+    if any(action.dest == "weights_only" for action in parser._actions):
+        parser.set_defaults({"weights_only": True})
 
 
 def show_first(parser: LightningArgumentParser, titles: Mapping[str, str | None]) -> None:

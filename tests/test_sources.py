@@ -11,7 +11,9 @@ from helpers.cli_user import LitNet
 from torch import nn
 
 from lightning_zipit.errors import CheckpointError, ConfigurationError
-from lightning_zipit.sources import describe_source, find_class, find_object, make_source
+from lightning_zipit.descriptions import describe_source, make_source
+from lightning_zipit.names import find_class, find_object
+from lightning_zipit.trust import Trust
 
 
 class ScriptNet(LitNet):
@@ -71,10 +73,10 @@ def test_a_class_is_found_by_its_path():
 def test_a_source_is_made_again_from_its_description():
     description = describe_source(LitNet(7))
     assert description["hyperparameters"] == {"width": 7}
-    assert make_source("cats", description).net.stem[0].out_channels == 7
+    assert make_source("cats", description, Trust()).net.stem[0].out_channels == 7
 
 
 def test_a_source_that_cannot_be_made_again_says_what_to_do():
     for broken in ({"class_path": None}, {"class_path": "gone:Net"}, {"hyperparameters": {"width": "wide"}}):
         with pytest.raises(CheckpointError, match=r"models=\{'cats'"):
-            make_source("cats", {**describe_source(LitNet(7)), **broken})
+            make_source("cats", {**describe_source(LitNet(7)), **broken}, Trust())
