@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from argparse import SUPPRESS
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters_context
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
@@ -35,6 +36,12 @@ def unsupported_strategy(trainer: Trainer) -> str | None:
             "device, then train or test the merged module under any strategy."
         )
     return None
+
+
+def attach(trainer: Trainer, module: LightningModule) -> None:
+    """Give a Trainer a module, without the optimizers of one that it has trained: what it saves is of this module."""
+    trainer.strategy.connect(module)
+    trainer.strategy.optimizers, trainer.strategy.lr_scheduler_configs = [], []
 
 
 def spawns_processes(trainer: Trainer) -> bool:
@@ -91,6 +98,14 @@ def make_optional(parser: LightningArgumentParser, name: str) -> list[str]:
     by_class_path = name in parser._extra_required_keys
     parser._extra_required_keys.discard(name)
     return [name] * by_class_path + [action.dest for action in required]
+
+
+def ignore_others(parser: LightningArgumentParser, other: LightningArgumentParser) -> None:
+    """Let a command read a configuration of another one: what only that takes is ignored."""
+    known = {action.dest for action in parser._actions}
+    for name in {action.dest for action in other._actions} - known:
+        if "." not in name:
+            parser.add_argument(f"--{name}", help=SUPPRESS)
 
 
 def make_switch(parser: LightningArgumentParser, name: str) -> None:

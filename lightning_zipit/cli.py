@@ -12,12 +12,19 @@ from jsonargparse import auto_cli, namespace_to_dict
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 
-from lightning_zipit._lightning import add_trust, make_optional, make_switch, show_first, subcommand_parsers
+from lightning_zipit._lightning import (
+    add_trust,
+    ignore_others,
+    make_optional,
+    make_switch,
+    show_first,
+    subcommand_parsers,
+)
 from lightning_zipit.checkpoint import find_record, naming_file, read_checkpoint
 from lightning_zipit.commands import export, inspect
 from lightning_zipit.descriptions import build_module, describe_checkpoint
 from lightning_zipit.errors import ConfigurationError, ZipItError
-from lightning_zipit.hyperparameters import find_names
+from lightning_zipit.hyperparameters import find_given
 from lightning_zipit.loading import find_model_class
 from lightning_zipit.matchers import Matcher
 from lightning_zipit.multihead import MultiHeadModule
@@ -125,7 +132,9 @@ class ZipItCLI(LightningCLI):
             show_first(parser, titles)
             if name != "fit":  # for the others, a checkpoint can say what the model is
                 self._required[name] = make_optional(parser, "model")
-            if name not in MERGING:
+            if name in MERGING:
+                ignore_others(parser, parsers["fit"])
+            else:
                 add_trust(parser)
             if name not in ("fit", *MERGING):
                 parser.description = f"{(parser.description or name).rstrip('.')}. {MERGED_HINT}"
@@ -145,6 +154,9 @@ class ZipItCLI(LightningCLI):
         subcommand = self.config.get("subcommand")
         given = self.config[subcommand] if subcommand else {}
         path = given.get("ckpt_path")
+        if subcommand in MERGING:
+            given["ckpt_path"] = None  # of a configuration of `fit`
+            return
         if not path or not Path(path).is_file():
             return
         self._checkpoint = read_checkpoint(path, "cpu", given.get("weights_only") is not False)
@@ -171,14 +183,12 @@ class ZipItCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Make the classes; the model is made from the checkpoint, or is its class where arguments are missing."""
-        merged = find_record(self._checkpoint) is not None
-        if self._ckpt_path is not None and not merged:
+        trained = self._ckpt_path is not None and find_record(self._checkpoint) is None
+        if trained:
             self.config[self.subcommand]["ckpt_path"] = self._ckpt_path
         model = self._find_model()
         if model is not None:
-            self.auto_configure_optimizers = (
-                self.auto_configure_optimizers and self._ckpt_path is not None and not merged
-            )
+            self.auto_configure_optimizers &= trained
             known = self.model_class if isinstance(self.model_class, type) else LightningModule
             self.parser.add_instantiator(lambda *_, **__: model, known, subclasses=True, prepend=True)
         super().instantiate_classes()
@@ -190,9 +200,9 @@ class ZipItCLI(LightningCLI):
         if find_record(self._checkpoint) is not None:
             return MultiHeadModule.restore(self._checkpoint, str(self._ckpt_path), self._trust())
         description = describe_checkpoint(self._checkpoint)
-        missing = [
-            name for name in self._missing() if name.removeprefix("model.") not in description["hyperparameters"]
-        ]
+        said = {"model"} if description["class_path"] else set()
+        said |= {f"model.{name}" for name in description["hyperparameters"]}
+        missing = [name for name in self._missing() if name not in said]
         if self.subcommand not in MERGING:
             self._require(*missing)
         if description["hyperparameters"] or description["class_path"]:
@@ -222,14 +232,12 @@ class ZipItCLI(LightningCLI):
     def _trust(self) -> Trust:
         """What files may name: what ``--trust`` says, and what the command line names for the model."""
         class_path, arguments = self._model_arguments()
-        trust = Trust.of(self.config[self.subcommand].get("trust"), self.model_class)
-        return trust.naming_paths(class_path, *find_names(arguments))
+        return Trust.of(self.config[self.subcommand].get("trust"), self.model_class, class_path, *find_given(arguments))
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
         if subcommand in MERGING:
-            trust = self._trust()
-            kwargs["trust"] = [*trust.modules, *trust.names]
+            kwargs["trust"] = self._trust()
         return kwargs
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:

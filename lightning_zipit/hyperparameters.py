@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import torch
+from torch import nn
 
 from lightning_zipit.names import is_import_path, look_up
 from lightning_zipit.trust import Request, Trust
@@ -103,11 +104,15 @@ def find_requests(
         yield from _find_in(value, known.get(name, ANY), trust, str(name), of)
 
 
-def find_names(hyperparameters: Mapping[str, Any]) -> list[str]:
-    """The classes and functions that hyperparameters name, and strings that may be such names."""
-    every = Parameter((Callable,))  # a string can be nothing else
-    found = (_find_in(value, every, Trust(), name, "") for name, value in hyperparameters.items())
-    return [request.name for requests in found for request in requests if isinstance(request.name, str)]
+def find_given(value: Any) -> Iterator[Any]:
+    """What arguments of a command line name: their strings, and the classes and functions that it made of some."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            yield from find_given(item)
+    elif not isinstance(value, nn.Module):
+        yield value
 
 
 def _find_in(value: Any, parameter: Parameter, trust: Trust, place: str, of: str) -> Iterator[Request]:
@@ -180,14 +185,20 @@ CONVERSIONS: tuple[tuple[type, type, Callable[[Any, Any], Any]], ...] = (
 
 
 def _convert(value: Any, parameter: Parameter, back: Callable[[Any], Any] | None = None) -> Any:
-    """A value as its parameter takes it; ``back`` is for one that its parameter says nothing of."""
-    kinds = [kind for hint in parameter.hints if isinstance(kind := _kind(hint), type)]
+    """A value as its parameter takes it; ``back`` is for one that its parameter says nothing of.
+
+    Raises:
+        TypeError: for a string that its parameter does not take.
+    """
+    kinds = [kind for hint in parameter.hints if isinstance(kind := _kind(hint), type) and kind is not Any]
     if type(value) in kinds:
         return value
     for held, wanted, convert in CONVERSIONS:
         for kind in kinds if isinstance(value, held) else ():
             if issubclass(kind, wanted):
                 return convert(kind, value)
+    if isinstance(value, str) and kinds and len(kinds) == len(parameter.hints) and not isinstance(value, tuple(kinds)):
+        raise TypeError(f"{value!r} stands for no {' or '.join(kind.__name__ for kind in kinds)} that is known here")
     return value if back is None else back(value)
 
 

@@ -22,7 +22,7 @@ def load_sources(
     model: LightningModule | type[LightningModule] | None,
     classes: Mapping[str, str],
     weights_only: bool,
-    trust: Trusted | None = None,
+    trust: Trusted | Trust | None = None,
 ) -> dict[str, LightningModule]:
     """The trained module of each task; see :func:`load_source`."""
     return {
@@ -37,7 +37,7 @@ def load_source(
     class_path: str | None = None,
     weights_only: bool = True,
     task: str | None = None,
-    trust: Trusted | None = None,
+    trust: Trusted | Trust | None = None,
 ) -> LightningModule:
     """A trained module: of its own hyperparameters where the checkpoint has them, else a copy of the one given.
 

@@ -130,12 +130,20 @@ class MultiHeadModule(MultiTaskModule):
         return problems
 
     def split(self) -> dict[str, LightningModule]:
-        """The source modules, each with trunk and head as one network, which share this module's tensors."""
+        """The source modules, each with trunk and head as one network, which share this module's tensors.
+
+        Raises:
+            ConfigurationError: if trunk or heads are not those of a merge any more.
+        """
         split = {}
         for task, source in self.sources.items():
             trunk, head = self.trunk, self.heads[task]
             assert isinstance(source, LightningModule)
-            assert isinstance(trunk, fx.GraphModule) and isinstance(head, fx.GraphModule)
+            if not (isinstance(trunk, fx.GraphModule) and isinstance(head, fx.GraphModule)):
+                raise ConfigurationError(
+                    f"A merged module whose trunk, or head of task {task!r}, was replaced by another module cannot be "
+                    "merged again: merge the sources."
+                )
             split[task] = make_shell(source, self.backbone, Joined(trunk, head, self._record["barriers"]), ())
             if not self.backbone:
                 split[task].add_module(PATH, split[task].__dict__["forward"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 import sys
 from collections.abc import Iterator
 from functools import reduce
@@ -35,9 +36,14 @@ def homes_of(found: Any) -> set[str]:
     return {f"{name}.{qualname}" for name in (module, _main_name() if module in MAIN else None) if name}
 
 
+def is_name(text: str) -> bool:
+    """Whether a text has the form of the name of a module, class or function; a script may be called ``2-train.py``."""
+    return text.count(":") <= 1 and all(re.fullmatch(r"[\w-]+", part) for part in dotted(text).split("."))
+
+
 def is_import_path(text: str) -> bool:
-    """Whether a text has the form of a name that can be imported: ``module.Class``, or ``module:Outer.Inner``."""
-    return text.count(":") <= 1 and any(_readings(text)) and all(map(str.isidentifier, dotted(text).split(".")))
+    """Whether a text has the form of a name inside a module: ``module.Class``, or ``module:Outer.Inner``."""
+    return is_name(text) and any(_readings(text))
 
 
 def dotted(name: str) -> str:

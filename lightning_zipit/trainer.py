@@ -49,7 +49,7 @@ class ZipItTrainer(Trainer):
         output: str = "merged.ckpt",
         test: bool = False,
         classes: dict[str, str] | None = None,
-        weights_only: bool = True,
+        weights_only: bool | None = True,
         start_at: str | None = None,
         trust: list[str] | str | None = None,
     ) -> MultiHeadModule:
@@ -122,7 +122,7 @@ class ZipItTrainer(Trainer):
         if problems:
             raise ConfigurationError.collect(problems)
         merged = ZipIt(self).merge(
-            load_sources(checkpoints, model, classes or {}, weights_only, trust),
+            load_sources(checkpoints, model, classes or {}, weights_only is not False, trust),
             datamodule=datamodule,
             backbone=backbone,
             stop_at=stop_at,
@@ -134,7 +134,7 @@ class ZipItTrainer(Trainer):
             similarity=similarity,
             width=width,
             flops=flops,
-            base=load_source(base, model, None, weights_only, "base", trust) if base else None,
+            base=load_source(base, model, None, weights_only is not False, "base", trust) if base else None,
             combine=combine,
             positions=positions,
             weights=weights,
@@ -178,7 +178,7 @@ class ZipItTrainer(Trainer):
         output: str | None = None,
         plot: str | None = None,
         classes: dict[str, str] | None = None,
-        weights_only: bool = True,
+        weights_only: bool | None = True,
         start_at: list[str | None] | str | None = None,
         trust: list[str] | str | None = None,
     ) -> SweepResult:
@@ -248,7 +248,7 @@ class ZipItTrainer(Trainer):
         if problems:
             raise ConfigurationError.collect(problems)
         result = ZipIt(self).sweep(
-            load_sources(checkpoints, model, classes or {}, weights_only, trust),
+            load_sources(checkpoints, model, classes or {}, weights_only is not False, trust),
             datamodule=datamodule,
             backbone=backbone,
             metric=metric,
@@ -265,7 +265,7 @@ class ZipItTrainer(Trainer):
             similarity=similarity,
             width=width,
             flops=flops,
-            base=load_source(base, model, None, weights_only, "base", trust) if base else None,
+            base=load_source(base, model, None, weights_only is not False, "base", trust) if base else None,
             combine=combine,
             positions=positions,
             weights=weights,

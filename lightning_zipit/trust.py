@@ -5,7 +5,7 @@ listed, and everything else is refused:
 
 1. what the user vouches for with ``trust=`` (``--trust``): the classes of a module, or one class or function by name;
 2. what the user names: a class given as ``models=``, ``--model``, ``--classes.TASK`` or to a
-   :class:`~lightning_zipit.ZipItCLI`, and the classes of the modules inside one that is given;
+   :class:`~lightning_zipit.ZipItCLI`; of a module that is given, also the classes of the same package inside it;
 3. as the class of a source: a LightningModule that the running program has imported or defined. A file cannot import
    anything, so that this is one of the user's own classes, or of a library that the program uses for its models;
 4. as an argument: the classes of :data:`BUILDING_BLOCKS`, and what the user's own signatures have as default.
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from inspect import isroutine
 from typing import Any, TypeAlias
 
 from lightning.pytorch import LightningModule
@@ -27,7 +28,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torchmetrics import Metric
 
 from lightning_zipit.errors import CheckpointError, ConfigurationError, UntrustedError
-from lightning_zipit.names import dotted, find_object, homes_of, is_import_path, look_up
+from lightning_zipit.names import dotted, find_object, homes_of, is_import_path, is_name, look_up
 
 Trusted: TypeAlias = Sequence[str] | str
 """Modules, classes or functions by name, or one of them."""
@@ -66,28 +67,30 @@ class Trust:
 
     Attributes:
         modules: names of modules whose classes are allowed, and names of single classes and functions.
-        names: names that are allowed as they stand, of what the user gave on the same command line.
-        classes: classes that the user has named.
+        names: names that are allowed as they stand.
+        objects: classes and functions that the user has named.
     """
 
     modules: tuple[str, ...] = ()
     names: frozenset[str] = frozenset()
-    classes: frozenset[type] = frozenset()
+    objects: tuple[Any, ...] = ()
 
     @classmethod
-    def of(cls, trust: Trusted | None = None, *given: Any) -> Trust:
+    def of(cls, trust: Trusted | Trust | None = None, *given: Any) -> Trust:
         """The trust that an argument ``trust=`` asks for.
 
         Args:
-            trust: modules, classes or functions by name.
-            given: modules and classes that the user gave; anything else is ignored.
+            trust: modules, classes or functions by name; or what the command line made of them.
+            given: what the user has named; see :meth:`naming`.
 
         Raises:
             ConfigurationError: if it holds anything but such names.
         """
+        if isinstance(trust, Trust):
+            return trust.naming(*given)
         entries = [trust] if isinstance(trust, str) else list(trust or ())
         for entry in entries:
-            if not isinstance(entry, str) or not all(map(str.isidentifier, dotted(entry).split("."))):
+            if not isinstance(entry, str) or not is_name(entry):
                 raise ConfigurationError(
                     f"`trust` holds {entry!r}: name modules, or classes in full, such as 'my_project' or "
                     "'my_project.LitNet'."
@@ -95,15 +98,18 @@ class Trust:
         return cls(tuple(map(dotted, entries))).naming(*given)
 
     def naming(self, *given: Any) -> Trust:
-        """The same, with classes that the user has named; of a module, also those of the modules inside it."""
-        named = {one for one in given if isinstance(one, type)}
-        for module in given:
-            named |= {type(part) for part in module.modules()} if isinstance(module, nn.Module) else set()
-        return replace(self, classes=self.classes | named)
+        """The same, with what the user has named.
 
-    def naming_paths(self, *names: str | None) -> Trust:
-        """The same, with classes and functions that the user has named by their path."""
-        return replace(self, names=self.names | {dotted(name) for name in names if name})
+        Args:
+            given: classes and functions, or their names; modules stand for their class, and for the classes of the same
+                package inside them. Anything else is ignored.
+        """
+        names = {dotted(one) for one in given if isinstance(one, str)}
+        objects = [one for one in given if isinstance(one, type) or isroutine(one)]
+        for module in (one for one in given if isinstance(one, nn.Module)):
+            package = package_of(type(module))
+            objects += {type(part) for part in module.modules() if package_of(type(part)) == package}
+        return replace(self, names=self.names | names, objects=(*self.objects, *objects))
 
     def allows(self, name: Any, as_source: bool = False, default: Any = None) -> bool:
         """Whether something may be imported and used; nothing is imported to find out.
@@ -127,7 +133,7 @@ class Trust:
         if not self.allows(name, as_source, default):
             raise UntrustedError(f"{name} is not allowed.")
         found = look_up(name)
-        if isinstance(found, type) or (found is not None and found is default):
+        if isinstance(found, type) or any(found is one for one in (*self.objects, default) if one is not None):
             return found
         try:
             found = find_object(name)
@@ -148,25 +154,27 @@ class Trust:
         homes = homes_of(found)
         if not self.names.union(self.modules).isdisjoint({dotted(name), *homes}):
             return True  # by its full name
-        if not isinstance(found, type):
-            return found is not None and found is default
-        return (
-            found in self.classes
-            or found is default
-            or any(map(self._vouches, homes))
-            or (is_own_source(found) if as_source else is_building_block(found))
+        if any(found is one for one in (*self.objects, default)):
+            return True
+        return isinstance(found, type) and (
+            any(map(self._vouches, homes)) or (is_own_source(found) if as_source else is_building_block(found))
         )
+
+
+def package_of(cls: type) -> str:
+    """The name of the package or script that defines a class."""
+    return cls.__module__.partition(".")[0]
 
 
 def is_own_source(found: type) -> bool:
     """Whether an imported class is a LightningModule of the user's."""
-    return issubclass(found, LightningModule) and found.__module__.partition(".")[0] not in FRAMEWORKS | {OURS}
+    return issubclass(found, LightningModule) and package_of(found) not in FRAMEWORKS | {OURS}
 
 
 def is_building_block(found: type) -> bool:
     """Whether a class is one of :data:`BUILDING_BLOCKS`."""
     return not found.__name__.startswith("_") and any(
-        issubclass(found, kind) and f"{found.__module__}.".startswith(f"{place}.") for place, kind in BUILDING_BLOCKS
+        f"{found.__module__}.".startswith(f"{place}.") and issubclass(found, kind) for place, kind in BUILDING_BLOCKS
     )
 
 
@@ -179,7 +187,7 @@ def find_source_class(name: str, trust: Trust) -> type[LightningModule]:
     found = trust.find(name, as_source=True)
     if not (isinstance(found, type) and issubclass(found, LightningModule)):
         raise CheckpointError(f"{name!r} is not a LightningModule class.")
-    if any(base.__module__.partition(".")[0] == OURS for base in found.__mro__):
+    if any(package_of(base) == OURS for base in found.__mro__):
         raise CheckpointError(f"{name!r} is a class of {OURS}, which is no source of a merge.")
     return found
 

@@ -10,8 +10,8 @@ import pytest
 from helpers.cli_user import LitNet
 from torch import nn
 
-from lightning_zipit.errors import CheckpointError, ConfigurationError
 from lightning_zipit.descriptions import describe_source, make_source
+from lightning_zipit.errors import CheckpointError, ConfigurationError
 from lightning_zipit.names import find_class, find_object
 from lightning_zipit.trust import Trust
 
