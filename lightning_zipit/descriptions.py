@@ -6,12 +6,13 @@ Reading asks :class:`~lightning_zipit.trust.Trust` for everything that a descrip
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.parsing import AttributeDict
 from torch import Tensor
 
@@ -141,12 +142,16 @@ def make_source(task: str, description: Mapping[str, Any], trust: Trust) -> Ligh
         found = find_source_class(path, trust)
     except CheckpointError as error:
         raise type(error)(f"Task {task!r}: {error} {way_out}") from error
+    left_out = "".join(
+        f" The file leaves {name!r} out, which is an object." for name in description.get("left_out") or ()
+    )
+    if left_out:
+        rank_zero_warn(f"Task {task!r} is made with the defaults of {path!r}.{left_out} {way_out}")
     try:
         return build_module(found, description, trust)
     except UntrustedError:
         raise
     except Exception as error:
-        left_out = "".join(f" The file leaves {name!r} out, which is an object." for name in _left_out(description))
         raise CheckpointError(
             f"{path!r} of task {task!r} cannot be made from its saved hyperparameters "
             f"{dict(description['hyperparameters'])}: {error}.{left_out} Call `self.save_hyperparameters()` in its "
@@ -201,10 +206,6 @@ def find_missing(found: Any, description: Mapping[str, Any]) -> list[str]:
         for name, parameter in inspect.signature(found).parameters.items()
         if parameter.default is parameter.empty and parameter.kind in needs_value and name not in given
     ]
-
-
-def _left_out(description: Mapping[str, Any]) -> Iterable[str]:
-    return description.get("left_out") or ()
 
 
 def _with_attributes(value: Any) -> Any:

@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from lightning_zipit.errors import CalibrationError, ConfigurationError
+from lightning_zipit.errors import CalibrationError, CheckpointError, ConfigurationError
 from lightning_zipit.functional import fit_temperatures
 from lightning_zipit.graph.shapes import evaluating
 from lightning_zipit.paths import run_all, run_one
@@ -97,6 +97,15 @@ class MultiTaskModule(DelegatedTransfers, LightningModule):
         )
         self._loader_tasks: list[str] = list(models)
         self.eval()
+
+    @classmethod
+    def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> Any:
+        """There is no such file, and Lightning would make whatever one that says so names.
+
+        Raises:
+            CheckpointError: always.
+        """
+        raise CheckpointError(f"{cls.__name__} is not read from a checkpoint: make it from its models.")
 
     @property
     def tasks(self) -> list[str]:

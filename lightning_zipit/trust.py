@@ -151,6 +151,8 @@ class Trust:
         return name in self.names or any(name == entry or name.startswith(f"{entry}.") for entry in self.modules)
 
     def _confirms(self, name: str, found: Any, as_source: bool, default: Any) -> bool:
+        if found is None:
+            return False
         homes = homes_of(found)
         if not self.names.union(self.modules).isdisjoint({dotted(name), *homes}):
             return True  # by its full name

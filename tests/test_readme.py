@@ -243,6 +243,11 @@ def test_a_sweep_in_short(tmp_path, monkeypatch):
     assert len(run("sweep_in_short", tmp_path, monkeypatch)["result"].rows) == 4
 
 
+def test_vouching_for_a_module(tmp_path, monkeypatch, project):
+    run("driver", tmp_path, monkeypatch)
+    assert run("trust", tmp_path, monkeypatch)["merged"].tasks == ["animals", "vehicles"]
+
+
 def test_the_command_line(tmp_path, monkeypatch, project, capsys):
     run("cli", tmp_path, monkeypatch)
     assert lightning_zipit.MultiHeadModule.load_from_checkpoint("merged.ckpt").tasks == ["animals", "vehicles"]

@@ -20,7 +20,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lightning_zipit import CalibrationStatistics, MergeReport, MultiHeadModule, ZipIt, ZipItCLI, ZipItTrainer
+from lightning_zipit import (
+    CalibrationStatistics,
+    Ensemble,
+    MergeReport,
+    MultiHeadModule,
+    ZipIt,
+    ZipItCLI,
+    ZipItModule,
+    ZipItTrainer,
+)
 from lightning_zipit.cli import main
 from lightning_zipit.commands import export, inspect
 from lightning_zipit.errors import CheckpointError, ConfigurationError, StatisticsError, UntrustedError, ZipItError
@@ -471,6 +480,15 @@ def test_statistics_name_no_functions(folder, dtype, monkeypatch):
     with pytest.raises(StatisticsError, match="no type of tensors"):
         ZipIt(trainer()).merge(sources, backbone="net", refine=None, statistics="s.safetensors")
     assert set(sys.modules) == before
+
+
+@pytest.mark.parametrize("cls", [Ensemble, ZipItModule])
+def test_what_is_never_saved_is_never_read(folder, cls):
+    held = {"_instantiator": INSTANTIATE, "models": spec("os.mkdir", path="marker")}
+    rewrite("trained.ckpt", lambda content: content["hyper_parameters"].update(held))
+    with pytest.raises(CheckpointError, match="not read from a checkpoint"):
+        cls.load_from_checkpoint("trained.ckpt")
+    assert not Path("marker").exists()
 
 
 def test_rows_and_reports_are_text(folder):
