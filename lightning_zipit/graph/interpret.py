@@ -16,6 +16,7 @@ from torch import fx, nn
 from lightning_zipit.errors import TraceError
 from lightning_zipit.graph.naming import describe, symbol
 from lightning_zipit.graph.registry import OPERATORS, Operator, Trait, operator_of
+from lightning_zipit.graph.table import named_tensors
 from lightning_zipit.graph.values import Features, Ids, Joined, Opaque, Parameter, Plain, Value, leaves
 
 BASIC = ("weight", "bias")
@@ -37,6 +38,7 @@ class Event:
         value: the tensor that is read.
         node: the node that reads or writes.
         groups: see :attr:`AxisRef.groups`.
+        path: the name by which the node reads the parameter.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Event:
     value: Features | None
     node: fx.Node
     groups: int = 1
+    path: str = ""
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,7 @@ class Context:
         self._edges: list[tuple[Ids, Ids]] = []
         self._count = 0
         self._canonical: dict[int, str] = {}
-        for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        for name, tensor in named_tensors(module).items():
             self._canonical.setdefault(id(tensor), name)
 
     # What rules say of features
@@ -252,7 +255,7 @@ class Context:
             )
         if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)):
             raise self.error("it has no weight yet: run a batch through the model before merging it", fatal=True)
-        return Parameter(known or name, tuple(tensor.shape), tuple(range(tensor.ndim)))
+        return Parameter(known or name, tuple(tensor.shape), tuple(range(tensor.ndim)), name)
 
     def _note(
         self, parameter: Parameter | None, axis: int, value: Features | Ids, kind: EventKind, groups: int
@@ -277,7 +280,8 @@ class Context:
             raise self.error(
                 f"`{parameter.name}` is reshaped in a way that hides which of its entries is which feature"
             )
-        self._add(Event(parameter.name, origin, entries.ravel(), kind, tensor, self.node, groups))
+        path = parameter.path or parameter.name
+        self._add(Event(parameter.name, origin, entries.ravel(), kind, tensor, self.node, groups, path))
 
     def _add(self, event: Event) -> None:
         known = self.events.setdefault((event.name, event.axis), [])

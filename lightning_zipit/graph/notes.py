@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 
 from torch import fx, nn
 
-from lightning_zipit.graph.spaces import AxisRef, FeatureSpace
+from lightning_zipit.graph.spaces import FeatureSpace
+from lightning_zipit.graph.table import AxisRef
 
 
 def find_notes(

@@ -33,14 +33,16 @@ class Parameter:
     """A parameter or buffer, or a view of one.
 
     Attributes:
-        name: its name in the backbone.
+        name: its name in the backbone; the first one of a tied tensor.
         shape: the sizes of the view.
         axes: per axis of the view, the whole axis of the parameter that it is; ``None`` where it is none.
+        path: the name by which the forward reads it.
     """
 
     name: str
     shape: Shape
     axes: tuple[int | None, ...]
+    path: str = ""
 
 
 @dataclass(frozen=True)

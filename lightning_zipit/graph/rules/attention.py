@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import string
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -123,7 +124,7 @@ def relative_position_bias(ctx: Context, table: Value, index: Any, window_size: 
     """``(entries, heads)`` to ``(1, heads, positions, positions)``."""
     shape = ctx.shapes[ctx.node.name]
     if isinstance(table, Parameter):
-        return Parameter(table.name, shape, (None, table.axes[-1], None, None))
+        return replace(table, shape=shape, axes=(None, table.axes[-1], None, None))
     return Features(table.ids, (1,), shape) if isinstance(table, Features) else Plain()
 
 

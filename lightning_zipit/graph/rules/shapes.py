@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -90,7 +91,7 @@ def _view(parameter: Parameter, numbered: list[Tensor]) -> Parameter:
             ordinals = torch.arange(size).reshape([-1 if other == axis else 1 for other in range(numbers.ndim)])
             if size > 1 and numbers.shape[axis] == size and (numbers == ordinals).all():
                 axes[axis] = parameter.axes[source]
-    return Parameter(parameter.name, shape, tuple(axes))
+    return replace(parameter, shape=shape, axes=tuple(axes))
 
 
 @module_rule(nn.Flatten, nn.Unflatten, "torchvision.ops.misc.Permute", traits=Trait.REARRANGE | Trait.VIEW)
