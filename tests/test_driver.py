@@ -206,7 +206,7 @@ def test_zip_and_permute_beat_the_average_on_a_permuted_task():
     x = torch.randn(64, 3, 16, 16)
     from lightning_zipit import trace
     from lightning_zipit.graph import permute_spaces
-    from lightning_zipit.graph.verify import random_permutations
+    from lightning_zipit.graph.prove import random_permutations
 
     graph = trace(model.net)
     other = copy.deepcopy(model)

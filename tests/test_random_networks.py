@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_zipit import MergeSettings, merge_backbones, trace
 from lightning_zipit.graph import permute_spaces
-from lightning_zipit.graph.verify import random_permutations
+from lightning_zipit.graph.prove import random_permutations
 from lightning_zipit.matchers import GreedyZip
 from lightning_zipit.paths import AllHeads
 

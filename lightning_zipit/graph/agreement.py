@@ -8,8 +8,11 @@ from torch import fx, nn
 
 from lightning_zipit.errors import ArchitectureMismatchError, ZipItError
 from lightning_zipit.graph.notes import reached
+from lightning_zipit.graph.prove import find_failing
+from lightning_zipit.graph.replay import working_copy
 from lightning_zipit.graph.spaces import Crossing, MergeGraph
-from lightning_zipit.graph.trace import trace
+from lightning_zipit.graph.table import named_tensors
+from lightning_zipit.graph.trace import analyse_again, trace
 from lightning_zipit.views import Inputs, view_of
 
 
@@ -29,7 +32,8 @@ def trace_all(
         stop_at: the trunk's last module.
         merge_heads: merge the last layer too.
         example: an input of the networks, or one of each by task, where their reshapes need one.
-        verify: prove the table of the first network on the example; a space that fails becomes a barrier for all.
+        verify: prove the trunk in the first network, and the heads of all, on the example; a space that fails becomes a
+            barrier for all.
         barriers: nodes that shall stay in the heads, and why.
         start_at: the trunk's first module.
 
@@ -39,18 +43,40 @@ def trace_all(
     Raises:
         ConfigurationError: with all differences.
         TraceError: if a network cannot be traced.
+        VerificationError: if the proof finds that nothing can be merged.
     """
+
+    def traced(known: Mapping[str, str] | None) -> dict[str, MergeGraph]:
+        return _trace_each(backbones, stop_at, merge_heads, example, known, start_at)
+
+    graphs = traced(barriers)
+    if not verify or example is None:
+        return graphs
+    inputs = {task: view_of(example, task) for task in backbones}
+    working = {task: working_copy(backbone) for task, backbone in backbones.items()}
+    while failing := find_failing(working, graphs, inputs):
+        graphs = analyse_again(next(iter(graphs.values())), failing, merge_heads, traced)
+    return graphs
+
+
+def _trace_each(
+    backbones: Mapping[str, nn.Module],
+    stop_at: str | None,
+    merge_heads: bool,
+    example: Inputs | None,
+    barriers: Mapping[str, str] | None,
+    start_at: str | None,
+) -> dict[str, MergeGraph]:
+    """The graph of each network; all have the barriers of the first."""
     graphs: dict[str, MergeGraph] = {}
     problems: list[str] = []
     for task, backbone in backbones.items():
-        own = None if example is None else view_of(example, task)
         try:
             graphs[task] = trace(
                 backbone,
                 stop_at,
-                example_input=own,
+                example_input=None if example is None else view_of(example, task),
                 merge_heads=merge_heads,
-                verify=own if verify and not graphs else None,
                 barriers=next(iter(graphs.values())).barriers if graphs else barriers,
                 start_at=start_at,
             )
@@ -124,7 +150,7 @@ def _features(entry: Crossing) -> str:
 
 
 def _trunk_shapes(graph: MergeGraph) -> dict[str, tuple[int, ...]]:
-    tensors = dict((*graph.module.named_parameters(), *graph.module.named_buffers()))
+    tensors = named_tensors(graph.module)
     nodes = list(graph.trunk_graph())
     return {name: tuple(tensors[name].shape) for name in reached(nodes, set(nodes), tensors)}
 

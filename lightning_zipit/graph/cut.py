@@ -64,7 +64,9 @@ def find_cuts(graph: MergeGraph) -> list[str]:
         ['1']
     """
     nodes, trunk = list(graph.fx_graph.nodes), set(graph.trunk_graph())
-    weights = {name: weight for name, weight in graph.module.named_parameters() if weight.ndim > 1}
+    weights = {
+        name: weight for name, weight in graph.module.named_parameters(remove_duplicate=False) if weight.ndim > 1
+    }
     inside: dict[str, set[fx.Node]] = {}
     for node in (node for node in nodes if node in trunk):
         called = [str(node.target)] if node.op == "call_module" else []

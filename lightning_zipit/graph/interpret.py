@@ -93,10 +93,12 @@ class Context:
     Args:
         module: the traced backbone.
         shapes: sizes of tensors by node name.
+        barriers: names of nodes that are taken for operators without a rule.
     """
 
-    def __init__(self, module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    def __init__(self, module: nn.Module, shapes: Mapping[str, tuple[int, ...]], barriers: Container[str] = ()) -> None:
         self.module = module
+        self.barriers = barriers
         self.shapes = shapes
         self.events: dict[tuple[str, int], list[Event]] = {}
         self.nestings: list[Nesting] = []
@@ -328,6 +330,8 @@ class Context:
                 continue
             self.node = node
             try:
+                if node.name in self.barriers:
+                    raise self.error("it is a barrier")
                 values[node] = self._with_node(self._run_node(node, values), node)
             except TraceError:
                 if node not in tolerant:

@@ -172,7 +172,8 @@ def bind(table: Table, module: nn.Module) -> Iterator[tuple[str, Tensor, Row]]:
         module: a network, or a part of one whose tensors have the names that they have there.
 
     Yields:
-        A name, the tensor and its row, each tensor once; a tensor that the table does not know has a row of ``None``.
+        A name, the tensor and its row, each tensor once: by the first of its names that the table knows. A tensor that
+        the table does not know has a row of ``None``.
 
     Example:
         >>> tied = nn.ModuleDict({"encoder": nn.Linear(2, 2, bias=False), "decoder": nn.Linear(2, 2, bias=False)})
@@ -180,10 +181,12 @@ def bind(table: Table, module: nn.Module) -> Iterator[tuple[str, Tensor, Row]]:
         >>> [name for name, _, _ in bind({}, tied)]
         ['encoder.weight']
     """
-    seen: set[int] = set()
-    for name, tensor in named_tensors(module).items():
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
+    names: dict[int, str] = {}
+    tensors = named_tensors(module)
+    for name, tensor in sorted(tensors.items(), key=lambda item: item[0] not in table):
+        names.setdefault(id(tensor), name)
+    for name, tensor in tensors.items():
+        if names[id(tensor)] == name:
             yield name, tensor, row_of(table, name, tensor)
 
 

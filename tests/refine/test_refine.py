@@ -23,8 +23,8 @@ from torchvision.models import DenseNet, ShuffleNetV2
 from lightning_zipit import MergeSettings, MultiHeadModule, ZipIt, merge_backbones, trace
 from lightning_zipit.errors import ConfigurationError, StatisticsError
 from lightning_zipit.graph import permute_spaces
+from lightning_zipit.graph.prove import random_permutations
 from lightning_zipit.graph.taps import before_activations
-from lightning_zipit.graph.verify import random_permutations
 from lightning_zipit.matchers import Average, GreedyZip
 from lightning_zipit.paths import AllHeads
 from lightning_zipit.refine import LeastSquares, Repair
