@@ -23,11 +23,10 @@ from lightning_zipit.errors import (
     ZipItError,
 )
 from lightning_zipit.graph import FeatureSpace, MergeGraph
-from lightning_zipit.graph.agreement import trace_all
+from lightning_zipit.graph.agreement import settle, trace_all
 from lightning_zipit.graph.cut import find_cuts
 from lightning_zipit.graph.joined import Joined
-from lightning_zipit.graph.prove import SAMPLES, find_failing
-from lightning_zipit.graph.replay import check_capture, working_copy
+from lightning_zipit.graph.replay import working_copy
 from lightning_zipit.graph.spaces import handed_over
 from lightning_zipit.graph.taps import before_activations, tapped_by_all
 from lightning_zipit.matchers import CCA, AnyWidthMatcher, Average, DualSpace
@@ -234,12 +233,12 @@ class MergeSession:
                 if not isinstance(example, Tensor) or self.settings.start_at is None:
                     raise
                 raise type(error)(f"{error} {explain_views(networks)}") from error
-        for task, network in networks.items():
-            check_capture(network, graphs[task].fx_graph, view_of(example, task)[:SAMPLES], task)
         views = {task: view_of(example, task) for task in networks}
-        if self.settings.verify and find_failing(networks, graphs, views):
-            graphs = self._trace(example, verify=True, **arguments)
-        return graphs
+
+        def trace_again(barriers: dict[str, str]) -> dict[str, MergeGraph]:
+            return self._trace(example, **{**arguments, "barriers": barriers})
+
+        return settle(networks, graphs, views, trace_again, self.settings.verify, self.settings.merge_heads)
 
     def _find_cuts(self, networks: Mapping[str, nn.Module], example: Inputs) -> dict[str | None, dict[str, MergeGraph]]:
         """The graphs of every cut that the statistics shall serve."""

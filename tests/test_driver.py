@@ -279,7 +279,7 @@ def test_different_architectures_name_the_first_difference():
         merge({"a": Lit(), "b": Lit(width=4)})
     other = Lit()
     other.net.layer1[0].conv1.dilation = other.net.layer1[0].conv1.padding = (2, 2)
-    with pytest.raises(ArchitectureMismatchError, match=r"node `layer1_0_conv1`.*dilation"):
+    with pytest.raises(ArchitectureMismatchError, match=r"`layer1.0.conv1` \(Conv2d\) has padding=\(1, 1\) in"):
         merge({"a": Lit(), "b": other})
 
 

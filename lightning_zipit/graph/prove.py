@@ -27,19 +27,12 @@ class Failure:
     Attributes:
         space: its name.
         barriers: the nodes of the graph that must not be given its features as they are merged.
-        in_head: whether the trunk is right, and a head is wrong to read the features through its weights.
+        why: what is wrong, for notes and errors.
     """
 
     space: str
     barriers: tuple[str, ...]
-    in_head: bool = False
-
-    @property
-    def why(self) -> str:
-        """For notes and errors."""
-        if self.in_head:
-            return f"a head that reads `{self.space}` in another order would compute something else"
-        return f"permuting `{self.space}` would change what it computes"
+    why: str
 
 
 def cycle(size: int, generator: torch.Generator | None = None, second: bool = False) -> Tensor:
@@ -152,14 +145,16 @@ def verify_graph(backbone: nn.Module, graph: MergeGraph, batch: Tensor) -> None:
 
 
 def explain(graph: MergeGraph, failing: Sequence[Failure]) -> str:
-    """What is wrong with spaces whose permutation changes the result, and what to do."""
-    spaces = dict.fromkeys(failure.space for failure in failing)
-    written = {name: ", ".join(parameter for parameter, _ in graph.spaces[name].producers[:3]) for name in spaces}
-    named = "; ".join(f"{name} (written by {parameters})" for name, parameters in written.items())
+    """What is wrong with spaces or parameters that cannot be merged, and what to do."""
+    reasons = []
+    for failure in failing:
+        space = graph.spaces.get(failure.space)
+        written = f" (written by {', '.join(name for name, _ in space.producers[:3])})" if space else ""
+        reasons.append(f"{failure.space}{written}: {failure.why}")
     return (
-        f"Permuting these feature spaces changes what the network computes, so merging them would be wrong: {named}. "
-        "A rule for an operator that they pass through is wrong, or the network uses the number of a feature: stop "
-        "before it with `stop_at`, or register another rule."
+        f"Merging would change what the networks compute: {'; '.join(reasons)}. A rule for an operator that these "
+        "features pass through is wrong, or the network uses the number of a feature: stop before it with `stop_at`, "
+        "or register another rule."
     )
 
 
@@ -253,7 +248,8 @@ class _Proof:
 
     def _failure(self, space: str, in_head: bool) -> Failure:
         if not in_head:
-            return Failure(space, (next(node for node, held in self.graph.held.items() if space in held),))
+            barrier = next(node for node, held in self.graph.held.items() if space in held)
+            return Failure(space, (barrier,), f"permuting `{space}` would change what it computes")
         reading = [
             user.name
             for node, crossing in zip(self.crossings, self.graph.crossings, strict=True)
@@ -261,7 +257,7 @@ class _Proof:
             for user in node.users
             if user.name not in self.graph.trunk_nodes | self.graph.stem_nodes
         ]
-        return Failure(space, tuple(reading), in_head=True)
+        return Failure(space, tuple(reading), f"a head that reads `{space}` permuted would compute something else")
 
     def _withstands(self, permutations: Mapping[str, Tensor], with_trunk: bool) -> str | None:
         """The part that does not withstand a permutation, ``"trunk"`` or ``"head"``; ``None`` where both do."""
