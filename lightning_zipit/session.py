@@ -271,7 +271,7 @@ class MergeSession:
     def _flop_counts(self) -> list[dict[str, float]]:
         """Of every network, by module."""
         example = like(self._example, self._first)
-        return [count_flops(working_copy(network), view_of(example, task)) for task, network in self.backbones.items()]
+        return [count_flops(network, view_of(example, task)) for task, network in self.backbones.items()]
 
     def _measuring(self, networks: Mapping[str, nn.Module]) -> Calibration:
         spaces: list[str] | None = [name for family in self._families() for name in family]
@@ -443,7 +443,7 @@ class MergeSession:
         x = like(self._example, self._first)
         sources = {}
         for task, network in self.backbones.items():
-            sources[task] = measure_cost(working_copy(network), view_of(x, task))
+            sources[task] = measure_cost(network, view_of(x, task))
         return sources, measure_cost(merged, x)
 
     def start_refining(self, networks: Mapping[str, nn.Module], device: torch.device) -> None:

@@ -154,7 +154,7 @@ def explain(graph: MergeGraph, failing: Sequence[Failure]) -> str:
     return (
         f"Merging would change what the networks compute: {'; '.join(reasons)}. A rule for an operator that these "
         "features pass through is wrong, or the network uses the number of a feature: stop before it with `stop_at`, "
-        "or register another rule."
+        "start behind it with `start_at`, or register another rule."
     )
 
 

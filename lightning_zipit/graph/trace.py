@@ -114,11 +114,10 @@ class _Capture:
         self, backbone: nn.Module, stop_at: str | None, start_at: str | None, merge_heads: bool, example: Tensor | None
     ) -> None:
         self.backbone, self.stop_at, self.start_at, self.merge_heads = backbone, stop_at, start_at, merge_heads
-        working = working_copy(backbone)
-        self.graph = graph = record(working)
+        self.graph = graph = record(backbone)
         if start_at is not None:
             split_constants(graph)
-        shapes = shapes_of(working, graph, example)
+        shapes = shapes_of(working_copy(backbone), graph, example)
         self.nodes = nodes = list(graph.nodes)
         trunk = find_trunk(backbone, nodes, stop_at, shapes, merge_heads)
         self.stem: set[fx.Node] = set()

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lightning_zipit.errors import ConfigurationError
 from lightning_zipit.graph import AxisRef, MergeGraph, evaluating
 from lightning_zipit.graph.notes import reached
+from lightning_zipit.graph.replay import working_copy
 from lightning_zipit.graph.spaces import handed_over
 from lightning_zipit.graph.table import named_tensors
 from lightning_zipit.merging.maps import SpaceMap
@@ -182,11 +183,11 @@ def count_flops(network: nn.Module, x: Tensor) -> dict[str, float]:
     """The FLOPs of one forward by the name of the module, and under ``""`` of the whole network.
 
     Args:
-        network: a source network.
+        network: a source network; a copy of it is run, in eval mode.
         x: an input of one sample, on its device.
     """
-    with torch.no_grad(), evaluating(network), FlopCounterMode(display=False) as counter:
-        network(x)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        working_copy(network)(x)
     counts = {name.partition(".")[2]: float(sum(ops.values())) for name, ops in counter.get_flop_counts().items()}
     return {**counts, "": float(counter.get_total_flops())}
 
