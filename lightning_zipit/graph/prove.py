@@ -177,25 +177,27 @@ def find_failing(
     graph = next(iter(graphs.values()))
     draws = [random_permutations(graph, torch.Generator().manual_seed(0), second=second) for second in (False, True)]
     failing: dict[str, Failure] = {}
+    handed: list[Any] | None = None
     with torch.inference_mode(False), torch.no_grad():
-        for number, (task, network) in enumerate(networks.items()):
-            proof = _start(network, graphs[task], inputs[task][:SAMPLES].detach())
+        for task, network in networks.items():
+            proof = _start(network, graphs[task], inputs[task][:SAMPLES].detach(), handed)
             if proof is None:
                 return []
             for permutations in draws:
-                for failure in proof.find(permutations, with_trunk=number == 0):
+                for failure in proof.find(permutations):
                     failing.setdefault(failure.space, failure)
+            handed = list(proof.made.values())
     return list(failing.values())
 
 
-def _start(network: nn.Module, graph: MergeGraph, x: Tensor) -> _Proof | None:
+def _start(network: nn.Module, graph: MergeGraph, x: Tensor, handed: Sequence[Any] | None) -> _Proof | None:
     """The proof in the most precise type that the network can run in; ``None`` where its values are not finite."""
     own = next((tensor.dtype for tensor in named_tensors(network).values() if tensor.is_floating_point()), x.dtype)
     dtypes = [torch.float64] * (x.device.type != "mps") + [torch.float32]
     problem: Exception | None = None
     for dtype in dict.fromkeys((*dtypes, own)):
         try:
-            proofs = (_Proof(network, graph, x, dtype, vary) for vary in (True, False))
+            proofs = (_Proof(network, graph, x, dtype, vary, handed) for vary in (True, False))
             return next((proof for proof in proofs if proof.finite), None)
         except Exception as error:  # whatever an operator says to a type that it does not expect
             problem = error
@@ -204,10 +206,27 @@ def _start(network: nn.Module, graph: MergeGraph, x: Tensor) -> _Proof | None:
 
 
 class _Proof:
-    """One network in one type of numbers: what its trunk hands over and what it returns, permuted and not."""
+    """One network in one type of numbers: what its trunk hands over and what it returns, permuted and not.
 
-    def __init__(self, network: nn.Module, graph: MergeGraph, x: Tensor, dtype: torch.dtype, vary: bool) -> None:
-        self.network, self.graph = network, graph
+    Args:
+        network: the network.
+        graph: its merge graph.
+        x: an input.
+        dtype: the type.
+        vary: let the entries of constant parameters differ.
+        handed: what the trunk of another network handed over. The heads are then given that, and the trunk is not run.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        graph: MergeGraph,
+        x: Tensor,
+        dtype: torch.dtype,
+        vary: bool,
+        handed: Sequence[Any] | None,
+    ) -> None:
+        self.network, self.graph, self.with_trunk = network, graph, handed is None
         change = _varied if vary else lambda tensor: tensor
         self.tensors = {
             name: change(_cast(tensor, dtype)) if isinstance(tensor, nn.Parameter) else _cast(tensor, dtype)
@@ -223,7 +242,12 @@ class _Proof:
         of_stem = self._run(graph.stem_graph(), self.inputs, [*self.entries, *passing], self.tensors)
         self.entering = {node: of_stem[node] for node in self.entries}
         self.passing = {node: of_stem[node] for node in passing}
-        self.crossing = self._trunk(self.entering, self.tensors)
+        if handed is None:
+            self.made = self._trunk(self.entering, self.tensors)
+        else:
+            of_trunk = [node for node in self.crossings if node not in self.passing]
+            self.made = {node: _cast(value, dtype) for node, value in zip(of_trunk, handed, strict=True)}
+        self.crossing = {**self.made, **self.passing}
         self.returned = self._head(self.crossing, self.tensors)
         self.finite = all(value.isfinite().all() for value in tensors_in(list(self.crossing.values())))
 
@@ -231,19 +255,19 @@ class _Proof:
     def tolerance(self) -> float:
         return max(TOLERANCES.get(dtype, TOLERANCES[torch.float16]) for dtype in self.seen or {torch.float64})
 
-    def find(self, permutations: Mapping[str, Tensor], with_trunk: bool) -> Iterator[Failure]:
+    def find(self, permutations: Mapping[str, Tensor]) -> Iterator[Failure]:
         """The spaces that do not withstand a permutation, looked for one by one where together they do not."""
-        if self._withstands(permutations, with_trunk) is None:
+        if self._withstands(permutations) is None:
             return
         found = False
         for name in permutations:
             family = [name, *(other for other in permutations if name in units_around(self.graph, other))]
             alone = {space: permutations[space] for space in family}
-            if (part := self._withstands(alone, with_trunk)) is not None:
+            if (part := self._withstands(alone)) is not None:
                 found = True
                 yield self._failure(name, in_head=part == "head")
         if not found:
-            part = self._withstands(permutations, with_trunk)
+            part = self._withstands(permutations)
             yield from (self._failure(name, in_head=part == "head") for name in permutations)
 
     def _failure(self, space: str, in_head: bool) -> Failure:
@@ -259,18 +283,18 @@ class _Proof:
         ]
         return Failure(space, tuple(reading), f"a head that reads `{space}` permuted would compute something else")
 
-    def _withstands(self, permutations: Mapping[str, Tensor], with_trunk: bool) -> str | None:
+    def _withstands(self, permutations: Mapping[str, Tensor]) -> str | None:
         """The part that does not withstand a permutation, ``"trunk"`` or ``"head"``; ``None`` where both do."""
         crossing = {
-            node: self._moved(value, crossing, permutations)
-            for (node, value), crossing in zip(self.crossing.items(), self.graph.crossings, strict=True)
+            node: self._moved(self.crossing[node], known, permutations)
+            for node, known in zip(self.crossings, self.graph.crossings, strict=True)
         }
-        if with_trunk:
+        if self.with_trunk:
             entering = dict(self.entering)
             for node, entry in zip(self.entries, self.graph.entries, strict=True):
                 entering[node] = self._moved(entering[node], entry, permutations)
             found = self._trunk(entering, self._permuted(self.graph.axes, permutations))
-            if not self._agree(crossing, found):
+            if not self._agree({node: crossing[node] for node in found}, found):
                 return "trunk"
         for node, known in zip(self.crossings, self.graph.crossings, strict=True):
             if not known.absorbed:
@@ -293,8 +317,8 @@ class _Proof:
     def _trunk(self, entering: Mapping[fx.Node, Any], tensors: Mapping[str, Tensor]) -> dict[fx.Node, Any]:
         known = entering if self.graph.stem_nodes else self.inputs
         made = [node for node in self.crossings if node not in self.passing]
-        found = {**self._run(self.graph.trunk_graph(), known, made, tensors), **self.passing}
-        return {node: found[node] for node in self.crossings}
+        found = self._run(self.graph.trunk_graph(), known, made, tensors)
+        return {node: found[node] for node in made}
 
     def _head(self, crossing: Mapping[fx.Node, Any], tensors: Mapping[str, Tensor]) -> Any:
         return self._run(self.graph.head_graph(), {**self.inputs, **crossing}, [self.output], tensors)
@@ -310,8 +334,10 @@ class _Proof:
         return all(agree(value, other, self.tolerance) for value, other in pairs)
 
 
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.detach().to(dtype) if tensor.is_floating_point() else tensor.detach()
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return value.detach().to(dtype) if value.is_floating_point() else value.detach()
 
 
 def _varied(tensor: Tensor) -> Tensor:
