@@ -15,6 +15,7 @@ from lightning_zipit.errors import ConfigurationError
 from lightning_zipit.graph.interpret import Context, Event
 from lightning_zipit.graph.naming import describe, place_of
 from lightning_zipit.graph.notes import find_notes
+from lightning_zipit.graph.order import varying
 from lightning_zipit.graph.registry import Trait, traits_of
 from lightning_zipit.graph.spaces import (
     Crossing,
@@ -56,7 +57,10 @@ class Analysis:
         entering = self._enter()
         self.entries = {node: value for node, value in entering.items() if isinstance(value, Features)}
         values = self.values = self.ctx.run([node for node in self.nodes if node in trunk], entering, tolerant=())
-        self.crossing_nodes = [node for node in self.nodes if node in trunk and any(map(self._in_head, node.users))]
+        depending = varying(self.nodes)
+        self.crossing_nodes = [
+            node for node in self.nodes if node in trunk & depending and any(map(self._in_head, node.users))
+        ]
         self.trunk_values = {node: values[node] for node in self.crossing_nodes}
         for node in self.crossing_nodes:
             self._cross(node, values[node])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -74,6 +75,10 @@ def _compare_node(first: MergeGraph, node: fx.Node, second: MergeGraph, other: f
         modules = (graph.module.get_submodule(str(each.target)) for graph, each in ((first, node), (second, other)))
         if found := _compare_modules(str(node.target), *modules):
             return found
+    if node.op == "get_attr" and node.target not in named_tensors(first.module):  # a constant, which is not merged
+        values = [attrgetter(str(node.target))(graph.module) for graph in (first, second)]
+        if not _same(*values):
+            return f"attribute `{node.target}` is {_pair(*values)}"
     arguments = _arguments(first, node, known), _arguments(second, other, others)
     for key in dict.fromkeys((*arguments[0], *arguments[1])):
         values = [each.get(key) for each in arguments]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,7 +57,10 @@ def cycle(size: int, generator: torch.Generator | None = None, second: bool = Fa
 
 
 def random_permutations(
-    graph: MergeGraph, generator: torch.Generator | None = None, second: bool = False
+    graph: MergeGraph,
+    generator: torch.Generator | None = None,
+    second: bool = False,
+    moving: Collection[str] | None = None,
 ) -> dict[str, Tensor]:
     """A permutation for every space of the trunk; pinned spaces keep their order.
 
@@ -68,19 +71,21 @@ def random_permutations(
         graph: the merge graph.
         generator: a generator in one state gives the two permutations that belong together.
         second: the second of them; see :func:`cycle`.
+        moving: the spaces that are permuted, all by default. Features of others move with their units alone.
     """
     permutations: dict[str, Tensor] = {}
     for name in units_first(graph):
         space = graph.spaces[name]
-        if space.pinned:
-            permutation = torch.arange(space.size)
-        elif space.units is not None:
-            members = unit_members(space)  # (units, features)
-            inner = torch.stack([cycle(members.shape[1], generator, second) for _ in members])
-            permutation = torch.empty(space.size, dtype=torch.int64)
-            permutation[members] = members[permutations[space.units]].gather(1, inner)
-        else:
-            permutation = cycle(space.size, generator, second)
+        still = space.pinned or (moving is not None and name not in moving)
+        members = (
+            unit_members(space) if space.units is not None else torch.arange(space.size)[None]
+        )  # (units, features)
+        inner = torch.stack([cycle(members.shape[1], generator, second) for _ in members])
+        if still:
+            inner = torch.arange(members.shape[1]).expand_as(inner)
+        permutation = torch.empty(space.size, dtype=torch.int64)
+        units = permutations[space.units] if space.units is not None else torch.zeros(1, dtype=torch.int64)
+        permutation[members] = members[units].gather(1, inner)
         permutations[name] = permutation
     return permutations
 
@@ -174,8 +179,6 @@ def find_failing(
     Returns:
         The spaces that fail; none where the inputs give NaN or Inf, which proves nothing.
     """
-    graph = next(iter(graphs.values()))
-    draws = [random_permutations(graph, torch.Generator().manual_seed(0), second=second) for second in (False, True)]
     failing: dict[str, Failure] = {}
     handed: list[Any] | None = None
     with torch.inference_mode(False), torch.no_grad():
@@ -183,9 +186,8 @@ def find_failing(
             proof = _start(network, graphs[task], inputs[task][:SAMPLES].detach(), handed)
             if proof is None:
                 return []
-            for permutations in draws:
-                for failure in proof.find(permutations):
-                    failing.setdefault(failure.space, failure)
+            for failure in (*proof.find(second=False), *proof.find(second=True)):
+                failing.setdefault(failure.space, failure)
             handed = list(proof.made.values())
     return list(failing.values())
 
@@ -255,24 +257,24 @@ class _Proof:
     def tolerance(self) -> float:
         return max(TOLERANCES.get(dtype, TOLERANCES[torch.float16]) for dtype in self.seen or {torch.float64})
 
-    def find(self, permutations: Mapping[str, Tensor]) -> Iterator[Failure]:
+    def find(self, second: bool) -> Iterator[Failure]:
         """The spaces that do not withstand a permutation, looked for one by one where together they do not."""
-        if self._withstands(permutations) is None:
+
+        def broken(moving: Collection[str] | None = None) -> str | None:
+            generator = torch.Generator().manual_seed(0)
+            return self._broken(random_permutations(self.graph, generator, second, moving))
+
+        together = broken()
+        if together is None:
             return
-        found = False
-        for name in permutations:
-            family = [name, *(other for other in permutations if name in units_around(self.graph, other))]
-            alone = {space: permutations[space] for space in family}
-            if (part := self._withstands(alone)) is not None:
-                found = True
-                yield self._failure(name, in_head=part == "head")
-        if not found:
-            part = self._withstands(permutations)
-            yield from (self._failure(name, in_head=part == "head") for name in permutations)
+        alone = {name: part for name in self.graph.spaces if (part := broken([name])) is not None}
+        for name, part in (alone or dict.fromkeys(self.graph.spaces, together)).items():
+            yield self._failure(name, in_head=part == "head")
 
     def _failure(self, space: str, in_head: bool) -> Failure:
         if not in_head:
-            barrier = next(node for node, held in self.graph.held.items() if space in held)
+            family = {space, *(name for name in self.graph.spaces if space in units_around(self.graph, name))}
+            barrier = next(node for node, held in self.graph.held.items() if not family.isdisjoint(held))
             return Failure(space, (barrier,), f"permuting `{space}` would change what it computes")
         reading = [
             user.name
@@ -283,7 +285,7 @@ class _Proof:
         ]
         return Failure(space, tuple(reading), f"a head that reads `{space}` permuted would compute something else")
 
-    def _withstands(self, permutations: Mapping[str, Tensor]) -> str | None:
+    def _broken(self, permutations: Mapping[str, Tensor]) -> str | None:
         """The part that does not withstand a permutation, ``"trunk"`` or ``"head"``; ``None`` where both do."""
         crossing = {
             node: self._moved(self.crossing[node], known, permutations)

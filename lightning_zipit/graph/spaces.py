@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, fx
 
+from lightning_zipit.graph.order import with_constants
 from lightning_zipit.graph.table import AxisRef, Block, Row
 
 
@@ -185,9 +186,15 @@ class MergeGraph:
         return (node for node in self.fx_graph.nodes if node.name in self.stem_nodes)
 
     def head_graph(self) -> Iterator[fx.Node]:
-        """The nodes of the head in order of execution, the last of which is the output."""
+        """The nodes of the head in order of execution, the last of which is the output.
+
+        Parameters that the trunk reads too are among them: the head has its own.
+        """
+        nodes = list(self.fx_graph.nodes)
         shared = self.trunk_nodes | self.stem_nodes
-        return (node for node in self.fx_graph.nodes if node.name not in shared)
+        own = {node for node in nodes if node.name not in shared}
+        own |= with_constants(own, nodes)
+        return (node for node in nodes if node in own)
 
 
 def unit_members(space: FeatureSpace) -> Tensor:

@@ -9,7 +9,8 @@ from torch import Tensor, fx, nn
 
 from lightning_zipit.errors import ConfigurationError, TraceError, VerificationError
 from lightning_zipit.graph.analyse import Analysis
-from lightning_zipit.graph.cut import descendants, find_trunk
+from lightning_zipit.graph.cut import find_trunk
+from lightning_zipit.graph.order import descendants, with_constants
 from lightning_zipit.graph.prove import SAMPLES, Failure, explain, find_failing
 from lightning_zipit.graph.record import record
 from lightning_zipit.graph.replay import check_capture, working_copy
@@ -136,7 +137,8 @@ class _Capture:
         """
         known, last = dict(barriers), None
         while True:
-            trunk = self.trunk - descendants({node for node in self.nodes if node.name in known}, self.nodes)
+            behind = descendants({node for node in self.nodes if node.name in known}, self.nodes)
+            trunk = with_constants(self.trunk - behind, self.nodes)
             try:
                 graph = Analysis(
                     self.backbone, self.graph, self.shapes, trunk, self.stop_at, known, self.stem, self.start_at
