@@ -291,9 +291,10 @@ class Context:
     def _with_node(self, value: Any, node: fx.Node) -> Any:
         shape = self.shapes.get(node.name)
         if isinstance(value, Features):
-            if shape is not None and value.ids.shape != tuple(shape[axis] for axis in value.axes):
-                raise self.error("its features are not on the axes where they are looked for")
-            return replace(value, shape=shape or value.shape, node=node)
+            held = dict(enumerate(shape or ()))
+            if value.ids.shape != tuple(held.get(axis) for axis in value.axes):
+                raise self.error("what it returns has no features on the axes where they are looked for")
+            return replace(value, shape=shape or (), node=node)
         return Plain(shape) if isinstance(value, Plain) and shape is not None else value
 
     def _run_node(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
@@ -344,7 +345,7 @@ class Context:
             given = [part.ids.ravel() for part in leaves((args, kwargs)) if isinstance(part, Features)]
             self.touched.update((ids.tobytes(), ids) for ids in given)
         if isinstance(value, Features) and writes_in_place(self.node, self.module):
-            target = args[self.node.op == "call_module"]
+            target = [*args, *kwargs.values()][self.node.op == "call_module"]
             if not isinstance(target, Features) or target.axes != value.axes or (target.ids != value.ids).any():
                 raise self.error("it writes features into a tensor that does not hold them")
         return value

@@ -33,12 +33,19 @@ def per_channel(ctx: Context, input: Value, *parameters: Any) -> Value:
 
 @module_rule(
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
-    "torchvision.ops.misc.FrozenBatchNorm2d",
     traits=PER_CHANNEL,
     ignored=("momentum",),
 )
 def batch_norm_module(ctx: Context, module: nn.Module, input: Value) -> Value:
     return per_channel(ctx, input, *(ctx.parameter(name) for name in STATISTICS))
+
+
+@module_rule("torchvision.ops.misc.FrozenBatchNorm2d", traits=PER_CHANNEL)
+def frozen_batch_norm(ctx: Context, module: nn.Module, input: Value) -> Value:
+    """Its parameters are spread over images."""
+    if len(input.shape or (0,) * 4) != 4:
+        raise ctx.error("its input is no batch of images")
+    return batch_norm_module(ctx, module, input)
 
 
 @module_rule(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, traits=PER_CHANNEL, ignored=("momentum",))

@@ -61,7 +61,7 @@ def _pool_functions(axes: int) -> None:
     rules: dict[Rule, list[Any]] = {
         max_pool: spellings(f"max_pool{size}"),
         other_pool: spellings(f"avg_pool{size} lp_pool{size} adaptive_avg_pool{size}"),
-        adaptive_max_pool: spellings(f"adaptive_max_pool{size}"),
+        adaptive_max_pool: [getattr(F, f"adaptive_max_pool{size}")],
         module_pool: modules,
     }
     for function, operators in rules.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -62,26 +63,47 @@ def _operator(ctx: Context) -> Callable[..., Any]:
 
 
 def _moved(ctx: Context, x: Features) -> Any:
-    spread = torch.from_numpy(x.ids.reshape([size if axis in x.axes else 1 for axis, size in enumerate(x.shape)]))
-    numbers = spread.expand(x.shape)
-    moved = _call(ctx, numbers, 0)
-    if _open_indices(ctx) and not torch.equal(moved, _call(ctx, numbers, 1)):
+    features = torch.from_numpy(x.ids.reshape([size if axis in x.axes else 1 for axis, size in enumerate(x.shape)]))
+    others = torch.arange(math.prod(x.shape) // x.ids.size, dtype=torch.int32)
+    others = others.reshape([1 if axis in x.axes else size for axis, size in enumerate(x.shape)])
+    moved, places = (_call(ctx, numbers.expand(x.shape), 0) for numbers in (features, others))
+    if _open_indices(ctx) and not torch.equal(moved, _call(ctx, features.expand(x.shape), 1)):
         raise ctx.error("which features it takes depends on the data")
     if isinstance(moved, Tensor):
-        return _features(ctx, x, moved)
-    return tuple(_features(ctx, x, part) for part in moved)
+        return _features(ctx, x, moved, places)
+    return tuple(_features(ctx, x, part, own) for part, own in zip(moved, places, strict=True))
 
 
-def _features(ctx: Context, x: Features, entries: Tensor) -> Features:
-    """The axes along which the numbers differ hold the features."""
+def _features(ctx: Context, x: Features, entries: Tensor, places: Tensor) -> Features:
+    """The axes along which the numbers differ hold the features.
+
+    Args:
+        ctx: the context.
+        x: what the entries are taken from.
+        entries: the feature of each entry.
+        places: the sample and the position that each entry comes from.
+    """
     axes = tuple(axis for axis in range(entries.ndim) if (entries != entries.narrow(axis, 0, 1)).any())
     if not axes:  # a single feature: it stays on its axis, or goes to another that has one entry
         single = [axis for axis, size in enumerate(entries.shape) if axis and size == 1]
         if x.ids.size > 1 and x.axes[0] not in single:
             raise ctx.error("it picks a single feature by its number")
         axes = (x.axes[0] if x.axes[0] in single else (single or [entries.ndim - 1])[-1],)
-    ids = entries[tuple(slice(None) if axis in axes else 0 for axis in range(entries.ndim))]
-    return Features(ids.contiguous().numpy(), axes, tuple(entries.shape))
+    ids = entries[tuple(slice(None) if axis in axes else 0 for axis in range(entries.ndim))].contiguous()
+    if not _alike(ids.flatten(), places.movedim(axes, tuple(range(len(axes)))).flatten(0, len(axes) - 1)):
+        raise ctx.error("it takes other positions from one feature than from another")
+    return Features(ids.numpy(), axes, tuple(entries.shape))
+
+
+def _alike(ids: Tensor, places: Tensor) -> bool:
+    """Whether the same places are taken, in the same order, from all features of which as many entries are."""
+    if (places == places[:1]).all():
+        return True
+    order = ids.argsort(stable=True)
+    _, counts = ids[order].unique_consecutive(return_counts=True)
+    of_each = places[order].split(counts.tolist())
+    first = {len(part): part for part in reversed(of_each)}
+    return all(torch.equal(part, first[len(part)]) for part in of_each)
 
 
 def _views(ctx: Context, parameter: Parameter) -> Any:
@@ -134,7 +156,7 @@ def getitem(ctx: Context, container: Any, index: Any) -> Any:
     return None if container is None else container[index]
 
 
-@rule(*spellings("cat concat concatenate"), traits=Trait.REARRANGE)
+@rule(torch.cat, torch.concat, torch.concatenate, traits=Trait.REARRANGE)
 def cat(ctx: Context, tensors: Sequence[Any], dim: int = 0) -> Any:
     """Along the features: one after the other. Along positions: the same features of all, tied."""
     if dim == 0 and all(isinstance(value, Parameter) and len(value.shape) == 1 for value in tensors):
