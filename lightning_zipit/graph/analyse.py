@@ -12,7 +12,8 @@ import numpy as np
 from torch import fx, nn
 
 from lightning_zipit.errors import ConfigurationError
-from lightning_zipit.graph.interpret import Context, Event
+from lightning_zipit.graph.events import Event
+from lightning_zipit.graph.interpret import Context
 from lightning_zipit.graph.naming import describe, place_of
 from lightning_zipit.graph.notes import find_notes
 from lightning_zipit.graph.order import varying
@@ -65,6 +66,7 @@ class Analysis:
         for node in self.crossing_nodes:
             self._cross(node, values[node])
         self.trunk_events = [event for events in self.ctx.events.values() for event in events]
+        self.touched = list(self.ctx.touched.values())
         self.nestings, self.projected = list(self.ctx.nestings), list(self.ctx.projected)
         self.head_values = self._interpret_heads(values)
 
@@ -115,7 +117,7 @@ class Analysis:
             value = known[node] = self.stem_values[node]
             if isinstance(value, Features):
                 own[node] = replace(value, ids=self.ctx.fresh(*value.ids.shape))
-        self.ctx.events, self.ctx.mixed, self.ctx.nestings = {}, [], []
+        self.ctx.events, self.ctx.mixed, self.ctx.nestings, self.ctx.touched = {}, [], [], {}
         heads = [node for node in self.nodes if self._in_head(node)]
         known |= own
         self.ctx.run(heads, known, tolerant=set(heads))
@@ -183,6 +185,11 @@ class Analysis:
         for index, event in enumerate(self.trunk_events):
             for feature, times in Counter(self.component[event.entries].tolist()).items():
                 where[feature].append((index, times))
+        parts = {ids.tobytes(): ids for ids in map(self.component.__getitem__, self.touched)}
+        for index, ids in enumerate(parts.values()):  # a part of the features that an operator takes by itself
+            for feature, times in Counter(ids.tolist()).items():
+                if feature in where:
+                    where[feature].append((("part", index), times))
         nested = [(self.component[nesting.members], self.component[nesting.units]) for nesting in self.nestings]
         for index, (members, units) in enumerate(nested):
             for feature in dict.fromkeys(members.ravel().tolist()):
@@ -261,15 +268,16 @@ class Analysis:
             return Crossing(node.name)
         own = self.component[self.head_values[node].ids.ravel()]
         others = [event.entries for event in head_events if event.kind != "consumer" or event.groups > 1]
+        others += [event.entries for event in head_events if event.path in self.head_conflicts]
         others += [ids for ids, _ in self.ctx.pinned]
         others += [ids.ravel() for nesting in self.head_nestings for ids in (nesting.members, nesting.units)]
         others += [*self.ctx.mixed, *self.ctx.opaque, *self.returned]
         others += [other.ids.ravel() for source, other in self.head_values.items() if source is not node]
         absorbed = len(set(own.tolist())) == len(own)
-        for event in head_events:  # a layer that reads a part of the features cannot tell which of the merged ones
-            appearances = np.isin(self.head_values[node].ids.ravel(), event.entries).sum()
+        for entries in (*(event.entries for event in head_events), *self.ctx.touched.values()):
+            # what takes a part of the features by itself cannot tell which of the merged ones
+            appearances = np.isin(self.head_values[node].ids.ravel(), entries).sum()
             absorbed = absorbed and appearances in (0, len(own))
-            absorbed = absorbed and not (appearances and event.path in self.head_conflicts)
         absorbed = absorbed and not any(np.isin(own, self.component[ids]).any() for ids in others)
         return Crossing(node.name, value.axes[0], self._ref(self.component[value.ids.ravel()], None), absorbed)
 

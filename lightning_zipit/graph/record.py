@@ -13,7 +13,7 @@ from torch import fx, nn
 from lightning_zipit.errors import TraceError
 from lightning_zipit.graph.joined import Joined
 from lightning_zipit.graph.naming import describe
-from lightning_zipit.graph.registry import operator_of_module
+from lightning_zipit.graph.registry import has_own_forward, operator_of_module
 from lightning_zipit.graph.replay import working_copy
 
 IN_PLACE = "in_place"
@@ -36,7 +36,8 @@ class Tracer(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         if isinstance(module, (nn.Sequential, *FORWARDS)):
             return False
-        return operator_of_module(module) is not None or super().is_leaf_module(module, qualified_name)
+        known = operator_of_module(module) is not None
+        return known or (super().is_leaf_module(module, qualified_name) and not has_own_forward(module, type(module)))
 
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         plain = FORWARDS.get(type(m))

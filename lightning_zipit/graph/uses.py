@@ -7,7 +7,7 @@ from typing import TypeAlias
 
 from torch import fx, nn
 
-from lightning_zipit.graph.interpret import Event
+from lightning_zipit.graph.events import Event
 from lightning_zipit.graph.table import named_tensors
 from lightning_zipit.graph.values import Ids
 

@@ -41,6 +41,16 @@ def test_permutations_of_heads_and_of_what_they_hold_have_no_fixed_point():
             assert graph.spaces[name].size > 1 and (permutation != torch.arange(len(permutation))).all()
 
 
+def takes_for_positions(name):
+    """A wrong rule: it says of a parameter with features along it that it holds positions."""
+
+    def rule(ctx, module, x):
+        ctx.positional(ctx.parameter(name))
+        return x
+
+    return rule
+
+
 class PerGroup(nn.Module):
     """A factor for each group of channels."""
 
@@ -54,7 +64,7 @@ class PerGroup(nn.Module):
 
 @pytest.mark.parametrize("groups", [2, 3, 4])
 def test_a_rule_that_ignores_a_factor_per_group_is_found_wrong(groups):
-    register_rule(PerGroup, lambda ctx, module, x: x)
+    register_rule(PerGroup, takes_for_positions("factor"))
     channels = 2 * groups
     net = nn.Sequential(
         *(nn.Conv2d(3, channels, 3), nn.Conv2d(channels, channels, 1, groups=groups), PerGroup(channels, groups)),
@@ -174,7 +184,7 @@ def test_the_order_of_parameters_that_are_all_the_same_is_proved_too():
         def forward(self, x):
             return x * self.scale
 
-    register_rule(Scaled, lambda ctx, module, x: x)  # ignores the scale
+    register_rule(Scaled, takes_for_positions("scale"))
     net = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), Scaled(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2))
     graph = trace(net)
     assert find_failing({"": net}, {"": graph}, {"": torch.randn(4, 5)})
