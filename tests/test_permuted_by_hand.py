@@ -13,13 +13,8 @@ from lightning_zipit import MergeSettings, merge_backbones
 from lightning_zipit.matchers import GreedyZip
 
 NORMED = {name for name, case in CASES.items() if any(isinstance(part, BatchNorm2d) for part in case.make().modules())}
-DEFAULT = [
-    (None, "whole"),
-    ("least_squares", "whole"),
-    ("least_squares", "cut"),
-    ("repair", "cut"),
-    ("batch_norm", "whole"),
-]
+WHOLE = [(None, "whole"), ("least_squares", "whole"), ("batch_norm", "whole")]
+CUT = [("least_squares", "cut"), ("repair", "cut")]
 NIGHTLY = [(None, "cut"), ("repair", "whole"), ("batch_norm", "cut")]
 REFINED = [
     pytest.param(name, refine, end, marks=pytest.mark.nightly if (refine, end) in NIGHTLY else ())
