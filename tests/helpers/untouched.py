@@ -73,7 +73,7 @@ def watched(function: Callable[..., Any], makes: bool = False) -> Callable[..., 
         try:
             with guard.suspended():
                 result = function(*args, **kwargs)
-        except Exception as error:
+        except BaseException as error:
             assert_unchanged(before, function, error)
             raise
         assert_unchanged(before, function, None)
@@ -95,7 +95,7 @@ def given_modules(value: Any) -> Iterator[nn.Module]:
             yield from given_modules(each)
 
 
-def assert_unchanged(before: list[Snapshot], function: Callable[..., Any], error: Exception | None) -> None:
+def assert_unchanged(before: list[Snapshot], function: Callable[..., Any], error: BaseException | None) -> None:
     changes = [change for snapshot in before for change in snapshot.changes()]
     if changes:
         where = f"{function.__qualname__}{' failed and' if error else ''} changed what it was given"
