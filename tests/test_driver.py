@@ -101,11 +101,9 @@ def test_batch_norm_of_the_trunk_sees_all_data_and_of_a_head_its_own():
     models = pair((5, 5))
     merge = {"backbone": "net", "stop_at": "layer1", "refine": "batch_norm"}
     one = ZipIt(trainer()).merge(models, dataloaders=[images(seed=0), images(seed=1)], **merge)
-    other = ZipIt(trainer()).merge(models, dataloaders=[images(seed=0), images(seed=1)], matcher=GreedyZip(), **merge)
     scaled = [(2 * batch[0], batch[1]) for batch in images(seed=1)]
     third = ZipIt(trainer()).merge(models, dataloaders=[images(seed=0), scaled], matcher=Average(), **merge)
     plain = ZipIt(trainer()).merge(models, dataloaders=[images(seed=0), images(seed=1)], matcher=Average(), **merge)
-    assert equal(outputs(one), outputs(other))
     changed, before = third.state_dict(), plain.state_dict()
 
     def differs(part):
