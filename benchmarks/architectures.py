@@ -26,7 +26,7 @@ from lightning_zipit.errors import ZipItError
 from lightning_zipit.graph import permute_spaces
 from lightning_zipit.graph.naming import modules_around
 from lightning_zipit.graph.notes import reached
-from lightning_zipit.graph.verify import random_permutations
+from lightning_zipit.graph.prove import random_permutations
 from lightning_zipit.paths import AllHeads
 
 SIZES = {"inception_v3": 96, "maxvit_t": 224, "vit_h_14": 56}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -22,13 +22,13 @@ from lightning_zipit.errors import (
     UnknownShapeError,
     ZipItError,
 )
-from lightning_zipit.graph import FeatureSpace, MergeGraph, evaluating
-from lightning_zipit.graph.agreement import trace_all
+from lightning_zipit.graph import FeatureSpace, MergeGraph
+from lightning_zipit.graph.agreement import settle, trace_all
 from lightning_zipit.graph.cut import find_cuts
 from lightning_zipit.graph.joined import Joined
+from lightning_zipit.graph.replay import working_copy
 from lightning_zipit.graph.spaces import handed_over
 from lightning_zipit.graph.taps import before_activations, tapped_by_all
-from lightning_zipit.graph.verify import find_failing
 from lightning_zipit.matchers import CCA, AnyWidthMatcher, Average, DualSpace
 from lightning_zipit.matching.by_weights import common_start
 from lightning_zipit.matching.families import split_families
@@ -233,10 +233,12 @@ class MergeSession:
                 if not isinstance(example, Tensor) or self.settings.start_at is None:
                     raise
                 raise type(error)(f"{error} {explain_views(networks)}") from error
-        task = next(iter(networks))
-        if self.settings.verify and find_failing(networks[task], graphs[task], view_of(example, task).clone()):
-            graphs = self._trace(example, verify=True, **arguments)
-        return graphs
+        views = {task: view_of(example, task) for task in networks}
+
+        def trace_again(barriers: dict[str, str]) -> dict[str, MergeGraph]:
+            return self._trace(example, **{**arguments, "barriers": barriers})
+
+        return settle(networks, graphs, views, trace_again, self.settings.verify, self.settings.merge_heads)
 
     def _find_cuts(self, networks: Mapping[str, nn.Module], example: Inputs) -> dict[str | None, dict[str, MergeGraph]]:
         """The graphs of every cut that the statistics shall serve."""
@@ -251,7 +253,7 @@ class MergeSession:
         """Find the widths that there are to choose from."""
         graph, settings = self._graph, self.settings
         own = view_of(like(example, self._first), next(iter(self.backbones)))
-        found = find_choices(graph, self._first, own, settings.width, len(self._names))
+        found = find_choices(graph, working_copy(self._first), own, settings.width, len(self._names))
         self._choices, self._size_notes = found
         if settings.flops is not None:
             flops = self._flops_model(self.graphs)
@@ -441,8 +443,7 @@ class MergeSession:
         x = like(self._example, self._first)
         sources = {}
         for task, network in self.backbones.items():
-            with evaluating(network):
-                sources[task] = measure_cost(network, view_of(x, task))
+            sources[task] = measure_cost(network, view_of(x, task))
         return sources, measure_cost(merged, x)
 
     def start_refining(self, networks: Mapping[str, nn.Module], device: torch.device) -> None:
@@ -514,10 +515,8 @@ def merge_backbones(
             f"{len(loaders)} sets of batches were given for {len(backbones)} tasks: give one each."
         )
     tasks = list(backbones)
-    networks = session.backbones
-    with torch.no_grad(), ExitStack() as stack:
-        for network in networks.values():
-            stack.enter_context(evaluating(network))
+    networks = {task: working_copy(network) for task, network in session.backbones.items()}
+    with torch.no_grad():
         for index in range(session.calibration_passes):
             for number, loader in enumerate(loaders):
                 for x in loader:

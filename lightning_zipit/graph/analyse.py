@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,17 +16,17 @@ from lightning_zipit.graph.events import Event
 from lightning_zipit.graph.interpret import Context
 from lightning_zipit.graph.naming import describe, place_of
 from lightning_zipit.graph.notes import find_notes
+from lightning_zipit.graph.order import varying
 from lightning_zipit.graph.registry import Trait, traits_of
 from lightning_zipit.graph.spaces import (
-    AxisRef,
-    Block,
     Crossing,
     FeatureSpace,
     MergeGraph,
     Projection,
     Tap,
-    as_starts,
 )
+from lightning_zipit.graph.table import AxisRef, Block, Row, as_starts, named_tensors
+from lightning_zipit.graph.uses import find_conflicts, find_uses
 from lightning_zipit.graph.values import Features, Ids, Opaque, leaves
 
 STEM = "stem"
@@ -50,7 +50,7 @@ class Analysis:
         self.backbone, self.graph, self.stop_at, self.barriers = backbone, graph, stop_at, barriers
         self.nodes = list(graph.nodes)
         self.trunk, self.stem, self.start_at = trunk, stem, start_at
-        self.ctx = Context(backbone, shapes)
+        self.ctx = Context(backbone, shapes, barriers)
         self.refs: dict[Any, AxisRef] = {}
         self.position = {node: index for index, node in enumerate(self.nodes)}
         self.entry_nodes = [node for node in self.nodes if node in stem and not trunk.isdisjoint(node.users)]
@@ -58,7 +58,10 @@ class Analysis:
         entering = self._enter()
         self.entries = {node: value for node, value in entering.items() if isinstance(value, Features)}
         values = self.values = self.ctx.run([node for node in self.nodes if node in trunk], entering, tolerant=())
-        self.crossing_nodes = [node for node in self.nodes if node in trunk and any(map(self._in_head, node.users))]
+        depending = varying(self.nodes)
+        self.crossing_nodes = [
+            node for node in self.nodes if node in trunk & depending and any(map(self._in_head, node.users))
+        ]
         self.trunk_values = {node: values[node] for node in self.crossing_nodes}
         for node in self.crossing_nodes:
             self._cross(node, values[node])
@@ -126,10 +129,17 @@ class Analysis:
     def result(self) -> MergeGraph:
         self.component = self.ctx.components()
         self._check_nestings()
+        self._check_roles()
         self._group()
         head_events = [event for events in self.ctx.events.values() for event in events]
+        heads = [node for node in self.nodes if self._in_head(node)]
+        self.head_conflicts = find_conflicts(
+            find_uses(self.backbone, heads, head_events, self.component), self.position
+        )
         crossings = tuple(self._crossing(node, head_events) for node in self.crossing_nodes)
-        axes, spaces = self._axes(crossings, head_events), self._spaces()
+        rows, spaces = self._axes(self.trunk_events), self._spaces()
+        of_heads = self._axes(head_events, self._read_by_heads(crossings))
+        axes = self._every_name(rows, of_heads)
         passed = tuple(Crossing(node.name) for node in self.passed)
         return MergeGraph(
             spaces=spaces,
@@ -146,6 +156,7 @@ class Analysis:
             start_at=self.start_at,
             stem_nodes=frozenset(node.name for node in self.stem),
             entries=tuple(map(self._entry, self.entry_nodes)),
+            head_axes=of_heads,
         )
 
     def _held(self, value: Any) -> tuple[str, ...]:
@@ -257,6 +268,7 @@ class Analysis:
             return Crossing(node.name)
         own = self.component[self.head_values[node].ids.ravel()]
         others = [event.entries for event in head_events if event.kind != "consumer" or event.groups > 1]
+        others += [event.entries for event in head_events if event.path in self.head_conflicts]
         others += [ids for ids, _ in self.ctx.pinned]
         others += [ids.ravel() for nesting in self.head_nestings for ids in (nesting.members, nesting.units)]
         others += [*self.ctx.mixed, *self.ctx.opaque, *self.returned]
@@ -276,25 +288,57 @@ class Analysis:
             return Crossing(node.name, shape=shape)
         return Crossing(node.name, value.axes[0], self._ref(self.component[value.ids.ravel()], None), shape=shape)
 
-    def _axes(self, crossings: tuple[Crossing, ...], head_events: list[Event]) -> dict[str, tuple[AxisRef | None, ...]]:
+    def _check_roles(self) -> None:
+        """A parameter of the trunk has one role; a node that reads it in another one is a barrier."""
+        nodes = [node for node in self.nodes if node in self.trunk]
+        uses = find_uses(self.backbone, nodes, self.trunk_events, self.component)
+        conflicts = find_conflicts(uses, self.position)
+        if conflicts:
+            path, self.ctx.node = min(conflicts.items(), key=lambda item: self.position[item[1]])
+            raise self.ctx.error(f"it uses `{path}` in another role than a layer before it does")
+
+    def _axes(self, events: list[Event], of: Mapping[int, int] | None = None) -> dict[str, Row]:
+        """The rows of the parameters that some events are about, by the names that the forward reads.
+
+        Args:
+            events: of the trunk, or of the heads.
+            of: per feature of a head that reads the trunk through its weights, the feature of the trunk.
+        """
+        tensors = named_tensors(self.backbone)
         table: dict[str, list[AxisRef | None]] = {}
-        canonical = set(self.ctx._canonical.values())
-        for name, tensor in (*self.backbone.named_parameters(), *self.backbone.named_buffers()):
-            if name in canonical:
-                table[name] = [None] * tensor.ndim
-        for event in self.trunk_events:
-            if event.kind in ("producer", "consumer") and table[event.name][event.axis] is None:
-                table[event.name][event.axis] = self._ref(self.component[event.entries], event.kind, event.groups)
-        read: dict[int, int] = {}  # what a head calls a feature that it reads through its weights, to the trunk's own
+        for event in events:
+            if event.kind not in ("producer", "consumer"):
+                continue
+            row = table.setdefault(event.path, [None] * tensors[event.path].ndim)
+            features = self.component[event.entries]
+            if of is not None:
+                features = np.array([of.get(feature, -1) for feature in event.entries.tolist()])
+                if event.kind == "producer" or not (features >= 0).any():
+                    continue
+            if row[event.axis] is None:
+                row[event.axis] = self._ref(features, event.kind, event.groups if of is None else 1)
+        return {name: tuple(row) for name, row in table.items()}
+
+    def _read_by_heads(self, crossings: Sequence[Crossing]) -> dict[int, int]:
+        """What a head calls a feature that it reads through its weights → what the trunk calls it."""
+        read: dict[int, int] = {}
         for node, crossing in zip(self.crossing_nodes, crossings, strict=True):
             if crossing.absorbed:
                 own, trunk = self.head_values[node].ids.ravel(), self.component[self.trunk_values[node].ids.ravel()]
                 read.update(zip(own.tolist(), trunk.tolist(), strict=True))
-        for event in head_events:
-            features = np.array([read.get(feature, -1) for feature in event.entries.tolist()])
-            if event.kind == "consumer" and (features >= 0).any():
-                table[event.name][event.axis] = self._ref(features, "consumer")
-        return {name: tuple(refs) for name, refs in table.items()}
+        return read
+
+    def _every_name(self, rows: Mapping[str, Row], of_heads: Mapping[str, Row]) -> dict[str, Row]:
+        """A row for every name of every tensor: the trunk's own, or that of another name of the tensor."""
+        tensors = named_tensors(self.backbone)
+        known: dict[int, Row] = {}
+        for source in (rows, of_heads):
+            for name, row in source.items():
+                known.setdefault(id(tensors[name]), row)
+        return {
+            name: rows.get(name) or of_heads.get(name) or known.get(id(tensor)) or (None,) * tensor.ndim
+            for name, tensor in tensors.items()
+        }
 
     def _pinned(self) -> dict[int, str]:
         """The features that keep their order, and why; a unit does where one of its members does."""

@@ -25,6 +25,7 @@ class Event:
         value: the tensor that is read.
         node: the node that reads or writes.
         groups: see :attr:`AxisRef.groups`.
+        path: the name by which the node reads the parameter.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Event:
     value: Features | None
     node: fx.Node
     groups: int = 1
+    path: str = ""
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from lightning_zipit.graph.events import Event, EventKind, Nesting, Projected
 from lightning_zipit.graph.explain import counts, unexplained
 from lightning_zipit.graph.naming import describe, symbol
 from lightning_zipit.graph.registry import Operator, Trait, operator_of, spelled, writes_in_place
+from lightning_zipit.graph.table import named_tensors
 from lightning_zipit.graph.values import Features, Ids, Joined, Opaque, Parameter, Plain, Value, leaves, parts_of
 
 UNSEEN = Trait.REARRANGE | Trait.IDENTITY | Trait.SHAPE
@@ -31,10 +32,12 @@ class Context:
     Args:
         module: the traced backbone.
         shapes: sizes of tensors by node name.
+        barriers: names of nodes that are taken for operators without a rule.
     """
 
-    def __init__(self, module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    def __init__(self, module: nn.Module, shapes: Mapping[str, tuple[int, ...]], barriers: Container[str] = ()) -> None:
         self.module = module
+        self.barriers = barriers
         self.shapes = shapes
         self.events: dict[tuple[str, int], list[Event]] = {}
         self.nestings: list[Nesting] = []
@@ -51,7 +54,7 @@ class Context:
         self._count = 0
         self._canonical: dict[int, str] = {}
         self._buffers = {id(tensor) for tensor in module.buffers()}
-        for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        for name, tensor in named_tensors(module).items():
             self._canonical.setdefault(id(tensor), name)
 
     # What rules say of features
@@ -204,7 +207,7 @@ class Context:
         if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)):
             raise self.error("it has no weight yet: run a batch through the model before merging it", fatal=True)
         constant = id(tensor) in self._buffers
-        return Parameter(known or name, tuple(tensor.shape), tuple(range(tensor.ndim)), counts(tensor), constant)
+        return Parameter(known or name, tuple(tensor.shape), tuple(range(tensor.ndim)), name, counts(tensor), constant)
 
     def _note(
         self, parameter: Parameter | None, axis: int, value: Features | Ids, kind: EventKind, groups: int
@@ -229,7 +232,8 @@ class Context:
             raise self.error(
                 f"`{parameter.name}` is reshaped in a way that hides which of its entries is which feature"
             )
-        self._add(Event(parameter.name, origin, entries.ravel(), kind, tensor, self.node, groups))
+        path = parameter.path or parameter.name
+        self._add(Event(parameter.name, origin, entries.ravel(), kind, tensor, self.node, groups, path))
 
     def _add(self, event: Event) -> None:
         self._said.add(event.name)
@@ -277,6 +281,8 @@ class Context:
                 continue
             self.node = node
             try:
+                if node.name in self.barriers:
+                    raise self.error("it is a barrier")
                 values[node] = self._with_node(self._run_node(node, values), node)
                 self._constants.take(node, values)
             except TraceError:

@@ -24,6 +24,7 @@ from lightning_zipit.calibration.statistics import Moments
 from lightning_zipit.errors import CheckpointError
 from lightning_zipit.files import replacing
 from lightning_zipit.graph import FeatureSpace
+from lightning_zipit.graph.replay import working_copy
 from lightning_zipit.matching.cca import mixed_agreement
 from lightning_zipit.merging.maps import DenseMap, SpaceMap
 from lightning_zipit.report.diagnosis import Finding, diagnose
@@ -420,12 +421,12 @@ def measure_cost(module: nn.Module, x: Inputs) -> Cost:
     """Count the FLOPs of one forward and the parameters of a network.
 
     Args:
-        module: a network in eval mode.
+        module: a network; a copy of it is run, in eval mode.
         x: an input of one sample, on its device, or one of each task.
 
     Returns:
         FLOPs (by :class:`torch.utils.flop_counter.FlopCounterMode`) and parameters.
     """
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        module(x)
+        working_copy(module)(x)
     return Cost(counter.get_total_flops(), sum(parameter.numel() for parameter in module.parameters()))

@@ -68,7 +68,7 @@ def _project_out(ctx: Context, x: Value, values: Ids, weight: Parameter, bias: P
     return output
 
 
-@module_rule(nn.MultiheadAttention, traits=Trait.PRODUCER)
+@module_rule(nn.MultiheadAttention, traits=Trait.PRODUCER, ignored=("dropout",))
 def multihead_attention_module(
     ctx: Context,
     module: nn.MultiheadAttention,
