@@ -164,7 +164,7 @@ class Permutations:
     """The permutations of features that the rules allow."""
 
     def __init__(self, ctx, values):
-        self.ctx, self.component = ctx, ctx.components()
+        self.ctx, self.component, self.random = ctx, ctx.components(), np.random.default_rng(0)
         held = [value.ids.ravel() for value in values if isinstance(value, Features)]
         held += [event.entries for events in ctx.events.values() for event in events]
         held += ctx.touched.values()
@@ -203,7 +203,7 @@ class Permutations:
             for unit, row in row_of.items():
                 target = row_of[table.get(unit, unit)]
                 by_kind = defaultdict(list)
-                for feature in np.random.permutation(target).tolist():
+                for feature in self.random.permutation(target).tolist():
                     by_kind[self.kind[feature]].append(feature)
                 for feature in row:
                     if feature not in table:
@@ -217,7 +217,7 @@ class Permutations:
         for feature in features:
             groups[self.kind[feature]].append(feature)
         for group in groups.values():
-            order = np.random.permutation(group).tolist()
+            order = self.random.permutation(group).tolist()
             table.update(zip(order, order[1:] + order[:1], strict=True))
 
     def index(self, ids, table):
