@@ -470,7 +470,7 @@ class MergeSession:
         """After the last pass: take what was refined over into the merged networks.
 
         Raises:
-            CalibrationError: if a batch norm has seen no batch.
+            CalibrationError: if a batch norm has seen fewer than two samples, or there is NaN or Inf.
         """
         assert self._refiner is not None
         self.merged = self._refiner.finish()

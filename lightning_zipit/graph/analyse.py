@@ -138,6 +138,7 @@ class Analysis:
             module=self.backbone,
             fx_graph=self.graph,
             held={node.name: self._held(value) for node, value in self.values.items() if node in self.trunk},
+            shapes=dict(self.ctx.shapes),
             barriers=dict(self.barriers),
             notes=tuple(find_notes(self.backbone, self.nodes, self.trunk, spaces, axes, self.barriers)),
             input_shape=next(self.ctx.shapes[node.name][1:] for node in self.nodes if node.op == "placeholder"),

@@ -257,6 +257,7 @@ class MergeGraph:
         module: the traced backbone.
         fx_graph: its graph, as torch.fx recorded it.
         held: per node of the trunk, the spaces that its output holds.
+        shapes: per node whose value is a tensor, the sizes of that, for a batch of a few samples.
         barriers: nodes that, with all that depends on them, stay in the heads where the trunk would have held them,
             and why.
         notes: for people: what is not merged by what it does, and why.
@@ -274,6 +275,7 @@ class MergeGraph:
     module: torch.nn.Module = field(repr=False)
     fx_graph: fx.Graph = field(repr=False)
     held: dict[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict, repr=False)
     barriers: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     input_shape: tuple[int, ...] = ()

@@ -79,9 +79,11 @@ def elementwise_module(ctx: Context, module: nn.Module, x: Value) -> Value:
 @rule(operator.iadd, "add_", traits=Trait.SUM | Trait.IN_PLACE)
 @rule(operator.sub, torch.sub, "sub", traits=Trait.DIFFERENCE)
 @rule(operator.isub, "sub_", traits=Trait.DIFFERENCE | Trait.IN_PLACE)
-@rule(operator.mul, operator.truediv, torch.mul, torch.div, torch.maximum, torch.minimum)
-@rule("mul", "div", "maximum", "minimum", "masked_fill")
-@rule(operator.imul, operator.itruediv, "mul_", "div_", traits=Trait.IN_PLACE)
+@rule(operator.mul, torch.mul, "mul", traits=Trait.PRODUCT)
+@rule(operator.imul, "mul_", traits=Trait.PRODUCT | Trait.IN_PLACE)
+@rule(operator.truediv, torch.div, torch.maximum, torch.minimum)
+@rule("div", "maximum", "minimum", "masked_fill")
+@rule(operator.itruediv, "div_", traits=Trait.IN_PLACE)
 def binary(ctx: Context, input: Any, other: Any, *args: Any, **kwargs: Any) -> Any:
     """Two tensors entry by entry: their features are tied. A size, or a number, ties nothing."""
     if not isinstance(input, Features) and not isinstance(other, Features):
