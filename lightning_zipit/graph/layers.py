@@ -106,7 +106,8 @@ def find_stops(graph: MergeGraph, module: nn.Module, nodes: Sequence[fx.Node], k
     """The layers and norms among some nodes of a graph.
 
     A layer is fitted once, along the axis of its features. So one is left alone whose parameters have a second use, by
-    whatever name; and in the trunk, one whose outputs are not the features that the table of axes has for its weight.
+    whatever name; in the trunk, one whose outputs are not the features that the table of axes has for its weight; and
+    in a head, one that mixes positions of features that are merged still.
 
     Args:
         graph: the merge graph.
@@ -123,7 +124,8 @@ class _Search:
     ) -> None:
         self.graph, self.module, self.nodes = graph, module, nodes
         self.order = {node: position for position, node in enumerate((*known, *nodes))}
-        self.uses = count_uses(graph, module, nodes)
+        self.uses = self._count_uses()
+        self.merged = self._find_merged()
 
     def run(self) -> Stops:
         left: dict[str, str] = {}
@@ -172,14 +174,43 @@ class _Search:
             return USED_AGAIN
         if rank < 2 or (rank != weight.ndim and not isinstance(layer, nn.Linear)):
             return UNBATCHED
-        if node.name in self.graph.trunk_nodes and not self._gives_features(node):
+        in_trunk = node.name in self.graph.trunk_nodes
+        if node in self.merged or (in_trunk and not self._gives_features(node)):
             return NOT_MATCHED
         return ""
+
+    def _find_merged(self) -> set[fx.Node]:
+        """The nodes of a head whose values hold merged features: what is absorbed, as far as the layers that do so."""
+        absorbed = {crossing.node for crossing in self.graph.crossings if crossing.absorbed}
+        found = {node for node in self.order if node.name in absorbed}.difference(self.nodes)
+        for node in self.nodes:
+            read = [node, *node.all_input_nodes]
+            weights = [f"{node.target}.weight", *(str(each.target) for each in read if each.op == "get_attr")]
+            absorbs = any(any(self.graph.axes.get(name, ())) for name in weights)
+            if not (absorbs or found.isdisjoint(read) or self._asks(node)):
+                found.add(node)
+        return found
+
+    def _asks(self, node: fx.Node) -> bool:
+        """Whether a node asks for a size or a type: what gives a tensor has a shape here."""
+        return Trait.SHAPE in self._traits(node) and node.name not in self.graph.shapes
 
     def _gives_features(self, node: fx.Node) -> bool:
         """Whether the outputs of a layer are the features that the table has for the first axis of its weight."""
         ref, *_ = self.graph.axes.get(f"{node.target}.weight", (None,))
         return ref is not None and set(ref.spaces) == set(self.graph.held.get(node.name, ()))
+
+    def _count_uses(self) -> Counter[int]:
+        """How often tensors are used, by their identity: one may have several names. A call uses all of a module."""
+        uses: Counter[int] = Counter()
+        for node in self.nodes:
+            if node.op == "call_module":
+                called = self.module.get_submodule(str(node.target))
+                uses.update({id(tensor) for tensor in (*called.parameters(), *called.buffers())})
+            elif node.op == "get_attr":
+                tensor = attrgetter(str(node.target))(self.module)
+                uses[id(tensor)] += sum(not self._asks(user) for user in node.users)
+        return uses
 
     def _is_used_again(self, module: nn.Module) -> bool:
         return any(self.uses[id(tensor)] > 1 for tensor in (*module.parameters(), *module.buffers()))
@@ -242,24 +273,3 @@ class _Search:
         axis = outputs_axis(network.get_submodule(str(node.target)))
         scales = branch.scales(network, shape).movedim(axis, -1).flatten(0, -2)
         return bool((scales == scales[0]).all())
-
-
-def count_uses(graph: MergeGraph, module: nn.Module, nodes: Sequence[fx.Node]) -> Counter[int]:
-    """How often tensors are used, by their identity: a tensor may have several names.
-
-    Args:
-        graph: the merge graph.
-        module: the network.
-        nodes: nodes of its graph. A call uses all parameters and buffers of its module once.
-    """
-    uses: Counter[int] = Counter()
-    for node in nodes:
-        if node.op == "call_module":
-            called = module.get_submodule(str(node.target))
-            uses.update({id(tensor) for tensor in (*called.parameters(), *called.buffers())})
-        elif node.op == "get_attr":
-            # What asks for sizes or types gives no tensor, as all that has a shape here is.
-            asking = [user for user in node.users if Trait.SHAPE in traits_of(user, graph.module)]
-            reads = len(node.users) - sum(user.name not in graph.shapes for user in asking)
-            uses[id(attrgetter(str(node.target))(module))] += reads
-    return uses

@@ -260,30 +260,35 @@ def test_a_summand_without_a_batch_axis_counts_for_every_sample(positions, width
 
 
 class TokensInHead(nn.Module):
-    """Tokens are mixed behind the cut, and have a norm as channels: of one network each, both can be fitted."""
+    """Tokens are mixed behind the cut, on features that the head absorbs later, and in front of a norm of tokens."""
 
     def __init__(self):
         super().__init__()
         self.embed, self.out = nn.Linear(6, 9), nn.Linear(9, 4)
         self.t1, self.t2, self.c1 = nn.Linear(9, 14), nn.Linear(14, 9), nn.Linear(9, 9)
-        self.norm = nn.BatchNorm1d(9)
+        self.t3, self.t4, self.norm = nn.Linear(9, 14), nn.Linear(14, 9), nn.BatchNorm1d(9)
 
     def forward(self, x):
         x = self.embed(x).relu()
+        batch = x.shape[0]
         x = x + self.t2(self.t1(x.transpose(1, 2)).relu()).transpose(1, 2)
-        return self.out(self.norm(self.c1(x)).relu().mean(1))
+        x = self.norm(self.c1(x).view(batch, 9, 9)).relu()
+        x = x + self.t4(self.t3(x.transpose(1, 2)).relu()).transpose(1, 2)
+        return self.out(x.mean(1))
 
     def permute(self):
         reorder(torch.randperm(9), (self.embed,), (self.c1,))
 
 
 @torch.no_grad()
-def test_layers_over_tokens_are_fitted_in_a_head():
+def test_layers_over_tokens_are_fitted_in_a_head_once_features_are_its_own():
     nets, x = pair(TokensInHead, (9, 6))
     merged = merge_backbones(nets, [x], MergeSettings("embed", refine=LeastSquares(positions=None)))
-    assert {"heads.a.t1", "heads.a.t2", "heads.a.c1", "heads.b.out"} <= set(merged.report.fits)
-    assert not any("Kept the weights" in note for note in merged.report.notes)
     assert relative_error(AllHeads(merged.trunk, merged.heads)(x), nets["a"](x)) < 1e-3
+    own = {f"heads.{task}.{name}" for task in "ab" for name in ("c1", "t3", "t4", "out")}
+    assert set(merged.report.fits) == {"trunk.embed", *own}
+    (note,) = (note for note in merged.report.notes if "Kept the weights" in note)
+    assert all(f"`heads.{task}.{name}`" in note for task in "ab" for name in ("t1", "t2"))
 
 
 def efficientnet():
