@@ -187,11 +187,14 @@ def test_statistics_of_networks_that_compute_something_else_are_refused(path):
         merge_backbones(networks(slope=0.2), [], how)
 
 
-def test_files_that_do_not_say_what_they_are_of_are_refused(path, small, monkeypatch):
-    """Such as those of earlier versions, which did not say of how many positions."""
-    monkeypatch.setattr(statistics_file, "FORMAT", statistics_file.FORMAT - 1)
-    with pytest.raises(StatisticsError, match=r"has format 3, and this version reads format 2.*Delete it"):
-        CalibrationStatistics.load(small)
+def test_files_of_an_earlier_format_are_refused(path, small, monkeypatch):
+    """They do not say of how many positions they are."""
+    known = CalibrationStatistics.load(small)
+    monkeypatch.setattr(statistics_file, "FORMAT", 2)
+    known.save(path)
+    monkeypatch.undo()
+    with pytest.raises(StatisticsError, match=r"has format 2, and this version reads format 3.*Delete it"):
+        CalibrationStatistics.load(path)
 
 
 def test_statistics_of_two_sites_add_up(models, tmp_path):

@@ -146,3 +146,13 @@ def test_heads_see_their_own_tasks_and_the_trunk_all():
     assert torch.allclose(merged.trunk.bn1.running_mean, reaching.mean((0, 2, 3)), atol=1e-5)
     batches = [merged.heads[task].layer2.get_submodule("0").bn1.num_batches_tracked for task in "ab"]
     assert batches == [2, 3]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("refine", [None, "batch_norm", "least_squares"])
+def test_norms_without_running_statistics_need_no_sample_alone(refine):
+    net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8, track_running_stats=False), nn.ReLU(), nn.Linear(8, 3))
+    x = torch.randn(32, 6)
+    merged = merge_backbones({"a": net, "b": copy.deepcopy(net)}, x.split(16), MergeSettings(refine=refine))
+    assert torch.allclose(merged.heads["b"](*merged.trunk(x)), net(x), atol=1e-4)
+    assert merged.report.merged.flops == 2 * (6 * 8 + 2 * 8 * 3)
