@@ -35,6 +35,8 @@ def before_activations(graph: MergeGraph) -> MergeGraph:
             return space
         node: fx.Node = nodes[space.tap.node]
         while node.name in graph.trunk_nodes and Trait.POINTWISE in traits_of(node, graph.module):
+            if len(node.all_input_nodes) > 1:  # a bound or an exponent for each feature
+                break
             node = node.all_input_nodes[0]
         return replace(space, tap=replace(space.tap, node=node.name))
 
