@@ -45,6 +45,8 @@ class Trait(Flag):
     """Permutation-invariant: mixes features, and treats all of them alike."""
     NORM = auto()
     """A normalisation with a scale and a shift for each feature."""
+    LOOKUP = auto()
+    """Takes rows of its weight by whole numbers."""
     PRODUCER = auto()
     """The features that it returns are new, whatever it is given."""
     SHAPE = auto()

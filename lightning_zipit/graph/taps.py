@@ -39,9 +39,10 @@ def before_activations(graph: MergeGraph) -> MergeGraph:
 
     def in_front(tap: Tap) -> Tap:
         node: fx.Node = nodes[tap.node]
-        while (
-            not tap.projections and node.name in graph.trunk_nodes and Trait.POINTWISE in traits_of(node, graph.module)
-        ):
+        while not tap.projections and node.name in graph.trunk_nodes:
+            # A second input is a bound or an exponent for each feature.
+            if Trait.POINTWISE not in traits_of(node, graph.module) or len(node.all_input_nodes) > 1:
+                break
             node = node.all_input_nodes[0]
         return replace(tap, node=node.name)
 

@@ -77,7 +77,8 @@ def _obstacle(node: fx.Node, graph: MergeGraph, folded: set[str]) -> str:
             return f"`{name}` is depthwise or grouped"
         if name in folded or (linear and any(graph.axes.get(f"{name}.weight", ()))):
             return ""
-    if traits & PASSING and Trait.PER_FEATURE not in traits:
+    bounded = Trait.POINTWISE in traits and len(node.all_input_nodes) > 1  # by a number for each feature
+    if traits & PASSING and Trait.PER_FEATURE not in traits and not bounded:
         return ""
     return f"`{name}` acts on each feature by itself, or on all"
 

@@ -170,7 +170,7 @@ def look_up(ctx: Context, index: Value, weight: Any, max_norm: float | None) -> 
     return output
 
 
-@rule(F.embedding, traits=LAYER)
+@rule(F.embedding, traits=LAYER | Trait.LOOKUP)
 def embedding(
     ctx: Context,
     input: Value,
@@ -183,18 +183,18 @@ def embedding(
     return look_up(ctx, input, weight, max_norm)
 
 
-@module_rule(nn.Embedding, traits=LAYER)
+@module_rule(nn.Embedding, traits=LAYER | Trait.LOOKUP)
 def embedding_module(ctx: Context, module: nn.Embedding, input: Value) -> Value:
     return look_up(ctx, input, ctx.weight(), module.max_norm)
 
 
-@rule(F.embedding_bag, traits=LAYER)
+@rule(F.embedding_bag, traits=LAYER | Trait.LOOKUP)
 def embedding_bag(
     ctx: Context, input: Value, weight: Value, offsets: Any = None, max_norm: float | None = None, *_: Any, **__: Any
 ) -> Value:
     return look_up(ctx, input, weight, max_norm)
 
 
-@module_rule(nn.EmbeddingBag, traits=LAYER)
+@module_rule(nn.EmbeddingBag, traits=LAYER | Trait.LOOKUP)
 def embedding_bag_module(ctx: Context, module: nn.EmbeddingBag, input: Value, *args: Any, **kwargs: Any) -> Value:
     return look_up(ctx, input, ctx.weight(), module.max_norm)
