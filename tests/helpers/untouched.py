@@ -28,7 +28,8 @@ METHODS = (
     (Trainer, "predict"),
 )
 READ = "_hparams"  # a LightningModule makes it, empty, when it is read
-LIBRARIES = ("torch", "lightning", "torchmetrics", "numpy", "builtins")
+PREDICT = Trainer.predict
+LIBRARIES = ("torch", "lightning", "lightning_zipit", "torchmetrics", "numpy", "builtins")
 
 
 class Guard:
@@ -69,6 +70,8 @@ def watched(function: Callable[..., Any], makes: bool = False) -> Callable[..., 
         if guard.off:
             return function(*args, **kwargs)
         modules = list(given_modules((args[makes:], kwargs)))
+        if function is PREDICT:  # merges nothing else
+            modules = list(given_modules([each for each in (*args, *kwargs.values()) if isinstance(each, ZipItModule)]))
         before = [Snapshot(module) for module in modules]
         try:
             with guard.suspended():
@@ -151,7 +154,7 @@ def contents(module: nn.Module) -> Iterator[tuple[str, Any]]:
             items = [(name, each) for name, each in vars(value).items() if name != READ or each]
         else:
             return
-        yield f"{path} (names)", tuple(map(str, (key for key, _ in items)))
+        yield f"{path} (names)", " ".join(str(key) for key, _ in items)
         for key, each in items:
             yield from walk(f"{path}.{key}", each)
 
@@ -173,7 +176,10 @@ def same(before: Any, now: Any) -> bool:
         return objects and before.requires_grad == now.requires_grad and identical(before.values, now.values)
     if before is now:
         return True
-    return type(before) is type(now) and isinstance(before, (str, int, float, tuple)) and before == now
+    if type(before) is not type(now):
+        return False
+    # What a container holds is compared by its own.
+    return isinstance(before, (Mapping, list, tuple)) or (isinstance(before, (str, int, float)) and before == now)
 
 
 def identical(first: Tensor, second: Tensor) -> bool:
