@@ -12,6 +12,7 @@ ELSEWHERE = {
     "README.md": "overview.md",
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
+    "SECURITY.md": "security.md",
     "examples/cli/README.md": "command_line_example.md",
 }
 """Files of the repository that are pages of the site, too."""

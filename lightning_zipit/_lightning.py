@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from argparse import SUPPRESS
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters_context
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset
 
 SHARDING = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
+
+INSTANTIATORS = ("lightning.pytorch.cli.instantiate_module", "pytorch_lightning.cli.instantiate_module")
+"""The functions that Lightning names in checkpoints to make the hyperparameters of a command line again."""
+
+
+@contextmanager
+def recorded(hyperparameters: Mapping[str, Any]) -> Iterator[None]:
+    """Inside, ``save_hyperparameters`` keeps these, as under LightningCLI, instead of what a constructor is given."""
+    with _given_hyperparameters_context(dict(hyperparameters), INSTANTIATORS[0]):
+        yield
 
 
 def unsupported_strategy(trainer: Trainer) -> str | None:
@@ -23,6 +36,12 @@ def unsupported_strategy(trainer: Trainer) -> str | None:
             "device, then train or test the merged module under any strategy."
         )
     return None
+
+
+def attach(trainer: Trainer, module: LightningModule) -> None:
+    """Give a Trainer a module, without the optimizers of one that it has trained: what it saves is of this module."""
+    trainer.strategy.connect(module)
+    trainer.strategy.optimizers, trainer.strategy.lr_scheduler_configs = [], []
 
 
 def spawns_processes(trainer: Trainer) -> bool:
@@ -81,10 +100,30 @@ def make_optional(parser: LightningArgumentParser, name: str) -> list[str]:
     return [name] * by_class_path + [action.dest for action in required]
 
 
+def ignore_others(parser: LightningArgumentParser, other: LightningArgumentParser) -> None:
+    """Let a command read a configuration of another one: what only that takes is ignored."""
+    known = {action.dest for action in parser._actions}
+    for name in {action.dest for action in other._actions} - known:
+        if "." not in name:
+            parser.add_argument(f"--{name}", help=SUPPRESS)
+
+
 def make_switch(parser: LightningArgumentParser, name: str) -> None:
     """Let a yes-or-no option stand without a value, for yes."""
     (action,) = (action for action in parser._actions if action.dest == name)
     action.nargs, action.const = "?", True
+
+
+def add_trust(parser: LightningArgumentParser) -> None:
+    """Let a command that reads a checkpoint be told what that may name, and not unpickle it unless it is told to."""
+    parser.add_argument(
+        "--trust",
+        type=list[str] | str | None,
+        default=None,
+        help="Modules or classes by dotted name that the checkpoint may name, such as my_project.",
+    )
+    if any(action.dest == "weights_only" for action in parser._actions):
+        parser.set_defaults({"weights_only": True})
 
 
 def show_first(parser: LightningArgumentParser, titles: Mapping[str, str | None]) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
-from lightning_zipit.errors import CheckpointError
+from lightning_zipit.errors import CheckpointError, ZipItError
 from lightning_zipit.views import Inputs, describe_sample, zeros_like_sample
 
 CHECKPOINT_KEY = "lightning_zipit"
@@ -20,6 +22,59 @@ def find_record(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
     """How a merged module is made, if a checkpoint holds one."""
     record = checkpoint.get(CHECKPOINT_KEY)
     return record if isinstance(record, dict) else None
+
+
+@contextmanager
+def naming_file(where: str, what: str) -> Iterator[None]:
+    """Inside, whatever the content of a file causes is a CheckpointError that names the file.
+
+    Args:
+        where: the file.
+        what: what is wrong with it, where an error does not say.
+
+    Raises:
+        CheckpointError: instead of any error that is not of this package.
+    """
+    try:
+        yield
+    except ZipItError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{where} {what}: {type(error).__name__}: {error}") from error
+
+
+@contextmanager
+def reading_record(checkpoint: Mapping[str, Any], where: str) -> Iterator[dict[str, Any]]:
+    """The record of how a merged module is made.
+
+    Args:
+        checkpoint: the content of a checkpoint.
+        where: the file, for errors.
+
+    Raises:
+        CheckpointError: if there is none, or if it is damaged.
+    """
+    record = find_record(checkpoint)
+    if record is None or record.get("format") != FORMAT:
+        raise CheckpointError(f"{where} is not a checkpoint of a merged module (format {FORMAT}).")
+    with naming_file(where, "is damaged, or its source classes have changed since it was written"):
+        yield record
+
+
+def find_weights(checkpoint: Mapping[str, Any], where: str) -> Mapping[str, Tensor]:
+    """The tensors of a checkpoint by name, or of a file that holds nothing else.
+
+    Raises:
+        CheckpointError: if there are none.
+    """
+    if "state_dict" in checkpoint:
+        return checkpoint["state_dict"]
+    if not checkpoint or not all(isinstance(value, Tensor) for value in checkpoint.values()):
+        raise CheckpointError(
+            f"{where} is neither a checkpoint of Lightning, as `trainer.save_checkpoint` writes it, nor a state_dict: "
+            f"it holds {', '.join(map(repr, list(checkpoint)[:5])) or 'nothing'}."
+        )
+    return checkpoint
 
 
 def write_example(example: Inputs | None) -> dict[str, Any]:
@@ -52,7 +107,7 @@ def read_checkpoint(
     """A checkpoint's content.
 
     Args:
-        path: the file.
+        path: the file; a ``.safetensors`` file holds weights alone.
         map_location: where tensors go; see :func:`torch.load`.
         weights_only: read tensors and primitives only. Without it, code that the file holds is run.
 
@@ -60,6 +115,8 @@ def read_checkpoint(
         CheckpointError: if the file is missing, damaged, or holds anything else.
     """
     try:
+        if isinstance(path, (str, Path)) and Path(path).suffix == ".safetensors":
+            return dict(load_file(path))
         content = torch.load(path, map_location=map_location, weights_only=weights_only)
     except FileNotFoundError:
         raise CheckpointError(f"There is no checkpoint at {path}.") from None

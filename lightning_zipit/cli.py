@@ -4,21 +4,33 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import auto_cli
+from jsonargparse import auto_cli, namespace_to_dict
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 
-from lightning_zipit._lightning import make_optional, make_switch, show_first, subcommand_parsers
-from lightning_zipit.checkpoint import find_record, read_checkpoint
+from lightning_zipit._lightning import (
+    add_trust,
+    ignore_others,
+    make_optional,
+    make_switch,
+    show_first,
+    subcommand_parsers,
+)
+from lightning_zipit.checkpoint import find_record, naming_file, read_checkpoint
 from lightning_zipit.commands import export, inspect
+from lightning_zipit.descriptions import build_module, describe_checkpoint
 from lightning_zipit.errors import ConfigurationError, ZipItError
+from lightning_zipit.hyperparameters import find_given
+from lightning_zipit.loading import find_model_class
 from lightning_zipit.matchers import Matcher
 from lightning_zipit.multihead import MultiHeadModule
-from lightning_zipit.trainer import CLASS_PATH, ZipItTrainer
+from lightning_zipit.names import find_object
+from lightning_zipit.trainer import ZipItTrainer
+from lightning_zipit.trust import Trust
 
 USAGES = {
     "fit": "%(prog)s [option ...]",
@@ -82,7 +94,8 @@ class ZipItCLI(LightningCLI):
         if isinstance(trainer_class, type) and not issubclass(trainer_class, ZipItTrainer):
             raise ConfigurationError(f"`trainer_class` must be a ZipItTrainer, got {trainer_class.__name__}.")
         self._required: dict[str, list[str]] = {}
-        self._merged_path: Path | None = None
+        self._ckpt_path: str | None = None
+        self._checkpoint: dict[str, Any] = {}
         try:
             super().__init__(
                 model_class, datamodule_class, save_config_callback, save_config_kwargs, trainer_class, *args, **kwargs
@@ -119,6 +132,10 @@ class ZipItCLI(LightningCLI):
             show_first(parser, titles)
             if name != "fit":  # for the others, a checkpoint can say what the model is
                 self._required[name] = make_optional(parser, "model")
+            if name in MERGING:
+                ignore_others(parser, parsers["fit"])
+            else:
+                add_trust(parser)
             if name not in ("fit", *MERGING):
                 parser.description = f"{(parser.description or name).rstrip('.')}. {MERGED_HINT}"
 
@@ -129,20 +146,26 @@ class ZipItCLI(LightningCLI):
             subcommand_parsers(self)[str(self.config.subcommand)].error(f"--matcher {matcher_class.__name__}: {error}")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse the arguments, and see whether ``--ckpt_path`` is a merged checkpoint."""
+        """Parse the arguments, and read the file that ``--ckpt_path`` names.
+
+        LightningCLI would import and call whatever the file names: it is told the path once the model is made.
+        """
         super().parse_arguments(parser, args)
         subcommand = self.config.get("subcommand")
-        path = self.config[subcommand].get("ckpt_path") if subcommand else None
+        given = self.config[subcommand] if subcommand else {}
+        path = given.get("ckpt_path")
+        if subcommand in MERGING:
+            given["ckpt_path"] = None  # of a configuration of `fit`
+            return
         if not path or not Path(path).is_file():
             return
-        checkpoint = read_checkpoint(path, "cpu")
-        if find_record(checkpoint) is None:
-            if CLASS_PATH not in checkpoint.get(LightningModule.CHECKPOINT_HYPER_PARAMS_KEY, {}):
-                self._require("model")  # before LightningCLI gives it the checkpoint's hyperparameters
+        self._checkpoint = read_checkpoint(path, "cpu", given.get("weights_only") is not False)
+        self._ckpt_path, given["ckpt_path"] = path, None
+        if find_record(self._checkpoint) is None:
+            if describe_checkpoint(self._checkpoint)["class_path"] is None:
+                self._require("model")
         elif subcommand == "fit":
             raise ConfigurationError(f"{path} is a merged checkpoint, which is not trained: test or predict with it.")
-        else:
-            self._merged_path = Path(path)
 
     def _missing(self) -> list[str]:
         """The arguments of the model that are not given and have no default."""
@@ -159,28 +182,63 @@ class ZipItCLI(LightningCLI):
             )
 
     def instantiate_classes(self) -> None:
-        """Make the classes; the model comes out of a merged checkpoint, or is its class where arguments are missing."""
+        """Make the classes; the model is made from the checkpoint, or is its class where arguments are missing."""
+        trained = self._ckpt_path is not None and find_record(self._checkpoint) is None
+        if trained:
+            self.config[self.subcommand]["ckpt_path"] = self._ckpt_path
         model = self._find_model()
         if model is not None:
-            self.auto_configure_optimizers = False
+            self.auto_configure_optimizers &= trained
             known = self.model_class if isinstance(self.model_class, type) else LightningModule
             self.parser.add_instantiator(lambda *_, **__: model, known, subclasses=True, prepend=True)
         super().instantiate_classes()
         if model is not None:
             self.model = model
-        if self._merged_path is not None:
-            self.config_init[self.subcommand]["ckpt_path"] = None  # it is loaded
 
     def _find_model(self) -> LightningModule | type[LightningModule] | None:
         """What stands in for the model that the arguments describe; ``None`` to make that."""
-        if self._merged_path is not None:
-            return MultiHeadModule.load_from_checkpoint(self._merged_path, "cpu")
-        missing = self._missing()
-        if not missing:
-            return None
+        if find_record(self._checkpoint) is not None:
+            return MultiHeadModule.restore(self._checkpoint, str(self._ckpt_path), self._trust())
+        description = describe_checkpoint(self._checkpoint)
+        said = {"model"} if description["class_path"] else set()
+        said |= {f"model.{name}" for name in description["hyperparameters"]}
+        missing = [name for name in self._missing() if name not in said]
         if self.subcommand not in MERGING:
             self._require(*missing)
-        return self.model_class if isinstance(self.model_class, type) else None
+        if description["hyperparameters"] or description["class_path"]:
+            return self._make_model(description)
+        return self.model_class if missing and isinstance(self.model_class, type) else None
+
+    def _make_model(self, description: Mapping[str, Any]) -> LightningModule:
+        """The model that a checkpoint describes, with the command line's arguments where it says nothing."""
+        where, trust = str(self._ckpt_path), self._trust()
+        with naming_file(where, "is damaged"):
+            class_path, arguments = self._model_arguments()
+            named = find_object(class_path) if class_path else None
+            own_class = None if self.subclass_mode_model else self.model_class
+            found = find_model_class(description, named, own_class, where, None, trust.naming(named))
+        with naming_file(where, f"cannot be loaded into {found.__name__}"):
+            return build_module(found, description, trust, arguments if found in (named, own_class) else {})
+
+    def _model_arguments(self) -> tuple[str | None, dict[str, Any]]:
+        """Class path and arguments of the model, as they stand on the command line."""
+        given = self.config[self.subcommand].get("model")
+        described = namespace_to_dict(given) if given is not None else {}
+        if not self.subclass_mode_model:
+            missing = self._missing()
+            return None, {name: value for name, value in described.items() if f"model.{name}" not in missing}
+        return described.get("class_path"), {**described.get("init_args", {}), **described.get("dict_kwargs", {})}
+
+    def _trust(self) -> Trust:
+        """What files may name: what ``--trust`` says, and what the command line names for the model."""
+        class_path, arguments = self._model_arguments()
+        return Trust.of(self.config[self.subcommand].get("trust"), self.model_class, class_path, *find_given(arguments))
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        if subcommand in MERGING:
+            kwargs["trust"] = self._trust()
+        return kwargs
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the Trainer; a merge writes one file only, so it saves no configuration and has no default logger."""

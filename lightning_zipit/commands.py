@@ -9,14 +9,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_zipit.checkpoint import find_record, read_checkpoint, read_example
+from lightning_zipit.checkpoint import find_record, read_checkpoint, read_example, reading_record
+from lightning_zipit.descriptions import make_sources
 from lightning_zipit.errors import ConfigurationError
 from lightning_zipit.export import export_merged
 from lightning_zipit.files import find_output_problem, replacing
 from lightning_zipit.graph import MergeGraph, trace
+from lightning_zipit.loading import load_source
 from lightning_zipit.multihead import MultiHeadModule
-from lightning_zipit.sources import find_class, find_object, get_backbone, make_source
-from lightning_zipit.trainer import load_source
+from lightning_zipit.names import find_class, find_object
+from lightning_zipit.sources import get_backbone
+from lightning_zipit.trust import Trust, Trusted
 from lightning_zipit.views import view_of
 
 
@@ -30,6 +33,7 @@ def inspect(
     svg: str | None = None,
     weights_only: bool = True,
     start_at: str | None = None,
+    trust: list[str] | str | None = None,
 ) -> None:
     """Show what a merge would tie together: every parameter, and the feature space that each of its axes belongs to.
 
@@ -44,17 +48,18 @@ def inspect(
         weights_only: read tensors and primitives of the checkpoint only. false unpickles it, which runs code that it
             holds: for files that you trust.
         start_at: dotted name inside the backbone of the first module that the tasks would share.
+        trust: modules or classes by dotted name that the checkpoint may name, such as my_project.
 
     Raises:
         ConfigurationError: if there is no model to look at, or no such part of it.
-        CheckpointError: if the checkpoint cannot be read.
+        CheckpointError: if the checkpoint cannot be read, or names what is not allowed.
         TraceError: if the backbone cannot be traced.
     """
     if svg and (problem := find_output_problem(svg)):
         raise ConfigurationError(problem.replace("`output`", "`svg`"))
-    graph = _trace_merged(ckpt_path, weights_only) if ckpt_path else None
+    graph = _trace_merged(ckpt_path, weights_only, Trust.of(trust, _named(model))) if ckpt_path else None
     if graph is None:
-        network = _find_model(model, arguments or {}, ckpt_path, weights_only)
+        network = _find_model(model, arguments or {}, ckpt_path, weights_only, trust)
         example = torch.zeros(1, *input_shape) if input_shape else None
         graph = trace(get_backbone(network, backbone), stop_at, example_input=example, start_at=start_at)
     print(graph)
@@ -64,11 +69,15 @@ def inspect(
         print(f"Drew the network in {svg}")
 
 
+def _named(model: str | None) -> Any:
+    return find_object(model) if model else None
+
+
 def _find_model(
-    model: str | None, arguments: Mapping[str, Any], ckpt_path: str | None, weights_only: bool
+    model: str | None, arguments: Mapping[str, Any], ckpt_path: str | None, weights_only: bool, trust: Trusted | None
 ) -> nn.Module:
     if ckpt_path is not None and not arguments:
-        return load_source(ckpt_path, find_class(model) if model else None, weights_only=weights_only)
+        return load_source(ckpt_path, find_class(model) if model else None, weights_only=weights_only, trust=trust)
     if model is None:
         raise ConfigurationError("There is nothing to look at: give --model or --ckpt_path.")
     try:
@@ -80,24 +89,31 @@ def _find_model(
     return network
 
 
-def _trace_merged(ckpt_path: str, weights_only: bool) -> MergeGraph | None:
+def _trace_merged(ckpt_path: str, weights_only: bool, trust: Trust) -> MergeGraph | None:
     """The graph of a merged checkpoint's first source; ``None`` for another checkpoint."""
-    record = find_record(read_checkpoint(ckpt_path, "cpu", weights_only))
-    if record is None:
+    checkpoint = read_checkpoint(ckpt_path, "cpu", weights_only)
+    if find_record(checkpoint) is None:
         return None
-    task, description = next(iter(record["sources"].items()))
-    example = read_example(record)
-    return trace(
-        get_backbone(make_source(task, description), record["backbone"]),
-        record["stop_at"],
-        example_input=None if example is None else view_of(example, task),
-        merge_heads=record["merge_heads"],
-        barriers=record.get("barriers"),
-        start_at=record.get("start_at"),
-    )
+    with reading_record(checkpoint, ckpt_path) as record:
+        task, source = next(iter(make_sources(record["sources"], trust, ckpt_path).items()))
+        example = read_example(record)
+        return trace(
+            get_backbone(source, record["backbone"]),
+            record["stop_at"],
+            example_input=None if example is None else view_of(example, task),
+            merge_heads=record["merge_heads"],
+            barriers=record.get("barriers"),
+            start_at=record.get("start_at"),
+        )
 
 
-def export(ckpt_path: str, output: str, batch_size: int | None = None) -> None:
+def export(
+    ckpt_path: str,
+    output: str,
+    batch_size: int | None = None,
+    model: str | None = None,
+    trust: list[str] | str | None = None,
+) -> None:
     """Write a merged checkpoint as a file that runs without this package: ONNX, or torch.export's .pt2.
 
     Its outputs are named for the tasks. Where each task has a stem, it has an input for each: input.TASK in ONNX, a
@@ -107,11 +123,15 @@ def export(ckpt_path: str, output: str, batch_size: int | None = None) -> None:
         ckpt_path: a merged checkpoint.
         output: the file to write; .onnx or .pt2 says the format. ONNX needs pip install 'lightning-zipit[onnx]'.
         batch_size: the number of samples that the file is for; any number by default.
+        model: the class of the models that were merged, by class path; a checkpoint alone imports nothing.
+        trust: modules or classes by dotted name that the checkpoint may name, such as my_project.
 
     Raises:
         ConfigurationError: if the format is unknown, needs packages that are not there, or the network cannot be
             exported.
-        CheckpointError: if the checkpoint cannot be read, or is not merged.
+        CheckpointError: if the checkpoint cannot be read, is not merged, or names what is not allowed.
     """
-    names = export_merged(MultiHeadModule.load_from_checkpoint(ckpt_path, "cpu"), output, batch_size)
+    checkpoint = read_checkpoint(ckpt_path, "cpu")
+    merged = MultiHeadModule.restore(checkpoint, ckpt_path, Trust.of(trust, _named(model)))
+    names = export_merged(merged, output, batch_size)
     print(f"Wrote {output}, with the outputs {', '.join(names)}")

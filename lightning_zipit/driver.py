@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
-from lightning_zipit._lightning import unsupported_strategy
+from lightning_zipit._lightning import attach, unsupported_strategy
 from lightning_zipit.callback import ZipItCallback
 from lightning_zipit.errors import ConfigurationError
 from lightning_zipit.matchers import Matcher, SimilarityKind
@@ -142,7 +142,7 @@ class ZipIt:
             self.trainer.predict(module, return_predictions=False)
         finally:
             callbacks.remove(callback)
-        self.trainer.strategy.connect(module.merged)
+        attach(self.trainer, module.merged)
         return module.merged
 
     def sweep(

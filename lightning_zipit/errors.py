@@ -55,3 +55,7 @@ class StatisticsError(ZipItError, RuntimeError):
 
 class CheckpointError(ZipItError, RuntimeError):
     """A checkpoint cannot be read, or cannot be turned into a merged module."""
+
+
+class UntrustedError(CheckpointError):
+    """A file names classes or functions that the user has not vouched for; nothing of them was imported or called."""

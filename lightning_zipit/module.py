@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, Wei
 
 from lightning_zipit._lightning import count_samples, predict_loaders, spawns_processes
 from lightning_zipit.collectives import share
-from lightning_zipit.errors import CalibrationError, ConfigurationError
+from lightning_zipit.errors import CalibrationError, CheckpointError, ConfigurationError
 from lightning_zipit.files import replacing
 from lightning_zipit.merging.widths import changes_size
 from lightning_zipit.multihead import MultiHeadModule, split_merged
@@ -75,6 +75,15 @@ class ZipItModule(DelegatedTransfers, LightningModule):
         # Where a process that ends with the calibration leaves the merged module for the one that goes on.
         self._handover = Path(tempfile.gettempdir()) / f"lightning-zipit-{uuid.uuid4().hex}.ckpt"
         self._listed = False  # whether trainer.predict runs over our loaders, once for every pass
+
+    @classmethod
+    def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> Any:
+        """There is no such file, and Lightning would make whatever one that says so names.
+
+        Raises:
+            CheckpointError: always.
+        """
+        raise CheckpointError(f"{cls.__name__} is not read from a checkpoint: make it from its models.")
 
     @property
     def models(self) -> dict[str, LightningModule]:

@@ -12,12 +12,13 @@ from torch import Tensor, fx, nn
 from lightning_zipit.checkpoint import (
     CHECKPOINT_KEY,
     FORMAT,
-    find_record,
     read_checkpoint,
     read_example,
+    reading_record,
     write_example,
 )
-from lightning_zipit.errors import CheckpointError, ConfigurationError, ZipItError
+from lightning_zipit.descriptions import DESCRIPTION, describe_source, make_sources
+from lightning_zipit.errors import CheckpointError, ConfigurationError
 from lightning_zipit.graph import MergeGraph
 from lightning_zipit.graph.agreement import trace_all
 from lightning_zipit.graph.joined import Joined
@@ -28,15 +29,8 @@ from lightning_zipit.refine import BatchNorm
 from lightning_zipit.refine.task_norms import give_norms
 from lightning_zipit.report.report import MergeReport
 from lightning_zipit.settings import MergeSettings
-from lightning_zipit.sources import (
-    DESCRIPTION,
-    PATH,
-    describe_source,
-    get_backbone,
-    make_shell,
-    make_source,
-    name_tasks,
-)
+from lightning_zipit.sources import PATH, get_backbone, make_shell, name_tasks
+from lightning_zipit.trust import Trust, Trusted
 from lightning_zipit.views import Inputs, like
 
 
@@ -136,12 +130,20 @@ class MultiHeadModule(MultiTaskModule):
         return problems
 
     def split(self) -> dict[str, LightningModule]:
-        """The source modules, each with trunk and head as one network, which share this module's tensors."""
+        """The source modules, each with trunk and head as one network, which share this module's tensors.
+
+        Raises:
+            ConfigurationError: if trunk or heads are not those of a merge any more.
+        """
         split = {}
         for task, source in self.sources.items():
             trunk, head = self.trunk, self.heads[task]
             assert isinstance(source, LightningModule)
-            assert isinstance(trunk, fx.GraphModule) and isinstance(head, fx.GraphModule)
+            if not (isinstance(trunk, fx.GraphModule) and isinstance(head, fx.GraphModule)):
+                raise ConfigurationError(
+                    f"A merged module whose trunk, or head of task {task!r}, was replaced by another module cannot be "
+                    "merged again: merge the sources."
+                )
             split[task] = make_shell(source, self.backbone, Joined(trunk, head, self._record["barriers"]), ())
             if not self.backbone:
                 split[task].add_module(PATH, split[task].__dict__["forward"])
@@ -162,52 +164,74 @@ class MultiHeadModule(MultiTaskModule):
         checkpoint_path: str | Path | IO[bytes],
         map_location: Any = None,
         models: Mapping[str, LightningModule] | Sequence[LightningModule] | None = None,
+        trust: Trusted | None = None,
+        weights_only: bool | None = None,
         **kwargs: Any,
     ) -> MultiHeadModule:
         """Read a merged module back, from its sources' class paths and hyperparameters.
 
-        Nothing but tensors and primitives is read: the file is loaded with ``weights_only=True``. The modules that
-        define the source classes are imported, and so are the classes that hyperparameters of a command line name.
+        The file is read with ``weights_only=True``. Of what it names, only this is imported or called: LightningModule
+        classes that the program has imported already, classes of ``models``, what ``trust`` allows, and the layers,
+        losses, optimizers, schedulers and metrics of torch and torchmetrics.
 
         Args:
             checkpoint_path: a file written by ``trainer.save_checkpoint``.
             map_location: where tensors go; see :func:`torch.load`.
             models: modules of the source classes by task (their weights are not used), for classes that cannot be
                 imported or did not save their hyperparameters.
+            trust: names of modules or classes that the file may name too, such as ``["my_project"]``.
+            weights_only: ``False`` unpickles the file, which runs code that it holds: for files that you trust. What
+                the file names is still looked at as above.
             kwargs: accepted for the signature of :class:`~lightning.pytorch.LightningModule`; must be empty.
 
         Returns:
             The merged module, in eval mode.
 
         Raises:
+            UntrustedError: if the file names anything else; it lists all that the file names, and how to allow it.
             CheckpointError: if the file is no checkpoint of a merged module, or a source module cannot be made.
+            ConfigurationError: if ``trust`` holds anything but names.
         """
-        if unknown := set(kwargs) - {"strict", "weights_only"}:
+        if unknown := set(kwargs) - {"strict"}:
             raise TypeError(f"load_from_checkpoint got unexpected arguments {sorted(unknown)}.")
-        checkpoint = read_checkpoint(checkpoint_path, map_location)
-        record = find_record(checkpoint)
-        if record is None or record.get("format") != FORMAT:
-            raise CheckpointError(f"{checkpoint_path} is not a checkpoint of a merged module (format {FORMAT}).")
-        try:
-            return cls._from_record(record, checkpoint["state_dict"], name_tasks(models) if models is not None else {})
-        except ZipItError:
-            raise
-        except Exception as error:  # whatever a damaged record makes of its parts
-            raise CheckpointError(
-                f"{checkpoint_path} is damaged, or its source classes have changed since it was written: "
-                f"{type(error).__name__}: {error}"
-            ) from error
+        checkpoint = read_checkpoint(checkpoint_path, map_location, weights_only is not False)
+        return cls.restore(checkpoint, str(checkpoint_path), Trust.of(trust), models)
+
+    @classmethod
+    def restore(
+        cls,
+        checkpoint: Mapping[str, Any],
+        where: str,
+        trust: Trust,
+        models: Mapping[str, LightningModule] | Sequence[LightningModule] | None = None,
+    ) -> MultiHeadModule:
+        """The merged module in the content of a checkpoint.
+
+        Args:
+            checkpoint: the content.
+            where: the file, for errors.
+            trust: what it may name.
+            models: modules of the source classes by task.
+
+        Raises:
+            CheckpointError: as for :meth:`load_from_checkpoint`.
+        """
+        with reading_record(checkpoint, where) as record:
+            given = name_tasks(models) if models is not None else {}
+            return cls._from_record(record, checkpoint["state_dict"], given, trust, where)
 
     @classmethod
     def _from_record(
-        cls, record: dict[str, Any], weights: dict[str, Tensor], given: dict[str, LightningModule]
+        cls,
+        record: dict[str, Any],
+        weights: dict[str, Tensor],
+        given: dict[str, LightningModule],
+        trust: Trust,
+        where: str,
     ) -> MultiHeadModule:
         if unknown := set(given) - set(record["sources"]):
             raise CheckpointError(f"models= names {sorted(unknown)}, but the tasks are {list(record['sources'])}.")
-        sources = {
-            task: given[task] if task in given else make_source(task, description)
-            for task, description in record["sources"].items()
-        }
+        sources = make_sources(record["sources"], trust, where, given)
         settings = MergeSettings(
             stop_at=record["stop_at"],
             merge_heads=record["merge_heads"],

@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from lightning_zipit.errors import CalibrationError, ConfigurationError
+from lightning_zipit.errors import CalibrationError, CheckpointError, ConfigurationError
 from lightning_zipit.functional import fit_temperatures
 from lightning_zipit.graph.shapes import evaluating
 from lightning_zipit.paths import run_all, run_one
@@ -33,19 +33,21 @@ from lightning_zipit.views import Inputs, like, view_of
 class MergedPath(nn.Module):
     """The stem of a task if it has one, the trunk and its head in a row, in place of a source module's backbone.
 
-    They are held in a tuple: they belong to the module around, and are no submodules of this one.
+    They are looked up in the module around when they are run, so that one that is replaced there is replaced here. That
+    module is held in a tuple: it is no submodule of this one, and a copy of it has paths of its own.
+
+    Args:
+        owner: the module that has them.
+        task: the task.
     """
 
-    def __init__(
-        self, trunk: nn.Module, head: nn.Module, stem: nn.Module | None = None, task: str | None = None
-    ) -> None:
+    def __init__(self, owner: MultiTaskModule, task: str) -> None:
         super().__init__()
-        self.parts = (trunk, head, stem)
-        self.task = task  # for a trunk that takes its name
+        self._owner = (owner,)
+        self.task = task
 
     def forward(self, x: Tensor) -> Any:
-        trunk, head, stem = self.parts
-        return run_one(stem, trunk, head, x, self.task)
+        return self._owner[0].run_task(x, self.task)
 
 
 class PassOn(nn.Module):
@@ -90,16 +92,20 @@ class MultiTaskModule(DelegatedTransfers, LightningModule):
         self.trunk = trunk
         self.heads = nn.ModuleDict(heads)
         self.stems = nn.ModuleDict(stems)
-        self.norms_per_task = has_task_norms(trunk)
-        paths = {
-            task: MergedPath(trunk, heads[task], self._stem_of(task), task if self.norms_per_task else None)
-            for task in models
-        }
         self.sources = nn.ModuleDict(
-            {task: make_shell(model, backbone, paths[task], used[task]) for task, model in models.items()}
+            {task: make_shell(model, backbone, MergedPath(self, task), used[task]) for task, model in models.items()}
         )
         self._loader_tasks: list[str] = list(models)
         self.eval()
+
+    @classmethod
+    def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> Any:
+        """There is no such file, and Lightning would make whatever one that says so names.
+
+        Raises:
+            CheckpointError: always.
+        """
+        raise CheckpointError(f"{cls.__name__} is not read from a checkpoint: make it from its models.")
 
     @property
     def tasks(self) -> list[str]:
@@ -110,8 +116,10 @@ class MultiTaskModule(DelegatedTransfers, LightningModule):
         """The task that a dataloader belongs to, while a Trainer runs over it."""
         return self._loader_tasks[dataloader_idx]
 
-    def _stem_of(self, task: str) -> nn.Module | None:
-        return self.stems[task] if len(self.stems) else None
+    @property
+    def norms_per_task(self) -> bool:
+        """Whether the trunk has a batch norm for each task."""
+        return has_task_norms(self.trunk)
 
     def forward(self, x: Inputs, task: str | None = None) -> Any:
         """All outputs, with one pass of the trunk, or one per task where stems or norms are its own; or one task's.
@@ -127,9 +135,13 @@ class MultiTaskModule(DelegatedTransfers, LightningModule):
             ConfigurationError: if there is an input for a task that does not exist.
         """
         if task is not None:
-            norms_of = task if self.norms_per_task else None
-            return run_one(self._stem_of(task), self.trunk, self.heads[task], view_of(x, task), norms_of)
+            return self.run_task(view_of(x, task), task)
         return run_all(self.stems, self.trunk, self.heads, x, self.norms_per_task)
+
+    def run_task(self, x: Tensor, task: str) -> Any:
+        """The output of one task, from its own input."""
+        stem = self.stems[task] if len(self.stems) else None
+        return run_one(stem, self.trunk, self.heads[task], x, task if self.norms_per_task else None)
 
     @torch.no_grad()
     def fit_temperatures(self, dataloaders: Any, get_input: Callable[[Any], Inputs] = find_input) -> dict[str, float]:

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_zipit.calibration.calibration import Calibration, check_counts
+from lightning_zipit.calibration.fingerprint import digest_operators
 from lightning_zipit.calibration.layout import Layout
 from lightning_zipit.calibration.statistics_file import CalibrationStatistics, StatisticsRecord
 from lightning_zipit.collectives import is_distributed, rank_and_size, share
@@ -105,7 +106,7 @@ class MergeSession:
         self._refiner: Refiner | None = None
         self._record = StatisticsRecord(settings.statistics, self._lead(backbones)) if settings.statistics else None
         if self._record is not None:
-            self._record.check_start(settings.start_at)
+            self._record.check_settings(settings.verify, start_at=settings.start_at, positions=settings.positions)
         # The graphs by stop_at, where the statistics serve other merges too.
         self._cuts: dict[str | None, dict[str, MergeGraph]] = {}
         self._seen: dict[int, int] = {}
@@ -114,6 +115,7 @@ class MergeSession:
             known = self._record.complete
             self._example: Inputs = known.example_of(list(self.backbones))
             self.graphs = self._trace(self._example, barriers=known.barriers_of(settings.last_module))
+            self._record.check_operators(self._lead_graphs())
             warn_of_barriers(self._graph)
             self._choose_from(self._example)
             self.calibration_passes = 0
@@ -131,6 +133,9 @@ class MergeSession:
     def _lead(self, networks: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
         """Of every model the network of its first task, which stands for its trunk."""
         return {name: networks[task] for name, task in zip(self._names, self._leading(), strict=True)}
+
+    def _lead_graphs(self) -> dict[str, MergeGraph]:
+        return {name: self.graphs[task] for name, task in zip(self._names, self._leading(), strict=True)}
 
     def _leading(self) -> list[str]:
         """Of every model its first task."""
@@ -190,6 +195,9 @@ class MergeSession:
             {stop_at or "": next(iter(graphs.values())).barriers for stop_at, graphs in self._cuts.items()},
             self.settings.start_at,
             () if isinstance(self._example, Tensor) else tuple(map(describe_sample, self._example.values())),
+            self.settings.positions,
+            self.settings.verify,
+            {name: digest_operators(graph) for name, graph in self._lead_graphs().items()},
         )
 
     def _start(self, x: Inputs, networks: Mapping[str, nn.Module]) -> Calibration:
@@ -204,6 +212,7 @@ class MergeSession:
             warn_of_barriers(self.graphs[task])
         calibration = self._measuring(networks)
         if self._record is not None and self._record.resumed is not None:
+            self._record.check_operators(self._lead_graphs())
             calibration.restore(self._record.resumed.statistics)
         return calibration
 
@@ -471,7 +480,7 @@ class MergeSession:
         """After the last pass: take what was refined over into the merged networks.
 
         Raises:
-            CalibrationError: if a batch norm has seen no batch.
+            CalibrationError: if a batch norm has seen fewer than two samples, or there is NaN or Inf.
         """
         assert self._refiner is not None
         self.merged = self._refiner.finish()

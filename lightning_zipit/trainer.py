@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
-import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
 from lightning_zipit._lightning import unsupported_strategy
-from lightning_zipit.checkpoint import find_record, read_checkpoint
 from lightning_zipit.driver import ZipIt
-from lightning_zipit.errors import CheckpointError, ConfigurationError
+from lightning_zipit.errors import ConfigurationError
 from lightning_zipit.files import find_output_problem, replacing
+from lightning_zipit.loading import load_source, load_sources
 from lightning_zipit.matchers import Matcher, SimilarityKind
 from lightning_zipit.merging.widths import Width, changes_size
 from lightning_zipit.multihead import MultiHeadModule
+from lightning_zipit.names import find_class
 from lightning_zipit.report.announce import is_talkative
 from lightning_zipit.settings import ModelWeights, Refine
-from lightning_zipit.sources import INSTANTIATOR, find_class
 from lightning_zipit.sweep.plan import Range
 from lightning_zipit.sweep.results import Mode, SweepResult
 from lightning_zipit.task_vectors import Combination
-
-CLASS_PATH = "_class_path"
-"""The hyperparameter that holds the class of a model which Lightning's command line was given by class path."""
 
 
 class ZipItTrainer(Trainer):
@@ -56,8 +49,9 @@ class ZipItTrainer(Trainer):
         output: str = "merged.ckpt",
         test: bool = False,
         classes: dict[str, str] | None = None,
-        weights_only: bool = True,
+        weights_only: bool | None = True,
         start_at: str | None = None,
+        trust: list[str] | str | None = None,
     ) -> MultiHeadModule:
         """Merge trained checkpoints of one architecture into one checkpoint with a head per task, without training.
 
@@ -101,6 +95,8 @@ class ZipItTrainer(Trainer):
             start_at: dotted name inside the backbone of the first module that the tasks share; all that does not depend
                 on it stays a stem per task. Where models take different inputs, a batch is a dict of them by task. By
                 default everything from the input on is shared.
+            trust: modules or classes by dotted name that checkpoints may name, such as my_project. A checkpoint
+                that names anything else but layers, losses, optimizers, schedulers and metrics of torch is refused.
 
         Returns:
             The merged module, in eval mode; it is also attached to this Trainer.
@@ -126,7 +122,7 @@ class ZipItTrainer(Trainer):
         if problems:
             raise ConfigurationError.collect(problems)
         merged = ZipIt(self).merge(
-            load_sources(checkpoints, model, classes or {}, weights_only),
+            load_sources(checkpoints, model, classes or {}, weights_only is not False, trust),
             datamodule=datamodule,
             backbone=backbone,
             stop_at=stop_at,
@@ -138,7 +134,7 @@ class ZipItTrainer(Trainer):
             similarity=similarity,
             width=width,
             flops=flops,
-            base=load_source(base, model, None, weights_only, "base") if base else None,
+            base=load_source(base, model, None, weights_only is not False, "base", trust) if base else None,
             combine=combine,
             positions=positions,
             weights=weights,
@@ -182,8 +178,9 @@ class ZipItTrainer(Trainer):
         output: str | None = None,
         plot: str | None = None,
         classes: dict[str, str] | None = None,
-        weights_only: bool = True,
+        weights_only: bool | None = True,
         start_at: list[str | None] | str | None = None,
+        trust: list[str] | str | None = None,
     ) -> SweepResult:
         """Merge checkpoints with every combination of settings and validate each, from one calibration.
 
@@ -229,6 +226,8 @@ class ZipItTrainer(Trainer):
                 that they hold: for files that you trust.
             start_at: dotted name inside the backbone of the first module that the tasks share; null for everything from
                 the input on.
+            trust: modules or classes by dotted name that checkpoints may name, such as my_project. A checkpoint
+                that names anything else but layers, losses, optimizers, schedulers and metrics of torch is refused.
 
         Returns:
             The rows, the best of them and the Pareto front.
@@ -249,7 +248,7 @@ class ZipItTrainer(Trainer):
         if problems:
             raise ConfigurationError.collect(problems)
         result = ZipIt(self).sweep(
-            load_sources(checkpoints, model, classes or {}, weights_only),
+            load_sources(checkpoints, model, classes or {}, weights_only is not False, trust),
             datamodule=datamodule,
             backbone=backbone,
             metric=metric,
@@ -266,7 +265,7 @@ class ZipItTrainer(Trainer):
             similarity=similarity,
             width=width,
             flops=flops,
-            base=load_source(base, model, None, weights_only, "base") if base else None,
+            base=load_source(base, model, None, weights_only is not False, "base", trust) if base else None,
             combine=combine,
             positions=positions,
             weights=weights,
@@ -324,87 +323,3 @@ def _find_problems(
     if test and (datamodule is None or type(datamodule).test_dataloader is LightningDataModule.test_dataloader):
         problems.append(f"`test` needs test data, but {type(datamodule).__name__} has no `test_dataloader`.")
     return problems
-
-
-def load_sources(
-    checkpoints: Mapping[str, str],
-    model: LightningModule | type[LightningModule] | None,
-    classes: Mapping[str, str],
-    weights_only: bool,
-) -> dict[str, LightningModule]:
-    """The trained module of each task; see :func:`load_source`."""
-    return {task: load_source(path, model, classes.get(task), weights_only, task) for task, path in checkpoints.items()}
-
-
-def load_source(
-    path: str,
-    model: LightningModule | type[LightningModule] | None,
-    class_path: str | None = None,
-    weights_only: bool = True,
-    task: str | None = None,
-) -> LightningModule:
-    """A trained module: of its own hyperparameters where the checkpoint has them, else a copy of the one given.
-
-    A checkpoint of a merged module gives that one.
-
-    Args:
-        path: the checkpoint.
-        model: a module of its class, or that class.
-        class_path: its class, where it is not that of ``model``.
-        weights_only: read nothing but tensors and primitives.
-        task: what to call the checkpoint in errors.
-
-    Raises:
-        CheckpointError: if the checkpoint cannot be read, or does not fit the class.
-    """
-    where = path if task is None else f"Task {task!r}: {path}"
-    try:
-        checkpoint = read_checkpoint(path, "cpu", weights_only)
-    except CheckpointError as error:
-        if not weights_only or not isinstance(error.__cause__, pickle.UnpicklingError):
-            raise
-        raise CheckpointError(
-            f"{error}. If you trust whoever made this file, weights_only=False (--weights_only=false) reads it, and "
-            "runs the code that it holds."
-        ) from error
-    if find_record(checkpoint) is not None:
-        return MultiHeadModule.load_from_checkpoint(path, "cpu")
-    hyperparameters = checkpoint.get(LightningModule.CHECKPOINT_HYPER_PARAMS_KEY) or {}
-    option = "--model" if task is None else f"--classes.{task}"
-    model_class = find_class(class_path) if class_path else _class_of(hyperparameters, model, where, option)
-    try:
-        if hyperparameters:
-            source = model_class.load_from_checkpoint(path, weights_only=weights_only, map_location="cpu")
-            if INSTANTIATOR in hyperparameters:  # Lightning parsed them, and has forgotten from what
-                source.hparams.update(hyperparameters)
-            return source
-        source = copy.deepcopy(model) if isinstance(model, model_class) else model_class()
-        source.configure_model()
-        source.on_load_checkpoint(checkpoint)
-        source.load_state_dict(checkpoint["state_dict"], strict=source.strict_loading)
-    except Exception as error:  # the class is the user's: its constructor and hooks may raise anything
-        raise CheckpointError(
-            f"{where} cannot be loaded into {model_class.__name__}: {type(error).__name__}: {error}"
-        ) from error
-    return source
-
-
-def _class_of(
-    hyperparameters: Mapping[str, Any],
-    model: LightningModule | type[LightningModule] | None,
-    where: str,
-    option: str,
-) -> type[LightningModule]:
-    """The class that a checkpoint names, if that is imported already: a file alone has nothing imported. Else that of
-    the model.
-    """
-    named = hyperparameters.get(CLASS_PATH)
-    if named is not None:
-        module, _, name = str(named).rpartition(".")
-        found = getattr(sys.modules.get(module), name, None)
-        if not isinstance(found, type) or not issubclass(found, LightningModule):
-            raise CheckpointError(f"{where} holds a {named}, which is not imported: allow that with {option}={named}.")
-        return found
-    if model is None:
-        raise CheckpointError(f"{where} does not say of which class its model is: say it with --model=CLASS_PATH.")
-    return model if isinstance(model, type) else type(model)

@@ -16,6 +16,9 @@ Inputs: TypeAlias = Tensor | Mapping[str, Tensor]
 Sample: TypeAlias = tuple[str, tuple[int, ...]]
 """Type and shape of one sample, such as ``("float32", (3, 32, 32))``."""
 
+DTYPES = {str(known).removeprefix("torch."): known for known in vars(torch).values() if isinstance(known, torch.dtype)}
+"""The types of tensors by name."""
+
 
 def describe_sample(example: Tensor) -> Sample:
     """Type and shape of the samples of a batch."""
@@ -23,9 +26,15 @@ def describe_sample(example: Tensor) -> Sample:
 
 
 def zeros_like_sample(sample: Sample) -> Tensor:
-    """Zeros ``(1, …)``."""
+    """Zeros ``(1, …)``.
+
+    Raises:
+        ValueError: if there is no such type.
+    """
     dtype, shape = sample
-    return torch.zeros((), dtype=getattr(torch, dtype)).expand(1, *shape)
+    if dtype not in DTYPES:
+        raise ValueError(f"{dtype!r} is no type of tensors")
+    return torch.zeros((), dtype=DTYPES[dtype]).expand(1, *shape)
 
 
 def view_of(inputs: Inputs, task: str) -> Tensor:

@@ -51,8 +51,11 @@ def test_the_command_line_as_its_readme_says(tmp_path):
     shown = [run(*command.split()[1:]) for command in block.splitlines()]
     accuracies = {task: float(value) for task, value in re.findall(r"(\w+)/accuracy.*?(0\.\d+|1\.0)", shown[-1])}
     assert set(accuracies) == {"low", "high"} and min(accuracies.values()) > 0.85
-    notebook = "from lightning_zipit import MultiHeadModule as M; print(M.load_from_checkpoint('merged.ckpt').sources)"
-    assert "LitDigits" in run("-c", notebook)
+    notebook = (
+        "from lightning_zipit import MultiHeadModule as M; print(M.load_from_checkpoint('merged.ckpt'{}).sources)"
+    )
+    assert "LitDigits" in run("-c", notebook.format(", trust=['main']"))
+    assert "LitDigits" in run("-c", "import main;" + notebook.format(""))
 
 
 def test_least_squares_beat_zip_beats_permute_on_cifar10(tmp_path):

@@ -283,6 +283,12 @@ def test_a_sweep_in_short(name, tmp_path, monkeypatch):
     assert len(run(name, tmp_path, monkeypatch)["result"].rows) == 4
 
 
+@snippet("trust")
+def test_vouching_for_a_module(name, tmp_path, monkeypatch, project):
+    run("driver", tmp_path, monkeypatch)
+    assert run(name, tmp_path, monkeypatch)["merged"].tasks == ["animals", "vehicles"]
+
+
 @snippet("cli")
 def test_the_command_line(name, tmp_path, monkeypatch, project, capsys):
     run(name, tmp_path, monkeypatch)

@@ -6,12 +6,16 @@ import sys
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
+import numpy as np
 import pytest
+import torch
 from helpers.cli_user import LitNet
 from torch import nn
 
+from lightning_zipit.descriptions import describe_source, make_source
 from lightning_zipit.errors import CheckpointError, ConfigurationError
-from lightning_zipit.sources import describe_source, find_class, find_object, make_source
+from lightning_zipit.names import find_class, find_object
+from lightning_zipit.trust import Trust
 
 
 class ScriptNet(LitNet):
@@ -71,10 +75,24 @@ def test_a_class_is_found_by_its_path():
 def test_a_source_is_made_again_from_its_description():
     description = describe_source(LitNet(7))
     assert description["hyperparameters"] == {"width": 7}
-    assert make_source("cats", description).net.stem[0].out_channels == 7
+    assert make_source("cats", description, Trust()).net.stem[0].out_channels == 7
+
+
+def test_a_value_that_no_file_can_hold_is_named(recwarn):
+    model = LitNet(7)
+    weights = torch.ones(3)
+    model.hparams.update(weights=weights, rate=np.float64(0.5), sizes=(1, 2), made={"by": object()})
+    description = describe_source(model)
+    assert description["left_out"] == ["made"] and description["hyperparameters"]["sizes"] == (1, 2)
+    assert type(description["hyperparameters"]["rate"]) is float
+    assert torch.equal(description["hyperparameters"]["weights"], weights)
+    make_source("cats", description, Trust())
+    assert any("'made'" in str(warning.message) for warning in recwarn)
+    with pytest.raises(CheckpointError, match="leaves 'made' out"):
+        make_source("cats", {**description, "hyperparameters": {"width": "wide"}}, Trust())
 
 
 def test_a_source_that_cannot_be_made_again_says_what_to_do():
     for broken in ({"class_path": None}, {"class_path": "gone:Net"}, {"hyperparameters": {"width": "wide"}}):
         with pytest.raises(CheckpointError, match=r"models=\{'cats'"):
-            make_source("cats", {**describe_source(LitNet(7)), **broken})
+            make_source("cats", {**describe_source(LitNet(7)), **broken}, Trust())

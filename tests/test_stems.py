@@ -235,7 +235,12 @@ def test_it_is_saved_copied_and_pickled_whole(merged, tmp_path):
     assert {task: x.shape[1:] for task, x in read.example_input.items()} == {"rgb": (3, 8, 8), "gray": (1, 8, 8)}
     twin = copy.deepcopy(merged)
     assert equal(merged, twin) and equal(merged, pickle.loads(pickle.dumps(merged)))
-    assert twin.sources["gray"].net.parts[-1] is twin.stems["gray"]
+    twin.stems["gray"] = copy.deepcopy(twin.stems["gray"]).requires_grad_(False)
+    for parameter in twin.stems["gray"].parameters():
+        parameter.zero_()
+    with torch.no_grad():
+        assert torch.equal(twin.sources["gray"](gray(X)), twin(gray(X), task="gray"))
+        assert not torch.equal(twin.sources["gray"](gray(X)), merged.sources["gray"](gray(X)))
 
 
 @torch.no_grad()

@@ -26,6 +26,7 @@ from lightning_zipit.graph.spaces import (
     Tap,
 )
 from lightning_zipit.graph.table import AxisRef, Block, Row, as_starts, named_tensors
+from lightning_zipit.graph.taps import find_repeated, measured_once
 from lightning_zipit.graph.uses import find_conflicts, find_uses
 from lightning_zipit.graph.values import Features, Ids, Opaque, leaves
 
@@ -150,6 +151,7 @@ class Analysis:
             module=self.backbone,
             fx_graph=self.graph,
             held={node.name: self._held(value) for node, value in self.values.items() if node in self.trunk},
+            shapes=dict(self.ctx.shapes),
             barriers=dict(self.barriers),
             notes=tuple(find_notes(self.backbone, self.nodes, self.trunk, spaces, axes, self.barriers)),
             input_shape=next(self.ctx.shapes[node.name][1:] for node in self.nodes if node.op == "placeholder"),
@@ -356,21 +358,20 @@ class Analysis:
     def _spaces(self) -> dict[str, FeatureSpace]:
         pinned = self._pinned()
         roles: dict[str, dict[str, list[tuple[str, int]]]] = defaultdict(lambda: {"producer": [], "consumer": []})
-        last: dict[str, tuple[tuple[int, int], Event]] = {}
+        reads: dict[str, list[Event]] = defaultdict(list)
         for event in self.trunk_events:
-            crossing = event.kind == "crossing"
-            for space in dict.fromkeys(self.space_of[feature] for feature in self.component[event.entries].tolist()):
+            for space in self._spaces_of(event):
                 if event.kind in ("producer", "consumer"):
                     roles[space][event.kind].append((event.name, event.axis))
                 if event.kind not in ("producer", "entry") and event.value is not None:
-                    moment = (int(crossing), self.position[event.node])  # the cut comes after all of the trunk
-                    last[space] = max(last.get(space, (moment, event)), (moment, event), key=lambda item: item[0])
+                    reads[space].append(event)
+        repeated = {space for event in find_repeated(self.trunk_events) for space in self._spaces_of(event)}
         unit_of = self._units()
         projections = self._projections()
         spaces = {}
         for name, features in self.members.items():
             why = next((pinned[feature] for feature in features if feature in pinned), "")
-            tap = projections.get(name) or (self._tap(name, last[name][1]) if name in last else None)
+            tap = projections.get(name) or self._tap(name, reads[name], name in repeated)
             units = [unit_of[feature] for feature in features if feature in unit_of]
             spaces[name] = FeatureSpace(
                 name=name,
@@ -383,6 +384,9 @@ class Analysis:
                 unit_of=tuple(self.rank_of[unit] for unit in units),
             )
         return spaces
+
+    def _spaces_of(self, event: Event) -> list[str]:
+        return list(dict.fromkeys(self.space_of[feature] for feature in self.component[event.entries].tolist()))
 
     def _units(self) -> dict[int, int]:
         unit_of: dict[int, int] = {}
@@ -402,14 +406,21 @@ class Analysis:
             rows = {self.rank_of[feature]: projected.start + row for row, feature in enumerate(features)}
             projection = Projection(projected.weight, tuple(rows[rank] for rank in range(len(rows))))
             block = Block(space, range(projected.value.ids.size))
-            known = taps.get(space) or Tap(
-                projected.value.node.name, projected.value.axes, block, place_of(projected.node)
-            )
-            if known.node == projected.value.node.name:  # else it was measured in another place already
+            here = Tap(projected.value.node.name, projected.value.axes, block, place_of(projected.node))
+            known = taps.get(space, here)
+            if projection in known.projections:  # applied again
+                taps[space] = measured_once([known, *known.also, here])
+            elif known.node == here.node:  # else it was measured in another place already
                 taps[space] = replace(known, projections=(*known.projections, projection))
         return taps
 
-    def _tap(self, space: str, event: Event) -> Tap:
+    def _tap(self, space: str, reads: list[Event], everywhere: bool) -> Tap | None:
+        """Where a space is measured: at the cut, else at its last reader; or at all of them."""
+        reads = sorted(reads, key=lambda event: (event.kind != "crossing", -self.position[event.node]))
+        taps = [self._tap_at(space, event) for event in (reads if everywhere else reads[:1])]
+        return measured_once(taps) if taps else None
+
+    def _tap_at(self, space: str, event: Event) -> Tap:
         assert event.value is not None
         value = self._before_pooling(event.value)
         assert value.node is not None

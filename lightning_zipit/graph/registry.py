@@ -37,6 +37,8 @@ class Trait(Flag):
     """Adds two tensors entry by entry."""
     DIFFERENCE = auto()
     """Subtracts one tensor from another entry by entry."""
+    PRODUCT = auto()
+    """Multiplies two tensors entry by entry."""
     PER_FEATURE = auto()
     """Has a parameter for each feature that it leaves, such as a norm's scale."""
     SYMMETRIC = auto()

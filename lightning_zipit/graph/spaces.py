@@ -27,6 +27,8 @@ class Tap:
         reader: for people: the module that reads the tensor there.
         projections: rows of weights that give the features, where the measured tensor is what a projection inside
             attention reads; queries and keys are two projections of one space.
+        also: where the same features are measured, too, as a layer that makes or reads them is applied several times:
+            samples of all places count alike.
     """
 
     node: str
@@ -34,12 +36,13 @@ class Tap:
     block: Block
     reader: str
     projections: tuple[Projection, ...] = ()
+    also: tuple[Tap, ...] = ()
 
     @property
     def key(self) -> str:
-        """A name for what is measured: taps that read the same entries of the same node have the same."""
-        entries = hashlib.blake2b(repr((self.block.starts, self.block.repeat)).encode(), digest_size=6)
-        return f"{self.node}-{entries.hexdigest()}"
+        """A name for what is measured: taps that read the same entries of the same nodes have the same."""
+        measured = [(tap.node, tap.block.starts, tap.block.repeat) for tap in (self, *self.also)]
+        return f"{self.node}-{hashlib.blake2b(repr(measured).encode(), digest_size=6).hexdigest()}"
 
     def features(self, value: Tensor) -> Tensor:
         """The measured tensor as ``(features, batch, …)``; the positions of a sample follow, a view where it can be."""
@@ -120,6 +123,7 @@ class MergeGraph:
         module: the traced backbone.
         fx_graph: its graph, as torch.fx recorded it.
         held: per node of the trunk, the spaces that its output holds.
+        shapes: per node whose value is a tensor, the sizes of that, for a batch of a few samples.
         barriers: nodes that, with all that depends on them, stay in the heads where the trunk would have held them,
             and why.
         notes: for people: what is not merged by what it does, and why.
@@ -137,6 +141,7 @@ class MergeGraph:
     module: torch.nn.Module = field(repr=False)
     fx_graph: fx.Graph = field(repr=False)
     held: dict[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict, repr=False)
     barriers: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     input_shape: tuple[int, ...] = ()

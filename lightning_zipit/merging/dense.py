@@ -85,10 +85,8 @@ def _obstacle(node: fx.Node, graph: MergeGraph, folded: set[str]) -> str:
 
 def find_folded(graph: MergeGraph) -> Iterator[Layer]:
     """The layers of the trunk with a batch norm right behind, which can be written as a layer alone."""
-    nodes = list(graph.trunk_graph())
-    calls = [str(node.target) for node in nodes if node.op == "call_module"]
-    for stop in find_stops(graph.module, nodes, ()):
-        if isinstance(stop, Layer) and stop.norm is not None and calls.count(str(stop.norm.target)) == 1:
+    for stop in find_stops(graph, graph.module, list(graph.trunk_graph())).stops:
+        if isinstance(stop, Layer) and stop.norm is not None:
             ref = graph.axes.get(f"{stop.name}.weight", (None,))[0]
             if ref is not None and ref.whole:
                 yield stop

@@ -22,7 +22,7 @@ FUNCTIONS = (
 )
 BOUNDS = "clamp clip clamp_min clamp_max pow float_power"
 OF_SEVERAL = (
-    "mul multiply div divide true_divide truediv floor_divide floordiv fmod remainder mod atan2 copysign hypot xlogy "
+    "div divide true_divide truediv floor_divide floordiv fmod remainder mod atan2 copysign hypot xlogy "
     "logaddexp maximum minimum fmax fmin masked_fill addcmul addcdiv lerp where "
     "eq ne lt le gt ge logical_and logical_or logical_xor bitwise_and bitwise_or bitwise_xor and_ or_ xor"
 )
@@ -34,6 +34,8 @@ OF_SEVERAL = (
 @rule(*in_place("add"), traits=Trait.SUM | Trait.IN_PLACE)
 @rule(*spellings("sub subtract rsub"), traits=Trait.DIFFERENCE)
 @rule(*in_place("sub subtract"), traits=Trait.DIFFERENCE | Trait.IN_PLACE)
+@rule(*spellings("mul multiply"), traits=Trait.PRODUCT)
+@rule(*in_place("mul multiply"), traits=Trait.PRODUCT | Trait.IN_PLACE)
 @rule(*spellings(OF_SEVERAL))
 @rule(*in_place(OF_SEVERAL), traits=Trait.IN_PLACE)
 def pointwise(ctx: Context, *operands: Any, **named: Any) -> Any:
