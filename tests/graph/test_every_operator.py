@@ -84,6 +84,7 @@ def along(x):
 
 
 def pooled(x):
+    yield from (((x, 3, 1, 1), {}), ((x, 3, 1), {"padding": 1}))  # as many positions as before
     for size in (2, (2,), (2, 2), (1, 2, 2)):
         yield from (((x, size), {}), ((x, 2.0, size), {}), ((x,), {"kernel_size": size}), ((x, size), {"stride": 1}))
         yield from (((x, size, 2, 0, 1, False, True), {}), ((x, size), {"return_indices": True}))
@@ -275,7 +276,7 @@ def made(cls, channels, last, inner):
     """Different modules of a class."""
     arguments = [(), (2,), (channels,), (2, channels), (-1,), (channels, 5, 1), (channels, channels, 1), (last, 5)]
     arguments += [(inner,), (0.1, 0.5), (1, 2), (1, 2.0), ((1, 1), 0.5), (1, 0.5), (1, (2, -1)), (0.3, "row")]
-    arguments += [([0, 2, 1],), (2.0, 2)]
+    arguments += [([0, 2, 1],), (2.0, 2), (3, 1, 1)]
     named = [{}, {"groups": 2}, {"groups": channels}, {"affine": True, "track_running_stats": True}, {"inplace": True}]
     named += [{"return_indices": True}, {"dim": 1}, {"scale_factor": 2}]
     found = {}
