@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch import Tensor
 from lightning_zipit._lightning import INSTANTIATORS, recorded
 from lightning_zipit.errors import CheckpointError, UntrustedError
 from lightning_zipit.hyperparameters import find_requests, make_arguments, takes_any
-from lightning_zipit.names import import_path, look_up
+from lightning_zipit.names import import_path, look_up, portable
 from lightning_zipit.trust import Request, Trust, check_requests, find_source_class
 
 INSTANTIATOR = "_instantiator"
@@ -108,54 +109,70 @@ def make_sources(
     given = given or {}
     trust = trust.naming(*given.values())
     others = {task: description for task, description in descriptions.items() if task not in given}
-    requests = [
-        request for task, description in others.items() for request in find_source_requests(description, trust, task)
+    ways_out = [
+        f"give modules of the classes: models={{{next(iter(others), '')!r}: <a module of that class>, …}} of "
+        "`MultiHeadModule.load_from_checkpoint`",
+        "say the class on the command line: --model=CLASS_PATH of inspect, export, validate, test and predict, "
+        "--classes.TASK=CLASS_PATH of merge and sweep",
     ]
-    task = next(iter(others), "")
-    check_requests(
-        where,
-        requests,
-        [
-            f"give modules of the classes: models={{{task!r}: <a module of that class>, …}} of "
-            "`MultiHeadModule.load_from_checkpoint`",
-            "say the class on the command line: --model=CLASS_PATH of inspect, export, validate, test and predict, "
-            "--classes.TASK=CLASS_PATH of merge and sweep",
-        ],
-    )
+
+    def check(classes: Mapping[str, type]) -> None:
+        found = [find_source_requests(known, trust, task, classes.get(task)) for task, known in others.items()]
+        check_requests(where, chain.from_iterable(found), ways_out)
+
+    check({})
+    classes = {task: _find_class(task, description, trust) for task, description in others.items()}
+    check(classes)  # whose signatures say which strings stand for functions
     return {
-        task: given[task] if task in given else make_source(task, description, trust)
+        task: given[task] if task in given else make_source(task, classes[task], description, trust)
         for task, description in descriptions.items()
     }
 
 
-def make_source(task: str, description: Mapping[str, Any], trust: Trust) -> LightningModule:
-    """An untrained module of the class and hyperparameters that :func:`describe_source` wrote down.
-
-    Raises:
-        CheckpointError: if that cannot be done; it says to pass ``models=``.
-    """
-    way_out = f"Pass models={{{task!r}: <a module of that class>, …}} to `MultiHeadModule.load_from_checkpoint`."
+def _find_class(task: str, description: Mapping[str, Any], trust: Trust) -> type[LightningModule]:
     path = description.get("class_path")
     if not path:
-        raise CheckpointError(f"The class of task {task!r} was not defined in a module that can be imported. {way_out}")
+        raise CheckpointError(
+            f"The class of task {task!r} was not defined in a module that can be imported. {_way_out(task)}"
+        )
     try:
-        found = find_source_class(path, trust)
+        return find_source_class(path, trust)
     except CheckpointError as error:
-        raise type(error)(f"Task {task!r}: {error} {way_out}") from error
+        raise type(error)(f"Task {task!r}: {error} {_way_out(task)}") from error
+
+
+def _way_out(task: str) -> str:
+    return f"Pass models={{{task!r}: <a module of that class>, …}} to `MultiHeadModule.load_from_checkpoint`."
+
+
+def make_source(
+    task: str, found: type[LightningModule], description: Mapping[str, Any], trust: Trust
+) -> LightningModule:
+    """An untrained module with the hyperparameters that :func:`describe_source` wrote down.
+
+    Args:
+        task: its task, for errors.
+        found: its class.
+        description: its hyperparameters.
+        trust: what they may name.
+
+    Raises:
+        CheckpointError: if it cannot be made; it says to pass ``models=``.
+    """
     left_out = "".join(
         f" The file leaves {name!r} out, which is an object." for name in description.get("left_out") or ()
     )
     if left_out:
-        rank_zero_warn(f"Task {task!r} is made with the defaults of {path!r}.{left_out} {way_out}")
+        rank_zero_warn(f"Task {task!r} is made with the defaults of {found.__name__}.{left_out} {_way_out(task)}")
     try:
         return build_module(found, description, trust)
     except UntrustedError:
         raise
     except Exception as error:
         raise CheckpointError(
-            f"{path!r} of task {task!r} cannot be made from its saved hyperparameters "
+            f"{description['class_path']!r} of task {task!r} cannot be made from its saved hyperparameters "
             f"{dict(description['hyperparameters'])}: {error}.{left_out} Call `self.save_hyperparameters()` in its "
-            f"__init__ before training. {way_out}"
+            f"__init__ before training. {_way_out(task)}"
         ) from error
 
 
@@ -221,7 +238,9 @@ UNKNOWN = object()
 
 def _to_plain(value: Any) -> Any:
     """A value in primitives and tensors; :data:`UNKNOWN` where it is something else."""
-    if value is None or type(value) in (bool, int, float, str):
+    if type(value) is str:
+        return portable(value)
+    if value is None or type(value) in (bool, int, float):
         return value
     if type(value) is Tensor:
         return value.detach().clone()

@@ -103,9 +103,13 @@ def find_model_class(
     option = "--model" if task is None else f"--classes.{task}"
     ways_out = [f"say the class: {option}={named}"] if named is not None and own_class is None else []
     check_requests(where, find_source_requests(description, trust, found=found), ways_out)
-    if found is None and named is None:
+    if found is not None:
+        return found
+    if named is None:
         raise CheckpointError(f"{where} does not say of which class its model is: say it with --model=CLASS_PATH.")
-    return found or find_source_class(named, trust)
+    found = find_source_class(named, trust)  # whose signature says which strings stand for functions
+    check_requests(where, find_source_requests(description, trust, found=found), ways_out)
+    return found
 
 
 def _read(path: str, weights_only: bool) -> dict[str, Any]:

@@ -26,6 +26,12 @@ def import_path(cls: type) -> str | None:
     return None if module is None or "<locals>" in cls.__qualname__ else f"{module}:{cls.__qualname__}"
 
 
+def portable(text: str) -> str:
+    """A text, in which a name inside the script that was run is one by which another process can import it."""
+    main = _main_name()
+    return f"{main}{text.removeprefix('__main__')}" if main is not None and text.startswith("__main__.") else text
+
+
 def homes_of(found: Any) -> set[str]:
     """The dotted names of a class or function where it is defined; none for anything else."""
     if not isinstance(found, type) and not inspect.isroutine(found):

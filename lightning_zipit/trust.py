@@ -131,7 +131,7 @@ class Trust:
             CheckpointError: if it is not there, or not allowed.
         """
         if not self.allows(name, as_source, default):
-            raise UntrustedError(f"{name} is not allowed.")
+            raise UntrustedError(f"{name} is not allowed: say trust=[{name!r}] (--trust={name}) if it may be called.")
         found = look_up(name)
         if isinstance(found, type) or any(found is one for one in (*self.objects, default) if one is not None):
             return found
@@ -208,6 +208,10 @@ class Request:
     where: str
     allowed: bool
 
+    def __str__(self) -> str:
+        text = f"{self.name} ({self.where})"
+        return text if text.isprintable() else repr(text)  # it comes from the file
+
 
 def check_requests(where: str, requests: Iterable[Request], ways_out: Iterable[str] = ()) -> None:
     """Refuse a file that asks for anything that is not allowed.
@@ -224,12 +228,15 @@ def check_requests(where: str, requests: Iterable[Request], ways_out: Iterable[s
     refused = [request for request in requests if not request.allowed]
     if not refused:
         return
-    names = [str(name) for name in dict.fromkeys(str(request.name) for request in refused)]
-    listed = "".join(f"\n  - {request.name} ({request.where})" for request in refused)
-    allowed = "".join(f"\n  - {request.name} ({request.where}): allowed" for request in requests if request.allowed)
-    others = "".join(f" Or {way}." for way in ways_out)
+    listed = [f"\n  - {request}" for request in refused]
+    listed += [f"\n  - {request}: allowed" for request in requests if request.allowed]
+    names = list(dict.fromkeys(request.name for request in refused if is_import_path(str(request.name))))
+    trust = (
+        f" If you know what these do with the arguments in the file, allow them: trust={names} in Python, "
+        f"--trust='[{', '.join(names)}]' on the command line; a module's name allows all classes that it defines."
+    )
     raise UntrustedError(
-        f"{where} names what you have not vouched for, and nothing that it names was imported or called:{listed}"
-        f"{allowed}\nIf you know what these do with the arguments in the file, allow them: trust={names} in Python, "
-        f"--trust='[{', '.join(names)}]' on the command line; a module's name allows all of its classes.{others}"
+        f"{where} names what you have not vouched for, which was neither imported nor called:{''.join(listed)}\n"
+        f"Nothing else that the file names was called either.{trust if names else ' No trust allows what is no name.'}"
+        f"{''.join(f' Or {way}.' for way in ways_out)}"
     )

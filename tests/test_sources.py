@@ -12,7 +12,7 @@ import torch
 from helpers.cli_user import LitNet
 from torch import nn
 
-from lightning_zipit.descriptions import describe_source, make_source
+from lightning_zipit.descriptions import describe_source, make_sources
 from lightning_zipit.errors import CheckpointError, ConfigurationError
 from lightning_zipit.names import find_class, find_object
 from lightning_zipit.trust import Trust
@@ -20,6 +20,10 @@ from lightning_zipit.trust import Trust
 
 class ScriptNet(LitNet):
     """Stands for a class of the script that was run."""
+
+
+def read(description):
+    return make_sources({"cats": description}, Trust(), "merged.ckpt")["cats"]
 
 
 @pytest.fixture
@@ -53,6 +57,15 @@ def test_a_class_of_the_running_script_has_the_name_by_which_others_import_it(ru
     assert find_class(f"{module}:ScriptNet") is ScriptNet  # the running script is not imported again
 
 
+def test_arguments_of_the_running_script_are_named_as_its_classes_are(run_as):
+    run_as("/home/user/project/main.py")
+    model = LitNet()
+    model.hparams.update(net={"class_path": "__main__.Net", "init_args": {"act": "__main__.act"}}, text="__main__")
+    described = describe_source(model)["hyperparameters"]
+    assert described["net"] == {"class_path": "main.Net", "init_args": {"act": "main.act"}}
+    assert described["text"] == "__main__"
+
+
 @pytest.mark.parametrize(
     ("file", "spec"),
     [(None, None), ("/home/user/main.v2.py", None), ("project/__main__.py", "__main__")],
@@ -75,7 +88,7 @@ def test_a_class_is_found_by_its_path():
 def test_a_source_is_made_again_from_its_description():
     description = describe_source(LitNet(7))
     assert description["hyperparameters"] == {"width": 7}
-    assert make_source("cats", description, Trust()).net.stem[0].out_channels == 7
+    assert read(description).net.stem[0].out_channels == 7
 
 
 def test_a_value_that_no_file_can_hold_is_named(recwarn):
@@ -86,13 +99,13 @@ def test_a_value_that_no_file_can_hold_is_named(recwarn):
     assert description["left_out"] == ["made"] and description["hyperparameters"]["sizes"] == (1, 2)
     assert type(description["hyperparameters"]["rate"]) is float
     assert torch.equal(description["hyperparameters"]["weights"], weights)
-    make_source("cats", description, Trust())
+    read(description)
     assert any("'made'" in str(warning.message) for warning in recwarn)
     with pytest.raises(CheckpointError, match="leaves 'made' out"):
-        make_source("cats", {**description, "hyperparameters": {"width": "wide"}}, Trust())
+        read({**description, "hyperparameters": {"width": "wide"}})
 
 
 def test_a_source_that_cannot_be_made_again_says_what_to_do():
     for broken in ({"class_path": None}, {"class_path": "gone:Net"}, {"hyperparameters": {"width": "wide"}}):
         with pytest.raises(CheckpointError, match=r"models=\{'cats'"):
-            make_source("cats", {**describe_source(LitNet(7)), **broken}, Trust())
+            read({**describe_source(LitNet(7)), **broken})
