@@ -47,6 +47,7 @@ class Context:
         self.opaque: list[Ids] = []
         self.touched: dict[bytes, Ids] = {}
         self.node: fx.Node
+        self.shared = True
         self.values: Mapping[fx.Node, Any] = {}
         self._constants = Constants(module)
         self._said: set[str] = set()
@@ -279,7 +280,7 @@ class Context:
         for node in nodes:
             if node in values:
                 continue
-            self.node = node
+            self.node, self.shared = node, node not in tolerant
             try:
                 if node.name in self.barriers:
                     raise self.error("it is a barrier")
@@ -329,7 +330,8 @@ class Context:
             raise self.error("no rule knows what it does to features")
         self._said = set()
         value = self.constant(inputs) if known is None else self._follow(known, args, kwargs)
-        if missing := unexplained(self.node, self.module, self._canonical, (args, kwargs), value, self._said):
+        missing = unexplained(self.node, self.module, self._canonical, (args, kwargs), value, self._said)
+        if missing and (self.shared or any(isinstance(value, Features) for value in inputs)):
             raise self.error(
                 f"nothing says in which order the entries of {', '.join(f'`{name}`' for name in missing)} come: they "
                 "belong to no features that are known, and to no positions of the input"

@@ -11,19 +11,20 @@ from lightning_zipit.graph.registry import OPERATORS, Trait
 
 
 def operators_as_markdown() -> str:
-    """The operators that are known, what they are, and what follows, as a table with a row for those that are alike.
+    """The operators that the package knows and what they are, as a table with a row for those that are alike.
 
     Example:
         >>> "| `cumprod`, `cumsum`, `logcumsumexp` |" in operators_as_markdown()
         True
     """
     rows: dict[tuple[Trait, str], set[str]] = {}
-    for key, known in OPERATORS.items():
+    own = {key: known for key, known in OPERATORS.items() if known.rule.__module__.startswith(f"{__package__}.")}
+    for key, known in own.items():
         said = (inspect.getdoc(known.rule) or "").partition("\n")[0].replace("``", "`")
         rows.setdefault((known.traits, said), set()).add(_name(key))
     lines = ["| operators | traits | what becomes of features |", "| --- | --- | --- |"]
     for (traits, said), names in sorted(rows.items(), key=lambda row: min(map(str.lower, row[1]))):
-        listed = ", ".join(f"`{name}`" for name in sorted(names, key=str.lower))
+        listed = ", ".join(f"`{name}`" for name in sorted(names, key=lambda name: (name.lower(), name)))
         lines.append(f"| {listed} | {', '.join(_traits(traits))} | {said} |")
     return "\n".join(lines)
 

@@ -119,7 +119,6 @@ class Hooked(Again):
 
 
 LEFT = {  # the shape of a sample, what keeps its weights, and why
-    Mixer: ((9, 6), ["trunk.t1", "trunk.t2"], "such as positions"),
     NormOfTwo: ((3, 8, 8), ["trunk.bn"], "used more than once"),
     NormsOfOneScale: ((3, 8, 8), ["trunk.bn", "trunk.other"], "used more than once"),
     Again: ((6,), ["trunk.again"], "used more than once"),
@@ -161,7 +160,8 @@ def test_layers_with_too_many_inputs_are_said(monkeypatch):
     monkeypatch.setattr(walk, "MOST_INPUTS", 9)
     nets, x = pair(Mixer, (9, 6))
     notes = merge_backbones(nets, [x], MergeSettings()).report.notes
-    assert notes[-1].endswith("`trunk.c1`, `trunk.c2`, `heads.a.out`, `heads.b.out` (too many inputs).")
+    own = ", ".join(f"`heads.{task}.{name}`" for task in "ab" for name in ("t2", "c1", "c2", "out"))
+    assert notes[-1].endswith(f"{own} (too many inputs).")
 
 
 class Summed(nn.Module):

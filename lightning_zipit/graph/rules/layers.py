@@ -118,6 +118,8 @@ def transposed_convolution_module(
 def linear(ctx: Context, input: Value, weight: Value, bias: Parameter | None = None) -> Value:
     """Reads the last axis (each feature H·W times, after a flatten), makes a new last axis."""
     weight, x = weight_of(ctx, weight, 2), input_of(ctx, input)
+    if isinstance(x, Features) and x.rank - 1 not in x.axes:
+        return _mix_positions(ctx, x, weight, bias)
     _check_last(ctx, x)
     ctx.read(weight, 1, x)
     output = Features(ctx.fresh(weight.shape[0]), (ctx.rank - 1,))
@@ -126,12 +128,20 @@ def linear(ctx: Context, input: Value, weight: Value, bias: Parameter | None = N
     return output
 
 
+def _mix_positions(ctx: Context, x: Features, *parameters: Parameter | None) -> Features:
+    """What it makes of the positions has no order that all models share, so that its weights cannot be merged."""
+    if ctx.shared:
+        raise ctx.error(
+            "it mixes positions, such as the tokens of an MLP-Mixer, and what it makes of them comes in another order "
+            "in each model"
+        )
+    ctx.positional(parameters)
+    return x
+
+
 def _check_last(ctx: Context, x: Value) -> None:
-    if not isinstance(x, Features) or x.axes == (x.rank - 1,):
-        return
-    if x.rank - 1 in x.axes:
+    if isinstance(x, Features) and x.axes != (x.rank - 1,):
         raise ctx.error("its input features are not the last axis alone")
-    raise ctx.error("it mixes positions, such as the tokens of an MLP-Mixer, and what it makes has an order of its own")
 
 
 @module_rule(nn.Linear, traits=LAYER)

@@ -229,7 +229,7 @@ ATTRIBUTES: dict[str, Callable[..., Any]] = {"shape": size, "ndim": rank}
 """Attributes of a tensor that are known before any data is."""
 
 
-@rule(getattr, traits=Trait.VIEW)
+@rule(getattr, traits=Trait.SHAPE | Trait.VIEW)
 def attribute(ctx: Context, input: Any, name: str) -> Any:
     """An attribute of a tensor, such as its shape or its transpose."""
     if name in ATTRIBUTES:
