@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from lightning_zipit.copying import copy_module
 from lightning_zipit.errors import ConfigurationError, VerificationError
 from lightning_zipit.graph.replay import agree, run_nodes, swapped, tensors_in
 from lightning_zipit.graph.spaces import Crossing, MergeGraph, unit_members, units_around, units_first
@@ -107,7 +107,7 @@ def permute_spaces(module: nn.Module, graph: MergeGraph, permutations: Mapping[s
     Raises:
         ConfigurationError: if a tied parameter would need two orders.
     """
-    module = copy.deepcopy(module)
+    module = copy_module(module)
     with torch.no_grad():
         for name, tensor, row in list(bind(graph.axes, module)):
             permuted = _permute(tensor, row, graph, permutations)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from lightning_zipit.copying import copy_module
 from lightning_zipit.errors import CalibrationError, TraceError
 from lightning_zipit.graph.shapes import evaluating
 
@@ -31,7 +31,7 @@ def working_copy(network: nn.Module) -> nn.Module:
         for parameter in network.parameters()
         if not isinstance(parameter, nn.UninitializedParameter)
     }
-    copied = copy.deepcopy(network, shared)
+    copied = copy_module(network, shared)
     for module in copied.modules():
         module.training = False
     return copied

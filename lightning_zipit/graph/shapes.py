@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from operator import attrgetter
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from lightning_zipit.copying import copy_module
 from lightning_zipit.errors import TraceError, UnknownShapeError
 from lightning_zipit.graph.registry import Trait, traits_of
 
@@ -98,7 +98,7 @@ def _on_meta(backbone: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {id(tensor): torch.empty_like(tensor, device="meta") for tensor in tensors}
     for parameter in backbone.parameters():
         memo[id(parameter)] = nn.Parameter(memo[id(parameter)], requires_grad=False)
-    return copy.deepcopy(backbone, memo)
+    return copy_module(backbone, memo)
 
 
 def _guesses(backbone: nn.Module, graph: fx.Graph) -> Iterator[Tensor]:

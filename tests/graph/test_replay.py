@@ -124,3 +124,34 @@ def test_what_a_forward_keeps_is_not_kept_in_the_users_network(how):
         assert not net.cache and not net.log and not net.count.any()
         assert isinstance(net.count, torch.Tensor) and net.count is net._buffers["count"]
         assert isinstance(net(x), torch.Tensor)
+
+
+class KeepsByHook(nn.Module):
+    """Keeps features of its last forward, with the history that gradients take."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.kept = nn.Linear(5, 6), nn.Linear(6, 2), []
+        self.a.register_forward_hook(self.keep)
+
+    def keep(self, module, inputs, output):
+        self.kept.append(output)
+
+    def forward(self, x):
+        return self.b(self.a(x).relu())
+
+
+def test_a_network_that_keeps_tensors_with_a_history_is_merged():
+    nets, x = {task: KeepsByHook() for task in "ab"}, torch.randn(16, 5)
+    for net in nets.values():
+        net(x)
+    merged = merge_backbones(nets, [x], MergeSettings(refine=None))
+    assert merged.heads["a"](*merged.trunk(x)).shape == (16, 2)
+    assert all(len(net.kept) == 1 and net.kept[0].grad_fn is not None for net in nets.values())
+
+
+@pytest.mark.parametrize("norm", [torch.nn.utils.weight_norm, torch.nn.utils.parametrizations.weight_norm])
+def test_weight_norm_is_refused_with_the_way_out(norm):
+    nets = {task: nn.Sequential(norm(nn.Linear(5, 6)), nn.ReLU(), nn.Linear(6, 2)) for task in "ab"}
+    with pytest.raises(TraceError, match="remove_"):
+        merge_backbones(nets, [torch.randn(16, 5)], MergeSettings(refine=None))
