@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from lightning_zipit.copying import copy_module
 from lightning_zipit.graph import MergeGraph
 from lightning_zipit.graph.joined import UNMERGE, Joined
 from lightning_zipit.graph.registry import Trait, traits_of, writes_in_place
@@ -312,7 +313,7 @@ def _module(
 ) -> fx.GraphModule:
     graph.lint()
     module = fx.GraphModule(root, graph, class_name=name)
-    module = copy.deepcopy(module)  # own weights: the traced network stays as it is
+    module = copy_module(module)  # own weights: the traced network stays as it is
     module.meta.clear()
     untie(module, table)
     if widths:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_zipit.collectives import share
+from lightning_zipit.copying import copy_module
 from lightning_zipit.merged import MergedBackbone
 from lightning_zipit.merging.maps import Maps
 from lightning_zipit.refine.batch_norm import BatchNormEstimator
@@ -51,7 +51,7 @@ class Refiner:
         dtype = next(next(iter(networks.values())).parameters()).dtype
 
         def working(module: nn.Module) -> nn.Module:
-            return copy.deepcopy(module).to(device=device, dtype=dtype).eval()
+            return copy_module(module).to(device=device, dtype=dtype).eval()
 
         with torch.inference_mode(False):
             self.trunk = working(merged.trunk)
