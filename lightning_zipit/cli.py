@@ -60,6 +60,10 @@ class ZipItCLI(LightningCLI):
     subclass may have ``before_merge`` and ``after_merge``, as one of LightningCLI has ``before_fit`` and its kin; after
     a merge, ``self.trainer.lightning_module`` is the merged module.
 
+    As under LightningCLI, the hyperparameters of a checkpoint come before the model's arguments. Of what they name,
+    only what the command line names too or ``--trust`` allows is imported and called. The configuration that is saved
+    holds the arguments, with the path of the checkpoint.
+
     An error that this package raises on purpose ends the command with its message and exit code 1, without a traceback.
 
     Args:

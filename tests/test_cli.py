@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers.cli_user import Data, LitNet, SizedNet, TestedData, TypedNet, UnrecordedNet
+from helpers.cli_user import Data, LitNet, OneLoader, SizedNet, TestedData, TypedNet, UnrecordedNet
 from helpers.processes import run as run_processes
 from lightning.pytorch import Trainer
+from safetensors.torch import save_file
 
 from lightning_zipit import MultiHeadModule, Range, ZipIt, ZipItCLI, ZipItTrainer, trace
 from lightning_zipit.cli import main
@@ -412,6 +413,35 @@ def test_the_installed_command_tests_a_merged_checkpoint_without_a_model(folder,
     with pytest.raises(SystemExit):
         main(["test", *quiet, "--ckpt_path=a.ckpt"])
     assert "--model, unless --ckpt_path is a merged checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["test"], ["fit", "--trainer.max_steps=3"]])
+def test_a_trained_checkpoint_says_what_its_model_is(folder, command):
+    run = cli(*command, "--ckpt_path=a.ckpt", "--trainer.logger=false", "--model.width=7", data=OneLoader)
+    assert run.model.net.stem[0].out_channels == 5
+    assert run.model.hparams_initial["width"] == 5 and "_instantiator" in run.model.hparams
+    trained = torch.load("a.ckpt", weights_only=True)["state_dict"]["net.stem.0.weight"]
+    assert torch.equal(run.model.net.stem[0].weight, trained) == (command == ["test"])
+    assert run.trainer.global_step == (3 if command[0] == "fit" else 0)
+
+
+def test_a_merge_reads_the_configuration_of_a_fit(trained, folder):
+    config = trained / "runs" / "a" / "config.yaml"
+    merging = ZipItCLI(LitNet, Data, args=["merge", "--config", str(config), *QUIET, *SOURCES])
+    assert merging.model.hparams["width"] == 5 and names(folder) == ["a.ckpt", "b.ckpt", "merged.ckpt"]
+
+
+def test_plain_weights_are_loaded_into_the_model_given(folder):
+    recorded = cli("merge", *SOURCES).trainer.lightning_module
+    for name in "ab":
+        weights = torch.load(f"{name}.ckpt", weights_only=True)["state_dict"]
+        torch.save(weights, f"{name}.pt")
+        save_file(weights, f"{name}.safetensors")
+    for kind in ("pt", "safetensors"):
+        sources = [word.replace(".ckpt", f".{kind}") for word in SOURCES]
+        assert same_weights(recorded, cli("merge", *sources, "--model.width=5").trainer.lightning_module)
+    torch.save({"weights": weights}, "b.ckpt")
+    assert "b.ckpt is neither a checkpoint of Lightning" in message_of("merge", *SOURCES)
 
 
 def test_a_merged_checkpoint_is_not_trained_on(folder):

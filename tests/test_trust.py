@@ -338,6 +338,11 @@ def test_no_building_block_is_of_the_packages_that_load_and_run_things():
     assert not {"audio", "image", "text", "multimodal", "wrappers"} & {place.split(".")[1] for place in allowed}
 
 
+def test_a_file_of_an_older_version_is_read(folder):
+    rewrite("merged.ckpt", lambda content: content["lightning_zipit"]["sources"]["a"].pop("left_out"))
+    assert MultiHeadModule.load_from_checkpoint("merged.ckpt").tasks == ["a", "b"]
+
+
 def test_trusting_a_module_allows_its_classes(folder):
     (folder / "payload.py").write_text("from test_trust import Lit\nclass Net(Lit): pass\n")
     rewrite("merged.ckpt", lambda content: content["lightning_zipit"]["sources"]["a"].update(class_path="payload:Net"))
