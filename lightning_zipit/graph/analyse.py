@@ -101,6 +101,8 @@ class Analysis:
     def _cross(self, node: fx.Node, value: Any) -> None:
         self.ctx.node = node
         if not isinstance(value, Features):
+            if any(isinstance(part, Features) for part in leaves(value)):
+                raise self.ctx.error("the trunk would end at several tensors at once")
             return
         if len(value.axes) > 1:
             raise self.ctx.error("the trunk would end between the heads of an attention; end it at the whole block")

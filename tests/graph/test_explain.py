@@ -264,3 +264,30 @@ def test_a_chain_of_residual_blocks_is_walked_once():
 def test_a_trunk_that_starts_with_an_unexplained_parameter_is_refused():
     with pytest.raises(TraceError, match=r"nothing says in which order the entries of `0\.weight_ih_l0`"):
         trace(nn.Sequential(nn.GRU(4, 8)), merge_heads=True, example_input=torch.randn(2, 3, 4))
+
+
+class Apart(nn.Module):
+    """Parts with features along two axes, of which each is a barrier."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(5, 6), nn.Linear(6, 8), nn.Linear(4, 3)
+
+    def forward(self, x):
+        a, b = self.second(self.first(x).relu()).unflatten(1, (2, 2, 2)).unbind(1)
+        return self.last((a.cumsum(1) * b.cumsum(2)).flatten(1))
+
+
+@torch.no_grad()
+def test_parts_of_a_tensor_are_not_handed_over_as_they_are():
+    net = Apart()
+    graph = trace(net)
+    assert not any("unbind" in crossing.node for crossing in graph.crossings)
+    other, order = copy.deepcopy(net), torch.randperm(6)
+    other.first.weight.copy_(net.first.weight[order])
+    other.first.bias.copy_(net.first.bias[order])
+    other.second.weight.copy_(net.second.weight[:, order])
+    x = torch.randn(64, 5)
+    merged = merge_backbones({"a": net, "b": other}, [x], MergeSettings(refine=None))
+    for output in AllHeads(merged.trunk, merged.heads)(x).values():
+        assert torch.allclose(output, net(x), atol=1e-4)
