@@ -184,10 +184,13 @@ class _Search:
         absorbed = {crossing.node for crossing in self.graph.crossings if crossing.absorbed}
         found = {node for node in self.order if node.name in absorbed}.difference(self.nodes)
         for node in self.nodes:
-            read = [node, *node.all_input_nodes]
-            weights = [f"{node.target}.weight", *(str(each.target) for each in read if each.op == "get_attr")]
-            absorbs = any(any(self.graph.axes.get(name, ())) for name in weights)
-            if not (absorbs or found.isdisjoint(read) or self._asks(node)):
+            if found.isdisjoint(node.all_input_nodes) or self._asks(node):
+                continue
+            weights = [str(source.target) for source in node.all_input_nodes if source.op == "get_attr"]
+            if node.op == "call_module":
+                called = self.module.get_submodule(str(node.target))
+                weights += [f"{node.target}.{name}" for name, _ in called.named_parameters()]
+            if not any(any(self.graph.axes.get(name, ())) for name in weights):
                 found.add(node)
         return found
 

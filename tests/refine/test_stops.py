@@ -323,3 +323,11 @@ def test_layers_that_end_a_residual_branch_are_fitted_to_the_sum(make, fitted):
         distances[refine] = sum((outputs[task] - net(x)).square().mean() for task, net in nets.items())
     zipped, fit = distances.values()
     assert fit < 0.8 * zipped
+
+
+def test_layers_of_trunk_and_head_that_share_a_tensor_are_fitted_in_both():
+    """Each has a copy of it."""
+    nets, x = pair(OneBias, (6,))
+    report = merge_backbones(nets, [x], MergeSettings("again")).report
+    assert {"trunk.again", "heads.a.more", "heads.b.more"} < set(report.fits)
+    assert not any("Kept the weights" in note for note in report.notes)
