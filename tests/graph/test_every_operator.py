@@ -366,9 +366,9 @@ def test_the_operator_permutes_its_output_as_the_rule_says(rule):
     for key in found:
         operator = resolve(key)
         given = list(inputs(sizes=WIDE if "huffle" in base(operator) else SHAPES))
-        some = rng.sample(given, min(len(given), max(2, 300 // len(found))))
+        some = rng.sample(given, min(len(given), max(2, 200 // len(found))))
         if base(operator) not in HERE:
-            moved = any([moves(outcome) for outcome in judged(rule, operator, rng, some, 2)])
+            moved = any([moves(outcome) for outcome in judged(rule, operator, rng, some, 1)])
             # a rule that refuses everything would be right, and of no use
             assert moved or any(map(moves, judged(rule, operator, rng, given, 100))), key
 
