@@ -131,7 +131,8 @@ class _Search:
 
     def run(self) -> Stops:
         left: dict[str, str] = {}
-        layers, norms = [], []
+        layers: list[fx.Node] = []
+        norms: list[fx.Node] = []
         for node in (node for node in self.nodes if node.op == "call_module"):
             is_layer = type(self.module.get_submodule(str(node.target))) in LAYERS
             if not is_layer and not self._is_norm(node):
