@@ -24,6 +24,7 @@ COMPUTED = "weights that are computed, or hooks"
 USED_AGAIN = "parameters that are used more than once"
 NOT_MATCHED = "outputs that are not features that were matched, such as positions"
 UNBATCHED = "outputs without an axis for the batch"
+NOT_AFFINE = "no scale and shift that could take up other statistics"
 TOO_MANY_INPUTS = "too many inputs"
 
 
@@ -123,31 +124,32 @@ class _Search:
         self, graph: MergeGraph, module: nn.Module, nodes: Sequence[fx.Node], known: Sequence[fx.Node]
     ) -> None:
         self.graph, self.module, self.nodes = graph, module, nodes
+        self.own = set(nodes)
         self.order = {node: position for position, node in enumerate((*known, *nodes))}
         self.uses = self._count_uses()
         self.merged = self._find_merged()
 
     def run(self) -> Stops:
         left: dict[str, str] = {}
-        layers, norms = [], []
+        layers: list[fx.Node] = []
+        norms: list[fx.Node] = []
         for node in (node for node in self.nodes if node.op == "call_module"):
-            called = self.module.get_submodule(str(node.target))
-            if type(called) in LAYERS and not (why := self._obstacle(node, called)):
-                layers.append(node)
-            elif type(called) in LAYERS:
+            is_layer = type(self.module.get_submodule(str(node.target))) in LAYERS
+            if not is_layer and not self._is_norm(node):
+                continue
+            if why := self._obstacle(node) if is_layer else self._obstacle_of_norm(node):
                 left[str(node.target)] = why
-            elif self._is_norm(node) and not self._is_used_again(called):
-                norms.append(node)
-            elif self._is_norm(node):
-                left[str(node.target)] = USED_AGAIN
+            else:
+                (layers if is_layer else norms).append(node)
         stops: list[Layer | Norm] = []
         for number, node in enumerate(layers):
             end = self.order[layers[number + 1]] if number + 1 < len(layers) else len(self.order)
             stops.append(self._describe(node, end))
         folded = {stop.norm for stop in stops if isinstance(stop, Layer)}
         stops += [Norm(node) for node in norms if node not in folded]
+        fitted = {stop.name for stop in stops}
         for name in self._owners_of_matrices():
-            if name not in {stop.name for stop in stops}:
+            if name not in fitted:
                 left.setdefault(name, OTHER_KIND)
         return Stops(sorted(stops, key=lambda stop: self.order[stop.node]), left)
 
@@ -165,8 +167,9 @@ class _Search:
     def _traits(self, node: fx.Node) -> Trait:
         return traits_of(node, self.graph.module)  # the part has not what its values are used by elsewhere
 
-    def _obstacle(self, node: fx.Node, layer: nn.Module) -> str:
+    def _obstacle(self, node: fx.Node) -> str:
         """Why a layer cannot be fitted; empty where it can."""
+        layer = self.module.get_submodule(str(node.target))
         weight, rank = layer._parameters.get("weight"), len(self.graph.shapes.get(node.name, ()))
         if weight is None or layer._forward_hooks or layer._forward_pre_hooks:
             return COMPUTED
@@ -182,7 +185,7 @@ class _Search:
     def _find_merged(self) -> set[fx.Node]:
         """The nodes of a head whose values hold merged features: what is absorbed, as far as the layers that do so."""
         absorbed = {crossing.node for crossing in self.graph.crossings if crossing.absorbed}
-        found = {node for node in self.order if node.name in absorbed}.difference(self.nodes)
+        found = {node for node in self.order if node.name in absorbed}.difference(self.own)
         for node in self.nodes:
             if found.isdisjoint(node.all_input_nodes) or self._asks(node):
                 continue
@@ -219,10 +222,18 @@ class _Search:
         return any(self.uses[id(tensor)] > 1 for tensor in (*module.parameters(), *module.buffers()))
 
     def _is_norm(self, node: fx.Node) -> bool:
+        """Whether a node is a batch norm with running statistics."""
         if node.op != "call_module" or Trait.NORM not in self._traits(node):
             return False
         norm = self.module.get_submodule(str(node.target))
-        return isinstance(norm, _BatchNorm) and norm.track_running_stats and norm.affine
+        return isinstance(norm, _BatchNorm) and norm.track_running_stats
+
+    def _obstacle_of_norm(self, node: fx.Node) -> str:
+        """Why a batch norm keeps the statistics that it has; empty where they can be those of what reaches it."""
+        norm = self.module.get_submodule(str(node.target))
+        if norm._parameters.get("weight") is None or norm._parameters.get("bias") is None:
+            return NOT_AFFINE
+        return USED_AGAIN if self._is_used_again(norm) else ""
 
     def _describe(self, node: fx.Node, end: int) -> Layer:
         """Follow the only use of a layer's value through its norm into a sum, as far as the next layer."""
@@ -234,9 +245,9 @@ class _Search:
             norm = last = following
         branch = direct = Branch(last, self.graph.shapes[last.name])
         following = self._only_user(last, end)
-        while following is not None and (longer := branch.extended(following, self.graph.module, self.order)):
+        while following is not None and (longer := branch.extended(following, self.graph.module, self.own)):
             branch, following = longer, self._only_user(following, end)
-        beside = None if following is None else self._other_summand(branch, following)
+        beside = None if following is None else self._other_summand(node, branch, following)
         if following is None or beside is None or not self._is_lossless(branch, node):
             return Layer(node, norm, direct, last)
         return Layer(node, norm, branch, following, beside)
@@ -247,22 +258,22 @@ class _Search:
 
     def _is_folded(self, node: fx.Node, following: fx.Node) -> bool:
         """Whether a node is a batch norm over the outputs of a layer, and over those alone."""
-        if not self._is_norm(following) or self._is_used_again(self.module.get_submodule(str(following.target))):
+        if not self._is_norm(following) or self._obstacle_of_norm(following):
             return False
         layer, shape = self.module.get_submodule(str(node.target)), self.graph.shapes.get(node.name, ())
         return range(len(shape))[outputs_axis(layer)] == 1  # else its channels are positions
 
-    def _other_summand(self, branch: Branch, following: fx.Node) -> fx.Node | None:
+    def _other_summand(self, node: fx.Node, branch: Branch, following: fx.Node) -> fx.Node | None:
         """What is added to a branch; ``None`` where the sum has another shape, or it is not known before the layer."""
         shapes, inputs = self.graph.shapes, following.all_input_nodes
+        if following.name not in shapes or shapes[following.name] != shapes.get(branch.end.name):
+            return None
         if Trait.SUM not in self._traits(following) or len(inputs) != 2:
             return None
         if len(following.args) > 2 or "alpha" in following.kwargs:  # a factor for one of them
             return None
-        before = [source for source in inputs if self.order.get(source, len(self.order)) < self.order[branch.start]]
-        if len(before) != 1 or before[0].name not in shapes or shapes[following.name] != shapes[branch.end.name]:
-            return None
-        return before[0]
+        before = [source for source in inputs if self.order.get(source, len(self.order)) < self.order[node]]
+        return before[0] if len(before) == 1 and before[0].name in shapes else None
 
     def _is_lossless(self, branch: Branch, node: fx.Node) -> bool:
         """Whether a branch loses no entry of what goes in, and scales each output of a layer alike everywhere."""

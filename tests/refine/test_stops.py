@@ -76,6 +76,15 @@ class NormsOfOneScale(NormOfTwo):
         self.other.weight, self.other.bias = self.bn.weight, self.bn.bias
 
 
+class NoShift(NormOfTwo):
+    """Batch norms without a shift, or without a scale too."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn, self.other = nn.BatchNorm2d(8, affine=False), nn.BatchNorm2d(8)
+        self.other.register_parameter("bias", None)
+
+
 class Again(nn.Module):
     """A layer that is applied twice."""
 
@@ -121,6 +130,7 @@ class Hooked(Again):
 LEFT = {  # the shape of a sample, what keeps its weights, and why
     NormOfTwo: ((3, 8, 8), ["trunk.bn"], "used more than once"),
     NormsOfOneScale: ((3, 8, 8), ["trunk.bn", "trunk.other"], "used more than once"),
+    NoShift: ((3, 8, 8), ["trunk.bn", "trunk.other"], "no scale and shift"),
     Again: ((6,), ["trunk.again"], "used more than once"),
     ReadToo: ((6,), ["trunk.again"], "used more than once"),
     OneBias: ((6,), ["trunk.again", "trunk.more"], "used more than once"),
@@ -135,7 +145,9 @@ def pair(make, shape):
     with torch.no_grad():
         for norm in (module for module in net.modules() if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d))):
             norm.momentum = None
-            norm.weight.uniform_(0.5, 1.5), norm.bias.normal_(0, 0.1)
+            for parameter, center in ((norm.weight, 1), (norm.bias, 0)):
+                if parameter is not None:
+                    parameter.uniform_(center - 0.2, center + 0.2)
         net.train()(x)
         permuted = copy.deepcopy(net.eval())
         permuted.permute()
@@ -171,14 +183,14 @@ class Summed(nn.Module):
         super().__init__()
         self.c1, self.c2, self.out = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 4)
         self.context, self.shift = nn.Conv2d(8, 8, 1), nn.Parameter(torch.randn(8, 1, 1))
-        self.add = add
+        self.norm, self.add = nn.BatchNorm2d(8), add
 
     def forward(self, x):
         return self.out(self.add(self, self.c1(x).relu()).relu().mean((2, 3)))
 
     def permute(self):
         order = torch.randperm(8)
-        reorder(order, (self.c1, self.c2, self.context), (self.c2, self.context, self.out))
+        reorder(order, (self.c1, self.c2, self.context, self.norm), (self.c2, self.context, self.out))
         self.shift.copy_(self.shift[order])
 
 
@@ -186,6 +198,13 @@ def in_place(net, x):
     y = net.c2(x)
     y += x
     return y
+
+
+def computed_between(net, x):
+    """What is added is known behind the layer, and in front of its norm."""
+    y = net.c2(x)
+    pooled = x.mean((2, 3), keepdim=True)
+    return pooled + net.norm(y)
 
 
 SUMS = {  # and whether the layer is fitted to the sum
@@ -205,6 +224,9 @@ SUMS = {  # and whether the layer is fitted to the sum
     "of one channel": (lambda net, x: x.mean(1, keepdim=True) + net.c2(x), True),
     "of another layer": (lambda net, x: net.context(x.mean((2, 3), keepdim=True)) + net.c2(x), True),
     "of a layer that is broadcast": (lambda net, x: x + net.c2(x.mean((2, 3), keepdim=True)), False),
+    "behind a norm": (lambda net, x: x + net.norm(net.c2(x)), True),
+    "behind a norm, scaled": (lambda net, x: x + net.shift * net.norm(net.c2(x)), True),
+    "of what is computed between": (computed_between, False),
     "of twice the same": (lambda net, x: (y := net.c2(x)) + y, False),
     "with a factor": (lambda net, x: torch.add(net.c2(x), x, alpha=2), False),
     "with a factor, as a method": (lambda net, x: x.add(net.c2(x), alpha=-0.5), False),
@@ -226,7 +248,7 @@ def test_a_layer_is_fitted_to_a_sum_of_its_own_shape(name):
     graph = trace(nets["a"], example_input=x[:1])
     stops, _ = find_stops(graph, nets["a"], list(graph.trunk_graph()))
     (stop,) = (stop for stop in stops if stop.name == "c2")
-    assert (stop.beside is not None) == (stop.target.name != "c2") == to_sum
+    assert (stop.beside is not None) == (stop.target.name not in ("c2", "norm")) == to_sum
     for how in REFINEMENTS:
         merged = merge_backbones(nets, list(x.split(20)), MergeSettings(refine=how))
         assert relative_error(AllHeads(merged.trunk, merged.heads)(x), nets["a"](x)) < 1e-3
