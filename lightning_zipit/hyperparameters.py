@@ -76,10 +76,18 @@ def parameters_of(found: Any) -> dict[str, Parameter]:
             hints = {}
         for name, parameter in signature.items():
             default = None if parameter.default is parameter.empty else parameter.default
-            known.setdefault(name, Parameter(_flat([hints.get(name, Any)]), default))
+            hint = _flat([hints[name]]) if name in hints else _guess(default)
+            known.setdefault(name, Parameter(hint, default))
         if not takes_any(signature):
             break
     return known
+
+
+def _guess(default: Any) -> tuple[Any, ...]:
+    """The types of a parameter without any, as LightningCLI guesses them: that of its default, or anything."""
+    if default is None:
+        return (Any,)
+    return (type if isinstance(default, type) else Callable if inspect.isroutine(default) else type(default), Any)
 
 
 def takes_any(signature: Mapping[str, inspect.Parameter]) -> bool:
