@@ -122,11 +122,15 @@ NETWORKS = {
 }
 
 
+def by_name(*nightly):
+    return [pytest.param(name, marks=pytest.mark.nightly if name in nightly else ()) for name in NETWORKS]
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("how", "tolerance"), [(LeastSquares(), 1e-3), (Repair(**EVERYTHING), 2e-2)], ids=["least squares", "repair"]
 )
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", by_name("depthwise", "concatenated"))
 def test_a_model_merged_with_a_permuted_copy_stays_the_same_function(name, how, tolerance):
     if isinstance(how, Repair) and name == "concatenated":
         pytest.skip("REPAIR averages the moments of features that are never active, which may wake them")
@@ -142,7 +146,7 @@ def test_a_model_merged_with_a_permuted_copy_stays_the_same_function(name, how, 
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", by_name("depthwise", "concatenated", "shuffled"))
 def test_least_squares_come_closer_to_the_sources_than_zipping_alone(name):
     torch.manual_seed(0)
     make, size, cuts = NETWORKS[name]
