@@ -181,3 +181,36 @@ def test_a_layer_is_the_best_that_a_dense_computation_finds(name, bias, behind):
         expected = best_fit(group, target[:, own], prior[own], strength, bias or "norm" in behind)
         assert torch.allclose(weight[own], expected[0], atol=2e-4)
         assert torch.allclose(shift[own], expected[1], atol=2e-4)
+
+
+class ChannelsLast(nn.Module):
+    """A residual block whose linear layer has the channels last, and whose outputs are scaled channel by channel."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.layer, self.out = nn.Conv2d(4, 6, 1), nn.Linear(6, 6), nn.Linear(6, 3)
+        self.scale = nn.Parameter(torch.rand(6, 1, 1) + 0.5)
+
+    def residual(self, x):
+        return x + self.scale * self.layer(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    def forward(self, x):
+        return self.out(self.residual(self.first(x).relu()).relu().mean((2, 3)))
+
+
+@torch.no_grad()
+def test_outputs_that_are_moved_and_scaled_are_fitted_to_the_sum():
+    nets, x = {task: ChannelsLast().eval() for task in "ab"}, torch.randn(30, 4, 4, 3)
+    nets["a"].scale[2] = nets["b"].scale[2] = 0  # its weights say nothing, and stay as they are
+    how = LeastSquares(positions=None, ridge=RIDGE)
+    trunk = merge_backbones(nets, list(x.split(15)), MergeSettings(matcher=Average(), refine=how)).trunk
+    reached, scale = trunk.first(x).relu(), sum(net.scale for net in nets.values()).double() / 2
+    target = sum(net.residual(net.first(x).relu()) for net in nets.values()) / 2 - reached
+    design, target = (value.movedim(1, -1).reshape(-1, 6).double() for value in (reached, target))
+    zipped = sum(net.layer.weight for net in nets.values()).double() / 2
+    strength = (RIDGE + 1 / len(x)) * design.square().mean()
+    weight, bias = best_fit(design, target, zipped * scale.view(6, 1), strength, True)
+    seen = scale.flatten() != 0
+    assert torch.allclose((trunk.layer.weight * scale.view(6, 1))[seen], weight[seen], atol=2e-4)
+    assert torch.allclose((trunk.layer.bias * scale.flatten())[seen], bias[seen], atol=2e-4)
+    assert torch.allclose(trunk.layer.weight[~seen].double(), zipped[~seen])
