@@ -119,8 +119,8 @@ def rewrite(path, change):
     torch.save(content, path)
 
 
-def spec(name, **arguments):
-    return {"class_path": name, "init_args": arguments}
+def spec(class_path, **arguments):
+    return {"class_path": class_path, "init_args": arguments}
 
 
 def refuses(action: Callable, *named: str):
