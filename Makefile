@@ -1,10 +1,11 @@
-# make demo: train two small CNNs, merge them, print the table.   make test: everything that CI runs.
+# make demo: train two small CNNs, merge them, print the table.   make test: everything that CI runs for each change.
+# make nightly: examples, benchmarks and large networks.
 # make docs: the documentation as a site in build/site.   make bench: ratios of times and memory, into docs/performance.md.
 PYTHON ?= python3
 VENV ?= .venv
 PIP = $(VENV)/bin/python -m pip install --quiet
 
-.PHONY: demo test docs bench clean
+.PHONY: demo test nightly docs bench clean
 
 demo: $(VENV)/.examples
 	$(VENV)/bin/python examples/digits.py
@@ -14,6 +15,9 @@ test: docs
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+nightly: $(VENV)/.dev
+	$(VENV)/bin/python -m pytest -n 2 --dist worksteal -m nightly
 
 docs: $(VENV)/.dev
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict

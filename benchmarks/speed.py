@@ -1,6 +1,6 @@
 """Times and memory, as ratios that are measured side by side in one run: ``make bench``.
 
-python benchmarks/speed.py [--only matching calibration …] [--json FILE] [--write docs/performance.md]
+python benchmarks/speed.py [--only matching calibration proof …] [--json FILE] [--write docs/performance.md]
 python benchmarks/speed.py --device cuda [--batch-size 256] [--json FILE]
 """
 
@@ -41,6 +41,8 @@ from lightning_zipit import MergeGraph, MergeSettings, merge_backbones, trace
 from lightning_zipit.calibration.calibration import Calibration, statistics_bytes
 from lightning_zipit.calibration.layout import Layout, channels_last
 from lightning_zipit.functional import greedy_zip
+from lightning_zipit.graph.prove import SAMPLES, find_failing
+from lightning_zipit.graph.replay import check_capture
 from lightning_zipit.matchers import GreedyZip
 from lightning_zipit.matching.families import families, match, similarity_from
 from lightning_zipit.merging.maps import SpaceMap
@@ -187,6 +189,25 @@ def calibration(repeats: int) -> Iterator[Ratio]:
             )
             what = f"`positions={positions}`" if positions else "all positions"
             yield Ratio.of(f"calibration, {what}", against + (images and f", images{images}"), ratios)
+
+
+def proof(repeats: int) -> Iterator[Ratio]:
+    """What the first batch costs beside its calibration, in plain forwards over a batch."""
+    graph, networks, batches = resnet50s()
+    sources, first = list(networks.values()), batches[:1]
+    graphs, inputs = dict.fromkeys(networks, graph), dict.fromkeys(networks, first[0])
+    of_batch = f"forwards of both over {len(first[0])} images"
+
+    def compare() -> None:
+        for task, network in networks.items():
+            check_capture(network, graph.fx_graph, first[0][:SAMPLES], task)
+
+    ratios = in_turn(compare, lambda: forwards(sources, first), repeats)
+    yield Ratio.of("comparing captures with their networks, two ResNet-50s", of_batch, ratios)
+    ratios = in_turn(
+        lambda: find_failing(networks, graphs, inputs), lambda: forwards(sources, first), max(1, repeats // 2)
+    )
+    yield Ratio.of("proof of the table, trunk and heads, in float64, two ResNet-50s", of_batch, ratios)
 
 
 def products(graph: MergeGraph, samples: dict[str, int], rate: float) -> float:
@@ -413,6 +434,7 @@ def refinement(repeats: int) -> Iterator[Ratio]:
 PARTS: dict[str, Callable[[int], Iterator[Ratio]]] = {
     "matching": matching,
     "calibration": calibration,
+    "proof": proof,
     "memory": memory,
     "two_ranks": two_ranks,
     "models": models,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from lightning_zipit.copying import copy_module
 from lightning_zipit.errors import ConfigurationError
 from lightning_zipit.matchers import Permute
 from lightning_zipit.session import merge_backbones
@@ -59,6 +59,6 @@ def interpolate(
         settings = replace(settings, statistics=settings.statistics or Path(folder, "statistics.safetensors"))
         for share in shares:
             merged = merge_backbones(named, batches, replace(settings, weights=(1 - share, share)))
-            network = copy.deepcopy(networks[0])
+            network = copy_module(networks[0])
             network.load_state_dict(merged.trunk.state_dict(), strict=False)  # what is not called stays the first's
             yield network

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import pickle
 from collections.abc import Mapping
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from lightning.pytorch import LightningModule
 
 from lightning_zipit.checkpoint import find_record, find_weights, naming_file, read_checkpoint
+from lightning_zipit.copying import copy_module
 from lightning_zipit.descriptions import build_module, describe_checkpoint, find_missing, find_source_requests
 from lightning_zipit.errors import CheckpointError
 from lightning_zipit.multihead import MultiHeadModule
@@ -67,7 +67,7 @@ def load_source(
     with naming_file(where, f"cannot be loaded into {model_class.__name__}"):  # whose code may raise anything
         described = description["hyperparameters"] and not find_missing(model_class, description)
         if isinstance(model, model_class) and not described:
-            source = copy.deepcopy(model)
+            source = copy_module(model)
         else:
             source = build_module(model_class, description, allowed)
         source.configure_model()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, Wei
 
 from lightning_zipit._lightning import count_samples, predict_loaders, spawns_processes
 from lightning_zipit.collectives import share
+from lightning_zipit.copying import copy_module
 from lightning_zipit.errors import CalibrationError, CheckpointError, ConfigurationError
 from lightning_zipit.files import replacing
 from lightning_zipit.merging.widths import changes_size
@@ -143,7 +143,7 @@ class ZipItModule(DelegatedTransfers, LightningModule):
         if found:
             raise ConfigurationError.collect(found)
         shared: dict[int, Any] = {}  # what models have in common, their copies have too
-        self.copies = nn.ModuleDict({task: copy.deepcopy(model, shared) for task, model in self.models.items()})
+        self.copies = nn.ModuleDict({task: copy_module(model, shared) for task, model in self.models.items()})
         self.copies.eval().requires_grad_(False)
 
     def release(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,6 +12,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from lightning_zipit.copying import copy_module
 from lightning_zipit.errors import CalibrationError, CheckpointError, ConfigurationError
 from lightning_zipit.functional import fit_temperatures
 from lightning_zipit.graph.shapes import evaluating
@@ -325,7 +325,7 @@ class Ensemble(MultiTaskModule):
         problems = find_problems(models, backbone)
         if problems:
             raise ConfigurationError.collect(problems)
-        heads = {task: copy.deepcopy(get_backbone(model, backbone)) for task, model in models.items()}
+        heads = {task: copy_module(get_backbone(model, backbone)) for task, model in models.items()}
         everything = [name for model in models.values() for name, _ in model.named_parameters()]
         used = dict.fromkeys(models, [] if backbone else everything)
         super().__init__(PassOn(), heads, models, backbone, used)

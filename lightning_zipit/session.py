@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_zipit.calibration.calibration import Calibration, check_counts
+from lightning_zipit.calibration.fingerprint import digest_operators
 from lightning_zipit.calibration.layout import Layout
 from lightning_zipit.calibration.statistics_file import CalibrationStatistics, StatisticsRecord
 from lightning_zipit.collectives import is_distributed, rank_and_size, share
@@ -22,13 +23,13 @@ from lightning_zipit.errors import (
     UnknownShapeError,
     ZipItError,
 )
-from lightning_zipit.graph import FeatureSpace, MergeGraph, evaluating
-from lightning_zipit.graph.agreement import trace_all
+from lightning_zipit.graph import FeatureSpace, MergeGraph
+from lightning_zipit.graph.agreement import settle, trace_all
 from lightning_zipit.graph.cut import find_cuts
 from lightning_zipit.graph.joined import Joined
+from lightning_zipit.graph.replay import working_copy
 from lightning_zipit.graph.spaces import handed_over
 from lightning_zipit.graph.taps import before_activations, tapped_by_all
-from lightning_zipit.graph.verify import find_failing
 from lightning_zipit.matchers import CCA, AnyWidthMatcher, Average, DualSpace
 from lightning_zipit.matching.by_weights import common_start
 from lightning_zipit.matching.families import split_families
@@ -105,7 +106,7 @@ class MergeSession:
         self._refiner: Refiner | None = None
         self._record = StatisticsRecord(settings.statistics, self._lead(backbones)) if settings.statistics else None
         if self._record is not None:
-            self._record.check_start(settings.start_at)
+            self._record.check_settings(settings.verify, start_at=settings.start_at, positions=settings.positions)
         # The graphs by stop_at, where the statistics serve other merges too.
         self._cuts: dict[str | None, dict[str, MergeGraph]] = {}
         self._seen: dict[int, int] = {}
@@ -114,6 +115,7 @@ class MergeSession:
             known = self._record.complete
             self._example: Inputs = known.example_of(list(self.backbones))
             self.graphs = self._trace(self._example, barriers=known.barriers_of(settings.last_module))
+            self._record.check_operators(self._lead_graphs())
             warn_of_barriers(self._graph)
             self._choose_from(self._example)
             self.calibration_passes = 0
@@ -131,6 +133,9 @@ class MergeSession:
     def _lead(self, networks: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
         """Of every model the network of its first task, which stands for its trunk."""
         return {name: networks[task] for name, task in zip(self._names, self._leading(), strict=True)}
+
+    def _lead_graphs(self) -> dict[str, MergeGraph]:
+        return {name: self.graphs[task] for name, task in zip(self._names, self._leading(), strict=True)}
 
     def _leading(self) -> list[str]:
         """Of every model its first task."""
@@ -190,6 +195,9 @@ class MergeSession:
             {stop_at or "": next(iter(graphs.values())).barriers for stop_at, graphs in self._cuts.items()},
             self.settings.start_at,
             () if isinstance(self._example, Tensor) else tuple(map(describe_sample, self._example.values())),
+            self.settings.positions,
+            self.settings.verify,
+            {name: digest_operators(graph) for name, graph in self._lead_graphs().items()},
         )
 
     def _start(self, x: Inputs, networks: Mapping[str, nn.Module]) -> Calibration:
@@ -204,6 +212,7 @@ class MergeSession:
             warn_of_barriers(self.graphs[task])
         calibration = self._measuring(networks)
         if self._record is not None and self._record.resumed is not None:
+            self._record.check_operators(self._lead_graphs())
             calibration.restore(self._record.resumed.statistics)
         return calibration
 
@@ -233,10 +242,12 @@ class MergeSession:
                 if not isinstance(example, Tensor) or self.settings.start_at is None:
                     raise
                 raise type(error)(f"{error} {explain_views(networks)}") from error
-        task = next(iter(networks))
-        if self.settings.verify and find_failing(networks[task], graphs[task], view_of(example, task).clone()):
-            graphs = self._trace(example, verify=True, **arguments)
-        return graphs
+        views = {task: view_of(example, task) for task in networks}
+
+        def trace_again(barriers: dict[str, str]) -> dict[str, MergeGraph]:
+            return self._trace(example, **{**arguments, "barriers": barriers})
+
+        return settle(networks, graphs, views, trace_again, self.settings.verify, self.settings.merge_heads)
 
     def _find_cuts(self, networks: Mapping[str, nn.Module], example: Inputs) -> dict[str | None, dict[str, MergeGraph]]:
         """The graphs of every cut that the statistics shall serve."""
@@ -251,7 +262,7 @@ class MergeSession:
         """Find the widths that there are to choose from."""
         graph, settings = self._graph, self.settings
         own = view_of(like(example, self._first), next(iter(self.backbones)))
-        found = find_choices(graph, self._first, own, settings.width, len(self._names))
+        found = find_choices(graph, working_copy(self._first), own, settings.width, len(self._names))
         self._choices, self._size_notes = found
         if settings.flops is not None:
             flops = self._flops_model(self.graphs)
@@ -441,8 +452,7 @@ class MergeSession:
         x = like(self._example, self._first)
         sources = {}
         for task, network in self.backbones.items():
-            with evaluating(network):
-                sources[task] = measure_cost(network, view_of(x, task))
+            sources[task] = measure_cost(network, view_of(x, task))
         return sources, measure_cost(merged, x)
 
     def start_refining(self, networks: Mapping[str, nn.Module], device: torch.device) -> None:
@@ -470,7 +480,7 @@ class MergeSession:
         """After the last pass: take what was refined over into the merged networks.
 
         Raises:
-            CalibrationError: if a batch norm has seen no batch.
+            CalibrationError: if a batch norm has seen fewer than two samples, or there is NaN or Inf.
         """
         assert self._refiner is not None
         self.merged = self._refiner.finish()
@@ -514,10 +524,8 @@ def merge_backbones(
             f"{len(loaders)} sets of batches were given for {len(backbones)} tasks: give one each."
         )
     tasks = list(backbones)
-    networks = session.backbones
-    with torch.no_grad(), ExitStack() as stack:
-        for network in networks.values():
-            stack.enter_context(evaluating(network))
+    networks = {task: working_copy(network) for task, network in session.backbones.items()}
+    with torch.no_grad():
         for index in range(session.calibration_passes):
             for number, loader in enumerate(loaders):
                 for x in loader:

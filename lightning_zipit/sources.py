@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 
 from lightning_zipit._lightning import forget_compilation
+from lightning_zipit.copying import copy_module
 from lightning_zipit.errors import CalibrationError, ConfigurationError
 from lightning_zipit.views import Inputs
 
@@ -43,7 +43,7 @@ def uncompiled(model: Any) -> Any:
     if not isinstance(model, nn.Module) or not any(map(_is_compiled, model.modules())):
         return model
     tensors = (*model.parameters(), *model.buffers())
-    model = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    model = copy_module(model, {id(tensor): tensor for tensor in tensors})
     forget_compilation(model)
     for module in list(model.modules()):
         module._compiled_call_impl = None
@@ -147,9 +147,9 @@ def make_shell(model: LightningModule, backbone: str, path: nn.Module, used: Seq
         used: for a backbone that is the whole ``forward``, the names of the modules and parameters that it uses.
     """
     if backbone:
-        return copy.deepcopy(model, {id(get_backbone(model, backbone)): path})
+        return copy_module(model, {id(get_backbone(model, backbone)): path})
     whole = model.__dict__.get("forward")  # of a source that was merged before
-    shell = copy.deepcopy(model, {id(whole): path} if whole is not None else {})
+    shell = copy_module(model, {id(whole): path} if whole is not None else {})
     shell._modules.pop(PATH, None)
     for name in used:
         owner_name, _, leaf = name.rpartition(".")

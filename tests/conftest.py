@@ -3,10 +3,13 @@ import warnings
 
 import pytest
 import torch
+from helpers import untouched
 from helpers.nets import images, trainer
 from helpers.strangers import Lit
 
 from lightning_zipit import ZipIt
+
+untouched.install()
 
 
 @pytest.fixture(autouse=True)
@@ -15,6 +18,16 @@ def _quiet_and_repeatable(monkeypatch):
     torch.manual_seed(0)
     monkeypatch.setenv("MPLBACKEND", "agg")
     warnings.filterwarnings("ignore", module="lightning")
+
+
+@pytest.fixture(autouse=True)
+def _sources_stay_as_they_are(request):
+    """Every call of a public function asserts it; a test that changes its sources itself says so by a marker."""
+    if request.node.get_closest_marker("changes_sources"):
+        with untouched.guard.suspended():
+            yield
+    else:
+        yield
 
 
 @pytest.fixture(scope="session")

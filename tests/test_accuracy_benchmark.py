@@ -20,6 +20,8 @@ from lightning_zipit.matchers import GreedyZip
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
+pytestmark = pytest.mark.nightly
+
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):

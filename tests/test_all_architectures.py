@@ -22,6 +22,7 @@ def test_timm(name):
     check(architectures.examine(name, architectures.timm_model))
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", ["mobilenetv3_small_050", "test_convnext"])
 def test_small_models_of_timm(name):
     pytest.importorskip("timm", reason="needs timm, which the dev extra installs")

@@ -1,16 +1,17 @@
 from __future__ import annotations
 
 import csv
-import os
+import runpy
 import shutil
-import subprocess
 import sys
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from helpers.cli_user import Data, LitNet, OneLoader, SizedNet, TestedData, TypedNet, UnrecordedNet
+from helpers.processes import run as run_processes
 from lightning.pytorch import Trainer
 from safetensors.torch import save_file
 
@@ -326,19 +327,18 @@ def test_the_trainer_merges_without_the_command_line_and_raises(folder):
         trainer.merge(LitNet(), Data(), checkpoints={"cats": "a.ckpt", "dogs": "b.ckpt"}, backbone="net")
 
 
+def python_m(*words):
+    """What ``python -m lightning_zipit`` does."""
+    sys.argv[1:] = words
+    runpy.run_module("lightning_zipit", run_name="__main__")
+
+
 def test_an_error_on_the_command_line_has_exit_code_1_and_no_traceback(folder):
-    command = [sys.executable, "-m", "lightning_zipit", "merge", *QUIET, *BY_PATH, *SOURCES]
-    search_path = os.pathsep.join(path for path in sys.path if path)
-    done = subprocess.run(
-        [*command, "--checkpoints.birds=nothere.ckpt"],
-        env={**os.environ, "PYTHONPATH": search_path},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 1
-    assert "error: There is no checkpoint file nothere.ckpt (task 'birds')" in done.stderr
-    assert "Traceback" not in done.stderr
+    words = ["merge", *QUIET, *BY_PATH, *SOURCES, "--checkpoints.birds=nothere.ckpt"]
+    (done,) = run_processes(python_m, [words], folder)
+    assert done.code == 1
+    assert "error: There is no checkpoint file nothere.ckpt (task 'birds')" in done.errors
+    assert "Traceback" not in done.errors
     assert names(folder) == ["a.ckpt", "b.ckpt"]
 
 
@@ -351,11 +351,11 @@ def test_a_matcher_that_cannot_be_is_a_usage_error(folder, capsys):
 def test_hooks_run_before_and_after_a_merge(folder):
     class WithHooks(ZipItCLI):
         def before_merge(self):
-            assert not os.path.exists("merged.ckpt")
+            assert not Path("merged.ckpt").exists()
             self.before = type(self.model)
 
         def after_merge(self):
-            assert os.path.exists("merged.ckpt")
+            assert Path("merged.ckpt").exists()
             self.after = type(self.trainer.lightning_module)
 
     merging = WithHooks(LitNet, Data, args=["merge", *QUIET, *SOURCES])

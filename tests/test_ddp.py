@@ -2,6 +2,7 @@
 
 import csv
 import os
+import runpy
 import socket
 import subprocess
 import sys
@@ -10,10 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.nets import images, settled_pair, trainer
+from helpers.processes import run as run_processes
 from torch.utils.data import DataLoader
 
 from lightning_zipit import CalibrationStatistics, JointAccuracy, MultiHeadModule, ZipIt
 from lightning_zipit.refine import LeastSquares
+from lightning_zipit.session import MergeSession
 
 ROOT = Path(__file__).parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT.parent}", "OMP_NUM_THREADS": "1"}
@@ -78,59 +81,33 @@ try:
     ZipIt(run()).merge(models(), Stream(), backbone="net")
 except CalibrationError as error:
     print(f"rank {rank}: {error}", file=sys.stderr)
-"""
-)
-
-SPAWN = (
-    COMMON
-    + """
-if __name__ == "__main__":
-    run = trainer(devices=2, strategy="ddp_spawn")
-    merged = merge(run, 2)
-    run.save_checkpoint(f"{out}/spawned.ckpt", weights_only=True)
-    run.test(merged, [torch.utils.data.DataLoader([(torch.randn(3, 16, 16), 1)] * 8, 4)] * 2, verbose=False)
-"""
-)
-
-SHARDED = (
-    COMMON
-    + """
+class TurnsBad:
+    def __init__(self, loader):
+        self.dataset, self.passes = loader.dataset, 0
+    def __iter__(self):
+        self.passes += 1
+        for x in self.dataset[int(rank)::2].split(4):
+            yield x * float("nan") if self.passes > 1 and rank == "1" else x
+for refine in ("batch_norm", "least_squares"):
+    try:
+        ZipIt(run()).merge(models(), [TurnsBad(loader) for loader in data], backbone="net", refine=refine)
+    except CalibrationError as error:
+        print(f"rank {rank}: {error}", file=sys.stderr)
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning_zipit import ZipIt
 from lightning_zipit.errors import ConfigurationError
-from helpers.nets import images
-merged, data = merge(trainer(), 1), [images(), images(seed=1)]
+tested = [images(), images(seed=1)]
 def results(run):
-    return [float(result[f"{task}/test_acc"]) for task, result in zip("ab", run.test(merged, data, verbose=False))]
+    return [float(result[f"{task}/test_acc"]) for task, result in zip("ab", run.test(merged, tested, verbose=False))]
 expected = results(trainer())
-assert results(trainer(devices=2, strategy="ddp")) == expected
-def run():
+assert results(run()) == expected
+def sharded():
     return trainer(devices=2, strategy=ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1))
 try:
-    ZipIt(run()).merge(models(), data, backbone="net")
+    ZipIt(sharded()).merge(models(), tested, backbone="net")
 except ConfigurationError as error:
     print(error, file=sys.stderr)
 merged.on_test_epoch_start = lambda: print(*{type(each).__name__ for each in merged.parameters()}, file=sys.stderr)
-assert results(run()) == expected
-"""
-)
-
-SHARES = (
-    COMMON
-    + """
-from helpers.nets import images
-from lightning_zipit import ZipIt
-from lightning_zipit.session import MergeSession
-calibrate = MergeSession.calibrate
-def counted(*arguments):
-    print("calibrated")
-    calibrate(*arguments)
-MergeSession.calibrate = counted
-result = ZipIt(trainer()).sweep(
-    models(), loaders(1), val_dataloaders=[images(16), images(16)], backbone="net", metric="val_acc",
-    alpha=[0.1, 0.2, 0.3, 0.4], refine=None, results=f"{out}/shared.csv", share=sys.argv[2],
-)
-print("complete" if not result.missing else "not yet")
+assert results(sharded()) == expected
 """
 )
 
@@ -228,13 +205,14 @@ def test_two_processes_gather_the_statistics_of_one(folder, one, two, name, tole
         assert (mine.covariance - other.covariance).abs().max() <= tolerance * scale
 
 
-def test_statistics_of_batch_norm_are_averaged_over_the_batches_of_both(one, two):
+def test_statistics_of_batch_norm_are_those_of_all_samples_of_both(one, two):
     first, *_ = two
     batches = {name: int(tensor) for name, tensor in first["state"].items() if "num_batches" in name}
     assert set(batches.values()) == {14, 12, 14 + 12}  # head a, head b, trunk; 27 and 26 samples make seven batches
     for name, tensor in one.state_dict().items():
-        if name.endswith("running_mean"):
-            assert torch.allclose(tensor, first["state"][name], atol=0.1), name
+        if name.endswith("running_mean"):  # behind the first norm, what is normalised by itself are other batches
+            tolerance = 1e-5 if name.endswith("trunk.bn1.running_mean") else 0.1
+            assert torch.allclose(tensor, first["state"][name], atol=tolerance), name
 
 
 def test_two_processes_merge_behind_stems_as_one_does(folder, two):
@@ -287,22 +265,35 @@ def test_two_processes_search_as_one(folder, two):
     assert first == second and written == ["", *(matcher for matcher, _ in first)] and len(first) == 3
 
 
+def share(part):
+    """One of several processes that sweep together; says how often it calibrates."""
+    calibrate = MergeSession.calibrate
+
+    def counted(*arguments):
+        print("calibrated")
+        calibrate(*arguments)
+
+    MergeSession.calibrate = counted
+    result = ZipIt(trainer()).sweep(
+        models(),
+        loaders(1),
+        val_dataloaders=[images(16), images(16)],
+        backbone="net",
+        metric="val_acc",
+        alpha=[0.1, 0.2, 0.3, 0.4],
+        refine=None,
+        results="shared.csv",
+        share=part,
+    )
+    print("complete" if not result.missing else "not yet")
+
+
 def test_processes_that_share_a_sweep_gather_statistics_once_and_write_one_file(folder):
-    (folder / "shares.py").write_text(SHARES)
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(folder / "shares.py"), str(folder), share],
-            env=ENVIRONMENT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for share in ("1/2", "2/2")
-    ]
-    printed, errors = zip(*(process.communicate(timeout=300) for process in processes), strict=True)
-    assert [process.returncode for process in processes] == [0, 0], errors
+    processes = run_processes(share, [("1/2",), ("2/2",)], folder)
+    assert [process.code for process in processes] == [0, 0], processes
+    printed = "".join(process.printed for process in processes)
     batches = sum(len(loader) for loader in loaders(1))
-    assert "".join(printed).count("calibrated") == batches and "complete" in "".join(printed)
+    assert printed.count("calibrated") == batches and "complete" in printed
     with open(folder / "shared.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert sorted(row["matcher"] for row in rows) == ["", *(f"GreedyZip(alpha=0.{n}, beta=1.0)" for n in (1, 2, 3, 4))]
@@ -324,15 +315,30 @@ def test_samples_that_are_counted_twice_or_not_at_all_are_an_error_on_every_rank
         assert f"rank {rank}: A process has seen no calibration batch" in messages
 
 
+def test_data_that_turns_bad_on_one_rank_is_an_error_on_every_rank(two):
+    *_, messages = two
+    for rank in (0, 1):
+        assert f"rank {rank}: NaN or Inf in what reaches batch norm `trunk.bn1`" in messages
+        assert f"rank {rank}: NaN or Inf at `trunk.conv1` in what the source of task 'a'" in messages
+
+
 def test_processes_that_are_spawned_hand_the_merged_module_over(folder, two):
-    start(folder, SPAWN, sys.executable)
+    run = trainer(devices=2, strategy="ddp_spawn")
+    merge(run, 2)
+    run.save_checkpoint(folder / "spawned.ckpt", weights_only=True)
     spawned = MultiHeadModule.load_from_checkpoint(folder / "spawned.ckpt")
     assert all(torch.equal(tensor, spawned.state_dict()[name]) for name, tensor in two[0]["state"].items())
     assert spawned.report.spaces
 
 
-def test_sharding_strategies_test_a_merged_module_but_do_not_merge(folder):
-    messages = start(folder, SHARDED, sys.executable).stderr
+@pytest.mark.nightly
+def test_processes_that_are_spawned_test_a_merged_module(one):
+    results = trainer(devices=2, strategy="ddp_spawn").test(one, [images(), images(seed=1)], verbose=False)
+    assert [sorted(result) for result in results] == [["a/test_acc", "a/test_loss"], ["b/test_acc", "b/test_loss"]]
+
+
+def test_sharding_strategies_test_a_merged_module_but_do_not_merge(two):
+    *_, messages = two
     assert "ModelParallelStrategy shards parameters" in messages
     assert "DTensor" in messages
 
@@ -381,6 +387,12 @@ def test_torchrun_starts_a_merge_on_the_command_line(sources):
     ]
 
 
+def main():
+    """The user's own command line."""
+    sys.argv = ["main.py", *OPTIONS]
+    runpy.run_path("main.py", run_name="__main__")
+
+
 def test_slurm_starts_a_merge_on_the_command_line(sources):
     slurm = {
         "SLURM_JOB_ID": "1",
@@ -392,17 +404,7 @@ def test_slurm_starts_a_merge_on_the_command_line(sources):
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": free_port(),
     }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "main.py", *OPTIONS],
-            env=ENVIRONMENT | slurm | {"SLURM_PROCID": rank, "SLURM_LOCALID": rank},
-            cwd=sources,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in "01"
-    ]
-    printed = [process.communicate(timeout=300)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], printed
-    assert ["Saved the merged module" in text for text in printed] == [True, False]
+    ranks = [slurm | {"SLURM_PROCID": rank, "SLURM_LOCALID": rank} for rank in "01"]
+    processes = run_processes(main, [(), ()], sources, ranks)
+    assert [process.code for process in processes] == [0, 0], processes
+    assert ["Saved the merged module" in process.printed for process in processes] == [True, False]

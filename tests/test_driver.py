@@ -101,11 +101,9 @@ def test_batch_norm_of_the_trunk_sees_all_data_and_of_a_head_its_own():
     models = pair((5, 5))
     merge = {"backbone": "net", "stop_at": "layer1", "refine": "batch_norm"}
     one = ZipIt(trainer()).merge(models, dataloaders=[images(seed=0), images(seed=1)], **merge)
-    other = ZipIt(trainer()).merge(models, dataloaders=[images(seed=0), images(seed=1)], matcher=GreedyZip(), **merge)
     scaled = [(2 * batch[0], batch[1]) for batch in images(seed=1)]
     third = ZipIt(trainer()).merge(models, dataloaders=[images(seed=0), scaled], matcher=Average(), **merge)
     plain = ZipIt(trainer()).merge(models, dataloaders=[images(seed=0), images(seed=1)], matcher=Average(), **merge)
-    assert equal(outputs(one), outputs(other))
     changed, before = third.state_dict(), plain.state_dict()
 
     def differs(part):
@@ -206,7 +204,7 @@ def test_zip_and_permute_beat_the_average_on_a_permuted_task():
     x = torch.randn(64, 3, 16, 16)
     from lightning_zipit import trace
     from lightning_zipit.graph import permute_spaces
-    from lightning_zipit.graph.verify import random_permutations
+    from lightning_zipit.graph.prove import random_permutations
 
     graph = trace(model.net)
     other = copy.deepcopy(model)
@@ -279,7 +277,7 @@ def test_different_architectures_name_the_first_difference():
         merge({"a": Lit(), "b": Lit(width=4)})
     other = Lit()
     other.net.layer1[0].conv1.dilation = other.net.layer1[0].conv1.padding = (2, 2)
-    with pytest.raises(ArchitectureMismatchError, match=r"node `layer1_0_conv1`.*dilation"):
+    with pytest.raises(ArchitectureMismatchError, match=r"`layer1.0.conv1` \(Conv2d\) has padding=\(1, 1\) in"):
         merge({"a": Lit(), "b": other})
 
 

@@ -13,6 +13,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
 
+pytestmark = pytest.mark.nightly
+
 
 def joint_accuracies(*command):
     result = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True)

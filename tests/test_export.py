@@ -115,13 +115,6 @@ def test_weights_beyond_what_onnx_holds_are_in_a_file_beside_it(merged, tmp_path
     torch.testing.assert_close(run_onnx(tmp_path / "merged.onnx", x), merged(x), atol=1e-5, rtol=1e-5)
 
 
-def test_exporting_leaves_the_module_as_it_was(merged, tmp_path):
-    before = {name: tensor.clone() for name, tensor in merged.state_dict().items()}
-    export_merged(merged, tmp_path / "merged.pt2")
-    assert all(torch.equal(before[name], tensor) for name, tensor in merged.state_dict().items())
-    assert not merged.training
-
-
 def test_what_cannot_be_written_is_refused_and_what_was_there_stays(merged, tmp_path, monkeypatch):
     with pytest.raises(ConfigurationError, match=r"\.onnx or \.pt2"):
         export_merged(merged, tmp_path / "merged.tflite")

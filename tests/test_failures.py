@@ -136,18 +136,20 @@ def checkpoint(tmp_path_factory):
     return path
 
 
-def test_damaged_bytes_give_our_own_errors_alone(checkpoint):
+@pytest.mark.parametrize("times", [100, pytest.param(1000, marks=pytest.mark.nightly)])
+def test_damaged_bytes_give_our_own_errors_alone(checkpoint, times):
     content, chance = checkpoint.read_bytes(), random.Random(0)
-    outcomes = [outcome(damage(content, chance)) for _ in range(1000)]
-    assert outcomes.count("refused") > 500
+    outcomes = [outcome(damage(content, chance)) for _ in range(times)]
+    assert outcomes.count("refused") > times / 2
 
 
-def test_a_damaged_record_gives_our_own_errors_alone(checkpoint):
+@pytest.mark.parametrize("times", [30, pytest.param(300, marks=pytest.mark.nightly)])
+def test_a_damaged_record_gives_our_own_errors_alone(checkpoint, times):
     content, chance = torch.load(checkpoint, weights_only=True), random.Random(0)
     content = {name: content[name] for name in ("state_dict", "lightning_zipit")}
     wrong = [None, 0, -1, 2**40, 1.5, "", "os:system", "os.system", [], {}, [1], {"a": 1}, True, torch.zeros(2), [-3]]
     outcomes = []
-    for _ in range(300):
+    for _ in range(times):
         changed = copy.deepcopy(content)
         *parents, name = chance.choice([place for place in places(changed) if place])
         holder = changed
@@ -160,7 +162,7 @@ def test_a_damaged_record_gives_our_own_errors_alone(checkpoint):
         buffer = io.BytesIO()
         torch.save(changed, buffer)
         outcomes.append(outcome(buffer.getvalue()))
-    assert outcomes.count("refused") > 100
+    assert outcomes.count("refused") > times / 3
 
 
 def outcome(content):

@@ -9,7 +9,7 @@ from lightning_zipit import MergeSettings, interpolate, trace
 from lightning_zipit import functional as F
 from lightning_zipit.errors import ConfigurationError
 from lightning_zipit.graph import permute_spaces
-from lightning_zipit.graph.verify import random_permutations
+from lightning_zipit.graph.prove import random_permutations
 
 X = torch.randn(48, 3, 16, 16, generator=torch.Generator().manual_seed(5))
 

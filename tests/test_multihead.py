@@ -2,14 +2,12 @@
 
 import copy
 import pickle
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers.nets import Lit, PlainNet, Wrap, images, trainer
+from helpers.processes import run as run_processes
 
 from lightning_zipit import Ensemble, MultiHeadModule, ZipIt
 from lightning_zipit.errors import CheckpointError, ConfigurationError
@@ -166,23 +164,18 @@ def test_a_saved_module_comes_back_the_same(merged, tmp_path):
     assert equal(merged, MultiHeadModule.load_from_checkpoint(tmp_path / "again.ckpt"))
 
 
+def read(path):
+    merged = MultiHeadModule.load_from_checkpoint(path, trust=["helpers"])
+    print(merged(torch.ones(1, 3, 16, 16))["task_1"].sum().item())
+
+
 def test_it_can_be_saved_right_after_merging_and_read_in_another_process(tmp_path):
     run = trainer()
     merged = ZipIt(run).merge([Lit(5), Lit(5)], dataloaders=images(), backbone="net", refine=None)
     run.save_checkpoint(tmp_path / "merged.ckpt")
-    program = (
-        "import sys, torch; sys.path[:0] = sys.argv[2:]; from lightning_zipit import MultiHeadModule;"
-        "m = MultiHeadModule.load_from_checkpoint(sys.argv[1], trust=['helpers']); torch.manual_seed(0);"
-        "print(m(torch.ones(1, 3, 16, 16))['task_1'].sum().item())"
-    )
-    here = Path(__file__).parent
-    found = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path / "merged.ckpt"), str(here), str(here.parent)],
-        capture_output=True,
-        text=True,
-    )
+    (found,) = run_processes(read, [("merged.ckpt",)], tmp_path)
     expected = merged(torch.ones(1, 3, 16, 16))["task_1"].sum().item()
-    assert float(found.stdout) == pytest.approx(expected, rel=1e-5), found.stderr
+    assert found.code == 0 and float(found.printed) == pytest.approx(expected, rel=1e-5), found.errors
 
 
 def test_sources_without_hyperparameters_need_models(tmp_path):

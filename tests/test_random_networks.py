@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_zipit import MergeSettings, merge_backbones, trace
 from lightning_zipit.graph import permute_spaces
-from lightning_zipit.graph.verify import random_permutations
+from lightning_zipit.graph.prove import random_permutations
 from lightning_zipit.matchers import GreedyZip
 from lightning_zipit.paths import AllHeads
 
@@ -89,15 +89,20 @@ class RandomNet(nn.Module):
         return self.fc(F.leaky_relu(self.last(x)).mean((2, 3)))
 
 
+NETWORKS = {
+    "layers": st.lists(st.tuples(st.sampled_from(LAYERS), st.sampled_from([4, 6, 10])), min_size=1, max_size=6),
+    "width": st.sampled_from([4, 6]),
+    "count": st.integers(2, 3),
+    "cut": st.integers(0, 6),
+}
+
+
+def settings(examples):
+    return hypothesis.settings(max_examples=examples, deadline=None, derandomize=True, database=None)
+
+
 @torch.no_grad()
-@hypothesis.settings(max_examples=25, deadline=None, derandomize=True, database=None)
-@hypothesis.given(
-    layers=st.lists(st.tuples(st.sampled_from(LAYERS), st.sampled_from([4, 6, 10])), min_size=1, max_size=6),
-    width=st.sampled_from([4, 6]),
-    count=st.integers(2, 3),
-    cut=st.integers(0, 6),
-)
-def test_random_networks_keep_their_function(layers, width, count, cut):
+def check(layers, width, count, cut):
     torch.manual_seed(0)
     x = torch.randn(32, 3, 8, 8)
     net = settle(RandomNet(layers, width), x)
@@ -112,3 +117,20 @@ def test_random_networks_keep_their_function(layers, width, count, cut):
         assert relative_error(AllHeads(merged.trunk, merged.heads)(x), expected) < 1e-3
     again = copy.deepcopy(merged)
     assert torch.equal(again.heads["0"](*again.trunk(x)), merged.heads["0"](*merged.trunk(x)))
+
+
+@settings(3)
+@hypothesis.given(**NETWORKS)
+def test_random_networks_keep_their_function(layers, width, count, cut):
+    check(layers, width, count, cut)
+
+
+def test_a_network_of_all_layers_keeps_its_function():
+    check([(kind, 6) for kind in LAYERS], 6, 2, 4)
+
+
+@pytest.mark.nightly
+@settings(50)
+@hypothesis.given(**NETWORKS)
+def test_many_random_networks_keep_their_function(layers, width, count, cut):
+    check(layers, width, count, cut)

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers.features import correlations, mixed_features
+from helpers.processes import run as run_processes
 
 from lightning_zipit import FeatureStatistics, Moments
 from lightning_zipit import functional as F
@@ -277,7 +278,8 @@ def gather_shards(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def moments_of_two_processes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
-    torch.multiprocessing.spawn(gather_shards, (str(folder),), nprocs=2)
+    processes = run_processes(gather_shards, [(0, str(folder)), (1, str(folder))], folder)
+    assert [process.code for process in processes] == [0, 0], processes
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 

@@ -134,6 +134,69 @@ def test_statistics_of_another_cut_are_refused(models, path):
         merge(models, path, stop_at="layer2")
 
 
+def test_statistics_of_some_positions_do_not_stand_for_others(models, tmp_path):
+    for name, positions in (("all", None), ("four", 4), ("more", 4)):
+        merge(models, tmp_path / f"{name}.safetensors", refine=None, positions=positions)
+    for name, found, wanted in (("all", "None", 4), ("four", "4", None), ("four", "4", 5)):
+        written = (tmp_path / f"{name}.safetensors").read_bytes()
+        with pytest.raises(StatisticsError, match=rf"positions={found}, and this merge has positions={wanted}.*delete"):
+            merge(models, tmp_path / f"{name}.safetensors", refine=None, positions=wanted)
+        assert (tmp_path / f"{name}.safetensors").read_bytes() == written
+    whole, four, more = (
+        CalibrationStatistics.load(tmp_path / f"{name}.safetensors") for name in ("all", "four", "more")
+    )
+    with pytest.raises(StatisticsError, match=r"positions None cannot be added to .* positions 4.*alike"):
+        whole + four
+    (four + more).save(tmp_path / "sum.safetensors")
+    merge(models, tmp_path / "sum.safetensors", [], refine=None, positions=4)
+
+
+def test_a_calibration_is_not_taken_up_with_other_positions(models, path, monkeypatch):
+    monkeypatch.setattr(statistics_file, "SAVE_EVERY", 0)
+    data = [loaders()[0], Interrupted(loaders()[1], after=2)]
+    with pytest.raises(OSError, match="gone"):
+        merge(models, path, data, positions=4)
+    with pytest.raises(StatisticsError, match="positions=4, and this merge has positions=None"):
+        merge(models, path, data)
+    merge(models, path, data, positions=4)
+
+
+def test_what_was_never_proved_is_not_taken_for_proved(models, path):
+    merge(models, path, refine=None, verify=False)
+    with pytest.raises(StatisticsError, match=r"verify=False.*delete the file"):
+        merge(models, path, [], refine=None)
+    merge(models, path, [], refine=None, verify=False)
+    proved = path.with_name("proved.safetensors")
+    merge(models, proved, refine=None)
+    merge(models, proved, [], refine=None, verify=False)
+    assert not (CalibrationStatistics.load(path) + CalibrationStatistics.load(proved)).verified
+
+
+def test_statistics_of_networks_that_compute_something_else_are_refused(path):
+    """The weights are the same, and what changes nothing in eval mode may be another."""
+
+    def networks(slope=0.1, chance=0.5, momentum=0.1):
+        torch.manual_seed(0)
+        layers = [nn.Linear(3, 4), nn.BatchNorm1d(4, momentum=momentum), nn.LeakyReLU(slope), nn.Dropout(chance)]
+        return {task: nn.Sequential(*layers, nn.Linear(4, 2)).eval() for task in "ab"}
+
+    how = MergeSettings(statistics=path, refine=None)
+    merge_backbones(networks(), torch.randn(2, 8, 3), how)
+    merge_backbones(networks(chance=0.2, momentum=0.3), [], how)
+    with pytest.raises(StatisticsError, match=r"computed something else.*'a', 'b'"):
+        merge_backbones(networks(slope=0.2), [], how)
+
+
+def test_files_of_an_earlier_format_are_refused(path, small, monkeypatch):
+    """They do not say of how many positions they are."""
+    known = CalibrationStatistics.load(small)
+    monkeypatch.setattr(statistics_file, "FORMAT", 2)
+    known.save(path)
+    monkeypatch.undo()
+    with pytest.raises(StatisticsError, match=r"has format 2, and this version reads format 3.*Delete it"):
+        CalibrationStatistics.load(path)
+
+
 def test_statistics_of_two_sites_add_up(models, tmp_path):
     everything = [
         torch.utils.data.ConcatDataset(pair)
@@ -232,9 +295,10 @@ def test_a_file_of_another_kind_is_refused_and_nothing_in_it_is_executed(tmp_pat
     assert not target.exists()
 
 
-def test_a_damaged_file_never_gives_statistics(tmp_path, small):
+@pytest.mark.parametrize("times", [200, pytest.param(2000, marks=pytest.mark.nightly)])
+def test_a_damaged_file_never_gives_statistics(tmp_path, small, times):
     content, path, chance = small.read_bytes(), tmp_path / "damaged.safetensors", random.Random(0)
-    for _ in range(2000):
+    for _ in range(times):
         path.write_bytes(damaged := damage(content, chance))
         if damaged != content:
             with pytest.raises(ZipItError):

@@ -17,7 +17,7 @@ from lightning_zipit import functional as ZF
 from lightning_zipit.errors import ConfigurationError, StatisticsError, ZipItError
 from lightning_zipit.export import export_merged
 from lightning_zipit.graph import permute_spaces
-from lightning_zipit.graph.verify import random_permutations
+from lightning_zipit.graph.prove import random_permutations
 from lightning_zipit.matchers import Average, GreedyZip, Matcher, Permute
 from lightning_zipit.paths import AllHeads
 from lightning_zipit.refine import BatchNorm, LeastSquares

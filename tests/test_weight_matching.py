@@ -13,7 +13,7 @@ from torchvision.models import ShuffleNetV2
 from lightning_zipit import MergeSettings, ZipIt, merge_backbones, trace
 from lightning_zipit.errors import ConfigurationError
 from lightning_zipit.graph import permute_spaces
-from lightning_zipit.graph.verify import random_permutations
+from lightning_zipit.graph.prove import random_permutations
 from lightning_zipit.matchers import Average, DualSpace, GreedyZip, Permute, WeightMatching
 from lightning_zipit.paths import AllHeads
 

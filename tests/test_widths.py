@@ -80,7 +80,9 @@ NETWORKS = {
 
 
 @pytest.mark.parametrize("count", [2, 3])
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.nightly if name == "mobilenet" else ()) for name in NETWORKS]
+)
 def test_with_nothing_merged_every_head_is_its_own_source(name, count):
     make, stop_at = NETWORKS[name]
     nets, x = networks(make, count), batches()[0][:4]

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_zipit import Ensemble, MergeSettings, ZipIt
-from lightning_zipit.calibration.statistics_file import fingerprint
+from lightning_zipit.calibration.fingerprint import fingerprint
 from lightning_zipit.matchers import (
     CCA,
     Agglomerative,

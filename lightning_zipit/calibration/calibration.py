@@ -149,9 +149,10 @@ class Calibration:
         self.spaces: dict[str, str] = {}  # the first space of each
         for name, key in self.measured.items():
             self.spaces.setdefault(key, name)
-        self.at_node: dict[str, list[str]] = defaultdict(list)
+        self.at_node: dict[str, list[tuple[str, Tap]]] = defaultdict(list)
         for key, name in self.spaces.items():
-            self.at_node[self.taps[name].node].append(key)
+            for tap in (self.taps[name], *self.taps[name].also):
+                self.at_node[tap.node].append((key, tap))
         own = [graphs[task] for task in networks] if graphs is not None else None
         self.lockstep = Lockstep(graph, list(networks.values()), own, self.at_node)
         self._statistics = {
@@ -187,11 +188,11 @@ class Calibration:
         Products are then few and large, and statistics, which are much larger than the samples, are added to once.
         What waits takes at most a 2N-th of their memory and one batch more.
         """
-        for key in self.at_node.get(node, ()):
+        for key, tap in self.at_node.get(node, ()):
             statistics = self._statistics[key]
             if statistics.comoment.device != values[0].device:
                 statistics.to(values[0].device)
-            features = [self._choose(self.taps[self.spaces[key]].features(value)) for value in values]
+            features = [self._choose(tap.features(value)) for value in values]
             if key not in self._waiting:
                 if features[0][0].numel() > statistics.few:
                     statistics.update(features, features_first=True)
@@ -246,7 +247,7 @@ class Calibration:
             CalibrationError: naming the first space and the tasks whose activations are not finite.
         """
         nodes = [*self.lockstep.entries, *self.lockstep.nodes]
-        for key in (key for node in nodes for key in self.at_node.get(node.name, ())):
+        for key in (key for node in nodes for key, _ in self.at_node.get(node.name, ())):
             name, statistics = self.spaces[key], self.statistics[key]
             means = statistics.total.chunk(len(self.tasks))
             spread = statistics.comoment.diagonal().chunk(len(self.tasks))

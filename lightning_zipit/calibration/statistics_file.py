@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -10,20 +9,25 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch.utilities import rank_zero_info
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lightning_zipit.calibration.fingerprint import digest_operators, digest_tensors, fingerprint
 from lightning_zipit.calibration.statistics import STATES, FeatureStatistics
 from lightning_zipit.collectives import rank_and_size, share
 from lightning_zipit.errors import ConfigurationError, StatisticsError
 from lightning_zipit.files import find_output_problem, replacing
+from lightning_zipit.graph import MergeGraph
 from lightning_zipit.views import Inputs, Sample, zeros_like_sample
 
-FORMAT = 2
+FORMAT = 3
+"""Raised with every change of what the numbers in a file are: one that does not say all of it could be misread."""
+
 HEADER = "lightning_zipit"
+
+GATHER_ANEW = "delete the file, or name another, to gather anew."
 
 SAVE_EVERY = 30.0
 """Seconds of calibration that an interruption may cost."""
@@ -45,6 +49,9 @@ class CalibrationStatistics:
         cuts: where they serve merges with several ``stop_at`` (``""`` for ``None``), the barriers of each.
         start_at: the module that the trunk starts at; ``None`` for the input.
         views: type and shape of a sample of each network, where each has a view of its own; else empty.
+        positions: how many positions of each sample they are of; ``None`` for all.
+        verified: whether the table of axes was proved on the first batch.
+        operators: per task, a digest of what its network computes with its weights.
 
     Example:
         >>> import lightning_zipit as zipit
@@ -71,6 +78,9 @@ class CalibrationStatistics:
     cuts: dict[str, dict[str, str]] = field(default_factory=dict)
     start_at: str | None = None
     views: tuple[Sample, ...] = ()
+    positions: int | None = None
+    verified: bool = False
+    operators: dict[str, str] = field(default_factory=dict)
 
     def barriers_of(self, stop_at: str | None) -> dict[str, str]:
         """The nodes that cannot be merged in a merge with this ``stop_at``."""
@@ -112,16 +122,20 @@ class CalibrationStatistics:
             ("cuts", "merges with the cuts"),
             ("start_at", "merges with start_at"),
             ("views", "views"),
+            ("positions", "merges with positions"),
+            ("operators", "networks with the operators"),
         ):
             mine, theirs = getattr(self, attribute), getattr(other, attribute)
             if mine != theirs:
-                raise StatisticsError(f"Statistics of {what} {mine} cannot be added to those of {what} {theirs}.")
+                raise StatisticsError(
+                    f"Statistics of {what} {mine} cannot be added to those of {what} {theirs}: gather both alike."
+                )
         if set(self.statistics) != set(other.statistics):
             raise StatisticsError("Statistics of other spaces cannot be added: gather both with the same `stop_at`.")
         if self.seen or other.seen:
             raise StatisticsError("Statistics of a calibration that has not ended cannot be added to others.")
         joint = {tap: mine + other.statistics[tap] for tap, mine in self.statistics.items()}
-        return replace(self, statistics=joint)
+        return replace(self, statistics=joint, verified=self.verified and other.verified)
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file; one that is there is replaced once the new one is complete.
@@ -144,14 +158,14 @@ class CalibrationStatistics:
             "input_dtype": self.input_dtype,
             "barriers": self.barriers,
             "seen": {str(loader): samples for loader, samples in self.seen.items()},
+            "cuts": self.cuts,
+            "start_at": self.start_at,
+            "views": [[dtype, list(shape)] for dtype, shape in self.views],
+            "positions": self.positions,
+            "verified": self.verified,
+            "operators": self.operators,
         }
-        if self.cuts:
-            header["cuts"] = self.cuts
-        if self.start_at is not None:
-            header["start_at"] = self.start_at
-        if self.views:
-            header["views"] = [[dtype, list(shape)] for dtype, shape in self.views]
-        text = json.dumps({**header, "digest": _digest(tensors, json.dumps(header, sort_keys=True))})
+        text = json.dumps({**header, "digest": digest_tensors(tensors, json.dumps(header, sort_keys=True))})
         with replacing(Path(path)) as file:
             save_file(tensors, file, {HEADER: text})
 
@@ -171,7 +185,7 @@ class CalibrationStatistics:
             digest = header.pop("digest")
             if header["format"] != FORMAT:
                 raise ValueError(f"it has format {header['format']}, and this version reads format {FORMAT}")
-            if digest != _digest(tensors, json.dumps(header, sort_keys=True)):
+            if digest != digest_tensors(tensors, json.dumps(header, sort_keys=True)):
                 raise ValueError("its content has changed since it was written")
             known = cls(
                 {str(task): str(digest) for task, digest in header["fingerprints"].items()},
@@ -180,9 +194,12 @@ class CalibrationStatistics:
                 {str(node): str(reason) for node, reason in header["barriers"].items()},
                 _restore(tensors, len(header["fingerprints"])),
                 {int(loader): int(samples) for loader, samples in header["seen"].items()},
-                {str(stop_at): dict(barriers) for stop_at, barriers in header.get("cuts", {}).items()},
-                header.get("start_at"),
-                tuple((str(dtype), tuple(map(int, shape))) for dtype, shape in header.get("views", ())),
+                {str(stop_at): dict(barriers) for stop_at, barriers in header["cuts"].items()},
+                header["start_at"],
+                tuple((str(dtype), tuple(map(int, shape))) for dtype, shape in header["views"]),
+                header["positions"],
+                bool(header["verified"]),
+                {str(task): str(digest) for task, digest in header["operators"].items()},
             )
             for dtype, shape in ((known.input_dtype, known.input_shape), *known.views):
                 if not zeros_like_sample((dtype, shape)).numel():
@@ -203,20 +220,6 @@ def _restore(tensors: Mapping[str, Tensor], num_models: int) -> dict[str, Featur
         if not all(tensor.isfinite().all() for tensor in states.values()):
             raise ValueError(f"the statistics of {tap} are not finite")
     return restored
-
-
-def _digest(tensors: Mapping[str, Tensor], text: str = "") -> str:
-    digest = hashlib.blake2b(text.encode(), digest_size=16)
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        data: Any = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-        digest.update(data)
-    return digest.hexdigest()
-
-
-def fingerprint(network: nn.Module) -> str:
-    """A digest of a network's weights: names, shapes, types and values."""
-    return _digest({**dict(network.named_parameters()), **dict(network.named_buffers())})
 
 
 class StatisticsRecord:
@@ -278,17 +281,45 @@ class StatisticsRecord:
             raise StatisticsError(f"{path} holds a part of a calibration only. {way_out}")
         return known
 
-    def check_start(self, start_at: str | None) -> None:
-        """Compare where the trunk starts with what the files say.
+    def check_settings(self, verify: bool, **settings: Any) -> None:
+        """Compare what a merge is asked to do with what the files were gathered for.
+
+        Args:
+            verify: whether the table of axes shall be proved: without a calibration, it is not.
+            settings: by the names that they have in the files, those that the numbers in these depend on.
 
         Raises:
-            StatisticsError: if they were gathered for another start.
+            StatisticsError: if they were gathered for others.
         """
         for known in (self.complete, self.resumed):
-            if known is not None and known.start_at != start_at:
+            for name, wanted in settings.items() if known is not None else ():
+                if (found := getattr(known, name)) != wanted:
+                    raise StatisticsError(
+                        f"{self.path} was gathered with {name}={found!r}, and this merge has {name}={wanted!r}. "
+                        f"Merge with {name}={found!r}, or {GATHER_ANEW}"
+                    )
+        if verify and self.complete is not None and not self.complete.verified:
+            raise StatisticsError(
+                f"{self.path} was gathered with verify=False, so that its table of axes was never proved. Merge with "
+                f"verify=False, too, or {GATHER_ANEW}"
+            )
+
+    def check_operators(self, graphs: Mapping[str, MergeGraph]) -> None:
+        """Compare what the networks compute with what those computed that the files were gathered from.
+
+        Args:
+            graphs: the merge graph of each network, in the order of the tasks.
+
+        Raises:
+            StatisticsError: if they compute something else, with the same weights.
+        """
+        found = {task: digest_operators(graph) for task, graph in graphs.items()}
+        for known in (self.complete, self.resumed):
+            if known is not None and list(known.operators.values()) != list(found.values()):
                 raise StatisticsError(
-                    f"{self.path} was gathered with start_at={known.start_at!r}, and this merge has start_at="
-                    f"{start_at!r}. Delete it, or name another, to gather anew."
+                    f"{self.path} was gathered from networks that computed something else: the operators of "
+                    f"{_changed(known.operators, found)}, or their arguments, have changed. To go on, undo that, or "
+                    f"{GATHER_ANEW}"
                 )
 
     def is_known(self, loader: int, before: int, samples: int) -> bool:
@@ -327,6 +358,3 @@ def _changed(old: Mapping[str, str], new: Mapping[str, str]) -> str:
         return f"{len(new)} tasks instead of {len(old)}"
     pairs = zip(old.values(), new.items(), strict=True)
     return ", ".join(repr(task) for before, (task, after) in pairs if before != after)
-
-
-__all__ = ["CalibrationStatistics", "StatisticsRecord", "fingerprint"]

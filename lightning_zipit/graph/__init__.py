@@ -2,12 +2,13 @@
 
 import lightning_zipit.graph.rules  # noqa: F401  (fills the registry)
 from lightning_zipit.graph.interpret import Context
+from lightning_zipit.graph.prove import permute_spaces, verify_graph
 from lightning_zipit.graph.registry import register_rule
 from lightning_zipit.graph.shapes import evaluating
-from lightning_zipit.graph.spaces import AxisRef, Block, Crossing, FeatureSpace, MergeGraph, Projection, Tap
+from lightning_zipit.graph.spaces import Crossing, FeatureSpace, MergeGraph, Projection, Tap
+from lightning_zipit.graph.table import AxisRef, Block
 from lightning_zipit.graph.trace import trace
 from lightning_zipit.graph.values import Features, Parameter, Plain
-from lightning_zipit.graph.verify import permute_spaces, verify_graph
 
 __all__ = [
     "AxisRef",

@@ -1,12 +1,13 @@
-"""What broadcasting and contraction tie: operands that meet axis by axis."""
+"""What broadcasting ties: operands that meet entry by entry, at their last axes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from lightning_zipit.graph.interpret import Context
-from lightning_zipit.graph.values import Features, Ids, Parameter, Plain, Shape, Value
+from lightning_zipit.graph.values import Features, Ids, Joined, Parameter, Plain, Shape, Value, leaves
 
 
 def units_along(ctx: Context, x: Features, kept: tuple[int, ...], kind: str = "heads") -> Ids:
@@ -58,13 +59,74 @@ def fix_inner(ctx: Context, x: Features, axes: tuple[int, ...], why: str) -> Non
         ctx.tie(ids[..., 0], ids[..., inner])
 
 
+def entrywise(ctx: Context, *operands: Any) -> Any:
+    """The operator computes each entry from the entries of its operands at the same place.
+
+    Args:
+        ctx: the context.
+        operands: tensors that are broadcast, and numbers.
+
+    Returns:
+        The value of the result. Parameters that no features meet hold positions where they lie along those of a
+        tensor, and make new features along one more axis.
+    """
+    values = [value for value in leaves(operands) if isinstance(value, (Features, Parameter, Plain, Joined))]
+    if any(isinstance(value, Features) for value in values):
+        return broadcast_all(ctx, values)
+    if len(values) == 1 and not isinstance(values[0], Plain):
+        return values[0]
+    parameters = [value for value in values if isinstance(value, Parameter) and value.counts]
+    ranks = [len(value.shape) for value in values if isinstance(value, Parameter)]
+    if len(parameters) == 1 and len(ranks) == len(values) and max(ranks) == len(parameters[0].shape):
+        return parameters[0]  # the others are single numbers
+    if all(parameter.constant for parameter in parameters):
+        return ctx.constant(list(leaves(operands)))
+    return _make(ctx, parameters, [value.shape for value in values if isinstance(value, Plain)])
+
+
+def _make(ctx: Context, parameters: Sequence[Parameter], positions: Sequence[Shape | None]) -> Value:
+    """Parameters that meet positions: along an axis that has none, their entries are new features."""
+    if any(shape is None for shape in positions):
+        raise ctx.error("it combines parameters with a tensor of unknown size")
+    known = [shape for shape in positions if shape is not None]
+    full = broadcast_shape([*known, *(parameter.shape for parameter in parameters)])
+    covered = broadcast_shape([*known, (1,) * len(full)])
+    free = [axis for axis, size in enumerate(full) if covered[axis] != size]
+    if len(free) > 1:
+        raise ctx.error("its parameters have entries along several axes that the input has not")
+    ctx.positional(parameters)
+    if not free:
+        return Plain(full)
+    made = Features(ctx.fresh(full[free[0]]), (free[0],), full)
+    for parameter in parameters:
+        _write(ctx, made, parameter)
+    return made
+
+
+def broadcast_shape(shapes: Sequence[Shape]) -> Shape:
+    """The sizes that tensors have together, aligned at their last axes."""
+    rank = max(map(len, shapes), default=0)
+    padded = [(1,) * (rank - len(shape)) + tuple(shape) for shape in shapes]
+    return tuple(max(sizes, key=lambda size: (size != 1, size)) for sizes in zip(*padded, strict=True))
+
+
 def broadcast_all(ctx: Context, operands: Sequence[Any]) -> Features:
-    """Align all operands with the one that has the most features, which is returned."""
-    largest = max((value for value in operands if isinstance(value, Features)), key=lambda value: value.ids.size)
+    """Align all operands with the one that has the most features.
+
+    Returns:
+        The features of all, on the axes of the result.
+    """
+    features = [value for value in operands if isinstance(value, Features)]
+    largest = max(features, key=lambda value: (value.ids.size, value.rank))
+    shapes = [value.shape for value in operands if isinstance(value, (Features, Plain)) and value.shape is not None]
+    ranks = [len(value.shape) for value in operands if isinstance(value, Parameter)]
+    shape = broadcast_shape([*shapes, (1,) * max(ranks, default=0)])
+    axes = tuple(axis + len(shape) - largest.rank for axis in largest.axes)
+    together = replace(largest, axes=axes, shape=shape)
     for value in operands:
         if value is not largest:
-            broadcast(ctx, largest, value)
-    return largest
+            broadcast(ctx, together, value)
+    return together
 
 
 def broadcast(ctx: Context, x: Features, other: Any) -> None:
@@ -73,13 +135,20 @@ def broadcast(ctx: Context, x: Features, other: Any) -> None:
         _tie(ctx, x, other)
     elif isinstance(other, Parameter):
         _write(ctx, x, other)
+    elif isinstance(other, Joined):
+        raise ctx.error("it combines them with several parameters end to end")
     elif isinstance(other, Plain):
         if other.shape is None:
             ctx.pin(x, f"{_where(ctx)} combines them with a tensor that holds no features")
             return
-        varying = tuple(axis for axis in x.axes if _size(other, axis - x.rank) != 1)
-        if varying:
-            fix_inner(ctx, x, varying, f"{_where(ctx)} combines them with a tensor that holds no features")
+        _fix(ctx, x, other)
+
+
+def _fix(ctx: Context, x: Features, other: Plain | Parameter) -> None:
+    """The features keep the order in which those of another operand come."""
+    varying = tuple(axis for axis in x.axes if _size(other, axis - x.rank) != 1)
+    if varying:
+        fix_inner(ctx, x, varying, f"{_where(ctx)} combines them with a tensor that holds no features")
 
 
 def _tie(ctx: Context, first: Features, second: Features) -> None:
@@ -98,18 +167,22 @@ def _tie(ctx: Context, first: Features, second: Features) -> None:
 
 def _write(ctx: Context, x: Features, parameter: Parameter) -> None:
     """The parameter's axis under a feature axis has one entry per feature; that under heads one per head."""
+    if not parameter.counts:
+        return _fix(ctx, x, parameter)
+    own = [axis - x.rank for axis in range(x.rank) if axis not in x.axes]
+    if any(_size(parameter, axis) not in (1, x.shape[axis]) for axis in own) or len(parameter.shape) > x.rank:
+        raise ctx.error(f"`{parameter.name}` has entries along an axis that its other input has not")
+    ctx.positional(parameter)
     varying = tuple(axis for axis in x.axes if _size(parameter, axis - x.rank) != 1)
     if not varying:
-        return
-    outer, inner = varying[0], tuple(axis for axis in varying if axis != x.axes[0])
-    axis = outer - x.rank + len(parameter.shape)
-    if len(x.axes) == 1:
-        ctx.write(parameter, axis, x)
-        return
-    if outer == x.axes[0]:
-        ctx.write(parameter, axis, units_along(ctx, x, (outer,)))
-    if inner:
-        fix_inner(ctx, x, inner, f"{_where(ctx)} gives `{parameter.name}` to the features of every head alike")
+        return None
+    if varying[1:] or varying[0] != x.axes[0]:
+        if not parameter.constant:
+            raise ctx.error(f"it gives `{parameter.name}` to the features of several heads")
+        return _fix(ctx, x, parameter)
+    axis = varying[0] - x.rank + len(parameter.shape)
+    ctx.write(parameter, axis, x if len(x.axes) == 1 else units_along(ctx, x, varying))
+    return None
 
 
 def _size(value: Value, axis: int) -> int:
@@ -120,63 +193,3 @@ def _size(value: Value, axis: int) -> int:
 
 def _where(ctx: Context) -> str:
     return f"`{ctx.node.name}`"
-
-
-def contract(ctx: Context, letters: tuple[str, str], output: str, operands: tuple[Value, Value]) -> Value:
-    """A product of two tensors that is summed over the letters that are not in ``output``, as in ``torch.einsum``."""
-    first, second = operands
-    if isinstance(second, Features) and not (isinstance(first, Features) and first.ids.size >= second.ids.size):
-        first, second, letters = second, first, letters[::-1]
-    if not isinstance(first, Features):
-        return Plain()
-    own, others = letters
-    if isinstance(second, Parameter):
-        return _contract_parameter(ctx, own, others, output, first, second)
-    if not isinstance(second, Features):
-        meeting = tuple(axis for axis in first.axes if own[axis] in others)
-        if meeting:
-            fix_inner(ctx, first, meeting, f"{_where(ctx)} multiplies them with a tensor that holds no features")
-    else:
-        shared = [own[axis] for axis in first.axes if own[axis] in others]
-        held = [others[axis] for axis in second.axes]
-        if sorted(shared) != sorted(held):
-            raise ctx.error("the features of one of its inputs meet positions of the other")
-        units = units_along(ctx, first, tuple(axis for axis in first.axes if own[axis] in others))
-        ctx.tie(units, second.ids.transpose([held.index(letter) for letter in shared]))
-        ctx.observe(first)
-        ctx.observe(second)
-    ids = mix(ctx, first, {axis for axis in first.axes if own[axis] not in output})
-    if ids is None:
-        return Plain()
-    kept = [own[axis] for axis in first.axes if own[axis] in output]
-    axes = sorted(output.index(letter) for letter in kept)
-    order = [kept.index(output[axis]) for axis in axes]
-    return Features(ids.transpose(order), tuple(axes), _sizes(letters, output, (first, second)))
-
-
-def _contract_parameter(ctx: Context, own: str, others: str, output: str, x: Features, weight: Parameter) -> Value:
-    if len(x.axes) != 1:
-        raise ctx.error("it multiplies features along several axes with a parameter")
-    letter = own[x.axes[0]]
-    shape = _sizes((own, others), output, (x, weight))
-    if letter in output:
-        if letter in others:
-            ctx.write(weight, others.index(letter), x)
-        return Features(x.ids, (output.index(letter),), shape)
-    if letter not in others:
-        raise ctx.error("it sums over the features")
-    made = [name for name in others if name in output and name not in own]
-    if len(made) != 1:
-        raise ctx.error("the parameter has no single axis of new features")
-    ctx.read(weight, others.index(letter), x)
-    features = Features(ctx.fresh(weight.shape[others.index(made[0])]), (output.index(made[0]),), shape)
-    ctx.write(weight, others.index(made[0]), features)
-    return features
-
-
-def _sizes(letters: tuple[str, str], output: str, operands: tuple[Value, Value]) -> Shape:
-    sizes: dict[str, int] = {}
-    for names, operand in zip(letters, operands, strict=True):
-        for name, size in zip(names, operand.shape or (), strict=False):
-            sizes[name] = max(size, sizes.get(name, 1))
-    return tuple(sizes[name] for name in output)

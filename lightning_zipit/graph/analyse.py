@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,20 +12,22 @@ import numpy as np
 from torch import fx, nn
 
 from lightning_zipit.errors import ConfigurationError
-from lightning_zipit.graph.interpret import Context, Event
+from lightning_zipit.graph.events import Event
+from lightning_zipit.graph.interpret import Context
 from lightning_zipit.graph.naming import describe, place_of
 from lightning_zipit.graph.notes import find_notes
+from lightning_zipit.graph.order import varying
 from lightning_zipit.graph.registry import Trait, traits_of
 from lightning_zipit.graph.spaces import (
-    AxisRef,
-    Block,
     Crossing,
     FeatureSpace,
     MergeGraph,
     Projection,
     Tap,
-    as_starts,
 )
+from lightning_zipit.graph.table import AxisRef, Block, Row, as_starts, named_tensors
+from lightning_zipit.graph.taps import find_repeated, measured_once
+from lightning_zipit.graph.uses import find_conflicts, find_uses
 from lightning_zipit.graph.values import Features, Ids, Opaque, leaves
 
 STEM = "stem"
@@ -49,7 +51,7 @@ class Analysis:
         self.backbone, self.graph, self.stop_at, self.barriers = backbone, graph, stop_at, barriers
         self.nodes = list(graph.nodes)
         self.trunk, self.stem, self.start_at = trunk, stem, start_at
-        self.ctx = Context(backbone, shapes)
+        self.ctx = Context(backbone, shapes, barriers)
         self.refs: dict[Any, AxisRef] = {}
         self.position = {node: index for index, node in enumerate(self.nodes)}
         self.entry_nodes = [node for node in self.nodes if node in stem and not trunk.isdisjoint(node.users)]
@@ -57,11 +59,15 @@ class Analysis:
         entering = self._enter()
         self.entries = {node: value for node, value in entering.items() if isinstance(value, Features)}
         values = self.values = self.ctx.run([node for node in self.nodes if node in trunk], entering, tolerant=())
-        self.crossing_nodes = [node for node in self.nodes if node in trunk and any(map(self._in_head, node.users))]
+        depending = varying(self.nodes)
+        self.crossing_nodes = [
+            node for node in self.nodes if node in trunk & depending and any(map(self._in_head, node.users))
+        ]
         self.trunk_values = {node: values[node] for node in self.crossing_nodes}
         for node in self.crossing_nodes:
             self._cross(node, values[node])
         self.trunk_events = [event for events in self.ctx.events.values() for event in events]
+        self.touched = list(self.ctx.touched.values())
         self.nestings, self.projected = list(self.ctx.nestings), list(self.ctx.projected)
         self.head_values = self._interpret_heads(values)
 
@@ -95,6 +101,8 @@ class Analysis:
     def _cross(self, node: fx.Node, value: Any) -> None:
         self.ctx.node = node
         if not isinstance(value, Features):
+            if any(isinstance(part, Features) for part in leaves(value)):
+                raise self.ctx.error("the trunk would end at several tensors at once")
             return
         if len(value.axes) > 1:
             raise self.ctx.error("the trunk would end between the heads of an attention; end it at the whole block")
@@ -112,7 +120,7 @@ class Analysis:
             value = known[node] = self.stem_values[node]
             if isinstance(value, Features):
                 own[node] = replace(value, ids=self.ctx.fresh(*value.ids.shape))
-        self.ctx.events, self.ctx.mixed, self.ctx.nestings = {}, [], []
+        self.ctx.events, self.ctx.mixed, self.ctx.nestings, self.ctx.touched = {}, [], [], {}
         heads = [node for node in self.nodes if self._in_head(node)]
         known |= own
         self.ctx.run(heads, known, tolerant=set(heads))
@@ -124,10 +132,17 @@ class Analysis:
     def result(self) -> MergeGraph:
         self.component = self.ctx.components()
         self._check_nestings()
+        self._check_roles()
         self._group()
         head_events = [event for events in self.ctx.events.values() for event in events]
+        heads = [node for node in self.nodes if self._in_head(node)]
+        self.head_conflicts = find_conflicts(
+            find_uses(self.backbone, heads, head_events, self.component), self.position
+        )
         crossings = tuple(self._crossing(node, head_events) for node in self.crossing_nodes)
-        axes, spaces = self._axes(crossings, head_events), self._spaces()
+        rows, spaces = self._axes(self.trunk_events), self._spaces()
+        of_heads = self._axes(head_events, self._read_by_heads(crossings))
+        axes = self._every_name(rows, of_heads)
         passed = tuple(Crossing(node.name) for node in self.passed)
         return MergeGraph(
             spaces=spaces,
@@ -138,12 +153,14 @@ class Analysis:
             module=self.backbone,
             fx_graph=self.graph,
             held={node.name: self._held(value) for node, value in self.values.items() if node in self.trunk},
+            shapes=dict(self.ctx.shapes),
             barriers=dict(self.barriers),
             notes=tuple(find_notes(self.backbone, self.nodes, self.trunk, spaces, axes, self.barriers)),
             input_shape=next(self.ctx.shapes[node.name][1:] for node in self.nodes if node.op == "placeholder"),
             start_at=self.start_at,
             stem_nodes=frozenset(node.name for node in self.stem),
             entries=tuple(map(self._entry, self.entry_nodes)),
+            head_axes=of_heads,
         )
 
     def _held(self, value: Any) -> tuple[str, ...]:
@@ -172,6 +189,11 @@ class Analysis:
         for index, event in enumerate(self.trunk_events):
             for feature, times in Counter(self.component[event.entries].tolist()).items():
                 where[feature].append((index, times))
+        parts = {ids.tobytes(): ids for ids in map(self.component.__getitem__, self.touched)}
+        for index, ids in enumerate(parts.values()):  # a part of the features that an operator takes by itself
+            for feature, times in Counter(ids.tolist()).items():
+                if feature in where:
+                    where[feature].append((("part", index), times))
         nested = [(self.component[nesting.members], self.component[nesting.units]) for nesting in self.nestings]
         for index, (members, units) in enumerate(nested):
             for feature in dict.fromkeys(members.ravel().tolist()):
@@ -250,13 +272,15 @@ class Analysis:
             return Crossing(node.name)
         own = self.component[self.head_values[node].ids.ravel()]
         others = [event.entries for event in head_events if event.kind != "consumer" or event.groups > 1]
+        others += [event.entries for event in head_events if event.path in self.head_conflicts]
         others += [ids for ids, _ in self.ctx.pinned]
         others += [ids.ravel() for nesting in self.head_nestings for ids in (nesting.members, nesting.units)]
         others += [*self.ctx.mixed, *self.ctx.opaque, *self.returned]
         others += [other.ids.ravel() for source, other in self.head_values.items() if source is not node]
         absorbed = len(set(own.tolist())) == len(own)
-        for event in head_events:  # a layer that reads a part of the features cannot tell which of the merged ones
-            appearances = np.isin(self.head_values[node].ids.ravel(), event.entries).sum()
+        for entries in (*(event.entries for event in head_events), *self.ctx.touched.values()):
+            # what takes a part of the features by itself cannot tell which of the merged ones
+            appearances = np.isin(self.head_values[node].ids.ravel(), entries).sum()
             absorbed = absorbed and appearances in (0, len(own))
         absorbed = absorbed and not any(np.isin(own, self.component[ids]).any() for ids in others)
         return Crossing(node.name, value.axes[0], self._ref(self.component[value.ids.ravel()], None), absorbed)
@@ -268,25 +292,57 @@ class Analysis:
             return Crossing(node.name, shape=shape)
         return Crossing(node.name, value.axes[0], self._ref(self.component[value.ids.ravel()], None), shape=shape)
 
-    def _axes(self, crossings: tuple[Crossing, ...], head_events: list[Event]) -> dict[str, tuple[AxisRef | None, ...]]:
+    def _check_roles(self) -> None:
+        """A parameter of the trunk has one role; a node that reads it in another one is a barrier."""
+        nodes = [node for node in self.nodes if node in self.trunk]
+        uses = find_uses(self.backbone, nodes, self.trunk_events, self.component)
+        conflicts = find_conflicts(uses, self.position)
+        if conflicts:
+            path, self.ctx.node = min(conflicts.items(), key=lambda item: self.position[item[1]])
+            raise self.ctx.error(f"it uses `{path}` in another role than a layer before it does")
+
+    def _axes(self, events: list[Event], of: Mapping[int, int] | None = None) -> dict[str, Row]:
+        """The rows of the parameters that some events are about, by the names that the forward reads.
+
+        Args:
+            events: of the trunk, or of the heads.
+            of: per feature of a head that reads the trunk through its weights, the feature of the trunk.
+        """
+        tensors = named_tensors(self.backbone)
         table: dict[str, list[AxisRef | None]] = {}
-        canonical = set(self.ctx._canonical.values())
-        for name, tensor in (*self.backbone.named_parameters(), *self.backbone.named_buffers()):
-            if name in canonical:
-                table[name] = [None] * tensor.ndim
-        for event in self.trunk_events:
-            if event.kind in ("producer", "consumer") and table[event.name][event.axis] is None:
-                table[event.name][event.axis] = self._ref(self.component[event.entries], event.kind, event.groups)
-        read: dict[int, int] = {}  # what a head calls a feature that it reads through its weights, to the trunk's own
+        for event in events:
+            if event.kind not in ("producer", "consumer"):
+                continue
+            row = table.setdefault(event.path, [None] * tensors[event.path].ndim)
+            features = self.component[event.entries]
+            if of is not None:
+                features = np.array([of.get(feature, -1) for feature in event.entries.tolist()])
+                if event.kind == "producer" or not (features >= 0).any():
+                    continue
+            if row[event.axis] is None:
+                row[event.axis] = self._ref(features, event.kind, event.groups if of is None else 1)
+        return {name: tuple(row) for name, row in table.items()}
+
+    def _read_by_heads(self, crossings: Sequence[Crossing]) -> dict[int, int]:
+        """What a head calls a feature that it reads through its weights → what the trunk calls it."""
+        read: dict[int, int] = {}
         for node, crossing in zip(self.crossing_nodes, crossings, strict=True):
             if crossing.absorbed:
                 own, trunk = self.head_values[node].ids.ravel(), self.component[self.trunk_values[node].ids.ravel()]
                 read.update(zip(own.tolist(), trunk.tolist(), strict=True))
-        for event in head_events:
-            features = np.array([read.get(feature, -1) for feature in event.entries.tolist()])
-            if event.kind == "consumer" and (features >= 0).any():
-                table[event.name][event.axis] = self._ref(features, "consumer")
-        return {name: tuple(refs) for name, refs in table.items()}
+        return read
+
+    def _every_name(self, rows: Mapping[str, Row], of_heads: Mapping[str, Row]) -> dict[str, Row]:
+        """A row for every name of every tensor: the trunk's own, or that of another name of the tensor."""
+        tensors = named_tensors(self.backbone)
+        known: dict[int, Row] = {}
+        for source in (rows, of_heads):
+            for name, row in source.items():
+                known.setdefault(id(tensors[name]), row)
+        return {
+            name: rows.get(name) or of_heads.get(name) or known.get(id(tensor)) or (None,) * tensor.ndim
+            for name, tensor in tensors.items()
+        }
 
     def _pinned(self) -> dict[int, str]:
         """The features that keep their order, and why; a unit does where one of its members does."""
@@ -304,21 +360,20 @@ class Analysis:
     def _spaces(self) -> dict[str, FeatureSpace]:
         pinned = self._pinned()
         roles: dict[str, dict[str, list[tuple[str, int]]]] = defaultdict(lambda: {"producer": [], "consumer": []})
-        last: dict[str, tuple[tuple[int, int], Event]] = {}
+        reads: dict[str, list[Event]] = defaultdict(list)
         for event in self.trunk_events:
-            crossing = event.kind == "crossing"
-            for space in dict.fromkeys(self.space_of[feature] for feature in self.component[event.entries].tolist()):
+            for space in self._spaces_of(event):
                 if event.kind in ("producer", "consumer"):
                     roles[space][event.kind].append((event.name, event.axis))
                 if event.kind not in ("producer", "entry") and event.value is not None:
-                    moment = (int(crossing), self.position[event.node])  # the cut comes after all of the trunk
-                    last[space] = max(last.get(space, (moment, event)), (moment, event), key=lambda item: item[0])
+                    reads[space].append(event)
+        repeated = {space for event in find_repeated(self.trunk_events) for space in self._spaces_of(event)}
         unit_of = self._units()
         projections = self._projections()
         spaces = {}
         for name, features in self.members.items():
             why = next((pinned[feature] for feature in features if feature in pinned), "")
-            tap = projections.get(name) or (self._tap(name, last[name][1]) if name in last else None)
+            tap = projections.get(name) or self._tap(name, reads[name], name in repeated)
             units = [unit_of[feature] for feature in features if feature in unit_of]
             spaces[name] = FeatureSpace(
                 name=name,
@@ -331,6 +386,9 @@ class Analysis:
                 unit_of=tuple(self.rank_of[unit] for unit in units),
             )
         return spaces
+
+    def _spaces_of(self, event: Event) -> list[str]:
+        return list(dict.fromkeys(self.space_of[feature] for feature in self.component[event.entries].tolist()))
 
     def _units(self) -> dict[int, int]:
         unit_of: dict[int, int] = {}
@@ -350,14 +408,21 @@ class Analysis:
             rows = {self.rank_of[feature]: projected.start + row for row, feature in enumerate(features)}
             projection = Projection(projected.weight, tuple(rows[rank] for rank in range(len(rows))))
             block = Block(space, range(projected.value.ids.size))
-            known = taps.get(space) or Tap(
-                projected.value.node.name, projected.value.axes, block, place_of(projected.node)
-            )
-            if known.node == projected.value.node.name:  # else it was measured in another place already
+            here = Tap(projected.value.node.name, projected.value.axes, block, place_of(projected.node))
+            known = taps.get(space, here)
+            if projection in known.projections:  # applied again
+                taps[space] = measured_once([known, *known.also, here])
+            elif known.node == here.node:  # else it was measured in another place already
                 taps[space] = replace(known, projections=(*known.projections, projection))
         return taps
 
-    def _tap(self, space: str, event: Event) -> Tap:
+    def _tap(self, space: str, reads: list[Event], everywhere: bool) -> Tap | None:
+        """Where a space is measured: at the cut, else at its last reader; or at all of them."""
+        reads = sorted(reads, key=lambda event: (event.kind != "crossing", -self.position[event.node]))
+        taps = [self._tap_at(space, event) for event in (reads if everywhere else reads[:1])]
+        return measured_once(taps) if taps else None
+
+    def _tap_at(self, space: str, event: Event) -> Tap:
         assert event.value is not None
         value = self._before_pooling(event.value)
         assert value.node is not None

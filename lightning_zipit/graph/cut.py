@@ -12,6 +12,7 @@ from lightning_zipit.errors import ConfigurationError
 from lightning_zipit.graph.interpret import Context
 from lightning_zipit.graph.naming import modules_around
 from lightning_zipit.graph.notes import reached
+from lightning_zipit.graph.order import ancestors, descendants, with_constants
 from lightning_zipit.graph.spaces import MergeGraph
 from lightning_zipit.graph.values import Features, Opaque, leaves
 
@@ -34,18 +35,19 @@ def find_trunk(
     body = [node for node in nodes if node.op != "output"]
     if stop_at is None:
         head = set() if whole else descendants(_last_layers(backbone, nodes, shapes), nodes)
-        return with_items(_ancestors(_inputs_of(body, head), nodes), nodes, shapes) if head else set(body)
+        trunk = with_items(ancestors(_inputs_of(body, head), nodes), nodes, shapes) if head else set(body)
+        return with_constants(trunk, nodes)
     inside = [node for node in body if stop_at in modules_around(node) or node.target == stop_at]
     if not inside:
         raise ConfigurationError(no_such_module(backbone, nodes, "stop_at", stop_at))
-    trunk = with_items(_ancestors(set(inside), nodes), nodes, shapes)
+    trunk = with_items(ancestors(set(inside), nodes), nodes, shapes)
     if not whole and trunk & _last_layers(backbone, nodes, shapes):
         raise ConfigurationError(
             f"stop_at={stop_at!r} cuts nothing: the last layer would be in the trunk. Use stop_at=None to zip "
             f"everything "
             "down to the last layer, or merge_heads=True if all models share one output space."
         )
-    return trunk
+    return with_constants(trunk, nodes)
 
 
 def find_cuts(graph: MergeGraph) -> list[str]:
@@ -64,7 +66,9 @@ def find_cuts(graph: MergeGraph) -> list[str]:
         ['1']
     """
     nodes, trunk = list(graph.fx_graph.nodes), set(graph.trunk_graph())
-    weights = {name: weight for name, weight in graph.module.named_parameters() if weight.ndim > 1}
+    weights = {
+        name: weight for name, weight in graph.module.named_parameters(remove_duplicate=False) if weight.ndim > 1
+    }
     inside: dict[str, set[fx.Node]] = {}
     for node in (node for node in nodes if node in trunk):
         called = [str(node.target)] if node.op == "call_module" else []
@@ -72,7 +76,7 @@ def find_cuts(graph: MergeGraph) -> list[str]:
             inside.setdefault(name, set()).add(node)
     found: dict[tuple[str, ...], tuple[str, int]] = {}  # by the layers in the trunk
     for name, last in inside.items():
-        own = _ancestors(last, nodes) & trunk
+        own = ancestors(last, nodes) & trunk
         layers = tuple(reached(nodes, own, weights))
         if sum(not own.issuperset(node.users) for node in own) == 1 and len(own) > found.get(layers, ("", 0))[1]:
             found[layers] = (name, len(own))
@@ -104,23 +108,6 @@ def _last_layers(backbone: nn.Module, nodes: list[fx.Node], shapes: dict[str, tu
         for event in events
         if event.kind == "producer" and np.isin(component[event.entries], returned).any()
     }
-
-
-def descendants(roots: set[fx.Node], nodes: list[fx.Node]) -> set[fx.Node]:
-    """Nodes, and all that depends on them."""
-    found = set(roots)
-    for node in nodes:
-        if node in found or not found.isdisjoint(node.all_input_nodes):
-            found.add(node)
-    return found
-
-
-def _ancestors(leaves: set[fx.Node], nodes: list[fx.Node]) -> set[fx.Node]:
-    found = set(leaves)
-    for node in reversed(nodes):
-        if node in found:
-            found.update(node.all_input_nodes)
-    return found
 
 
 def _inputs_of(body: list[fx.Node], head: set[fx.Node]) -> set[fx.Node]:

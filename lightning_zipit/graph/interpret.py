@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Container, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from operator import attrgetter
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,75 +13,17 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import fx, nn
 
-from lightning_zipit.errors import TraceError
+from lightning_zipit.errors import TraceError, ZipItError
+from lightning_zipit.graph.constants import Constants
+from lightning_zipit.graph.events import Event, EventKind, Nesting, Projected
+from lightning_zipit.graph.explain import counts, unexplained
 from lightning_zipit.graph.naming import describe, symbol
-from lightning_zipit.graph.registry import OPERATORS, Operator, Trait, operator_of
-from lightning_zipit.graph.values import Features, Ids, Joined, Opaque, Parameter, Plain, Value, leaves
+from lightning_zipit.graph.registry import Operator, Trait, operator_of, spelled, writes_in_place
+from lightning_zipit.graph.table import named_tensors
+from lightning_zipit.graph.values import Features, Ids, Joined, Opaque, Parameter, Plain, Value, leaves, parts_of
 
-BASIC = ("weight", "bias")
-"""Parameters that a rule may leave alone: they are positional where no features lie along them."""
-
-EventKind: TypeAlias = Literal["producer", "consumer", "reader", "crossing", "entry"]
-
-
-@dataclass(frozen=True)
-class Event:
-    """Something that holds features in an order: an axis of a parameter, or a value that is read where it is.
-
-    Attributes:
-        name: the parameter, or the node that reads.
-        axis: the axis of the parameter.
-        entries: the feature of every entry.
-        kind: what it does with them; a reader has no weights, a crossing passes into the heads, and an entry
-            comes from a stem.
-        value: the tensor that is read.
-        node: the node that reads or writes.
-        groups: see :attr:`AxisRef.groups`.
-    """
-
-    name: str
-    axis: int
-    entries: Ids
-    kind: EventKind
-    value: Features | None
-    node: fx.Node
-    groups: int = 1
-
-
-@dataclass(frozen=True)
-class Nesting:
-    """Features that can be reordered within their unit, and across units only as far as whole units are.
-
-    Attributes:
-        members: the features of each unit, ``(units, features)``.
-        units: the features that stand for the units, ``(units,)``.
-        kind: for people: ``"groups"`` or ``"heads"``.
-        node: the operator that nests them.
-    """
-
-    members: Ids
-    units: Ids
-    kind: str
-    node: fx.Node
-
-
-@dataclass(frozen=True)
-class Projected:
-    """Features that no node of the graph holds, as a linear function of a value.
-
-    Attributes:
-        ids: the features, one for each row of the weight.
-        value: what the weight is applied to.
-        weight: the parameter, ``(features, inputs)``.
-        start: the row of the first of ``ids``.
-        node: the operator that hides them.
-    """
-
-    ids: Ids
-    value: Features
-    weight: str
-    start: int
-    node: fx.Node
+UNSEEN = Trait.REARRANGE | Trait.IDENTITY | Trait.SHAPE
+"""What an operator is that does nothing to the features that it is given."""
 
 
 class Context:
@@ -90,10 +32,12 @@ class Context:
     Args:
         module: the traced backbone.
         shapes: sizes of tensors by node name.
+        barriers: names of nodes that are taken for operators without a rule.
     """
 
-    def __init__(self, module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    def __init__(self, module: nn.Module, shapes: Mapping[str, tuple[int, ...]], barriers: Container[str] = ()) -> None:
         self.module = module
+        self.barriers = barriers
         self.shapes = shapes
         self.events: dict[tuple[str, int], list[Event]] = {}
         self.nestings: list[Nesting] = []
@@ -101,12 +45,17 @@ class Context:
         self.pinned: list[tuple[Ids, str]] = []
         self.mixed: list[Ids] = []
         self.opaque: list[Ids] = []
+        self.touched: dict[bytes, Ids] = {}
         self.node: fx.Node
+        self.shared = True
         self.values: Mapping[fx.Node, Any] = {}
+        self._constants = Constants(module)
+        self._said: set[str] = set()
         self._edges: list[tuple[Ids, Ids]] = []
         self._count = 0
         self._canonical: dict[int, str] = {}
-        for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        self._buffers = {id(tensor) for tensor in module.buffers()}
+        for name, tensor in named_tensors(module).items():
             self._canonical.setdefault(id(tensor), name)
 
     # What rules say of features
@@ -157,24 +106,22 @@ class Context:
         """The number of axes of the tensor that the operator at hand returns."""
         return len(self.shapes[self.node.name])
 
-    def concrete(self, node: fx.Node) -> Any:
-        """A number or size as it is; an index tensor that comes from buffers alone, and zeros for any other tensor."""
+    def concrete(self, node: fx.Node, unknown: int = 0) -> Any:
+        """A number or size as it is, and a tensor where it is known before any data is.
+
+        Args:
+            node: an argument of the operator at hand.
+            unknown: what stands for each entry of any other tensor.
+        """
         value = self.values[node]
         if not isinstance(value, (Features, Parameter, Plain)):
             return value
-        index = self._from_buffers(node)
-        return torch.zeros(value.shape or (), dtype=torch.int64) if index is None else index
+        known = self._constants[node]
+        return torch.full(value.shape or (), unknown, dtype=torch.int64) if known is None else known
 
-    def _from_buffers(self, node: fx.Node) -> torch.Tensor | None:
-        if node.op == "get_attr":
-            tensor = attrgetter(str(node.target))(self.module)
-            return None if tensor.is_floating_point() or tensor.is_meta else tensor.detach().cpu()
-        inputs = {source: self._from_buffers(source) for source in node.all_input_nodes}
-        if node.op not in ("call_function", "call_method") or not inputs or any(x is None for x in inputs.values()):
-            return None
-        args, kwargs = fx.map_arg((node.args, node.kwargs), inputs.__getitem__)
-        run = getattr(torch.Tensor, node.target) if isinstance(node.target, str) else node.target
-        return run(*args, **kwargs)
+    def known(self, node: fx.Node) -> bool:
+        """Whether a node's value is known before any data is."""
+        return self._constants[node] is not None
 
     # What rules say of parameters
 
@@ -191,13 +138,21 @@ class Context:
             raise self.error(f"it has no `{name}`")
         return parameter
 
-    def write(self, parameter: Parameter | None, axis: int, value: Features | Ids, groups: int = 1) -> None:
+    def write(self, parameter: Parameter | None, axis: int, value: Value | Ids, groups: int = 1) -> None:
         """Entry k of the parameter's axis belongs to entry k of the feature axis, and makes it.
 
         With ``groups``, entry k of a row in the parameter's g-th part belongs to entry k of the g-th part of the
-        features.
+        features. Where the value holds no features, the axis lies along its positions.
         """
-        self._note(parameter, axis, value, "producer", groups)
+        if isinstance(value, (Plain, Parameter)):
+            self.positional(parameter)
+        else:
+            self._note(parameter, axis, value, "producer", groups)
+
+    def positional(self, *parameters: Any) -> None:
+        """Entries of the parameters lie along positions of the input, or are not read: they keep their order."""
+        for parameter in leaves(parameters):
+            self._said.update(part.name for part in parts_of(parameter))
 
     def read(self, parameter: Parameter, axis: int, value: Value | Ids, groups: int = 1) -> None:
         """The parameter's axis is contracted with the feature axis; for ``groups`` see :meth:`write`."""
@@ -239,7 +194,7 @@ class Context:
     def forget(self) -> None:
         """Forget what rules said so far; features that were tied stay tied."""
         self.events, self.nestings, self.projected = {}, [], []
-        self.pinned, self.mixed, self.opaque = [], [], []
+        self.pinned, self.mixed, self.opaque, self.touched = [], [], [], {}
 
     def _named(self, tensor: torch.Tensor, name: str) -> Parameter:
         known = self._canonical.get(id(tensor))
@@ -252,7 +207,8 @@ class Context:
             )
         if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)):
             raise self.error("it has no weight yet: run a batch through the model before merging it", fatal=True)
-        return Parameter(known or name, tuple(tensor.shape), tuple(range(tensor.ndim)))
+        constant = id(tensor) in self._buffers
+        return Parameter(known or name, tuple(tensor.shape), tuple(range(tensor.ndim)), name, counts(tensor), constant)
 
     def _note(
         self, parameter: Parameter | None, axis: int, value: Features | Ids, kind: EventKind, groups: int
@@ -277,9 +233,11 @@ class Context:
             raise self.error(
                 f"`{parameter.name}` is reshaped in a way that hides which of its entries is which feature"
             )
-        self._add(Event(parameter.name, origin, entries.ravel(), kind, tensor, self.node, groups))
+        path = parameter.path or parameter.name
+        self._add(Event(parameter.name, origin, entries.ravel(), kind, tensor, self.node, groups, path))
 
     def _add(self, event: Event) -> None:
+        self._said.add(event.name)
         known = self.events.setdefault((event.name, event.axis), [])
         if known:  # a parameter in two places
             self.tie(known[0].entries, event.entries)
@@ -322,9 +280,12 @@ class Context:
         for node in nodes:
             if node in values:
                 continue
-            self.node = node
+            self.node, self.shared = node, node not in tolerant
             try:
+                if node.name in self.barriers:
+                    raise self.error("it is a barrier")
                 values[node] = self._with_node(self._run_node(node, values), node)
+                self._constants.take(node, values)
             except TraceError:
                 if node not in tolerant:
                     raise
@@ -337,7 +298,10 @@ class Context:
     def _with_node(self, value: Any, node: fx.Node) -> Any:
         shape = self.shapes.get(node.name)
         if isinstance(value, Features):
-            return replace(value, shape=shape or value.shape, node=node)
+            held = dict(enumerate(shape or ()))
+            if value.ids.shape != tuple(held.get(axis) for axis in value.axes):
+                raise self.error("what it returns has no features on the axes where they are looked for")
+            return replace(value, shape=shape or (), node=node)
         return Plain(shape) if isinstance(value, Plain) and shape is not None else value
 
     def _run_node(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
@@ -358,38 +322,52 @@ class Context:
 
     def _apply(self, known: Operator | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         inputs = list(leaves((args, kwargs)))
-        opaque = [value.ids for value in inputs if isinstance(value, Opaque)]
-        if opaque and not (known is not None and Trait.PRODUCER in known.traits):
-            raise self.error("an operator before it has no rule")
-        if opaque:
+        if any(isinstance(value, Opaque) for value in inputs):
+            if known is None or Trait.PRODUCER not in known.traits:
+                raise self.error("an operator before it has no rule")
             args = tuple(Plain() if isinstance(value, Opaque) else value for value in args)
         if known is None and any(isinstance(value, Features) for value in inputs):
             raise self.error("no rule knows what it does to features")
-        if known is None:
-            return self.constant(inputs)
-        value = known.rule(self, *args, **kwargs)
-        if self.node.op == "call_module":
-            self._check_parameters(args[0])
+        self._said = set()
+        value = self.constant(inputs) if known is None else self._follow(known, args, kwargs)
+        missing = unexplained(self.node, self.module, self._canonical, (args, kwargs), value, self._said)
+        if missing and (self.shared or any(isinstance(value, Features) for value in inputs)):
+            raise self.error(
+                f"nothing says in which order the entries of {', '.join(f'`{name}`' for name in missing)} come: they "
+                "belong to no features that are known, and to no positions of the input"
+            )
         return value
 
-    def _check_parameters(self, module: nn.Module) -> None:
-        """A subclass that inherits a rule must not have parameters that the rule knows nothing of."""
-        for name, parameter in module.named_parameters():
-            full = self._canonical.get(id(parameter))
-            known = any((full, axis) in self.events for axis in range(parameter.ndim))
-            if parameter.numel() > 1 and not known and name not in BASIC and type(module) not in OPERATORS:
-                raise self.error(
-                    f"the rule that it inherits does not know its parameter `{name}`, which would not be merged"
-                )
+    def _follow(self, known: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What an operator's rule returns; whatever goes wrong in the rule makes the operator a barrier."""
+        named = spelled(known.rule, kwargs)
+        if named.pop("out", None) is not None:
+            raise self.error("it writes its result into another tensor (`out`)")
+        try:
+            value = known.rule(self, *args, **named)
+        except ZipItError:
+            raise
+        except Exception as error:
+            raise self.error(f"its rule failed with a {type(error).__name__} ({error})") from error
+        if not known.traits & UNSEEN:
+            given = [part.ids.ravel() for part in leaves((args, kwargs)) if isinstance(part, Features)]
+            self.touched.update((ids.tobytes(), ids) for ids in given)
+        if isinstance(value, Features) and writes_in_place(self.node, self.module):
+            target = [*args, *kwargs.values()][self.node.op == "call_module"]
+            if not isinstance(target, Features) or target.axes != value.axes or (target.ids != value.ids).any():
+                raise self.error("it writes features into a tensor that does not hold them")
+        return value
 
     def constant(self, inputs: list[Any]) -> Any:
         """Arithmetic on sizes is done; whatever else touches no features is a plain tensor or an unknown number."""
-        target = self.node.target
+        self.positional([value for value in inputs if isinstance(value, Parameter) and value.constant])
         if self.node.name in self.shapes:
             return Plain(self.shapes[self.node.name])
-        if any(isinstance(value, (Plain, Parameter, nn.Module)) for value in inputs):
+        args, kwargs = fx.map_arg((self.node.args, self.node.kwargs), self.values.__getitem__)
+        given, target = list(leaves((args, kwargs))), self.node.target
+        if any(isinstance(value, (Plain, Parameter, nn.Module)) for value in (*inputs, *given)):
             return Plain()
         if callable(target) and target.__module__ in ("_operator", "math", "builtins"):
-            known = all(isinstance(value, (int, float, str)) for value in inputs)
-            return target(*inputs) if known else None
+            known = all(isinstance(value, (int, float, str)) for value in given)
+            return target(*args, **kwargs) if known else None
         return None if self.node.op != "call_function" else Plain()

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from operator import attrgetter
+from typing import NamedTuple, TypeAlias
 
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_zipit.graph.branch import Branch
 from lightning_zipit.graph.registry import Trait, traits_of
+from lightning_zipit.graph.spaces import MergeGraph
 
 Fitted: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Linear
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Linear)
+
+OTHER_KIND = "neither a linear layer nor a convolution of one or two dimensions"
+COMPUTED = "weights that are computed, or hooks"
+USED_AGAIN = "parameters that are used more than once"
+NOT_MATCHED = "outputs that are not features that were matched, such as positions"
+UNBATCHED = "outputs without an axis for the batch"
+NOT_AFFINE = "no scale and shift that could take up other statistics"
+TOO_MANY_INPUTS = "too many inputs"
 
 
 @dataclass(frozen=True)
@@ -44,11 +56,13 @@ class Layer(Stop):
     Attributes:
         node: the call of the layer.
         norm: the call of the batch norm right behind it, which is fitted with it.
+        branch: what becomes of the outputs of the layer, or of its norm, before the target.
         target: the node whose value in the sources is the target: the layer's, its norm's, or the sum that it ends.
-        beside: the other summand, where the target is a sum.
+        beside: the other summand, where the target is a sum; it may broadcast.
     """
 
     norm: fx.Node | None
+    branch: Branch
     target: fx.Node
     beside: fx.Node | None = None
 
@@ -56,6 +70,19 @@ class Layer(Stop):
 @dataclass(frozen=True)
 class Norm(Stop):
     """A batch norm that stands by itself: its statistics are those of what reaches it."""
+
+
+class Stops(NamedTuple):
+    """What a part of a network has to be fitted.
+
+    Attributes:
+        stops: layers and norms in the order of the graph.
+        left: the names of those that cannot be fitted, and of whatever else has a matrix among its parameters; and what
+            they have that stands in the way.
+    """
+
+    stops: list[Layer | Norm]
+    left: dict[str, str]
 
 
 def layer_of(network: nn.Module, stop: Layer) -> tuple[Fitted, _BatchNorm | None]:
@@ -71,60 +98,192 @@ def groups_of(layer: Fitted) -> int:
     return 1 if isinstance(layer, nn.Linear) else layer.groups
 
 
-def find_stops(module: nn.Module, nodes: Sequence[fx.Node], known: Sequence[fx.Node]) -> list[Layer | Norm]:
-    """The layers and norms among some nodes of a graph, in its order.
+def outputs_axis(layer: nn.Module) -> int:
+    """The axis that holds the outputs of a layer, in what it gives."""
+    return -1 if isinstance(layer, nn.Linear) else 1
 
-    A layer whose weights have a second use is left out.
+
+def find_stops(graph: MergeGraph, module: nn.Module, nodes: Sequence[fx.Node], known: Sequence[fx.Node] = ()) -> Stops:
+    """The layers and norms among some nodes of a graph.
+
+    A layer is fitted once, along the axis of its features. So one is left alone whose parameters have a second use, by
+    whatever name; in the trunk, one whose outputs are not the features that the table of axes has for its weight; and
+    in a head, one that mixes positions of features that are merged still.
 
     Args:
-        module: the network.
+        graph: the merge graph.
+        module: the network, or the part of it that has these nodes.
         nodes: the nodes to look through.
         known: nodes that were run before those.
     """
-    order = {node: position for position, node in enumerate((*known, *nodes))}
-    calls = Counter(str(node.target) for node in order if node.op in ("call_module", "get_attr"))
-    layers = [node for node in nodes if _is_layer(module, node) and calls[str(node.target)] == 1]
-    stops: list[Layer | Norm] = []
-    folded: set[fx.Node] = set()
-    for number, node in enumerate(layers):
-        end = order[layers[number + 1]] if number + 1 < len(layers) else len(order)
-        layer = _describe(module, node, order, end)
-        stops.append(layer)
-        if layer.norm is not None:
-            folded.add(layer.norm)
-    stops += [Norm(node) for node in nodes if _is_norm(module, node) and node not in folded]
-    return sorted(stops, key=lambda stop: order[stop.node])
+    return _Search(graph, module, nodes, known).run()
 
 
-def _describe(module: nn.Module, node: fx.Node, order: dict[fx.Node, int], end: int) -> Layer:
-    """Follow the only use of a layer's value through its norm into a sum, as far as the next layer."""
-    norm, last = None, node
-    following = _only_user(module, node)
-    if following is not None and _is_norm(module, following) and order.get(following, end) < end:
-        norm = last = following
-        following = _only_user(module, following)
-    if following is not None and Trait.SUM in traits_of(following, module) and order.get(following, end) < end:
-        others = [source for source in following.all_input_nodes if order.get(source, end) < order[node]]
-        if len(following.all_input_nodes) == 2 and len(others) == 1 and not following.kwargs:
-            return Layer(node, norm, following, others[0])
-    return Layer(node, norm, last)
+class _Search:
+    def __init__(
+        self, graph: MergeGraph, module: nn.Module, nodes: Sequence[fx.Node], known: Sequence[fx.Node]
+    ) -> None:
+        self.graph, self.module, self.nodes = graph, module, nodes
+        self.own = set(nodes)
+        self.order = {node: position for position, node in enumerate((*known, *nodes))}
+        self.uses = self._count_uses()
+        self.merged = self._find_merged()
 
+    def run(self) -> Stops:
+        left: dict[str, str] = {}
+        layers: list[fx.Node] = []
+        norms: list[fx.Node] = []
+        for node in (node for node in self.nodes if node.op == "call_module"):
+            is_layer = type(self.module.get_submodule(str(node.target))) in LAYERS
+            if not is_layer and not self._is_norm(node):
+                continue
+            if why := self._obstacle(node) if is_layer else self._obstacle_of_norm(node):
+                left[str(node.target)] = why
+            else:
+                (layers if is_layer else norms).append(node)
+        stops: list[Layer | Norm] = []
+        for number, node in enumerate(layers):
+            end = self.order[layers[number + 1]] if number + 1 < len(layers) else len(self.order)
+            stops.append(self._describe(node, end))
+        folded = {stop.norm for stop in stops if isinstance(stop, Layer)}
+        stops += [Norm(node) for node in norms if node not in folded]
+        fitted = {stop.name for stop in stops}
+        for name in self._owners_of_matrices():
+            if name not in fitted:
+                left.setdefault(name, OTHER_KIND)
+        return Stops(sorted(stops, key=lambda stop: self.order[stop.node]), left)
 
-def _only_user(module: nn.Module, node: fx.Node) -> fx.Node | None:
-    while len(node.users) == 1:
-        (user,) = node.users
-        if Trait.IDENTITY not in traits_of(user, module):
-            return user
-        node = user
-    return None
+    def _owners_of_matrices(self) -> list[str]:
+        """The modules that are called and have matrices among their parameters; a matrix of none stands for itself."""
+        called = {str(node.target) for node in self.nodes if node.op == "call_module"}
+        owners = []
+        for name, parameter in self.module.named_parameters(remove_duplicate=False):
+            steps = name.split(".")
+            around = (".".join(steps[:count]) for count in range(len(steps) - 1, 0, -1))
+            if parameter.ndim > 1:
+                owners.append(next((each for each in around if each in called), name))
+        return list(dict.fromkeys(owners))
 
+    def _traits(self, node: fx.Node) -> Trait:
+        return traits_of(node, self.graph.module)  # the part has not what its values are used by elsewhere
 
-def _is_layer(module: nn.Module, node: fx.Node) -> bool:
-    return node.op == "call_module" and type(module.get_submodule(str(node.target))) in LAYERS
+    def _obstacle(self, node: fx.Node) -> str:
+        """Why a layer cannot be fitted; empty where it can."""
+        layer = self.module.get_submodule(str(node.target))
+        weight, rank = layer._parameters.get("weight"), len(self.graph.shapes.get(node.name, ()))
+        if weight is None or layer._forward_hooks or layer._forward_pre_hooks:
+            return COMPUTED
+        if self._is_used_again(layer):
+            return USED_AGAIN
+        if rank < 2 or (rank != weight.ndim and not isinstance(layer, nn.Linear)):
+            return UNBATCHED
+        in_trunk = node.name in self.graph.trunk_nodes
+        if node in self.merged or (in_trunk and not self._gives_features(node)):
+            return NOT_MATCHED
+        return ""
 
+    def _find_merged(self) -> set[fx.Node]:
+        """The nodes of a head whose values hold merged features: what is absorbed, as far as the layers that do so."""
+        absorbed = {crossing.node for crossing in self.graph.crossings if crossing.absorbed}
+        found = {node for node in self.order if node.name in absorbed}.difference(self.own)
+        for node in self.nodes:
+            if found.isdisjoint(node.all_input_nodes) or self._asks(node):
+                continue
+            weights = [str(source.target) for source in node.all_input_nodes if source.op == "get_attr"]
+            if node.op == "call_module":
+                called = self.module.get_submodule(str(node.target))
+                weights += [f"{node.target}.{name}" for name, _ in called.named_parameters()]
+            if not any(any(self.graph.axes.get(name, ())) for name in weights):
+                found.add(node)
+        return found
 
-def _is_norm(module: nn.Module, node: fx.Node) -> bool:
-    if node.op != "call_module":
-        return False
-    norm = module.get_submodule(str(node.target))
-    return isinstance(norm, _BatchNorm) and norm.track_running_stats and norm.affine
+    def _asks(self, node: fx.Node) -> bool:
+        """Whether a node asks for a size or a type: what gives a tensor has a shape here."""
+        return Trait.SHAPE in self._traits(node) and node.name not in self.graph.shapes
+
+    def _gives_features(self, node: fx.Node) -> bool:
+        """Whether the outputs of a layer are the features that the table has for the first axis of its weight."""
+        ref, *_ = self.graph.axes.get(f"{node.target}.weight", (None,))
+        return ref is not None and set(ref.spaces) == set(self.graph.held.get(node.name, ()))
+
+    def _count_uses(self) -> Counter[int]:
+        """How often tensors are used, by their identity: one may have several names. A call uses all of a module."""
+        uses: Counter[int] = Counter()
+        for node in self.nodes:
+            if node.op == "call_module":
+                called = self.module.get_submodule(str(node.target))
+                uses.update({id(tensor) for tensor in (*called.parameters(), *called.buffers())})
+            elif node.op == "get_attr":
+                tensor = attrgetter(str(node.target))(self.module)
+                uses[id(tensor)] += sum(not self._asks(user) for user in node.users)
+        return uses
+
+    def _is_used_again(self, module: nn.Module) -> bool:
+        return any(self.uses[id(tensor)] > 1 for tensor in (*module.parameters(), *module.buffers()))
+
+    def _is_norm(self, node: fx.Node) -> bool:
+        """Whether a node is a batch norm with running statistics."""
+        if node.op != "call_module" or Trait.NORM not in self._traits(node):
+            return False
+        norm = self.module.get_submodule(str(node.target))
+        return isinstance(norm, _BatchNorm) and norm.track_running_stats
+
+    def _obstacle_of_norm(self, node: fx.Node) -> str:
+        """Why a batch norm keeps the statistics that it has; empty where they can be those of what reaches it."""
+        norm = self.module.get_submodule(str(node.target))
+        if norm._parameters.get("weight") is None or norm._parameters.get("bias") is None:
+            return NOT_AFFINE
+        return USED_AGAIN if self._is_used_again(norm) else ""
+
+    def _describe(self, node: fx.Node, end: int) -> Layer:
+        """Follow the only use of a layer's value through its norm into a sum, as far as the next layer."""
+        norm, last = None, node
+        following = self._only_user(node, end)
+        while following is not None and Trait.IDENTITY in self._traits(following):
+            following = self._only_user(following, end)
+        if following is not None and self._is_folded(node, following):
+            norm = last = following
+        branch = direct = Branch(last, self.graph.shapes[last.name])
+        following = self._only_user(last, end)
+        while following is not None and (longer := branch.extended(following, self.graph.module, self.own)):
+            branch, following = longer, self._only_user(following, end)
+        beside = None if following is None else self._other_summand(node, branch, following)
+        if following is None or beside is None or not self._is_lossless(branch, node):
+            return Layer(node, norm, direct, last)
+        return Layer(node, norm, branch, following, beside)
+
+    def _only_user(self, node: fx.Node, end: int) -> fx.Node | None:
+        user = next(iter(node.users)) if len(node.users) == 1 else None
+        return user if user is not None and self.order.get(user, end) < end else None
+
+    def _is_folded(self, node: fx.Node, following: fx.Node) -> bool:
+        """Whether a node is a batch norm over the outputs of a layer, and over those alone."""
+        if not self._is_norm(following) or self._obstacle_of_norm(following):
+            return False
+        layer, shape = self.module.get_submodule(str(node.target)), self.graph.shapes.get(node.name, ())
+        return range(len(shape))[outputs_axis(layer)] == 1  # else its channels are positions
+
+    def _other_summand(self, node: fx.Node, branch: Branch, following: fx.Node) -> fx.Node | None:
+        """What is added to a branch; ``None`` where the sum has another shape, or it is not known before the layer."""
+        shapes, inputs = self.graph.shapes, following.all_input_nodes
+        if following.name not in shapes or shapes[following.name] != shapes.get(branch.end.name):
+            return None
+        if Trait.SUM not in self._traits(following) or len(inputs) != 2:
+            return None
+        if len(following.args) > 2 or "alpha" in following.kwargs:  # a factor for one of them
+            return None
+        before = [source for source in inputs if self.order.get(source, len(self.order)) < self.order[node]]
+        return before[0] if len(before) == 1 and before[0].name in shapes else None
+
+    def _is_lossless(self, branch: Branch, node: fx.Node) -> bool:
+        """Whether a branch loses no entry of what goes in, and scales each output of a layer alike everywhere."""
+        if not branch.moves and not branch.products:
+            return True
+        network, shape = self.graph.module, branch.shape
+        if math.prod(shape) != math.prod(self.graph.shapes[branch.end.name]):
+            return False
+        if (branch.places(network, shape)[0] < 0).any():
+            return False
+        axis = outputs_axis(network.get_submodule(str(node.target)))
+        scales = branch.scales(network, shape).movedim(axis, -1).flatten(0, -2)
+        return bool((scales == scales[0]).all())

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 
 from torch import fx, nn
 
-from lightning_zipit.graph.spaces import AxisRef, FeatureSpace
+from lightning_zipit.graph.spaces import FeatureSpace
+from lightning_zipit.graph.table import AxisRef
 
 
 def find_notes(
@@ -34,7 +35,7 @@ def find_notes(
         why = space.pinned or ("" if space.tap or space.name in holding else "nothing measures it")
         if why:
             yield f"`{space.name}` ({space.size} features) is matched by number: {why}."
-    parameters = dict(backbone.named_parameters())
+    parameters = dict(backbone.named_parameters(remove_duplicate=False))
     positional = [
         name for name in reached(nodes, trunk, parameters) if parameters[name].ndim and not any(axes.get(name, ()))
     ]

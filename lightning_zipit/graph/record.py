@@ -13,8 +13,8 @@ from torch import fx, nn
 from lightning_zipit.errors import TraceError
 from lightning_zipit.graph.joined import Joined
 from lightning_zipit.graph.naming import describe
-from lightning_zipit.graph.registry import operator_of_module
-from lightning_zipit.graph.shapes import evaluating
+from lightning_zipit.graph.registry import has_own_forward, operator_of_module
+from lightning_zipit.graph.replay import working_copy
 
 IN_PLACE = "in_place"
 """Marks an addition that the forward does in place, which torch.fx records as any other."""
@@ -36,7 +36,8 @@ class Tracer(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         if isinstance(module, (nn.Sequential, *FORWARDS)):
             return False
-        return operator_of_module(module) is not None or super().is_leaf_module(module, qualified_name)
+        known = operator_of_module(module) is not None
+        return known or (super().is_leaf_module(module, qualified_name) and not has_own_forward(module, type(module)))
 
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         plain = FORWARDS.get(type(m))
@@ -96,22 +97,21 @@ def record(backbone: nn.Module) -> fx.Graph:
 
 
 def _follow(backbone: nn.Module) -> fx.Graph:
-    """The graph of a forward; buffers are read where it reads them, unless it decides something by their values."""
-    before = set(vars(backbone))
+    """The graph of a forward; buffers are read where it reads them, unless it decides something by their values.
+
+    Each attempt traces a copy: what a forward keeps in a module would be a proxy there.
+    """
     failures: list[Exception] = []
-    with evaluating(backbone):
-        for proxies in (True, False):
-            tracer = Tracer()
-            tracer.proxy_buffer_attributes = proxies
-            try:
-                graph = tracer.trace(backbone, concrete_args=_defaults(backbone))
-                _write_out_constants(backbone, graph)
-                return graph
-            except Exception as error:
-                failures.append(error)
-            finally:
-                for name in set(vars(backbone)) - before:  # torch.fx leaves constants on what it traces
-                    delattr(backbone, name)
+    for proxies in (True, False):
+        tracer, traced = Tracer(), working_copy(backbone)
+        tracer.proxy_buffer_attributes = proxies
+        try:
+            graph = tracer.trace(traced, concrete_args=_defaults(traced))
+            _write_out_constants(traced, graph)
+            graph.lint()
+            return graph
+        except Exception as error:
+            failures.append(error)
     raise TraceError(_cannot_follow(backbone, failures[-1])) from failures[-1]
 
 

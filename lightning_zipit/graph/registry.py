@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import inspect
+import operator
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Flag, auto
+from functools import cache
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 Rule = Callable[..., Any]
@@ -33,12 +37,16 @@ class Trait(Flag):
     """Adds two tensors entry by entry."""
     DIFFERENCE = auto()
     """Subtracts one tensor from another entry by entry."""
+    PRODUCT = auto()
+    """Multiplies two tensors entry by entry."""
     PER_FEATURE = auto()
     """Has a parameter for each feature that it leaves, such as a norm's scale."""
     SYMMETRIC = auto()
     """Permutation-invariant: mixes features, and treats all of them alike."""
     NORM = auto()
     """A normalisation with a scale and a shift for each feature."""
+    LOOKUP = auto()
+    """Takes rows of its weight by whole numbers."""
     PRODUCER = auto()
     """The features that it returns are new, whatever it is given."""
     SHAPE = auto()
@@ -100,8 +108,8 @@ def rule(*operators: Any, traits: Trait = NOTHING, ignored: Iterable[str] = ()) 
     """Register a rule for functions and tensor methods, or for module classes."""
 
     def register(function: Rule) -> Rule:
-        for operator in operators:
-            register_rule(operator, function, traits, ignored)
+        for known in operators:
+            register_rule(known, function, traits, ignored)
         return function
 
     return register
@@ -110,15 +118,68 @@ def rule(*operators: Any, traits: Trait = NOTHING, ignored: Iterable[str] = ()) 
 module_rule = rule
 
 
+def spellings(names: str) -> list[Any]:
+    """All that torch calls by some names: functions of its modules and of ``operator``, and methods of tensors."""
+    found: dict[Any, None] = {}
+    for name in names.split():
+        functions = (getattr(module, name, None) for module in (torch, torch.nn.functional, torch.special, operator))
+        found |= dict.fromkeys(filter(callable, functions))
+        found |= dict.fromkeys([name] if callable(getattr(torch.Tensor, name, None)) else [])
+    return list(found)
+
+
+def in_place(names: str) -> list[Any]:
+    """The variants of :func:`spellings` that write into their first input."""
+    augmented = [getattr(operator, f"i{name.rstrip('_')}", None) for name in names.split()]
+    return [*spellings(" ".join(f"{name}_" for name in names.split() if name[-1] != "_")), *filter(callable, augmented)]
+
+
+ALIASES = {"axis": "dim", "keepdims": "keepdim", "x": "input", "a": "input", "x1": "input", "x2": "other"}
+"""The names that torch takes from numpy for arguments, and its own."""
+FORWARDING = frozenset({"forward", "__call__", "_call_impl", "_wrapped_call_impl"})
+
+
+def spelled(rule: Rule, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments under the names that a rule knows them by."""
+    known = _parameters(rule)
+    return {name if name in known else ALIASES.get(name, name): value for name, value in kwargs.items()}
+
+
+@cache
+def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:
+    """The names of a function's parameters; none where it does not say."""
+    try:
+        return tuple(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        return ()
+
+
+@cache
+def _called_in_forward(cls: type[nn.Module]) -> frozenset[str]:
+    """The names of the methods that a module's ``forward`` can lead to."""
+    found, open_names = set(FORWARDING), ["forward"]
+    while open_names:
+        code = getattr(inspect.unwrap(getattr(cls, open_names.pop(), None) or len), "__code__", None)
+        names = {name for name in getattr(code, "co_names", ()) if inspect.isfunction(getattr(cls, name, None))}
+        open_names += names - found
+        found |= names
+    return frozenset(found)
+
+
 def operator_of_module(module: nn.Module) -> Operator | None:
-    """The record of a module's class, or of a base whose ``forward`` it has."""
-    if "forward" in module.__dict__:
-        return None
+    """The record of a module's class, or of a base whose ``forward`` it has, with all that this calls."""
     for cls in type(module).__mro__:
         known = OPERATORS.get(cls) or OPERATORS.get(f"{cls.__module__}.{cls.__qualname__}")
         if known is not None:
-            return known if getattr(cls, "forward", None) is type(module).forward else None
+            return None if has_own_forward(module, cls) else known
     return None
+
+
+def has_own_forward(module: nn.Module, base: type[nn.Module]) -> bool:
+    """Whether a module computes something else than its base: its ``forward``, or what that calls, is its own."""
+    called = _called_in_forward(base)  # type: ignore[arg-type]
+    own = any(getattr(type(module), name, None) is not getattr(base, name, None) for name in called)
+    return own or not called.isdisjoint(module.__dict__)
 
 
 def operator_of(node: fx.Node, module: nn.Module) -> Operator | None:
@@ -135,8 +196,12 @@ def operator_of(node: fx.Node, module: nn.Module) -> Operator | None:
     target = node.target
     if isinstance(target, str):
         return OPERATORS.get(target)
-    name = f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', '')}"
-    return OPERATORS.get(target) or OPERATORS.get(name)
+    name = str(getattr(target, "__name__", ""))
+    if getattr(torch.Tensor, name, None) is target:
+        return OPERATORS.get(name)
+    return OPERATORS.get(target) or OPERATORS.get(
+        f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', '')}"
+    )
 
 
 def traits_of(node: fx.Node, module: nn.Module) -> Trait:
@@ -151,4 +216,11 @@ def writes_in_place(node: fx.Node, module: nn.Module) -> bool:
         return bool(getattr(module.get_submodule(str(node.target)), "inplace", False))
     if node.op not in ("call_function", "call_method"):
         return False
-    return bool(node.kwargs.get("inplace")) or Trait.IN_PLACE in traits_of(node, module)
+    return bool(_argument(node, "inplace")) or Trait.IN_PLACE in traits_of(node, module)
+
+
+def _argument(node: fx.Node, name: str) -> Any:
+    """An argument of a function, wherever it stands; ``None`` where it is not given."""
+    known = _parameters(node.target) if callable(node.target) else ()
+    position = known.index(name) if name in known else len(node.args)
+    return node.args[position] if position < len(node.args) else node.kwargs.get(name)

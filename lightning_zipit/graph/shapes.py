@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from operator import attrgetter
@@ -11,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from lightning_zipit.copying import copy_module
 from lightning_zipit.errors import TraceError, UnknownShapeError
+from lightning_zipit.graph.registry import Trait, traits_of
 
 BATCH = 3
 """Samples of the input that is run: few, and a number that is seldom that of anything else."""
@@ -97,7 +98,7 @@ def _on_meta(backbone: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {id(tensor): torch.empty_like(tensor, device="meta") for tensor in tensors}
     for parameter in backbone.parameters():
         memo[id(parameter)] = nn.Parameter(memo[id(parameter)], requires_grad=False)
-    return copy.deepcopy(backbone, memo)
+    return copy_module(backbone, memo)
 
 
 def _guesses(backbone: nn.Module, graph: fx.Graph) -> Iterator[Tensor]:
@@ -117,19 +118,15 @@ def _guesses(backbone: nn.Module, graph: fx.Graph) -> Iterator[Tensor]:
 
 
 def _first_weight(backbone: nn.Module, graph: fx.Graph) -> tuple[Tensor | None, bool]:
+    """The weight of the first layer, and whether whole numbers are looked up in it."""
     for node in graph.nodes:
+        traits = traits_of(node, backbone)
+        weight: Any = None
         if node.op == "call_module":
-            module = backbone.get_submodule(str(node.target))
-            weight = getattr(module, "weight", None)
-            if isinstance(weight, Tensor) and not isinstance(weight, nn.UninitializedParameter) and weight.ndim >= 2:
-                return weight, isinstance(module, nn.Embedding)
-        if node.op == "call_function" and node.target in (
-            torch.conv1d,
-            torch.conv2d,
-            torch.conv3d,
-            nn.functional.linear,
-        ):
+            weight = getattr(backbone.get_submodule(str(node.target)), "weight", None)
+        elif Trait.PRODUCER in traits:
             source = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
-            if isinstance(source, fx.Node) and source.op == "get_attr":
-                return attrgetter(str(source.target))(backbone), False
+            weight = attrgetter(str(source.target))(backbone) if getattr(source, "op", "") == "get_attr" else None
+        if isinstance(weight, Tensor) and not isinstance(weight, nn.UninitializedParameter) and weight.ndim >= 2:
+            return weight, Trait.LOOKUP in traits
     return None, False

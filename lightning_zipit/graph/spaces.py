@@ -1,158 +1,19 @@
-"""The declarative table that tracing produces and everything downstream works from."""
+"""What tracing produces: feature spaces, taps, crossings, and the graph that everything downstream works from."""
 
 from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
-import numpy as np
+import rich.table
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, fx
 
-Role = Literal["producer", "consumer"]
-
-
-@dataclass(frozen=True)
-class Block:
-    """The entries of an axis that hold one feature space, feature after feature.
-
-    Attributes:
-        space: name of the feature space.
-        starts: the first entry of each feature, ``range`` where they are evenly spaced.
-        repeat: how many neighbouring entries each feature has (H·W after a flatten, else 1).
-    """
-
-    space: str
-    starts: range | tuple[int, ...]
-    repeat: int = 1
-
-    @property
-    def size(self) -> int:
-        """How many features there are."""
-        return len(self.starts)
-
-    @property
-    def contiguous(self) -> bool:
-        """Whether its entries are neighbours in order, with nothing between them."""
-        return isinstance(self.starts, range) and (self.size == 1 or self.starts.step == self.repeat)
-
-    def entries(self) -> Tensor:
-        """Indices along the axis, ``(features, repeat)``."""
-        return torch.as_tensor(self.starts, dtype=torch.int64)[:, None] + torch.arange(self.repeat)
-
-    def __str__(self) -> str:
-        if isinstance(self.starts, range) and self.starts.step == self.repeat:
-            where = f"[{self.starts.start}:{self.starts.stop}]"
-        elif isinstance(self.starts, range):
-            where = f"[{self.starts.start}:{self.starts.stop}:{self.starts.step}]"
-        else:
-            where = "[permuted]"
-        return f"{self.space}{where}" + (f"×{self.repeat}" if self.repeat > 1 else "")
-
-
-@dataclass(frozen=True)
-class AxisRef:
-    """What one axis of a parameter, or of a measured tensor, holds.
-
-    Attributes:
-        blocks: the spaces along the axis; entries outside all blocks hold no feature that is merged.
-        role: whether the axis writes the spaces or reads them.
-        size: how many entries it holds, those of all groups.
-        groups: of a grouped convolution, whose axis 1 holds in the rows of each group the entries of that group only;
-            its length is then ``size / groups``.
-    """
-
-    blocks: tuple[Block, ...]
-    role: Role
-    size: int
-    groups: int = 1
-
-    @property
-    def whole(self) -> bool:
-        """Whether the axis is one space, entry by entry in order."""
-        return len(self.blocks) == 1 and self.blocks[0].starts == range(self.size) and self.blocks[0].repeat == 1
-
-    @property
-    def spaces(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(block.space for block in self.blocks))
-
-    def resized(self, widths: Mapping[str, int]) -> AxisRef:
-        """The same axis of a network whose spaces have other numbers of features: the same blocks in the same order.
-
-        Args:
-            widths: per space its number of features; spaces that are left out keep theirs. The blocks of one that is
-                resized must be contiguous.
-        """
-        growth = [(widths.get(block.space, block.size) - block.size) * block.repeat for block in self.blocks]
-        if not any(growth):
-            return self
-        blocks = []
-        for block, extra in zip(self.blocks, growth, strict=True):
-            starts = self._behind_growth(torch.as_tensor(block.starts), growth).numpy()
-            if extra:
-                starts = starts[0] + np.arange(widths[block.space]) * block.repeat
-            blocks.append(replace(block, starts=as_starts(starts)))
-        return replace(self, blocks=tuple(blocks), size=self.size + sum(growth))
-
-    def _behind_growth(self, entries: Tensor, growth: Sequence[int]) -> Tensor:
-        """Where entries lie once blocks have grown at their ends."""
-        moved = entries.clone()
-        for block, extra in zip(self.blocks, growth, strict=True):
-            moved += extra * (entries > block.starts[0])
-        return moved
-
-    def index(self, tables: Mapping[str, Tensor], resized: AxisRef | None = None) -> Tensor:
-        """Per entry of the axis, the entry that a per-space index table sends it to, ``(size,)``.
-
-        Args:
-            tables: per space an int64 vector ``(features,)`` with values among the features that it leads to.
-            resized: the axis that it leads to, where that has another size.
-        """
-        index, blocks = torch.arange(self.size), self.blocks
-        if resized is not None and resized is not self:
-            blocks = resized.blocks
-            growth = [(new.size - old.size) * old.repeat for new, old in zip(blocks, self.blocks, strict=True)]
-            index = self._behind_growth(index, growth)
-        for block, new in zip(self.blocks, blocks, strict=True):
-            index[block.entries()] = new.entries()[tables[block.space]]
-        return index
-
-    def along(self, values: Tensor, weight: Tensor, axis: int) -> Tensor:
-        """Values per entry ``(size,)``, spread so that they broadcast with the weight whose axis this is."""
-        if self.groups == 1:
-            return values.reshape(-1, *[1] * (weight.ndim - axis - 1)).to(weight.device)
-        rows = values.reshape(self.groups, -1).repeat_interleave(weight.shape[0] // self.groups, 0)
-        return rows.reshape(len(rows), -1, *[1] * (weight.ndim - 2)).to(weight.device)
-
-    def gather(self, weight: Tensor, axis: int, tables: Mapping[str, Tensor]) -> Tensor:
-        """The weight whose entry k along the axis is entry ``index(tables)[k]`` of the given one."""
-        index = self.index(tables).to(weight.device)
-        if self.groups == 1:
-            return weight.index_select(axis, index)
-        within = self.along(index % (self.size // self.groups), weight, axis)
-        return weight.gather(axis, within.expand_as(weight))
-
-    def scatter_add(
-        self, weight: Tensor, axis: int, tables: Mapping[str, Tensor], resized: AxisRef | None = None
-    ) -> Tensor:
-        """The weight in which entry ``index(tables, resized)[k]`` is the sum of the entries k of the given one."""
-        resized = resized or self
-        index = self.index(tables, resized).to(weight.device)
-        if self.groups == 1:
-            shape = (*weight.shape[:axis], resized.size, *weight.shape[axis + 1 :])
-            return weight.new_zeros(shape).index_add_(axis, index, weight)
-        within = self.along(index % (self.size // self.groups), weight, axis)
-        return torch.zeros_like(weight).scatter_add_(axis, within.expand_as(weight), weight)
-
-    def __str__(self) -> str:
-        arrow = "→" if self.role == "producer" else "←"
-        names = self.blocks[0].space if self.whole else " + ".join(map(str, self.blocks))
-        return f"{arrow} {names}" + (f" in {self.groups} groups" if self.groups > 1 else "")
+from lightning_zipit.graph.order import with_constants
+from lightning_zipit.graph.table import AxisRef, Block, Row
 
 
 @dataclass(frozen=True)
@@ -166,6 +27,8 @@ class Tap:
         reader: for people: the module that reads the tensor there.
         projections: rows of weights that give the features, where the measured tensor is what a projection inside
             attention reads; queries and keys are two projections of one space.
+        also: where the same features are measured, too, as a layer that makes or reads them is applied several times:
+            samples of all places count alike.
     """
 
     node: str
@@ -173,12 +36,13 @@ class Tap:
     block: Block
     reader: str
     projections: tuple[Projection, ...] = ()
+    also: tuple[Tap, ...] = ()
 
     @property
     def key(self) -> str:
-        """A name for what is measured: taps that read the same entries of the same node have the same."""
-        entries = hashlib.blake2b(repr((self.block.starts, self.block.repeat)).encode(), digest_size=6)
-        return f"{self.node}-{entries.hexdigest()}"
+        """A name for what is measured: taps that read the same entries of the same nodes have the same."""
+        measured = [(tap.node, tap.block.starts, tap.block.repeat) for tap in (self, *self.also)]
+        return f"{self.node}-{hashlib.blake2b(repr(measured).encode(), digest_size=6).hexdigest()}"
 
     def features(self, value: Tensor) -> Tensor:
         """The measured tensor as ``(features, batch, …)``; the positions of a sample follow, a view where it can be."""
@@ -250,13 +114,16 @@ class MergeGraph:
     Attributes:
         spaces: the feature spaces of the trunk by name.
         axes: for each parameter and buffer, per axis, the spaces that it writes or reads; ``None`` leaves the axis
-            alone. Head parameters have entries where they read a space of the trunk.
+            alone. Parameters of heads have entries where they read a space of the trunk. A tied tensor has a row for
+            every name, and the row of the trunk where both trunk and heads use it.
+        head_axes: the rows of the parameters and buffers that the heads use, as the heads use them.
         crossings: what the heads take from the trunk, in order; what they take from a stem comes last.
         trunk_nodes: names of the graph nodes of the trunk.
         stop_at: the module that was asked for as the trunk's last; ``None`` zips down to the last layer.
         module: the traced backbone.
         fx_graph: its graph, as torch.fx recorded it.
         held: per node of the trunk, the spaces that its output holds.
+        shapes: per node whose value is a tensor, the sizes of that, for a batch of a few samples.
         barriers: nodes that, with all that depends on them, stay in the heads where the trunk would have held them,
             and why.
         notes: for people: what is not merged by what it does, and why.
@@ -267,24 +134,26 @@ class MergeGraph:
     """
 
     spaces: dict[str, FeatureSpace]
-    axes: dict[str, tuple[AxisRef | None, ...]]
+    axes: dict[str, Row]
     crossings: tuple[Crossing, ...]
     trunk_nodes: frozenset[str]
     stop_at: str | None
     module: torch.nn.Module = field(repr=False)
     fx_graph: fx.Graph = field(repr=False)
     held: dict[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict, repr=False)
     barriers: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     input_shape: tuple[int, ...] = ()
     start_at: str | None = None
     stem_nodes: frozenset[str] = frozenset()
     entries: tuple[Crossing, ...] = ()
+    head_axes: dict[str, Row] = field(default_factory=dict, repr=False)
 
-    def to_table(self) -> Table:
+    def to_table(self) -> rich.table.Table:
         """The table of axes for people: one row a parameter, one column an axis (``→`` writes, ``←`` reads)."""
         rank = max((len(refs) for refs in self.axes.values()), default=0)
-        table = Table(title=f"{len(self.spaces)} feature spaces")
+        table = rich.table.Table(title=f"{len(self.spaces)} feature spaces")
         for heading in ("parameter", *(f"axis {axis}" for axis in range(rank))):
             table.add_column(heading, overflow="fold")
         for name, refs in self.axes.items():
@@ -322,9 +191,15 @@ class MergeGraph:
         return (node for node in self.fx_graph.nodes if node.name in self.stem_nodes)
 
     def head_graph(self) -> Iterator[fx.Node]:
-        """The nodes of the head in order of execution, the last of which is the output."""
+        """The nodes of the head in order of execution, the last of which is the output.
+
+        Parameters that the trunk reads too are among them: the head has its own.
+        """
+        nodes = list(self.fx_graph.nodes)
         shared = self.trunk_nodes | self.stem_nodes
-        return (node for node in self.fx_graph.nodes if node.name not in shared)
+        own = {node for node in nodes if node.name not in shared}
+        own |= with_constants(own, nodes)
+        return (node for node in nodes if node in own)
 
 
 def unit_members(space: FeatureSpace) -> Tensor:
@@ -350,14 +225,3 @@ def units_around(graph: MergeGraph, name: str) -> list[str]:
         around.append(units)
         name = units
     return around
-
-
-def as_starts(positions: np.ndarray) -> range | tuple[int, ...]:
-    """Positions as a range where they are evenly spaced upwards."""
-    if len(positions) == 1:
-        return range(int(positions[0]), int(positions[0]) + 1)
-    steps = np.diff(positions)
-    step = int(steps[0])
-    if step > 0 and (steps == step).all():
-        return range(int(positions[0]), int(positions[0]) + step * len(positions), step)
-    return tuple(int(position) for position in positions)

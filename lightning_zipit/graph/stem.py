@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 
 from torch import fx, nn
 
 from lightning_zipit.errors import ConfigurationError
-from lightning_zipit.graph.cut import descendants, no_such_module, with_items
+from lightning_zipit.graph.cut import no_such_module, with_items
 from lightning_zipit.graph.naming import modules_around
+from lightning_zipit.graph.order import descendants, varying, with_constants
 
 
 def find_behind(backbone: nn.Module, nodes: list[fx.Node], start_at: str) -> set[fx.Node]:
@@ -26,7 +26,7 @@ def find_behind(backbone: nn.Module, nodes: list[fx.Node], start_at: str) -> set
     first = {node for node in nodes if start_at in modules_around(node) or node.target == start_at}
     if not first:
         raise ConfigurationError(no_such_module(backbone, nodes, "start_at", start_at))
-    return _with_constants(descendants(first & _varying(nodes), nodes), nodes)
+    return with_constants(descendants(first & varying(nodes), nodes), nodes)
 
 
 def find_stem(
@@ -48,12 +48,12 @@ def find_stem(
     Raises:
         ConfigurationError: if ``start_at`` comes after the trunk or first of all.
     """
-    if not behind & trunk & _varying(nodes):
+    if not behind & trunk & varying(nodes):
         raise ConfigurationError(
             f"start_at={start_at!r} comes after the trunk's end, so that nothing is left to merge: name an earlier "
             "module, or a later `stop_at`."
         )
-    stem = _with_constants(with_items((trunk - behind) & _varying(nodes), nodes, shapes), nodes)
+    stem = with_constants(with_items((trunk - behind) & varying(nodes), nodes, shapes), nodes)
     if all(node.op == "placeholder" for node in stem):
         raise ConfigurationError(
             f"start_at={start_at!r} cuts nothing: no other module comes before it. Use start_at=None to merge from the "
@@ -67,19 +67,19 @@ def split_constants(graph: fx.Graph) -> None:
 
     A weight that is used before the trunk and in it is then two nodes, of which each belongs to one part.
     """
-    varying = _varying(graph.nodes)
-    for node in [node for node in graph.nodes if node in varying or node.op == "output"]:
+    depending = varying(graph.nodes)
+    for node in [node for node in graph.nodes if node in depending or node.op == "output"]:
         built: dict[fx.Node, fx.Node] = {}
 
         def own(source: fx.Node, built: dict[fx.Node, fx.Node] = built) -> fx.Node:
-            if source not in varying and source not in built:
+            if source not in depending and source not in built:
                 built[source] = graph.node_copy(source, own)
             return built.get(source, source)
 
         with graph.inserting_before(node):
             node.args, node.kwargs = fx.map_arg((node.args, node.kwargs), own)
     for node in reversed(list(graph.nodes)):
-        if not node.users and node not in varying and node.op != "output":
+        if not node.users and node not in depending and node.op != "output":
             graph.erase_node(node)
 
 
@@ -115,18 +115,3 @@ def _plain_name(node: fx.Node) -> str:
         name = re.sub(r"\W", "_", str(node.target))
         return f"_{name}" if name[0].isdigit() else name
     return re.sub(r"(?<=.)(_\d+)+$", "", node.name)
-
-
-def _varying(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    """The nodes that depend on the input."""
-    nodes = list(nodes)
-    return descendants({node for node in nodes if node.op == "placeholder"}, nodes)
-
-
-def _with_constants(chosen: set[fx.Node], nodes: list[fx.Node]) -> set[fx.Node]:
-    """Nodes, and those that they read which do not depend on the input."""
-    chosen, varying = set(chosen), _varying(nodes)
-    for node in reversed(nodes):
-        if node not in varying and not chosen.isdisjoint(node.users):
-            chosen.add(node)
-    return chosen

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 
 from torch import fx
 
+from lightning_zipit.graph.events import Event
 from lightning_zipit.graph.registry import Trait, traits_of
-from lightning_zipit.graph.spaces import FeatureSpace, MergeGraph
+from lightning_zipit.graph.spaces import FeatureSpace, MergeGraph, Tap
 
 
 def before_activations(graph: MergeGraph) -> MergeGraph:
@@ -19,7 +21,7 @@ def before_activations(graph: MergeGraph) -> MergeGraph:
 
     Returns:
         A graph of the same spaces. A tap moves back through operators that act on each entry by itself; one behind
-        anything else, such as max pooling, a norm or a stem, stays.
+        anything else, such as max pooling, a norm or a stem, stays, and so does one of what attention projects.
 
     Example:
         >>> from torch import nn
@@ -33,12 +35,37 @@ def before_activations(graph: MergeGraph) -> MergeGraph:
     def moved(space: FeatureSpace) -> FeatureSpace:
         if space.tap is None:
             return space
-        node: fx.Node = nodes[space.tap.node]
-        while node.name in graph.trunk_nodes and Trait.POINTWISE in traits_of(node, graph.module):
+        return replace(space, tap=measured_once([in_front(tap) for tap in (space.tap, *space.tap.also)]))
+
+    def in_front(tap: Tap) -> Tap:
+        node: fx.Node = nodes[tap.node]
+        while not tap.projections and node.name in graph.trunk_nodes:
+            # A second input is a bound or an exponent for each feature.
+            if Trait.POINTWISE not in traits_of(node, graph.module) or len(node.all_input_nodes) > 1:
+                break
             node = node.all_input_nodes[0]
-        return replace(space, tap=replace(space.tap, node=node.name))
+        return replace(tap, node=node.name)
 
     return replace(graph, spaces={name: moved(space) for name, space in graph.spaces.items()})
+
+
+def measured_once(taps: Sequence[Tap]) -> Tap:
+    """The first of several taps of a space, which measures at the others, too, and nowhere twice."""
+    places: dict[tuple[str, str], Tap] = {}
+    for tap in taps:
+        places.setdefault((tap.node, str(tap.block)), replace(tap, also=()))
+    first, *others = places.values()
+    return replace(first, also=tuple(others))
+
+
+def find_repeated(events: Sequence[Event]) -> list[Event]:
+    """The events of parameters that make features at several nodes, or read several values: they are applied again."""
+    places: dict[tuple[str, int, str], set[fx.Node | None]] = defaultdict(set)
+    for event in events:
+        reads = event.kind == "consumer" and event.value is not None
+        places[event.name, event.axis, event.kind].add(event.value.node if reads and event.value else event.node)
+    kinds = ("producer", "consumer")
+    return [each for each in events if each.kind in kinds and len(places[each.name, each.axis, each.kind]) > 1]
 
 
 def tapped_by_all(graphs: Sequence[MergeGraph]) -> MergeGraph:

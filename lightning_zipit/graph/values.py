@@ -33,14 +33,20 @@ class Parameter:
     """A parameter or buffer, or a view of one.
 
     Attributes:
-        name: its name in the backbone.
+        name: its name in the backbone; the first one of a tied tensor.
         shape: the sizes of the view.
         axes: per axis of the view, the whole axis of the parameter that it is; ``None`` where it is none.
+        path: the name by which the forward reads it.
+        counts: whether its entries could come in another order: they are several, and no whole numbers.
+        constant: whether it is a buffer, whose entries the code has put in the same order in all models.
     """
 
     name: str
     shape: Shape
     axes: tuple[int | None, ...]
+    path: str = ""
+    counts: bool = True
+    constant: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,3 +97,10 @@ def leaves(value: Any) -> Iterator[Any]:
         yield from (value.start, value.stop, value.step)
     else:
         yield value
+
+
+def parts_of(value: Any) -> tuple[Parameter, ...]:
+    """The parameters that a value is made of; none where it is none."""
+    if isinstance(value, Joined):
+        return value.parts
+    return (value,) if isinstance(value, Parameter) else ()

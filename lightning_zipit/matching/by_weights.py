@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_zipit import functional as F
 from lightning_zipit.graph import AxisRef, MergeGraph
 from lightning_zipit.graph.notes import reached
+from lightning_zipit.graph.table import Table, bind, named_tensors
 from lightning_zipit.matchers import DualSpace
 from lightning_zipit.matching.families import families, match
 from lightning_zipit.merging.maps import DenseMap, Maps, SpaceMap
@@ -18,7 +19,6 @@ from lightning_zipit.merging.parameters import contract
 
 ALIKE = 0.5
 """From which cosine on the weights of networks are alike."""
-Table = Mapping[str, tuple[AxisRef | None, ...]]
 
 
 def match_by_weights(
@@ -181,5 +181,9 @@ def common_start(graph: MergeGraph, networks: Sequence[nn.Module], maps: Maps) -
 
 def trunk_parameters(graph: MergeGraph) -> Table:
     """The axes of the parameters that the trunk holds; those of heads belong to different outputs."""
-    nodes, everything = list(graph.trunk_graph()), dict(graph.module.named_parameters())
-    return {name: graph.axes[name] for name in reached(nodes, set(nodes), everything) if any(graph.axes.get(name, ()))}
+    nodes = list(graph.trunk_graph())
+    used = set(reached(nodes, set(nodes), named_tensors(graph.module)))
+    rows = {name: row for name, row in graph.axes.items() if name in used}
+    return {
+        name: row for name, tensor, row in bind(rows, graph.module) if any(row) and isinstance(tensor, nn.Parameter)
+    }

@@ -77,17 +77,16 @@ def _obstacle(node: fx.Node, graph: MergeGraph, folded: set[str]) -> str:
             return f"`{name}` is depthwise or grouped"
         if name in folded or (linear and any(graph.axes.get(f"{name}.weight", ()))):
             return ""
-    if traits & PASSING and Trait.PER_FEATURE not in traits:
+    bounded = Trait.POINTWISE in traits and len(node.all_input_nodes) > 1  # by a number for each feature
+    if traits & PASSING and Trait.PER_FEATURE not in traits and not bounded:
         return ""
     return f"`{name}` acts on each feature by itself, or on all"
 
 
 def find_folded(graph: MergeGraph) -> Iterator[Layer]:
     """The layers of the trunk with a batch norm right behind, which can be written as a layer alone."""
-    nodes = list(graph.trunk_graph())
-    calls = [str(node.target) for node in nodes if node.op == "call_module"]
-    for stop in find_stops(graph.module, nodes, ()):
-        if isinstance(stop, Layer) and stop.norm is not None and calls.count(str(stop.norm.target)) == 1:
+    for stop in find_stops(graph, graph.module, list(graph.trunk_graph())).stops:
+        if isinstance(stop, Layer) and stop.norm is not None:
             ref = graph.axes.get(f"{stop.name}.weight", (None,))[0]
             if ref is not None and ref.whole:
                 yield stop

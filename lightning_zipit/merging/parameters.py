@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
 
 from lightning_zipit.graph import AxisRef
+from lightning_zipit.graph.table import Table, bind
 from lightning_zipit.merging.maps import Maps, along_axis, model_shares
 
 
@@ -63,7 +64,7 @@ def merge_parameter(
 def merge_into(
     target: nn.Module,
     sources: Sequence[nn.Module],
-    axes: Mapping[str, tuple[AxisRef | None, ...]],
+    table: Table,
     maps: Maps,
     weights: Sequence[float] | None = None,
 ) -> None:
@@ -73,20 +74,20 @@ def merge_into(
         target: a module with parameters under the names that they have in the sources, of the sizes of the merged
             network.
         sources: the source networks.
-        axes: the table of axes.
+        table: the rows of its parameters.
         maps: the matching of each space.
         weights: how much each network counts in parameters that write no space; all the same by default.
     """
     with torch.no_grad():
-        for name, tensor in _tensors(target):
+        for name, tensor, row in bind(table, target):
             copies = [attrgetter(name)(source) for source in sources]
-            tensor.copy_(merge_parameter(copies, axes.get(name, (None,) * tensor.ndim), maps, weights))
+            tensor.copy_(merge_parameter(copies, row, maps, weights))
 
 
 def unmerge_into(
     target: nn.Module,
     network: nn.Module,
-    axes: Mapping[str, tuple[AxisRef | None, ...]],
+    table: Table,
     maps: Maps,
     source: int,
 ) -> None:
@@ -96,16 +97,11 @@ def unmerge_into(
         target: the head of one source model, with parameters under the names that they have there, of the sizes of the
             merged network.
         network: that model.
-        axes: the table of axes.
+        table: the rows of its parameters.
         maps: the matching of each space.
         source: the number i of the source model.
     """
     with torch.no_grad():
-        for name, tensor in _tensors(target):
-            refs = axes.get(name, ())
-            if any(refs):
-                tensor.copy_(contract(attrgetter(name)(network), refs, maps, source))
-
-
-def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
-    return [*module.named_parameters(), *module.named_buffers()]
+        for name, tensor, row in bind(table, target):
+            if any(row):
+                tensor.copy_(contract(attrgetter(name)(network), row, maps, source))

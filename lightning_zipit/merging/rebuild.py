@@ -11,9 +11,11 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from lightning_zipit.graph import AxisRef, MergeGraph
+from lightning_zipit.copying import copy_module
+from lightning_zipit.graph import MergeGraph
 from lightning_zipit.graph.joined import UNMERGE, Joined
 from lightning_zipit.graph.registry import Trait, traits_of, writes_in_place
+from lightning_zipit.graph.table import Table, bind, named_tensors, untie
 from lightning_zipit.merging.dense import fold_norms
 from lightning_zipit.merging.maps import Maps, counting_alone, shares_along, unmerge_along
 from lightning_zipit.merging.parameters import merge_into, unmerge_into
@@ -134,7 +136,7 @@ def build_merged(
     heads = []
     for graph, network, source in zip(graphs, networks, models, strict=True):
         head = build_head(graph, widths).eval()
-        unmerge_into(head, network, graph.axes, maps, source)
+        unmerge_into(head, network, graph.head_axes, maps, source)
         set_unmerges(head, graph, network, maps, source)
         heads.append(head)
     return trunk, heads
@@ -267,7 +269,7 @@ def build_head(graph: MergeGraph, widths: Mapping[str, int] | None = None) -> fx
     for node in graph.head_graph():
         if node.op != "placeholder":  # one that is not used
             built[node] = head.node_copy(node, built.__getitem__)
-    return _module(root, head, "Head", graph.axes, widths)
+    return _module(root, head, "Head", graph.head_axes, widths)
 
 
 def _changed_in_place(node: fx.Node, graph: MergeGraph) -> bool:
@@ -306,39 +308,39 @@ def _module(
     root: nn.Module,
     graph: fx.Graph,
     name: str,
-    axes: Mapping[str, tuple[AxisRef | None, ...]],
+    table: Table,
     widths: Mapping[str, int] | None,
 ) -> fx.GraphModule:
     graph.lint()
     module = fx.GraphModule(root, graph, class_name=name)
-    module = copy.deepcopy(module)  # own weights: the traced network stays as it is
+    module = copy_module(module)  # own weights: the traced network stays as it is
     module.meta.clear()
+    untie(module, table)
     if widths:
-        _resize(module, axes, widths)
+        _resize(module, table, widths)
     return module
 
 
-def _resize(module: nn.Module, axes: Mapping[str, tuple[AxisRef | None, ...]], widths: Mapping[str, int]) -> None:
+def _resize(module: nn.Module, table: Table, widths: Mapping[str, int]) -> None:
     """Give parameters and buffers the sizes that widths ask for, and tell the modules that hold them."""
-    known: dict[int, Tensor] = {}  # tied weights stay one
+    names: dict[int, list[str]] = {}
+    for name, tensor in named_tensors(module).items():
+        names.setdefault(id(tensor), []).append(name)
     holders: dict[nn.Module, None] = {}
-    named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-    for name, tensor in named:
-        refs = axes.get(name, ())
+    for _, tensor, row in list(bind(table, module)):
         # An axis in groups is shorter than what it refers to, and never resized.
         shape = [
             size if ref is None or ref.groups > 1 else ref.resized(widths).size
-            for ref, size in zip(refs, tensor.shape, strict=bool(refs))
+            for ref, size in zip(row, tensor.shape, strict=True)
         ]
-        if not refs or torch.Size(shape) == tensor.shape:
+        if torch.Size(shape) == tensor.shape:
             continue
-        if id(tensor) not in known:
-            zeros = tensor.new_zeros(shape)
-            known[id(tensor)] = nn.Parameter(zeros, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else zeros
-        owner, _, attribute = name.rpartition(".")
-        holder = module.get_submodule(owner)
-        setattr(holder, attribute, known[id(tensor)])
-        holders[holder] = None
+        zeros = tensor.new_zeros(shape)
+        resized = nn.Parameter(zeros, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else zeros
+        for name in names[id(tensor)]:  # tied weights stay one
+            owner, _, attribute = name.rpartition(".")
+            setattr(module.get_submodule(owner), attribute, resized)
+            holders[module.get_submodule(owner)] = None
     for holder in holders:
         _tell_sizes(holder)
 

@@ -14,7 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from lightning_zipit.errors import ConfigurationError
 from lightning_zipit.graph import AxisRef, MergeGraph, evaluating
 from lightning_zipit.graph.notes import reached
+from lightning_zipit.graph.replay import working_copy
 from lightning_zipit.graph.spaces import handed_over
+from lightning_zipit.graph.table import named_tensors
 from lightning_zipit.merging.maps import SpaceMap
 from lightning_zipit.merging.rebuild import build_head, build_merged, build_stem, build_stems, build_trunk
 
@@ -106,7 +108,7 @@ def find_fixed(graph: MergeGraph, network: nn.Module, example: Tensor) -> dict[s
             fixed[name] = "nothing measures it"
     for name in sorted(handed_over(graph)):
         fixed.setdefault(name, "stems hand it over, each with as many features as it has")
-    for refs in graph.axes.values():
+    for refs in (*graph.axes.values(), *graph.head_axes.values()):
         for block in (block for ref in refs if ref is not None for block in ref.blocks):
             if not block.contiguous:
                 fixed.setdefault(block.space, "its features lie between others")
@@ -181,11 +183,11 @@ def count_flops(network: nn.Module, x: Tensor) -> dict[str, float]:
     """The FLOPs of one forward by the name of the module, and under ``""`` of the whole network.
 
     Args:
-        network: a source network.
+        network: a source network; a copy of it is run, in eval mode.
         x: an input of one sample, on its device.
     """
-    with torch.no_grad(), evaluating(network), FlopCounterMode(display=False) as counter:
-        network(x)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        working_copy(network)(x)
     counts = {name.partition(".")[2]: float(sum(ops.values())) for name, ops in counter.get_flop_counts().items()}
     return {**counts, "": float(counter.get_total_flops())}
 
@@ -216,7 +218,7 @@ class FlopsModel:
         rest = 0.0
         for number, (graph, count) in enumerate(zip(graphs, counts, strict=True)):
             nodes = list(graph.trunk_graph())
-            shared = set(reached(nodes, set(nodes), dict(graph.module.named_parameters())))
+            shared = set(reached(nodes, set(nodes), named_tensors(graph.module)))
             own = []
             for name, refs in graph.axes.items():
                 owner, _, attribute = name.rpartition(".")

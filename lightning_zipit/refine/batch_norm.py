@@ -2,79 +2,125 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_zipit.collectives import all_reduce_sums, is_distributed
+from lightning_zipit.collectives import all_reduce_sums
 from lightning_zipit.errors import CalibrationError
+from lightning_zipit.refine.finite import WAY_OUT
+from lightning_zipit.refine.moments import FeatureMoments
 
 
 class BatchNormEstimator:
-    """One cumulative average (momentum ``None``) over batches for the batch norms of some modules.
+    """Mean and variance of all samples that reach the batch norms of some modules.
+
+    Every position of every sample counts once, in whichever batch, process or call of the norm. The statistics are
+    known after the last batch only. Until then a norm normalises each batch by that batch's own mean and variance, as
+    in training mode; a batch with one value per feature, which has no variance, by the statistics that the norm had.
 
     Args:
-        modules: the modules whose running statistics shall be estimated, by the name that an error gives them.
+        modules: the modules whose running statistics shall be estimated, in eval mode, by the name that an error gives
+            them.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
-        self.norms: dict[str, _BatchNorm] = {
-            f"{prefix}.{name}": norm
-            for prefix, module in modules.items()
-            for name, norm in module.named_modules()
-            if isinstance(norm, _BatchNorm) and norm.track_running_stats
-        }
-        for norm in self.norms.values():
-            norm.reset_running_stats()
+        self.norms: dict[str, Estimate] = {}
+        self._estimates: dict[int, Estimate] = {}  # by the statistics that they are of, which norms may share
+        for prefix, module in modules.items():
+            for name, norm in running_norms(module):
+                mean = norm.get_buffer("running_mean")
+                self.norms[f"{prefix}.{name}"] = self._estimates.setdefault(id(mean), Estimate(norm))
 
     @contextmanager
     def collecting(self, module: nn.Module) -> Iterator[None]:
-        """Inside, a forward of ``module`` adds its batch to the statistics; all else stays in eval mode."""
-        norms = [norm for norm in module.modules() if isinstance(norm, _BatchNorm) and norm.track_running_stats]
-        momenta = [norm.momentum for norm in norms]
+        """Inside, a forward of ``module`` adds its batch to the statistics."""
+        hooks = [
+            norm.register_forward_pre_hook(self._estimates[id(norm.get_buffer("running_mean"))].add, with_kwargs=True)
+            for _, norm in running_norms(module)
+        ]
         try:
-            for norm in norms:
-                norm.training, norm.momentum = True, None
             yield
         finally:
-            for norm, momentum in zip(norms, momenta, strict=True):
-                norm.training, norm.momentum = False, momentum
+            for hook in hooks:
+                hook.remove()
 
-    def finish(self) -> None:
-        """Average over the batches of all processes: a few collectives, the same on every rank.
+    def finish(self, suspects: Collection[str] = ()) -> None:
+        """Sum over the samples of all processes: a few collectives, the same on every rank.
+
+        Args:
+            suspects: for errors, the tasks in whose batches there was NaN or Inf.
 
         Raises:
-            CalibrationError: naming the norms that no batch of two or more samples has reached.
+            CalibrationError: naming the norms that fewer than two samples have reached, or NaN or Inf.
         """
-        if is_distributed():
-            average_over_processes(list(self.norms.values()))
-        empty = [name for name, norm in self.norms.items() if not norm.num_batches_tracked]
+        estimates = list(self._estimates.values())
+        all_reduce_sums([sums for each in estimates for sums in (each.moments.sums, each.calls)])
+        empty = [f"`{name}`" for name, each in self.norms.items() if each.moments.count < 2]
         if empty:
             raise CalibrationError(
-                f"No batch of two or more samples reached batch norm {', '.join(empty[:5])}, so that its "
-                f"statistics cannot "
-                "be re-estimated. Use a larger batch size, or refine=None to keep the merged statistics."
+                f"Fewer than two samples reached batch norm {', '.join(empty[:5])}, so that its statistics cannot be "
+                "re-estimated. Use more calibration data, or refine=None to keep the merged statistics."
             )
+        bad = [f"`{name}`" for name, each in self.norms.items() if not bool(each.moments.sums.isfinite().all())]
+        if bad:
+            of = f" in batches of task {', '.join(map(repr, suspects))}" * bool(suspects)
+            raise CalibrationError(f"NaN or Inf in what reaches batch norm {', '.join(bad[:5])}{of}. {WAY_OUT}")
+        for each in estimates:
+            each.finish()
 
 
-def average_over_processes(norms: Sequence[_BatchNorm]) -> None:
-    """Average running statistics over the batches of all processes, in one all-reduce."""
-    sums = []
-    for norm in norms:
-        batches = norm.get_buffer("num_batches_tracked")
-        statistics = torch.stack([norm.get_buffer("running_mean"), norm.get_buffer("running_var")])
-        sums.append(torch.cat([batches[None].double(), (statistics.double() * batches).flatten()]))
-    all_reduce_sums(sums)
-    for norm, packed in zip(norms, sums, strict=True):
-        mean, variance = (packed[1:] / packed[0].clamp(min=1)).chunk(2)
-        norm.get_buffer("running_mean").copy_(mean)
-        norm.get_buffer("running_var").copy_(variance)
-        norm.get_buffer("num_batches_tracked").copy_(packed[0])
+class Estimate:
+    """The statistics of one batch norm on their way.
+
+    Args:
+        norm: the norm.
+
+    Attributes:
+        moments: those of all samples so far.
+        calls: how often the norm was called, ``(1,)``.
+    """
+
+    def __init__(self, norm: _BatchNorm) -> None:
+        self.mean, self.variance = norm.get_buffer("running_mean"), norm.get_buffer("running_var")
+        self.batches = norm.get_buffer("num_batches_tracked")
+        self._before = self.mean.clone(), self.variance.clone()
+        self.moments = FeatureMoments(len(self.mean), self.mean.device, self.mean)
+        self.calls = self.moments.sums.new_zeros(1)
+
+    def add(self, norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Add what a norm is about to be given, and let it normalise that by its own mean and variance."""
+        x: Tensor = args[0] if args else kwargs["input"]
+        count = x.numel() // x.shape[1]
+        if not count:
+            return
+        values, around = x.to(torch.promote_types(x.dtype, torch.float32)), [0, *range(2, x.ndim)]
+        mean = values.mean(around)
+        variance = (values - mean.reshape(-1, *[1] * (x.ndim - 2))).square().mean(around)
+        self.moments.add_summary(count, mean, variance)
+        self.calls += 1
+        self._set(*((mean, variance) if count > 1 else self._before))
+
+    def finish(self) -> None:
+        """Let the norm have the statistics of all samples."""
+        self._set(self.moments.mean, self.moments.variance)
+        self.batches.copy_(self.calls[0])
+
+    def _set(self, mean: Tensor, variance: Tensor) -> None:
+        self.mean.copy_(mean)
+        self.variance.copy_(variance)
+
+
+def running_norms(module: nn.Module) -> list[tuple[str, _BatchNorm]]:
+    """The batch norms with running statistics in a module, and their names."""
+    norms = [(name, norm) for name, norm in module.named_modules() if isinstance(norm, _BatchNorm)]
+    return [(name, norm) for name, norm in norms if norm.track_running_stats]
 
 
 def has_batch_norm(module: nn.Module) -> bool:
     """Whether a network has batch norm with running statistics."""
-    return any(isinstance(child, _BatchNorm) and child.track_running_stats for child in module.modules())
+    return bool(running_norms(module))

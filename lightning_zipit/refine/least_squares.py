@@ -11,11 +11,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_zipit.calibration.statistics import AT_ONCE, add_gram
-from lightning_zipit.collectives import all_reduce_sums
+from lightning_zipit.errors import CalibrationError
 from lightning_zipit.graph.layers import Fitted, groups_of
 
 MOST_INPUTS = 8192
 """Layers with more inputs keep their weights: the normal equations of one take half a GiB at this size."""
+
+MOST_TRIES = 40
+"""Strengths of the ridge that are tried, each ten times the last: rounding is made up for long before."""
 
 
 def patches(layer: Fitted, x: Tensor, positions: Tensor | None = None) -> Tensor:
@@ -126,9 +129,16 @@ class NormalEquations:
             else:
                 add_gram(self.gram[0], x[0].T)
 
-    def sum_over_processes(self) -> None:
-        """Put the samples of all processes into the sums of each."""
-        all_reduce_sums([self.count, self.inputs, self.outputs, self.gram, self.cross, self.power])
+    @property
+    def sums(self) -> list[Tensor]:
+        """All sums; they add up over processes."""
+        return [self.count, self.inputs, self.outputs, self.gram, self.cross, self.power]
+
+    @property
+    def totals(self) -> Tensor:
+        """What is not finite if any sum is not: off the diagonal, the Gram matrix is no larger than on it."""
+        diagonal = self.gram.diagonal(dim1=1, dim2=2)
+        return torch.cat([sums.flatten() for sums in (self.inputs, self.outputs, self.power, diagonal)])
 
     def centred(self) -> CentredEquations:
         """The equations of the samples less their mean."""
@@ -171,19 +181,27 @@ class CentredEquations(NamedTuple):
 
         Returns:
             float64 ``(groups, outputs, inputs)`` and ``(groups, outputs)``.
+
+        Raises:
+            CalibrationError: if there is no solution, as where sums are not finite.
         """
         gram, cross = self.gram, self.cross
         if not intercept:
             gram = torch.baddbmm(gram, self.mean[:, :, None], self.mean[:, None, :])
             cross = torch.baddbmm(cross, self.mean[:, :, None], self.offset[:, None, :])
         strength = ridge * self.squares.clamp(min=torch.finfo(torch.float32).tiny)
-        while True:
+        for _ in range(MOST_TRIES):
             held = gram.clone()
             held.diagonal(dim1=1, dim2=2).add_(strength[:, None])
             factor, failed = torch.linalg.cholesky_ex(held)
             if not failed.any():
                 break
             strength = torch.where(failed > 0, strength * 10, strength)
+        else:
+            raise CalibrationError(
+                "A layer's normal equations have no solution: its inputs are too large, or NaN or Inf. Merge with "
+                "refine='batch_norm' or None instead, or look for such values in weights and data."
+            )
         weight = torch.cholesky_solve(cross + strength[:, None, None] * prior.double().mT, factor).mT
         bias = self.offset - self._through(weight)
         return weight, bias if intercept else torch.zeros_like(bias)
@@ -202,7 +220,9 @@ class CentredEquations(NamedTuple):
         return (weight @ self.mean[:, :, None]).squeeze(2)
 
 
-def solve_layer(layer: Fitted, norm: _BatchNorm | None, equations: CentredEquations, ridge: float) -> float:
+def solve_layer(
+    layer: Fitted, norm: _BatchNorm | None, equations: CentredEquations, ridge: float, scale: Tensor | None = None
+) -> float:
     """Set the weights of a layer, and the norm behind it, to the solution of its normal equations.
 
     The norm gets the statistics of what the layer gives now, and the scale and shift that undo them: in eval mode it
@@ -212,24 +232,40 @@ def solve_layer(layer: Fitted, norm: _BatchNorm | None, equations: CentredEquati
         layer: the layer; its weights are what the solution is held to.
         norm: the batch norm behind it.
         equations: with the samples of all processes.
-        ridge: see :meth:`NormalEquations.solve`.
+        ridge: see :meth:`CentredEquations.solve`.
+        scale: what the network multiplies the outputs by before they reach the target, ``(outputs,)``. An output that
+            it multiplies by 0 keeps its weights.
 
     Returns:
         The share of the target's variance that the layer explains.
     """
     old: Tensor = layer.weight.detach()
-    prior = old.flatten(1).double()
-    if norm is not None:
-        prior = prior * (norm.weight.double() / (norm.get_buffer("running_var").double() + norm.eps).sqrt())[:, None]
-    prior = prior.unflatten(0, (groups_of(layer), -1))
+    old_weight, old_bias = folded(layer, norm)
+    scale = torch.ones_like(old_bias) if scale is None else scale.double()
+    prior = (old_weight * scale[:, None]).unflatten(0, (groups_of(layer), -1))
     weight, bias = equations.solve(prior, ridge, intercept=norm is not None or layer.bias is not None)
-    layer.weight.copy_(weight.flatten(0, 1).reshape(old.shape))
+    explained = equations.explained(weight, bias)
+    silent = scale == 0
+    new_weight = torch.where(silent[:, None], old_weight, weight.flatten(0, 1) / scale[:, None])
+    new_bias = torch.where(silent, old_bias, bias.flatten() / scale)
+    layer.weight.copy_(new_weight.reshape(old.shape))
     if norm is not None:
-        mean, variance = (moment.flatten() for moment in equations.moments_of(weight))
+        moments = equations.moments_of(new_weight.unflatten(0, (groups_of(layer), -1)))
+        mean, variance = (moment.flatten() for moment in moments)
         norm.get_buffer("running_mean").copy_(mean)
         norm.get_buffer("running_var").copy_(variance)
         norm.weight.copy_((variance + norm.eps).sqrt())
-        norm.bias.copy_(bias.flatten() + mean)
+        norm.bias.copy_(new_bias + mean)
     if layer.bias is not None:
-        layer.bias.copy_(bias.flatten() if norm is None else torch.zeros_like(layer.bias))
-    return equations.explained(weight, bias)
+        layer.bias.copy_(new_bias if norm is None else torch.zeros_like(layer.bias))
+    return explained
+
+
+def folded(layer: Fitted, norm: _BatchNorm | None) -> tuple[Tensor, Tensor]:
+    """A layer and the batch norm behind it as one layer: weights ``(outputs, inputs)`` and bias, float64."""
+    weight = layer.weight.detach().flatten(1).double()
+    bias = weight.new_zeros(len(weight)) if layer.bias is None else layer.bias.detach().double()
+    if norm is None:
+        return weight, bias
+    factor = norm.weight.detach().double() / (norm.get_buffer("running_var").double() + norm.eps).sqrt()
+    return weight * factor[:, None], (bias - norm.get_buffer("running_mean").double()) * factor + norm.bias.detach()

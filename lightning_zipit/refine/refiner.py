@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,13 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_zipit.collectives import share
+from lightning_zipit.copying import copy_module
 from lightning_zipit.merged import MergedBackbone
 from lightning_zipit.merging.maps import Maps
 from lightning_zipit.refine.batch_norm import BatchNormEstimator
-from lightning_zipit.refine.settings import BatchNorm, LayerByLayer, LeastSquares, Refinement
+from lightning_zipit.refine.finite import check_results
+from lightning_zipit.refine.settings import BatchNorm, LayerByLayer, Refinement
 from lightning_zipit.refine.walk import Walk
 from lightning_zipit.report.report import measure_shifts
-from lightning_zipit.views import Inputs, any_view, view_of
+from lightning_zipit.views import Inputs, view_of
 
 
 class Refiner:
@@ -45,10 +47,11 @@ class Refiner:
         self.merged, self.networks, self.how = merged, dict(networks), how
         self.maps, self.weights, self.models = maps, weights, models
         self.batches: list[Inputs] = []
+        self._suspects: set[str] = set()  # the tasks whose batches gave NaN or Inf
         dtype = next(next(iter(networks.values())).parameters()).dtype
 
         def working(module: nn.Module) -> nn.Module:
-            return copy.deepcopy(module).to(device=device, dtype=dtype).eval()
+            return copy_module(module).to(device=device, dtype=dtype).eval()
 
         with torch.inference_mode(False):
             self.trunk = working(merged.trunk)
@@ -69,18 +72,22 @@ class Refiner:
         if isinstance(self.how, LayerByLayer):
             self.batches.append(x)
             return
-        if len(any_view(x)) == 1:
-            return  # a single sample has no variance
         per_task = isinstance(self.how, BatchNorm) and self.how.per_task
         if isinstance(x, Tensor) and not self.stems and not per_task:
             crossing = self._collect(self.trunk, x)
             for task in tasks:
-                self._collect(self.heads[task], *crossing)
+                self._collect_head(task, crossing)
             return
         for task in tasks:
             view = view_of(x, task)
             entering = self.stems[task](view) if self.stems else (view,)
-            self._collect(self.heads[task], *self._collect(self.trunk, *entering, *(task,) * per_task))
+            self._collect_head(task, self._collect(self.trunk, *entering, *(task,) * per_task))
+
+    def _collect_head(self, task: str, crossing: Sequence[Any]) -> None:
+        tensors = [each for each in crossing if isinstance(each, Tensor) and each.is_floating_point()]
+        if not all(bool(each.isfinite().all()) for each in tensors):
+            self._suspects.add(task)
+        self._collect(self.heads[task], *crossing)
 
     def _collect(self, part: nn.Module, *inputs: Any) -> Any:
         """Run a part of the merged network, and add what it is given to its running statistics."""
@@ -94,7 +101,7 @@ class Refiner:
             The merged networks, changed, with a report that says so.
 
         Raises:
-            CalibrationError: if a batch norm has seen no batch.
+            CalibrationError: if a batch norm has seen fewer than two samples, or there is NaN or Inf.
         """
         parts, working = _parts(self.merged.trunk, self.merged.heads), _parts(self.trunk, self.heads)
         report = self.merged.report
@@ -103,14 +110,11 @@ class Refiner:
                 with torch.autocast(next(self.trunk.parameters()).device.type, enabled=False):
                     walk = self._walk(self.how)
                     report = replace(report, fits=walk.run())
-                if isinstance(self.how, LeastSquares) and (unfitted := walk.find_unfitted(report.fits)):
-                    names = ", ".join(f"`{name}`" for name in unfitted)
-                    report = replace(
-                        report, notes=(*report.notes, f"Kept the weights that merging gave them: {names}.")
-                    )
+                report = replace(report, notes=(*report.notes, *_kept(walk.left)))
             else:
-                self.estimator.finish()
+                self.estimator.finish(sorted(set().union(*share(lambda: self._suspects))))
                 report = replace(report, shifts=measure_shifts(parts, working))
+            check_results(parts, working)
             for name, module in parts.items():
                 for old, new in zip(module.state_dict().values(), working[name].state_dict().values(), strict=True):
                     old.copy_(new)
@@ -129,6 +133,15 @@ class Refiner:
             self.models,
             self.stems,
         )
+
+
+def _kept(left: Mapping[str, str]) -> tuple[str, ...]:
+    """A note for people on what was not refined, if anything was not."""
+    named: dict[str, list[str]] = {}
+    for name, why in left.items():
+        named.setdefault(why, []).append(f"`{name}`")
+    listed = "; ".join(f"{', '.join(names)} ({why})" for why, names in named.items())
+    return (f"Kept the weights that merging gave them: {listed}.",) * bool(listed)
 
 
 def _parts(trunk: nn.Module, heads: Mapping[str, nn.Module]) -> dict[str, nn.Module]:

@@ -6,44 +6,11 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_zipit.collectives import all_reduce_sums
 from lightning_zipit.graph.layers import Fitted
+from lightning_zipit.refine.moments import FeatureMoments
 
 
-class OutputMoments:
-    """Mean and deviation per feature, gathered over batches and processes.
-
-    Args:
-        size: the number of features.
-        device: where the samples are.
-    """
-
-    def __init__(self, size: int, device: torch.device) -> None:
-        self.sums = torch.zeros(3, size, dtype=torch.float64, device=device)
-
-    def add(self, rows: Tensor) -> None:
-        """Add samples ``(samples, features)``."""
-        count = torch.full_like(self.sums[0], len(rows))
-        rows = rows.double()
-        self.sums += torch.stack([count, rows.sum(0), rows.square().sum(0)])
-
-    def sum_over_processes(self) -> None:
-        """Put the samples of all processes into the sums of each."""
-        all_reduce_sums([self.sums])
-
-    @property
-    def mean(self) -> Tensor:
-        """``(features,)``."""
-        return self.sums[1] / self.sums[0]
-
-    @property
-    def variance(self) -> Tensor:
-        """``(features,)``, with Bessel's correction."""
-        count, total, squares = self.sums
-        return ((squares - total.square() / count) / (count - 1).clamp(min=1)).clamp(min=0)
-
-
-def rescale_layer(layer: Fitted, norm: _BatchNorm | None, now: OutputMoments, mean: Tensor, std: Tensor) -> None:
+def rescale_layer(layer: Fitted, norm: _BatchNorm | None, now: FeatureMoments, mean: Tensor, std: Tensor) -> None:
     """Let the outputs of a layer, behind its norm if it has one, have other means and deviations.
 
     Args:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,14 +12,17 @@ from rich.progress import Progress
 from torch import Tensor, fx, nn
 
 from lightning_zipit.calibration.calibration import Beginning, choose_positions, marks
-from lightning_zipit.collectives import rank_and_size, share
+from lightning_zipit.collectives import all_reduce_sums, rank_and_size, share
 from lightning_zipit.graph import AxisRef, MergeGraph
 from lightning_zipit.graph.joined import UNMERGE, Joined
-from lightning_zipit.graph.layers import Fitted, Layer, Norm, find_stops, groups_of, layer_of
+from lightning_zipit.graph.layers import TOO_MANY_INPUTS, Fitted, Layer, Norm, find_stops, groups_of, layer_of
 from lightning_zipit.merging.maps import DenseMap, Maps, along_axis, model_shares
+from lightning_zipit.refine.finite import MERGED, check_values, source_of
 from lightning_zipit.refine.frontier import Frontier, Run, Values
 from lightning_zipit.refine.least_squares import MOST_INPUTS, NormalEquations, patches, samples, solve_layer
-from lightning_zipit.refine.repair import OutputMoments, rescale_layer
+from lightning_zipit.refine.moments import FeatureMoments
+from lightning_zipit.refine.outputs import Outputs, outputs_shape
+from lightning_zipit.refine.repair import rescale_layer
 from lightning_zipit.refine.settings import LayerByLayer, LeastSquares
 from lightning_zipit.views import Inputs, any_view, view_of
 
@@ -70,6 +73,10 @@ class Walk:
         models: the number of the model that each source is a part of, where several are paths of a merged one.
         stems: per task, from its input to what the trunk takes; the trunk then goes through every batch once for each
             task, and is fitted to all of them.
+
+    Attributes:
+        left: what keeps the weights that merging gave it, by names as those that :meth:`run` returns, and what it has
+            that stands in the way.
     """
 
     def __init__(
@@ -86,10 +93,12 @@ class Walk:
         stems: Mapping[str, nn.Module] | None = None,
     ) -> None:
         models = models or {task: number for number, task in enumerate(sources)}
-        leads = [list(models.values()).index(number) for number in sorted(set(models.values()))]
+        self._numbers = sorted(set(models.values()))  # of the models
+        leads = [list(models.values()).index(number) for number in self._numbers]
         self.models, self.shares = models, model_shares(len(leads), weights)
         self.heads, self.sources, self.graphs, self.maps, self.how = heads, sources, graphs, maps, how
         self.batches = batches
+        self.left: dict[str, str] = {}
         self.marks = [marks(any_view(x)) for x in batches]
         self.graph = next(iter(graphs.values()))
         self.nodes = list(self.graph.trunk_graph())
@@ -114,37 +123,32 @@ class Walk:
         Returns:
             For :class:`LeastSquares`, the share of the variance of its target that each layer explains; layers are
             named ``trunk.`` or ``heads.TASK.`` and what they are called in the backbone.
+
+        Raises:
+            CalibrationError: if a network computes NaN or Inf.
         """
         if isinstance(self.how, LeastSquares):  # what merging gave counts as one image more
             images = sum(share(lambda: sum(map(len, self.marks))))
             self.how = replace(self.how, ridge=self.how.ridge + 1 / images)
         fits: dict[str, float] = {}
-        stops = {"trunk": find_stops(self.graph.module, self.nodes, self.entries)}
+        found = {"trunk": find_stops(self.graph, self.runs[0].network, self.nodes, self.entries)}
         for task, nodes in self.head_nodes.items():
             graph = self.graphs[task]
-            stops[f"heads.{task}"] = find_stops(graph.module, nodes, [*graph.stem_graph(), *graph.trunk_graph()])
+            before = [*graph.stem_graph(), *graph.trunk_graph()]
+            found[f"heads.{task}"] = find_stops(graph, self.heads[task], nodes, before)
         silent = rank_and_size()[0] != 0 or not Console().is_terminal
         with Progress(transient=True, disable=silent) as progress:
-            bar = progress.add_task("refining layers", total=sum(map(len, stops.values())))
-            for part, own in stops.items():
-                for name, fit in self._start(part).visit(own):
+            bar = progress.add_task("refining layers", total=sum(len(stops) for stops, _ in found.values()))
+            for part, (stops, left) in found.items():
+                walked = self._start(part)
+                for name, fit in walked.visit(stops):
                     progress.advance(bar)
                     if fit is not None:
                         fits[f"{part}.{name}"] = fit
+                self.left |= {f"{part}.{name}": why for name, why in (left | walked.left).items()}
                 if part == "trunk":
                     self.trunk.complete()
         return fits
-
-    def find_unfitted(self, fits: Collection[str]) -> list[str]:
-        """The modules of trunk and heads with matrices among their parameters that were not fitted."""
-        found = []
-        parts = [("trunk", self.runs[0].network), *((f"heads.{task}", head) for task, head in self.heads.items())]
-        for part, network in parts:
-            for name, parameter in network.named_parameters():
-                owner = f"{part}.{name}".rpartition(".")[0]
-                if parameter.ndim > 1 and owner not in fits:
-                    found.append(owner)
-        return list(dict.fromkeys(found))
 
     def _start(self, part: str) -> _Part:
         limit = int(self.how.cache_bytes)
@@ -154,13 +158,14 @@ class Walk:
             def zip_of(name: str) -> Zip:
                 return Zip(self.shares, self.graph.axes.get(f"{name}.weight", (None,))[0], self.maps)
 
-            return _Part(self.trunk, zip_of, self.how, self.marks, len(self.paths))
+            sources = [[task for task, model in self.models.items() if model == number] for number in self._numbers]
+            return _Part(part, self.trunk, zip_of, self.how, self.marks, sources, len(self.paths))
         task = part.partition(".")[2]
         if not self.head_nodes[task]:
-            return _Part(Frontier([], 0, self._begin, limit), lambda _: Zip(torch.ones(1)), self.how, [])
+            return _Part(part, Frontier([], 0, self._begin, limit), lambda _: Zip(torch.ones(1)), self.how, [], [])
         runs = [Run(network, self.head_nodes[task]) for network in (self.heads[task], self.sources[task])]
         frontier = Frontier(runs, len(self.batches), lambda batch: self._begin_head(task, batch), limit)
-        return _Part(frontier, lambda _: Zip(torch.ones(1)), self.how, self.marks)
+        return _Part(part, frontier, lambda _: Zip(torch.ones(1)), self.how, self.marks, [[task]])
 
     def _begin(self, batch: int) -> list[Values]:
         """What the merged trunk starts from for each path, and each source."""
@@ -202,14 +207,18 @@ class _Part:
 
     def __init__(
         self,
+        name: str,
         frontier: Frontier,
         zip_of: Callable[[str], Zip],
         how: LayerByLayer,
         marks: Sequence[Tensor],
+        sources: Sequence[list[str]],
         paths: int = 1,
     ) -> None:
-        self.frontier, self.zip_of, self.how = frontier, zip_of, how
+        self.name, self.frontier, self.zip_of, self.how = name, frontier, zip_of, how
         self.marks = marks  # of the samples of each batch
+        self.sources = [source_of(tasks) for tasks in sources]
+        self.left: dict[str, str] = {}  # the layers that were left, and why
         self.paths = paths  # how often the merged network runs; the sources come behind
         if frontier.runs:
             self.merged = frontier.runs[0].network
@@ -251,28 +260,36 @@ class _Part:
         layer, norm = layer_of(self.merged, stop)
         inputs, outputs, groups = layer.weight[0].numel(), len(layer.weight), groups_of(layer)
         if inputs > MOST_INPUTS:
+            self.left[stop.name] = TOO_MANY_INPUTS
             return None
-        zipped = self.zip_of(stop.name)
+        zipped, outcome = self.zip_of(stop.name), Outputs(stop, self.merged)
+        of_sources = [Outputs(stop, run.network) for run in self.frontier.runs[self.paths :]]
         equations = NormalEquations(groups, inputs, outputs // groups, layer.weight.device)
+        watched = equations.count.new_zeros(len(self.sources), 1)
         for numbers, merged, sources in self._batches(stop, stop.target):
-            chosen = self._positions(layer, sources[0][stop.target], numbers)
-            wanted = zipped([samples(layer, each[stop.target], chosen) for each in sources])
+            like = outputs_shape(layer, merged[0][stop.input])
+            wanted = [own(each[stop.target], like) for own, each in zip(of_sources, sources, strict=True)]
+            chosen = self._positions(layer, wanted[0], numbers)
+            rows = [samples(layer, each, chosen) for each in wanted]
+            watched += torch.stack([each.sum(dtype=torch.float64)[None] for each in rows])
+            zipped_rows = zipped(rows)
             for values in merged:
-                target = wanted
+                target = zipped_rows
                 if stop.beside is not None:
-                    target = wanted - samples(layer, values[stop.beside], chosen)
+                    target = target - samples(layer, outcome(values[stop.beside], like), chosen)
                 x = patches(layer, values[stop.input], chosen)
                 equations.add(x, target.unflatten(1, (groups, -1)).movedim(1, 0))
-        equations.sum_over_processes()
-        return solve_layer(layer, norm, equations.centred(), how.ridge)
+        all_reduce_sums([*equations.sums, watched])
+        self._check(stop, equations.totals, watched)
+        return solve_layer(layer, norm, equations.centred(), how.ridge, outcome.scale())
 
     def _rescale(self, stop: Layer) -> None:
         layer, norm = layer_of(self.merged, stop)
         size, device = len(layer.weight), layer.weight.device
-        zipped, now = self.zip_of(stop.name), OutputMoments(size, device)
+        zipped, now = self.zip_of(stop.name), FeatureMoments(size, device)
         at = stop.norm or stop.node
         widths = [len(layer_of(run.network, stop)[0].weight) for run in self.frontier.runs[self.paths :]]
-        wanted = [OutputMoments(size if zipped.mixes else width, device) for width in widths]
+        wanted = [FeatureMoments(size if zipped.mixes else width, device) for width in widths]
         for numbers, merged, sources in self._batches(stop, at):
             chosen = self._positions(layer, sources[0][at], numbers)
             for values in merged:
@@ -282,8 +299,8 @@ class _Part:
                 rows = [zipped.part(source, each) for source, each in enumerate(rows)]
             for moments, each in zip(wanted, rows, strict=True):
                 moments.add(each)
-        for moments in (now, *wanted):
-            moments.sum_over_processes()
+        all_reduce_sums([moments.sums for moments in (now, *wanted)])
+        self._check(stop, now.sums, [moments.sums for moments in wanted])
         means, deviations = [each.mean[None] for each in wanted], [each.variance.sqrt()[None] for each in wanted]
         if zipped.mixes:
             mean, std = (torch.stack(moments).sum(0)[0] for moments in (means, deviations))
@@ -295,10 +312,15 @@ class _Part:
         """Statistics of what reaches a norm that stands by itself."""
         norm = self.merged.get_submodule(stop.name)
         mean = norm.get_buffer("running_mean")
-        now = OutputMoments(len(mean), mean.device)
+        now = FeatureMoments(len(mean), mean.device)
         for _, merged, _ in self._batches(stop):
             for values in merged:
                 now.add(values[stop.input].movedim(1, -1).flatten(0, -2))
-        now.sum_over_processes()
+        all_reduce_sums([now.sums])
+        self._check(stop, now.sums)
         mean.copy_(now.mean)
         norm.get_buffer("running_var").copy_(now.variance)
+
+    def _check(self, stop: Layer | Norm, merged: Tensor, sources: Iterable[Tensor] = ()) -> None:
+        """Look for NaN and Inf in sums over what the merged network, and the sources, compute at a stop."""
+        check_values(f"{self.name}.{stop.name}", {MERGED: merged, **dict(zip(self.sources, sources, strict=False))})

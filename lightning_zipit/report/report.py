@@ -24,10 +24,11 @@ from lightning_zipit.calibration.statistics import Moments
 from lightning_zipit.errors import CheckpointError
 from lightning_zipit.files import replacing
 from lightning_zipit.graph import FeatureSpace
+from lightning_zipit.graph.replay import working_copy
 from lightning_zipit.matching.cca import mixed_agreement
 from lightning_zipit.merging.maps import DenseMap, SpaceMap
 from lightning_zipit.report.diagnosis import Finding, diagnose
-from lightning_zipit.views import Inputs
+from lightning_zipit.views import Inputs, each_view
 
 
 @dataclass(frozen=True)
@@ -420,12 +421,20 @@ def measure_cost(module: nn.Module, x: Inputs) -> Cost:
     """Count the FLOPs of one forward and the parameters of a network.
 
     Args:
-        module: a network in eval mode.
+        module: a network; a copy of it is run, in eval mode.
         x: an input of one sample, on its device, or one of each task.
 
     Returns:
         FLOPs (by :class:`torch.utils.flop_counter.FlopCounterMode`) and parameters.
     """
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        module(x)
-    return Cost(counter.get_total_flops(), sum(parameter.numel() for parameter in module.parameters()))
+    working = working_copy(module)
+
+    def count(samples: int) -> int:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            working(each_view(x, lambda one: one.expand(samples, *one.shape[1:])))
+        return int(counter.get_total_flops())
+
+    # Batch norm without running statistics cannot do with one sample, which then is what a second one does not add.
+    alone = all(child.running_mean is not None for child in module.modules() if isinstance(child, _BatchNorm))
+    flops = count(1) if alone else 2 * count(2) - count(3)
+    return Cost(flops, sum(parameter.numel() for parameter in module.parameters()))

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lightning_zipit._lightning import unsupported_strategy
 from lightning_zipit.calibration.calibration import statistics_bytes
-from lightning_zipit.calibration.statistics_file import fingerprint
+from lightning_zipit.calibration.fingerprint import fingerprint
 from lightning_zipit.errors import CalibrationError, ConfigurationError, StatisticsError, ZipItError
 from lightning_zipit.files import find_output_problem, held
 from lightning_zipit.graph import MergeGraph

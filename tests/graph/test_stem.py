@@ -104,7 +104,7 @@ def test_what_stems_hand_over_must_be_the_same():
         trace_all(pair, None, example=X, start_at="body")
     other = PlainNet()
     other.features = nn.Sequential(nn.Flatten(), nn.Linear(3 * 256, 432))
-    with pytest.raises(ArchitectureMismatchError, match=r"hand over other features: 12 on axis 1.* in the first, 432"):
+    with pytest.raises(ArchitectureMismatchError, match=r"other features: 12 on axis 1.* in the first and 432"):
         trace_all({"a": PlainNet(), "b": other}, None, example=X, start_at="classifier")
 
 

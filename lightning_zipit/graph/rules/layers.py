@@ -1,4 +1,4 @@
-"""Layers with weights: convolution, linear, embedding, normalisation."""
+"""Layers with weights: convolution, linear, bilinear, embedding."""
 
 from __future__ import annotations
 
@@ -8,21 +8,40 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lightning_zipit.graph.align import broadcast, mix
 from lightning_zipit.graph.interpret import Context
-from lightning_zipit.graph.registry import Trait, module_rule, rule
-from lightning_zipit.graph.values import Features, Parameter, Value
+from lightning_zipit.graph.registry import Trait, module_rule, rule, spellings
+from lightning_zipit.graph.values import Features, Parameter, Plain, Value
+
+LAYER = Trait.PRODUCER | Trait.LINEAR
+
+
+def weight_of(ctx: Context, weight: Any, rank: int) -> Parameter:
+    """A layer's weight, which must be a parameter of the network."""
+    if not isinstance(weight, Parameter):
+        raise ctx.error("its weight is not a parameter of the network, but computed from one")
+    if len(weight.shape) != rank:
+        raise ctx.error(f"`{weight.name}` has {len(weight.shape)} axes in place of {rank}")
+    return weight
+
+
+def input_of(ctx: Context, x: Any) -> Features | Plain:
+    """A layer's input; a buffer in place of one is a constant."""
+    value = ctx.constant([x]) if isinstance(x, Parameter) and (x.constant or not x.counts) else x
+    if not isinstance(value, (Features, Plain)):
+        raise ctx.error("it is given a parameter in place of an input")
+    return value
 
 
 def convolution(
-    ctx: Context, x: Value, weight: Value, bias: Parameter | None, groups: int, transposed: bool = False
+    ctx: Context, input: Any, weight: Any, bias: Parameter | None, groups: int, axes: int, transposed: bool = False
 ) -> Value:
     """Reads the input channels, makes new output channels; with groups, both are reordered group by group.
 
     A depthwise convolution is the case of one channel a group: it scales each channel by itself.
     """
-    if not isinstance(weight, Parameter):
-        raise ctx.error("its weight is not a parameter of the network, but computed from one")
+    weight, x = weight_of(ctx, weight, axes + 2), input_of(ctx, input)
+    if x.shape is not None and len(x.shape) != axes + 2:
+        raise ctx.error("it takes the batch for channels, as its input has an axis less than with a batch")
     made = ctx.fresh(weight.shape[1] * groups if transposed else weight.shape[0])
     if not isinstance(x, Features):
         if groups > 1:
@@ -45,133 +64,147 @@ def convolution(
     return output
 
 
-@module_rule(nn.Conv1d, nn.Conv2d, nn.Conv3d, traits=Trait.PRODUCER | Trait.LINEAR)
-def convolution_module(ctx: Context, module: nn.Conv2d, x: Value) -> Value:
-    return convolution(ctx, x, ctx.weight(), ctx.parameter("bias"), module.groups)
+def _convolution_functions(axes: int) -> None:
+    """The rules of the convolutions of one to three axes."""
+
+    def forward(
+        ctx: Context,
+        input: Value,
+        weight: Value,
+        bias: Any = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+    ) -> Value:
+        return convolution(ctx, input, weight, bias, groups, axes)
+
+    def transposed(
+        ctx: Context,
+        input: Value,
+        weight: Value,
+        bias: Any = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        output_padding: Any = 0,
+        groups: int = 1,
+        dilation: Any = 1,
+    ) -> Value:
+        return convolution(ctx, input, weight, bias, groups, axes, transposed=True)
+
+    rule(*spellings(f"conv{axes}d"), traits=LAYER)(forward)
+    rule(*spellings(f"conv_transpose{axes}d"), traits=LAYER)(transposed)
 
 
-@module_rule(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, traits=Trait.PRODUCER | Trait.LINEAR)
-def transposed_convolution_module(ctx: Context, module: nn.ConvTranspose2d, x: Value, *args: Any) -> Value:
-    return convolution(ctx, x, ctx.weight(), ctx.parameter("bias"), module.groups, transposed=True)
+for _axes in (1, 2, 3):
+    _convolution_functions(_axes)
 
 
-@rule(F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d, traits=Trait.PRODUCER | Trait.LINEAR)
-def convolution_function(
-    ctx: Context, input: Value, weight: Value, bias: Any = None, *args: Any, groups: int = 1, **kwargs: Any
+@module_rule(nn.Conv1d, nn.Conv2d, nn.Conv3d, traits=LAYER)
+def convolution_module(ctx: Context, module: nn.Conv2d, input: Value) -> Value:
+    axes = len(module.kernel_size)
+    return convolution(ctx, input, ctx.weight(), ctx.parameter("bias"), module.groups, axes)
+
+
+@module_rule(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, traits=LAYER)
+def transposed_convolution_module(
+    ctx: Context, module: nn.ConvTranspose2d, input: Value, output_size: Any = None
 ) -> Value:
-    return convolution(ctx, input, weight, bias, args[3] if len(args) > 3 else groups)
+    axes = len(module.kernel_size)
+    return convolution(ctx, input, ctx.weight(), ctx.parameter("bias"), module.groups, axes, transposed=True)
 
 
-@rule(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, traits=Trait.PRODUCER | Trait.LINEAR)
-def transposed_convolution(
-    ctx: Context, input: Value, weight: Value, bias: Any = None, *args: Any, groups: int = 1, **kwargs: Any
-) -> Value:
-    return convolution(ctx, input, weight, bias, args[3] if len(args) > 3 else groups, transposed=True)
-
-
-@rule(F.linear, torch._C._nn.linear, traits=Trait.PRODUCER | Trait.LINEAR)
+@rule(F.linear, torch._C._nn.linear, traits=LAYER)
 def linear(ctx: Context, input: Value, weight: Value, bias: Parameter | None = None) -> Value:
     """Reads the last axis (each feature H·W times, after a flatten), makes a new last axis."""
-    if not isinstance(weight, Parameter):
-        raise ctx.error("its weight is not a parameter of the network, but computed from one")
-    if isinstance(input, Features) and input.axes != (input.rank - 1,):
-        if input.rank - 1 in input.axes:
-            raise ctx.error("its input features are not the last axis alone")
-        return input  # it mixes positions, such as the tokens of an MLP-Mixer
-    ctx.read(weight, 1, input)
+    weight, x = weight_of(ctx, weight, 2), input_of(ctx, input)
+    if isinstance(x, Features) and x.rank - 1 not in x.axes:
+        return _mix_positions(ctx, x, weight, bias)
+    _check_last(ctx, x)
+    ctx.read(weight, 1, x)
     output = Features(ctx.fresh(weight.shape[0]), (ctx.rank - 1,))
     ctx.write(weight, 0, output)
     ctx.write(bias, 0, output)
     return output
 
 
-@module_rule(nn.Linear, traits=Trait.PRODUCER | Trait.LINEAR)
-def linear_module(ctx: Context, module: nn.Linear, x: Value) -> Value:
-    return linear(ctx, x, ctx.weight(), ctx.parameter("bias"))
+def _mix_positions(ctx: Context, x: Features, *parameters: Parameter | None) -> Features:
+    """What it makes of the positions has no order that all models share, so that its weights cannot be merged."""
+    if ctx.shared:
+        raise ctx.error(
+            "it mixes positions, such as the tokens of an MLP-Mixer, and what it makes of them comes in another order "
+            "in each model"
+        )
+    ctx.positional(parameters)
+    return x
 
 
-@rule(F.embedding, traits=Trait.PRODUCER | Trait.LINEAR)
-def embedding(ctx: Context, input: Value, weight: Parameter, *args: Any, **kwargs: Any) -> Value:
-    """Makes new features on a new last axis."""
+def _check_last(ctx: Context, x: Value) -> None:
+    if isinstance(x, Features) and x.axes != (x.rank - 1,):
+        raise ctx.error("its input features are not the last axis alone")
+
+
+@module_rule(nn.Linear, traits=LAYER)
+def linear_module(ctx: Context, module: nn.Linear, input: Value) -> Value:
+    return linear(ctx, input, ctx.weight(), ctx.parameter("bias"))
+
+
+@rule(*spellings("bilinear"), traits=LAYER)
+def bilinear(ctx: Context, input1: Value, input2: Value, weight: Value, bias: Parameter | None = None) -> Value:
+    """Reads the last axes of two tensors, makes a new last axis."""
+    weight = weight_of(ctx, weight, 3)
+    for axis, given in enumerate((input1, input2), 1):
+        x = input_of(ctx, given)
+        _check_last(ctx, x)
+        ctx.read(weight, axis, x)
+    output = Features(ctx.fresh(weight.shape[0]), (ctx.rank - 1,))
+    ctx.write(weight, 0, output)
+    ctx.write(bias, 0, output)
+    return output
+
+
+@module_rule(nn.Bilinear, traits=LAYER)
+def bilinear_module(ctx: Context, module: nn.Bilinear, input1: Value, input2: Value) -> Value:
+    return bilinear(ctx, input1, input2, ctx.weight(), ctx.parameter("bias"))
+
+
+def look_up(ctx: Context, index: Value, weight: Any, max_norm: float | None) -> Value:
+    """Makes new features on a new last axis, from numbers that are no features."""
+    weight, index = weight_of(ctx, weight, 2), input_of(ctx, index)
+    if isinstance(index, Features):
+        raise ctx.error("it takes features for numbers to look up")
+    if max_norm is not None:
+        raise ctx.error("it shortens its weights in the forward (`max_norm`)")
     output = Features(ctx.fresh(weight.shape[1]), (ctx.rank - 1,))
     ctx.write(weight, 1, output)
     return output
 
 
-@module_rule(nn.Embedding, traits=Trait.PRODUCER | Trait.LINEAR)
-def embedding_module(ctx: Context, module: nn.Embedding, x: Value) -> Value:
-    return embedding(ctx, x, ctx.weight())
-
-
-# Normalisation
-
-
-@module_rule(
-    *(nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm),
-    "torchvision.ops.misc.FrozenBatchNorm2d",
-    traits=Trait.NORM | Trait.PER_FEATURE,
-    ignored=("momentum",),
-)
-def batch_norm_module(ctx: Context, module: nn.Module, x: Value) -> Value:
-    names = ("weight", "bias", "running_mean", "running_var")
-    return batch_norm(ctx, x, *(ctx.parameter(name) for name in names))
-
-
-@rule(F.batch_norm, torch.batch_norm, F.instance_norm, traits=Trait.NORM | Trait.PER_FEATURE, ignored=("momentum",))
-def batch_norm(ctx: Context, input: Value, *parameters: Any, **named: Any) -> Value:
-    """Each channel by itself."""
-    if isinstance(input, Features):
-        if input.axes != (1,):
-            raise ctx.error("its channels are not axis 1 of its input")
-        for parameter in (*parameters, *named.values()):
-            if isinstance(parameter, Parameter):
-                ctx.write(parameter, 0, input)
-    return input
-
-
-@module_rule(nn.PReLU, traits=Trait.POINTWISE | Trait.PER_FEATURE)
-def prelu_module(ctx: Context, module: nn.PReLU, x: Value) -> Value:
-    return batch_norm(ctx, x, *([ctx.weight()] if module.num_parameters > 1 else []))
-
-
-@rule(F.prelu, torch.prelu, "prelu", traits=Trait.POINTWISE | Trait.PER_FEATURE)
-def prelu(ctx: Context, input: Value, weight: Parameter) -> Value:
-    return batch_norm(ctx, input, *([weight] if weight.shape[0] != 1 else []))
-
-
-@module_rule(nn.GroupNorm, traits=Trait.NORM | Trait.PER_FEATURE | Trait.SYMMETRIC)
-def group_norm_module(ctx: Context, module: nn.GroupNorm, x: Value) -> Value:
-    return group_norm(ctx, x, module.num_groups, ctx.parameter("weight"), ctx.parameter("bias"))
-
-
-@rule(F.group_norm, torch.group_norm, traits=Trait.NORM | Trait.PER_FEATURE | Trait.SYMMETRIC)
-def group_norm(
-    ctx: Context, input: Value, num_groups: int, weight: Any = None, bias: Any = None, *args: Any, **kwargs: Any
+@rule(F.embedding, traits=LAYER | Trait.LOOKUP)
+def embedding(
+    ctx: Context,
+    input: Value,
+    weight: Value,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    *_: Any,
+    **__: Any,
 ) -> Value:
-    """Mixes the channels of each group, so that groups are reordered as wholes."""
-    if isinstance(input, Features):
-        batch_norm(ctx, input, weight, bias)
-        ctx.mix(input)
-        ctx.units(input.ids.reshape(num_groups, -1), "groups")
-    return input
+    return look_up(ctx, input, weight, max_norm)
 
 
-@module_rule(nn.LayerNorm, nn.RMSNorm, traits=Trait.NORM | Trait.PER_FEATURE | Trait.SYMMETRIC)
-def layer_norm_module(ctx: Context, module: nn.LayerNorm, x: Value) -> Value:
-    bias = ctx.parameter("bias") if hasattr(module, "bias") else None
-    return layer_norm(ctx, x, module.normalized_shape, ctx.parameter("weight"), bias)
+@module_rule(nn.Embedding, traits=LAYER | Trait.LOOKUP)
+def embedding_module(ctx: Context, module: nn.Embedding, input: Value) -> Value:
+    return look_up(ctx, input, ctx.weight(), module.max_norm)
 
 
-@rule(
-    F.layer_norm, torch.layer_norm, F.rms_norm, torch.rms_norm, traits=Trait.NORM | Trait.PER_FEATURE | Trait.SYMMETRIC
-)
-def layer_norm(
-    ctx: Context, input: Value, normalized_shape: Any, weight: Any = None, bias: Any = None, *args: Any, **kwargs: Any
+@rule(F.embedding_bag, traits=LAYER | Trait.LOOKUP)
+def embedding_bag(
+    ctx: Context, input: Value, weight: Value, offsets: Any = None, max_norm: float | None = None, *_: Any, **__: Any
 ) -> Value:
-    """Mixes the last axes, and scales each of their entries."""
-    if isinstance(input, Features):
-        mix(ctx, input, set(range(input.rank - len(normalized_shape), input.rank)))
-        for parameter in (weight, bias):
-            if isinstance(parameter, Parameter):
-                broadcast(ctx, input, parameter)
-    return input
+    return look_up(ctx, input, weight, max_norm)
+
+
+@module_rule(nn.EmbeddingBag, traits=LAYER | Trait.LOOKUP)
+def embedding_bag_module(ctx: Context, module: nn.EmbeddingBag, input: Value, *args: Any, **kwargs: Any) -> Value:
+    return look_up(ctx, input, ctx.weight(), module.max_norm)

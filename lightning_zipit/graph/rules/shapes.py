@@ -2,46 +2,57 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from lightning_zipit.graph.align import broadcast_all
+from lightning_zipit.graph.align import broadcast_all, entrywise
 from lightning_zipit.graph.interpret import Context
-from lightning_zipit.graph.registry import Trait, module_rule, rule
-from lightning_zipit.graph.values import Features, Joined, Parameter, Plain, Value
+from lightning_zipit.graph.registry import Trait, module_rule, rule, spellings
+from lightning_zipit.graph.values import Features, Joined, Parameter, Plain, Value, leaves
 
-
-@rule(
-    *(torch.reshape, torch.flatten, torch.unflatten, torch.squeeze, torch.unsqueeze, torch.permute, torch.transpose),
-    *(torch.swapaxes, torch.swapdims, torch.movedim, torch.t, torch.chunk, torch.split, torch.split_with_sizes),
-    *(torch.unbind, torch.select, torch.narrow, torch.index_select, torch.tile, torch.roll, torch.flip),
-    *(torch.broadcast_to, torch.Tensor.reshape, torch.Tensor.view, torch.Tensor.flatten, torch.Tensor.permute),
-    *(torch.Tensor.transpose, torch.Tensor.chunk, torch.Tensor.split, torch.Tensor.unbind, torch.Tensor.expand),
-    *("reshape", "view", "flatten", "unflatten", "squeeze", "unsqueeze", "permute", "transpose", "swapaxes"),
-    *("swapdims", "movedim", "t", "chunk", "split", "split_with_sizes", "unbind", "select", "narrow", "index_select"),
-    *("expand", "expand_as", "broadcast_to", "reshape_as", "view_as", "repeat", "tile", "roll", "flip"),
-    traits=Trait.REARRANGE | Trait.VIEW,
+REARRANGEMENTS = (
+    "reshape flatten ravel unflatten squeeze unsqueeze permute transpose swapaxes swapdims movedim moveaxis t chunk "
+    "split split_with_sizes tensor_split unbind select narrow index_select view view_as reshape_as expand expand_as "
+    "broadcast_to repeat tile repeat_interleave roll flip rot90 pixel_shuffle pixel_unshuffle channel_shuffle"
 )
+LIKE_ANOTHER = ("view_as", "reshape_as", "expand_as")
+"""Methods that take nothing but the sizes of their second tensor."""
+MOVING = Trait.REARRANGE | Trait.VIEW
+
+
+@rule(*spellings(REARRANGEMENTS), "unfold", traits=MOVING)
 def rearrange(ctx: Context, input: Value, *args: Any, **kwargs: Any) -> Any:
     """Entries go elsewhere and none is changed: the operator itself is run, on the numbers of the features."""
+    if ctx.node.target in LIKE_ANOTHER:
+        ctx.positional(args, kwargs)
+    elif any(isinstance(value, Features) for value in leaves((args, kwargs))):
+        raise ctx.error("it picks entries by the values of features")
     if isinstance(input, Plain):
-        return Plain()
+        return ctx.constant([input])
+    return _views(ctx, input) if isinstance(input, Parameter) else _moved(ctx, input)
 
-    others, named = fx.map_arg((ctx.node.args[1:], ctx.node.kwargs), ctx.concrete)
-    named = {name: value for name, value in named.items() if name in kwargs}
 
-    def call(numbers: Tensor) -> Any:
-        try:
-            return _operator(ctx)(numbers, *others, **named)
-        except (RuntimeError, IndexError, TypeError, ValueError) as error:
-            raise ctx.error(f"its features cannot be followed ({error})") from error
+def _call(ctx: Context, numbers: Tensor, unknown: int) -> Any:
+    """Run the operator at hand on numbers; ``unknown`` stands for the entries of indices that are not known."""
+    others, named = fx.map_arg((ctx.node.args[1:], ctx.node.kwargs), lambda node: ctx.concrete(node, unknown))
+    named = {name: value for name, value in named.items() if ctx.node.args or name not in ("input", "x", "a", "self")}
+    try:
+        return _operator(ctx)(numbers, *others, **named)
+    except (RuntimeError, IndexError, TypeError, ValueError) as error:
+        raise ctx.error(f"its features cannot be followed ({error})") from error
 
-    return _views(ctx, input, call) if isinstance(input, Parameter) else _moved(ctx, input, call)
+
+def _open_indices(ctx: Context) -> bool:
+    """Whether which entries it takes depends on data."""
+    tensors = [node for node in ctx.node.all_input_nodes[1:] if isinstance(ctx.values[node], (Plain, Parameter))]
+    return ctx.node.target not in LIKE_ANOTHER and not all(map(ctx.known, tensors))
 
 
 def _operator(ctx: Context) -> Callable[..., Any]:
@@ -51,35 +62,70 @@ def _operator(ctx: Context) -> Callable[..., Any]:
     return ctx.module.get_submodule(str(target)) if ctx.node.op == "call_module" else target  # type: ignore[return-value]
 
 
-def _moved(ctx: Context, x: Features, call: Any) -> Any:
-    spread = torch.from_numpy(x.ids.reshape([size if axis in x.axes else 1 for axis, size in enumerate(x.shape)]))
-    moved = call(spread.expand(x.shape))
+def _moved(ctx: Context, x: Features) -> Any:
+    features = torch.from_numpy(x.ids.reshape([size if axis in x.axes else 1 for axis, size in enumerate(x.shape)]))
+    others = torch.arange(math.prod(x.shape) // x.ids.size, dtype=torch.int32)
+    others = others.reshape([1 if axis in x.axes else size for axis, size in enumerate(x.shape)])
+    moved, places = (_call(ctx, numbers.expand(x.shape), 0) for numbers in (features, others))
+    if _open_indices(ctx) and not torch.equal(moved, _call(ctx, features.expand(x.shape), 1)):
+        raise ctx.error("which features it takes depends on the data")
     if isinstance(moved, Tensor):
-        return _features(ctx, x, moved)
-    return tuple(_features(ctx, x, part) for part in moved)
+        return _features(ctx, x, moved, places)
+    return tuple(_features(ctx, x, part, own) for part, own in zip(moved, places, strict=True))
 
 
-def _features(ctx: Context, x: Features, entries: Tensor) -> Features:
-    """The axes along which the numbers differ hold the features."""
+def _features(ctx: Context, x: Features, entries: Tensor, places: Tensor) -> Features:
+    """The axes along which the numbers differ hold the features.
+
+    Args:
+        ctx: the context.
+        x: what the entries are taken from.
+        entries: the feature of each entry.
+        places: the sample and the position that each entry comes from.
+    """
     axes = tuple(axis for axis in range(entries.ndim) if (entries != entries.narrow(axis, 0, 1)).any())
     if not axes:  # a single feature: it stays on its axis, or goes to another that has one entry
         single = [axis for axis, size in enumerate(entries.shape) if axis and size == 1]
         if x.ids.size > 1 and x.axes[0] not in single:
             raise ctx.error("it picks a single feature by its number")
         axes = (x.axes[0] if x.axes[0] in single else (single or [entries.ndim - 1])[-1],)
-    ids = entries[tuple(slice(None) if axis in axes else 0 for axis in range(entries.ndim))]
-    return Features(ids.contiguous().numpy(), axes, tuple(entries.shape))
+    ids = entries[tuple(slice(None) if axis in axes else 0 for axis in range(entries.ndim))].contiguous()
+    if not _alike(ids.flatten(), places.movedim(axes, tuple(range(len(axes)))).flatten(0, len(axes) - 1)):
+        raise ctx.error("it takes other positions from one feature than from another")
+    return Features(ids.numpy(), axes, tuple(entries.shape))
 
 
-def _views(ctx: Context, parameter: Parameter, call: Any) -> Any:
+def _alike(ids: Tensor, places: Tensor) -> bool:
+    """Whether the same places are taken, in the same order, from all features of which as many entries are."""
+    if (places == places[:1]).all():
+        return True
+    order = ids.argsort(stable=True)
+    _, counts = ids[order].unique_consecutive(return_counts=True)
+    of_each = places[order].split(counts.tolist())
+    first = {len(part): part for part in reversed(of_each)}
+    return all(torch.equal(part, first[len(part)]) for part in of_each)
+
+
+def _views(ctx: Context, parameter: Parameter) -> Any:
     """Number each axis of a parameter by itself, and see which axis of the result has the numbers in order."""
     numbered = []
     for axis, size in enumerate(parameter.shape):
         ordinals = torch.arange(size).reshape([size if other == axis else 1 for other in range(len(parameter.shape))])
-        numbered.append(call(ordinals.expand(parameter.shape)))
+        numbered.append(_call(ctx, ordinals.expand(parameter.shape), 0))
     if numbered and not isinstance(numbered[0], Tensor):
         return tuple(_view(parameter, list(parts)) for parts in zip(*numbered, strict=True))
-    return _view(parameter, numbered)
+    view = _view(parameter, numbered)
+    return _looked_up(ctx, view) if parameter.counts and _open_indices(ctx) else view
+
+
+def _looked_up(ctx: Context, view: Parameter) -> Features:
+    """Rows of a parameter by numbers that depend on data, as an embedding takes them: new features."""
+    whole = [axis for axis, origin in enumerate(view.axes) if origin is not None]
+    if len(whole) != 1:
+        raise ctx.error(f"it takes entries of `{view.name}` by numbers that depend on the data")
+    features = Features(ctx.fresh(view.shape[whole[0]]), (whole[0],), view.shape)
+    ctx.write(view, whole[0], features)
+    return features
 
 
 def _view(parameter: Parameter, numbered: list[Tensor]) -> Parameter:
@@ -90,15 +136,19 @@ def _view(parameter: Parameter, numbered: list[Tensor]) -> Parameter:
             ordinals = torch.arange(size).reshape([-1 if other == axis else 1 for other in range(numbers.ndim)])
             if size > 1 and numbers.shape[axis] == size and (numbers == ordinals).all():
                 axes[axis] = parameter.axes[source]
-    return Parameter(parameter.name, shape, tuple(axes))
+    return replace(parameter, shape=shape, axes=tuple(axes))
 
 
-@module_rule(nn.Flatten, nn.Unflatten, "torchvision.ops.misc.Permute", traits=Trait.REARRANGE | Trait.VIEW)
-def rearrange_module(ctx: Context, module: nn.Module, x: Value) -> Any:
-    return rearrange(ctx, x)
+@module_rule(
+    *(nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle),
+    "torchvision.ops.misc.Permute",
+    traits=MOVING,
+)
+def rearrange_module(ctx: Context, module: nn.Module, input: Value) -> Any:
+    return rearrange(ctx, input)
 
 
-@rule(operator.getitem, traits=Trait.REARRANGE | Trait.VIEW)
+@rule(operator.getitem, "__getitem__", traits=MOVING)
 def getitem(ctx: Context, container: Any, index: Any) -> Any:
     """An item of a tuple or a size; of a tensor, entries of some axes."""
     if isinstance(container, (Features, Parameter, Plain)):
@@ -107,48 +157,90 @@ def getitem(ctx: Context, container: Any, index: Any) -> Any:
 
 
 @rule(torch.cat, torch.concat, torch.concatenate, traits=Trait.REARRANGE)
-def cat(ctx: Context, tensors: Sequence[Any], dim: int = 0, **kwargs: Any) -> Any:
+def cat(ctx: Context, tensors: Sequence[Any], dim: int = 0) -> Any:
     """Along the features: one after the other. Along positions: the same features of all, tied."""
-    dim = kwargs.get("axis", dim)
-    features = [value for value in tensors if isinstance(value, Features)]
     if dim == 0 and all(isinstance(value, Parameter) and len(value.shape) == 1 for value in tensors):
         return Joined(tuple(tensors))
-    if not features:
-        return Plain()
-    first = features[0]
-    if any(value.axes != first.axes for value in features):
+    features = [value for value in tensors if isinstance(value, Features)]
+    parameters = [value for value in tensors if isinstance(value, Parameter) and value.counts]
+    if not features and not parameters:
+        return ctx.constant(list(tensors))
+    if any(value.axes != features[0].axes for value in features):
         raise ctx.error("it concatenates tensors with features on different axes")
-    if dim % first.rank not in first.axes:
-        return broadcast_all(ctx, tensors)
-    if len(features) < len(tensors):
-        raise ctx.error("it concatenates tensors with and without features")
-    return Features(np.concatenate([value.ids for value in features], first.axes.index(dim % first.rank)), first.axes)
+    if features and dim % features[0].rank in features[0].axes:
+        return _side_by_side(ctx, tensors, features[0].axes, dim % features[0].rank)
+    for parameter in parameters:
+        if parameter.shape[dim] > 1:
+            raise ctx.error(f"`{parameter.name}` has several entries along the axis that it is concatenated along")
+    if len(parameters) == len(tensors):
+        return ctx.constant(list(tensors))  # nothing tells features from positions
+    return entrywise(ctx, *tensors)
 
 
-@rule(torch.stack)
+def _side_by_side(ctx: Context, tensors: Sequence[Any], axes: tuple[int, ...], dim: int) -> Features:
+    parts = []
+    for value in tensors:
+        if not isinstance(value, Features):
+            if len(axes) > 1 or value.shape is None:
+                raise ctx.error("it concatenates tensors with and without features")
+            made = ctx.fresh(value.shape[dim])
+            if isinstance(value, Parameter) and value.counts:
+                ctx.write(value, dim, made)
+            else:
+                ctx.pin(made, f"`{ctx.node.name}` puts a tensor that holds no features beside others")
+        parts.append(value.ids if isinstance(value, Features) else made)
+    return Features(np.concatenate(parts, axes.index(dim)), axes)
+
+
+@rule(torch.stack, traits=Trait.REARRANGE)
 def stack(ctx: Context, tensors: Sequence[Value], dim: int = 0) -> Value:
     """On a new axis: the same features of all, tied."""
     if not any(isinstance(value, Features) for value in tensors):
-        return Plain()
+        return ctx.constant(list(tensors))
     x = broadcast_all(ctx, tensors)
     dim %= x.rank + 1
     return Features(x.ids, tuple(axis + (axis >= dim) for axis in x.axes))
 
 
-@rule("size", getattr, traits=Trait.SHAPE)
-def size(ctx: Context, input: Value, dim: Any = None) -> Any:
-    if isinstance(dim, str) and dim in ("T", "mT"):
-        return rearrange(ctx, input, dim)
-    if input.shape is None or dim not in (None, "shape", "ndim"):
-        return input.shape[dim] if input.shape is not None and isinstance(dim, int) else None
-    return len(input.shape) if dim == "ndim" else input.shape
+# Sizes and the like
 
 
-@rule("dim", "ndimension", traits=Trait.SHAPE)
+@rule("size", traits=Trait.SHAPE)
+def size(ctx: Context, input: Value, dim: int | None = None) -> Any:
+    return input.shape if input.shape is None or dim is None else input.shape[dim]
+
+
+@rule(*spellings("dim ndimension"), traits=Trait.SHAPE)
 def rank(ctx: Context, input: Value) -> Any:
     return None if input.shape is None else len(input.shape)
 
 
-@rule("numel", traits=Trait.SHAPE)
+@rule(*spellings("numel"), traits=Trait.SHAPE)
 def numel(ctx: Context, input: Value) -> Any:
     return None if input.shape is None else int(np.prod(input.shape))
+
+
+@rule(*spellings("is_floating_point is_complex is_contiguous get_device stride"), traits=Trait.SHAPE)
+def unknown(ctx: Context, input: Value, *args: Any, **kwargs: Any) -> None:
+    """A property that nothing follows from."""
+
+
+ATTRIBUTES: dict[str, Callable[..., Any]] = {"shape": size, "ndim": rank}
+"""Attributes of a tensor that are known before any data is."""
+
+
+@rule(getattr, traits=Trait.SHAPE | Trait.VIEW)
+def attribute(ctx: Context, input: Any, name: str) -> Any:
+    """An attribute of a tensor, such as its shape or its transpose."""
+    if name in ATTRIBUTES:
+        return ATTRIBUTES[name](ctx, input)
+    if ctx.node.name not in ctx.shapes:
+        return None
+    if name in ("data", "real"):
+        return input
+    return rearrange(ctx, input)
+
+
+@rule(torch._assert)
+def assertion(ctx: Context, *args: Any, **kwargs: Any) -> None:
+    """It checks, and returns nothing."""

@@ -1,0 +1,144 @@
+"""What contractions tie: products of two tensors that are summed over shared axes, as in ``torch.einsum``."""
+
+from __future__ import annotations
+
+from lightning_zipit.graph.align import fix_inner, mix, units_along
+from lightning_zipit.graph.interpret import Context
+from lightning_zipit.graph.values import Features, Joined, Parameter, Plain, Shape, Value
+
+Sizes = dict[str, int]
+
+
+def contract(ctx: Context, letters: tuple[str, str], output: str, operands: tuple[Value, Value]) -> Value:
+    """A product of two tensors that is summed over the letters that are not in ``output``, as in ``torch.einsum``.
+
+    Args:
+        ctx: the context.
+        letters: a letter for each axis of both tensors.
+        output: the letters of the result.
+        operands: the tensors.
+    """
+    first, second = operands
+    if any(len(set(names)) < len(names) for names in (*letters, output)):
+        raise ctx.error("it takes a diagonal")
+    if isinstance(first, Joined) or isinstance(second, Joined):
+        raise ctx.error("it multiplies with several parameters end to end")
+    if _held(second) > _held(first):
+        first, second, letters = second, first, letters[::-1]
+    sizes = _sizes(letters, (first, second))
+    if isinstance(second, Parameter) and second.counts and not isinstance(first, Parameter):
+        if isinstance(first, Features):
+            return _read(ctx, letters, output, first, second, sizes)
+        return _make(ctx, letters, output, first, second, sizes)
+    if not isinstance(first, Features):
+        result = ctx.constant([first, second])
+        return Plain(_shape(output, sizes)) if isinstance(result, Plain) else result
+    return _multiply(ctx, letters, output, first, second, sizes)
+
+
+def _held(value: Value) -> tuple[int, int]:
+    """Features come first, those of more features before others, and parameters last."""
+    return (1, value.ids.size) if isinstance(value, Features) else (0, -int(isinstance(value, Parameter)))
+
+
+def _multiply(
+    ctx: Context, letters: tuple[str, str], output: str, first: Features, second: Value, sizes: Sizes | None
+) -> Value:
+    """Features with features, or with a tensor that holds none."""
+    own, others = letters
+    if not isinstance(second, Features):
+        ctx.positional(second)
+        meeting = tuple(axis for axis in first.axes if own[axis] in others)
+        if meeting:
+            fix_inner(ctx, first, meeting, f"`{ctx.node.name}` multiplies them with a tensor that holds no features")
+    else:
+        shared = [own[axis] for axis in first.axes if own[axis] in others]
+        held = [others[axis] for axis in second.axes]
+        if sorted(shared) != sorted(held):
+            raise ctx.error("the features of one of its inputs meet positions of the other")
+        units = units_along(ctx, first, tuple(axis for axis in first.axes if own[axis] in others))
+        ctx.tie(units, second.ids.transpose([held.index(letter) for letter in shared]))
+        ctx.observe(first)
+        ctx.observe(second)
+    ids = mix(ctx, first, {axis for axis in first.axes if own[axis] not in output})
+    if ids is None:
+        return Plain(_shape(output, sizes))
+    kept = [own[axis] for axis in first.axes if own[axis] in output]
+    axes = sorted(output.index(letter) for letter in kept)
+    order = [kept.index(output[axis]) for axis in axes]
+    return Features(ids.transpose(order), tuple(axes), _shape(output, sizes) or ())
+
+
+def _read(
+    ctx: Context, letters: tuple[str, str], output: str, x: Features, weight: Parameter, sizes: Sizes | None
+) -> Value:
+    """Features with a parameter: it reads them, scales them, or weights positions."""
+    own, others = letters
+    if len(x.axes) != 1:
+        raise ctx.error("it multiplies features along several axes with a parameter")
+    letter = own[x.axes[0]]
+    if letter not in output and letter not in others:
+        raise ctx.error("it sums over the features")
+    shape = _shape(output, sizes)
+    made = [name for name in _free(ctx, own, others, x, weight) if name != letter]
+    if any(name not in output for name in made):
+        raise ctx.error(f"it sums over an axis that only `{weight.name}` has")
+    if letter in output:
+        if made:
+            raise ctx.error(f"`{weight.name}` mixes positions, and what it makes of them has an order of its own")
+        ctx.positional(weight)
+        if letter in others:
+            ctx.write(weight, others.index(letter), x)
+        return Features(x.ids, (output.index(letter),), shape or ())
+    ctx.read(weight, others.index(letter), x)
+    if not made:
+        return Plain(shape)
+    return _new(ctx, made, others, output, weight, shape)
+
+
+def _make(
+    ctx: Context, letters: tuple[str, str], output: str, x: Value, weight: Parameter, sizes: Sizes | None
+) -> Value:
+    """Positions with a parameter: it makes new features of them."""
+    own, others = letters
+    made = _free(ctx, own, others, x, weight)
+    if any(name not in output for name in made):
+        raise ctx.error(f"it sums over an axis that only `{weight.name}` has")
+    ctx.positional(weight)
+    return _new(ctx, made, others, output, weight, _shape(output, sizes)) if made else Plain(_shape(output, sizes))
+
+
+def _free(ctx: Context, own: str, others: str, x: Value, weight: Parameter) -> list[str]:
+    """The letters along which the parameter alone has several entries."""
+    if x.shape is None:
+        raise ctx.error("it multiplies a parameter with a tensor of unknown size")
+    spread = {name for name, size in zip(own, x.shape, strict=True) if size == 1}
+    return [
+        name
+        for name, size in zip(others, weight.shape, strict=True)
+        if size > 1 and (name not in own or name in spread)
+    ]
+
+
+def _new(ctx: Context, made: list[str], others: str, output: str, weight: Parameter, shape: Shape | None) -> Features:
+    if len(made) != 1:
+        raise ctx.error("the parameter has no single axis of new features")
+    axis = others.index(made[0])
+    features = Features(ctx.fresh(weight.shape[axis]), (output.index(made[0]),), shape or ())
+    ctx.write(weight, axis, features)
+    return features
+
+
+def _sizes(letters: tuple[str, str], operands: tuple[Value, Value]) -> Sizes | None:
+    """The size of each letter; ``None`` where an operand's sizes are not known."""
+    sizes: Sizes = {}
+    for names, operand in zip(letters, operands, strict=True):
+        if operand.shape is None:
+            return None
+        for name, size in zip(names, operand.shape, strict=True):
+            sizes[name] = max(size, sizes.get(name, 1))
+    return sizes
+
+
+def _shape(output: str, sizes: Sizes | None) -> Shape | None:
+    return None if sizes is None else tuple(sizes[name] for name in output)

@@ -1,0 +1,350 @@
+"""Proves a merge graph: permuting any of its spaces must not change what the network returns."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from lightning_zipit.copying import copy_module
+from lightning_zipit.errors import ConfigurationError, VerificationError
+from lightning_zipit.graph.replay import agree, run_nodes, swapped, tensors_in
+from lightning_zipit.graph.spaces import Crossing, MergeGraph, unit_members, units_around, units_first
+from lightning_zipit.graph.table import AxisRef, Row, Table, bind, named_tensors, row_of
+
+SAMPLES = 2
+TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+"""How far outputs may be apart, relative to the largest, by the least precise type of a run."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A space whose permutation changes what a network computes.
+
+    Attributes:
+        space: its name.
+        barriers: the nodes of the graph that must not be given its features as they are merged.
+        why: what is wrong, for notes and errors.
+    """
+
+    space: str
+    barriers: tuple[str, ...]
+    why: str
+
+
+def cycle(size: int, generator: torch.Generator | None = None, second: bool = False) -> Tensor:
+    """A random permutation without fixed points, ``(size,)``: one cycle c through all of them.
+
+    What withstands two permutations withstands all that they generate. With a transposition t of two neighbours in the
+    cycle, c generates every permutation; the second permutation is therefore c² t, which has no fixed point either.
+
+    Args:
+        size: the number of features.
+        generator: a generator in one state gives the two permutations that belong together.
+        second: the second of them; of three features it is t, and keeps one of them, and of two it is c again.
+    """
+    order = torch.randperm(size, generator=generator)
+    first = torch.empty_like(order)
+    first[order] = order.roll(1)
+    if not second or size < 3:
+        return first
+    swap = torch.arange(size)
+    swap[order[:2]] = order[:2].flip(0)
+    return swap if size == 3 else first[first[swap]]
+
+
+def random_permutations(
+    graph: MergeGraph,
+    generator: torch.Generator | None = None,
+    second: bool = False,
+    moving: Collection[str] | None = None,
+) -> dict[str, Tensor]:
+    """A permutation for every space of the trunk; pinned spaces keep their order.
+
+    No feature of another space keeps its place, where there is more than one: whole units change places, and the
+    features within each of them.
+
+    Args:
+        graph: the merge graph.
+        generator: a generator in one state gives the two permutations that belong together.
+        second: the second of them; see :func:`cycle`.
+        moving: the spaces that are permuted, all by default. Features of others move with their units alone.
+    """
+    permutations: dict[str, Tensor] = {}
+    for name in units_first(graph):
+        space = graph.spaces[name]
+        still = space.pinned or (moving is not None and name not in moving)
+        members = (
+            unit_members(space) if space.units is not None else torch.arange(space.size)[None]
+        )  # (units, features)
+        inner = torch.stack([cycle(members.shape[1], generator, second) for _ in members])
+        if still:
+            inner = torch.arange(members.shape[1]).expand_as(inner)
+        permutation = torch.empty(space.size, dtype=torch.int64)
+        units = permutations[space.units] if space.units is not None else torch.zeros(1, dtype=torch.int64)
+        permutation[members] = members[units].gather(1, inner)
+        permutations[name] = permutation
+    return permutations
+
+
+def permute_spaces(module: nn.Module, graph: MergeGraph, permutations: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of a network whose feature spaces are in another order; it computes the same function.
+
+    Only for graphs whose every crossing into the heads is absorbed by weights, as with ``stop_at=None``; spaces that a
+    stem writes must keep their order.
+
+    Args:
+        module: the traced network, or another of the same architecture.
+        graph: its merge graph.
+        permutations: per space a permutation ``(features,)``; spaces that are left out keep their order.
+
+    Returns:
+        The permuted copy.
+
+    Raises:
+        ConfigurationError: if a tied parameter would need two orders.
+    """
+    module = copy_module(module)
+    with torch.no_grad():
+        for name, tensor, row in list(bind(graph.axes, module)):
+            permuted = _permute(tensor, row, graph, permutations)
+            tied = {other for other, found in named_tensors(module).items() if found is tensor} & {*graph.head_axes}
+            for other in tied:
+                if not torch.equal(permuted, _permute(tensor, graph.head_axes[other], graph, permutations)):
+                    raise ConfigurationError(
+                        f"`{name}` is tied to `{other}`, which reads features in another order: a copy with one tensor "
+                        "for both cannot be permuted."
+                    )
+            tensor.copy_(permuted)
+    return module
+
+
+def _permute(tensor: Tensor, row: Row, graph: MergeGraph, permutations: Mapping[str, Tensor]) -> Tensor:
+    """A parameter whose features are in another order: rows first, then what is grouped by them."""
+    for axis, ref in enumerate(row):
+        if ref is not None:
+            tensor = ref.gather(tensor, axis, _tables(ref, graph, permutations))
+    return tensor
+
+
+def _tables(ref: AxisRef, graph: MergeGraph, permutations: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {space: permutations.get(space, torch.arange(graph.spaces[space].size)) for space in ref.spaces}
+
+
+def verify_graph(backbone: nn.Module, graph: MergeGraph, batch: Tensor) -> None:
+    """Permute every space at random in a copy and compare what the network returns.
+
+    Args:
+        backbone: the traced network.
+        graph: its merge graph.
+        batch: an input; its first samples are used.
+
+    Raises:
+        VerificationError: naming every space whose permutation changes the result.
+    """
+    if failing := find_failing({"": backbone}, {"": graph}, {"": batch}):
+        raise VerificationError(explain(graph, failing))
+
+
+def explain(graph: MergeGraph, failing: Sequence[Failure]) -> str:
+    """What is wrong with spaces or parameters that cannot be merged, and what to do."""
+    reasons = []
+    for failure in failing:
+        space = graph.spaces.get(failure.space)
+        written = f" (written by {', '.join(name for name, _ in space.producers[:3])})" if space else ""
+        reasons.append(f"{failure.space}{written}: {failure.why}")
+    return (
+        f"Merging would change what the networks compute: {'; '.join(reasons)}. A rule for an operator that these "
+        "features pass through is wrong, or the network uses the number of a feature: stop before it with `stop_at`, "
+        "start behind it with `start_at`, or register another rule."
+    )
+
+
+def find_failing(
+    networks: Mapping[str, nn.Module], graphs: Mapping[str, MergeGraph], inputs: Mapping[str, Tensor]
+) -> list[Failure]:
+    """The spaces whose random permutation changes what the networks return.
+
+    The trunk is permuted in the first network, which stands for all, and the heads of every network with it: a head
+    that reads features through its weights has them permuted, and features that a head unmerges are put back.
+
+    Args:
+        networks: by task; they are left as they are.
+        graphs: the merge graph of each.
+        inputs: an input of each; its first samples are used.
+
+    Returns:
+        The spaces that fail; none where the inputs give NaN or Inf, which proves nothing.
+    """
+    failing: dict[str, Failure] = {}
+    handed: list[Any] | None = None
+    with torch.inference_mode(False), torch.no_grad():
+        for task, network in networks.items():
+            proof = _start(network, graphs[task], inputs[task][:SAMPLES].detach(), handed)
+            if proof is None:
+                return []
+            for failure in (*proof.find(second=False), *proof.find(second=True)):
+                failing.setdefault(failure.space, failure)
+            handed = list(proof.made.values())
+    return list(failing.values())
+
+
+def _start(network: nn.Module, graph: MergeGraph, x: Tensor, handed: Sequence[Any] | None) -> _Proof | None:
+    """The proof in the most precise type that the network can run in; ``None`` where its values are not finite."""
+    own = next((tensor.dtype for tensor in named_tensors(network).values() if tensor.is_floating_point()), x.dtype)
+    dtypes = [torch.float64] * (x.device.type != "mps") + [torch.float32]
+    problem: Exception | None = None
+    for dtype in dict.fromkeys((*dtypes, own)):
+        try:
+            proofs = (_Proof(network, graph, x, dtype, vary, handed) for vary in (True, False))
+            return next((proof for proof in proofs if proof.finite), None)
+        except Exception as error:  # whatever an operator says to a type that it does not expect
+            problem = error
+    assert problem is not None
+    raise problem
+
+
+class _Proof:
+    """One network in one type of numbers: what its trunk hands over and what it returns, permuted and not.
+
+    Args:
+        network: the network.
+        graph: its merge graph.
+        x: an input.
+        dtype: the type.
+        vary: let the entries of constant parameters differ.
+        handed: what the trunk of another network handed over. The heads are then given that, and the trunk is not run.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        graph: MergeGraph,
+        x: Tensor,
+        dtype: torch.dtype,
+        vary: bool,
+        handed: Sequence[Any] | None,
+    ) -> None:
+        self.network, self.graph, self.with_trunk = network, graph, handed is None
+        change = _varied if vary else lambda tensor: tensor
+        self.tensors = {
+            name: change(_cast(tensor, dtype)) if isinstance(tensor, nn.Parameter) else _cast(tensor, dtype)
+            for name, tensor in named_tensors(network).items()
+        }
+        nodes = {node.name: node for node in graph.fx_graph.nodes}
+        self.crossings = [nodes[crossing.node] for crossing in graph.crossings]
+        self.entries = [nodes[entry.node] for entry in graph.entries]
+        self.output = next(node for node in nodes.values() if node.op == "output")
+        self.inputs = {node: _cast(x, dtype) for node in nodes.values() if node.op == "placeholder"}
+        passing = [node for node in self.crossings if node.name in graph.stem_nodes]
+        self.seen: set[torch.dtype] = set()
+        of_stem = self._run(graph.stem_graph(), self.inputs, [*self.entries, *passing], self.tensors)
+        self.entering = {node: of_stem[node] for node in self.entries}
+        self.passing = {node: of_stem[node] for node in passing}
+        if handed is None:
+            self.made = self._trunk(self.entering, self.tensors)
+        else:
+            of_trunk = [node for node in self.crossings if node not in self.passing]
+            self.made = {node: _cast(value, dtype) for node, value in zip(of_trunk, handed, strict=True)}
+        self.crossing = {**self.made, **self.passing}
+        self.returned = self._head(self.crossing, self.tensors)
+        self.finite = all(value.isfinite().all() for value in tensors_in(list(self.crossing.values())))
+
+    @property
+    def tolerance(self) -> float:
+        return max(TOLERANCES.get(dtype, TOLERANCES[torch.float16]) for dtype in self.seen or {torch.float64})
+
+    def find(self, second: bool) -> Iterator[Failure]:
+        """The spaces that do not withstand a permutation, looked for one by one where together they do not."""
+
+        def broken(moving: Collection[str] | None = None) -> str | None:
+            generator = torch.Generator().manual_seed(0)
+            return self._broken(random_permutations(self.graph, generator, second, moving))
+
+        together = broken()
+        if together is None:
+            return
+        alone = {name: part for name in self.graph.spaces if (part := broken([name])) is not None}
+        for name, part in (alone or dict.fromkeys(self.graph.spaces, together)).items():
+            yield self._failure(name, in_head=part == "head")
+
+    def _failure(self, space: str, in_head: bool) -> Failure:
+        if not in_head:
+            family = {space, *(name for name in self.graph.spaces if space in units_around(self.graph, name))}
+            barrier = next(node for node, held in self.graph.held.items() if not family.isdisjoint(held))
+            return Failure(space, (barrier,), f"permuting `{space}` would change what it computes")
+        reading = [
+            user.name
+            for node, crossing in zip(self.crossings, self.graph.crossings, strict=True)
+            if crossing.absorbed and crossing.ref is not None and space in crossing.ref.spaces
+            for user in node.users
+            if user.name not in self.graph.trunk_nodes | self.graph.stem_nodes
+        ]
+        return Failure(space, tuple(reading), f"a head that reads `{space}` permuted would compute something else")
+
+    def _broken(self, permutations: Mapping[str, Tensor]) -> str | None:
+        """The part that does not withstand a permutation, ``"trunk"`` or ``"head"``; ``None`` where both do."""
+        crossing = {
+            node: self._moved(self.crossing[node], known, permutations)
+            for node, known in zip(self.crossings, self.graph.crossings, strict=True)
+        }
+        if self.with_trunk:
+            entering = dict(self.entering)
+            for node, entry in zip(self.entries, self.graph.entries, strict=True):
+                entering[node] = self._moved(entering[node], entry, permutations)
+            found = self._trunk(entering, self._permuted(self.graph.axes, permutations))
+            if not self._agree({node: crossing[node] for node in found}, found):
+                return "trunk"
+        for node, known in zip(self.crossings, self.graph.crossings, strict=True):
+            if not known.absorbed:
+                crossing[node] = self.crossing[node]  # the head puts the features back
+        returned = self._head(crossing, self._permuted(self.graph.head_axes, permutations))
+        return None if self._agree(self.returned, returned) else "head"
+
+    def _moved(self, value: Any, crossing: Crossing, permutations: Mapping[str, Tensor]) -> Any:
+        """What a value is in a network whose spaces are permuted."""
+        if crossing.ref is None or crossing.axis is None:
+            return value
+        return crossing.ref.gather(value, crossing.axis, _tables(crossing.ref, self.graph, permutations))
+
+    def _permuted(self, table: Table, permutations: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {
+            name: _permute(tensor, row_of(table, name, tensor), self.graph, permutations)
+            for name, tensor in self.tensors.items()
+        }
+
+    def _trunk(self, entering: Mapping[fx.Node, Any], tensors: Mapping[str, Tensor]) -> dict[fx.Node, Any]:
+        known = entering if self.graph.stem_nodes else self.inputs
+        made = [node for node in self.crossings if node not in self.passing]
+        found = self._run(self.graph.trunk_graph(), known, made, tensors)
+        return {node: found[node] for node in made}
+
+    def _head(self, crossing: Mapping[fx.Node, Any], tensors: Mapping[str, Tensor]) -> Any:
+        return self._run(self.graph.head_graph(), {**self.inputs, **crossing}, [self.output], tensors)
+
+    def _run(
+        self, nodes: Iterator[fx.Node], known: Mapping[fx.Node, Any], wanted: Any, tensors: Mapping[str, Tensor]
+    ) -> dict[fx.Node, Any]:
+        with swapped(self.network, tensors):
+            return run_nodes(self.network, nodes, known, wanted, self.seen)
+
+    def _agree(self, expected: Any, found: Any) -> bool:
+        pairs = zip(tensors_in(list(expected.values())), tensors_in(list(found.values())), strict=True)
+        return all(agree(value, other, self.tolerance) for value, other in pairs)
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return value.detach().to(dtype) if value.is_floating_point() else value.detach()
+
+
+def _varied(tensor: Tensor) -> Tensor:
+    """A tensor whose entries differ: those of a new norm are all the same, and would prove no order."""
+    if not tensor.is_floating_point() or tensor.numel() < 2 or not (tensor == tensor.flatten()[0]).all():
+        return tensor
+    noise = torch.rand(tensor.shape, generator=torch.Generator().manual_seed(tensor.numel())).to(tensor) * 0.1
+    return torch.where(tensor == 0, noise, tensor * (1 + noise))

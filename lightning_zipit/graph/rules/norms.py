@@ -1,0 +1,125 @@
+"""Normalisation with a scale and a shift for each feature, and what else has a number for each channel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lightning_zipit.graph.align import broadcast, entrywise, mix
+from lightning_zipit.graph.interpret import Context
+from lightning_zipit.graph.registry import Trait, module_rule, rule, spellings
+from lightning_zipit.graph.values import Features, Parameter, Plain, Value
+
+PER_CHANNEL = Trait.NORM | Trait.PER_FEATURE
+STATISTICS = ("weight", "bias", "running_mean", "running_var")
+
+
+def per_channel(ctx: Context, input: Value, *parameters: Any) -> Value:
+    """Each channel by itself, with an entry of each parameter for it."""
+    if isinstance(input, Parameter):
+        raise ctx.error("it is given a parameter in place of an input")
+    if isinstance(input, Features) and input.axes != (1,):
+        raise ctx.error("its channels are not axis 1 of its input")
+    for parameter in parameters:
+        if isinstance(parameter, Parameter):
+            ctx.write(parameter, 0, input)
+        elif parameter is not None:
+            raise ctx.error("one of its parameters is not a parameter of the network, but computed from others")
+    return input
+
+
+@module_rule(
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
+    traits=PER_CHANNEL,
+    ignored=("momentum",),
+)
+def batch_norm_module(ctx: Context, module: nn.Module, input: Value) -> Value:
+    return per_channel(ctx, input, *(ctx.parameter(name) for name in STATISTICS))
+
+
+@module_rule("torchvision.ops.misc.FrozenBatchNorm2d", traits=PER_CHANNEL)
+def frozen_batch_norm(ctx: Context, module: nn.Module, input: Value) -> Value:
+    """Its parameters are spread over images."""
+    if len(input.shape or (0,) * 4) != 4:
+        raise ctx.error("its input is no batch of images")
+    return batch_norm_module(ctx, module, input)
+
+
+@module_rule(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, traits=PER_CHANNEL, ignored=("momentum",))
+def instance_norm_module(ctx: Context, module: nn.InstanceNorm1d, input: Value) -> Value:
+    if isinstance(input, Features) and input.rank == module._get_no_batch_dim():
+        raise ctx.error("it takes the batch for channels, as its input has an axis less than with a batch")
+    return batch_norm_module(ctx, module, input)
+
+
+@rule(F.batch_norm, torch.batch_norm, traits=PER_CHANNEL, ignored=("momentum",))
+def batch_norm(
+    ctx: Context,
+    input: Value,
+    running_mean: Any = None,
+    running_var: Any = None,
+    weight: Any = None,
+    bias: Any = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Value:
+    """In torch itself, the statistics come last."""
+    return per_channel(ctx, input, running_mean, running_var, weight, bias)
+
+
+@rule(F.instance_norm, traits=PER_CHANNEL, ignored=("momentum",))
+def instance_norm(ctx: Context, input: Value, *args: Any, **kwargs: Any) -> Value:
+    return batch_norm(ctx, input, *args, **kwargs)
+
+
+@module_rule(nn.PReLU, traits=Trait.POINTWISE | Trait.PER_FEATURE)
+def prelu_module(ctx: Context, module: nn.PReLU, input: Value) -> Value:
+    return prelu(ctx, input, ctx.weight())
+
+
+@rule(*spellings("prelu"), traits=Trait.POINTWISE | Trait.PER_FEATURE)
+def prelu(ctx: Context, input: Value, weight: Any) -> Value:
+    """One slope for each channel, or the same for all."""
+    if isinstance(weight, Parameter) and not weight.counts:
+        return entrywise(ctx, input)
+    return per_channel(ctx, input, weight)
+
+
+@module_rule(nn.GroupNorm, traits=PER_CHANNEL | Trait.SYMMETRIC)
+def group_norm_module(ctx: Context, module: nn.GroupNorm, input: Value) -> Value:
+    return group_norm(ctx, input, module.num_groups, ctx.parameter("weight"), ctx.parameter("bias"))
+
+
+@rule(*spellings("group_norm"), traits=PER_CHANNEL | Trait.SYMMETRIC)
+def group_norm(
+    ctx: Context, input: Value, num_groups: int, weight: Any = None, bias: Any = None, *args: Any, **kwargs: Any
+) -> Value:
+    """Mixes the channels of each group, so that groups are reordered as wholes."""
+    per_channel(ctx, input, weight, bias)
+    if isinstance(input, Features):
+        ctx.mix(input)
+        ctx.units(input.ids.reshape(num_groups, -1), "groups")
+    return input
+
+
+@module_rule(nn.LayerNorm, nn.RMSNorm, traits=PER_CHANNEL | Trait.SYMMETRIC)
+def layer_norm_module(ctx: Context, module: nn.LayerNorm, input: Value) -> Value:
+    bias = ctx.parameter("bias") if hasattr(module, "bias") else None
+    return layer_norm(ctx, input, module.normalized_shape, ctx.parameter("weight"), bias)
+
+
+@rule(*spellings("layer_norm rms_norm"), traits=PER_CHANNEL | Trait.SYMMETRIC)
+def layer_norm(
+    ctx: Context, input: Value, normalized_shape: Any, weight: Any = None, bias: Any = None, *args: Any, **kwargs: Any
+) -> Value:
+    """Mixes the last axes, and scales each of their entries."""
+    parameters = [value for value in (weight, bias) if isinstance(value, (Parameter, Features, Plain))]
+    if not isinstance(input, Features):
+        return entrywise(ctx, input, *parameters)
+    mix(ctx, input, set(range(input.rank - len(normalized_shape), input.rank)))
+    for parameter in parameters:
+        broadcast(ctx, input, parameter)
+    return input

@@ -1,0 +1,57 @@
+"""A refinement that meets NaN or Inf ends with an error that says where, and in which network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from lightning_zipit.errors import CalibrationError
+
+MERGED = "the merged network"
+
+WAY_OUT = (
+    "Look at the sources' weights and at the data of this pass for NaN or Inf; under 16-bit precision an overflow is "
+    "likely: merge with precision='32-true'."
+)
+
+
+def source_of(tasks: list[str]) -> str:
+    """For errors: the source model of some tasks."""
+    return f"the source of task {', '.join(map(repr, tasks))}"
+
+
+def check_values(place: str, sums: Mapping[str, Tensor]) -> None:
+    """Look for NaN and Inf in sums over what networks compute at one place.
+
+    Args:
+        place: the layer or norm, by its full name.
+        sums: per network, for people, of all processes. The merged network is blamed only if no source is: it is fed
+            and fitted with what sources compute.
+
+    Raises:
+        CalibrationError: naming the place and the networks.
+    """
+    bad = [network for network, values in sums.items() if not bool(values.isfinite().all())]
+    if bad := [network for network in bad if network != MERGED] or bad:
+        raise CalibrationError(f"NaN or Inf at `{place}` in what {' and '.join(bad)} computes. {WAY_OUT}")
+
+
+def check_results(before: Mapping[str, nn.Module], after: Mapping[str, nn.Module]) -> None:
+    """Look for NaN and Inf that a refinement has written.
+
+    Args:
+        before: modules by name.
+        after: the same modules, refined. What is not finite in both, such as a mask, is left out of account.
+
+    Raises:
+        CalibrationError: naming parameters and buffers.
+    """
+    bad = []
+    for prefix, module in after.items():
+        for (name, new), old in zip(module.state_dict().items(), before[prefix].state_dict().values(), strict=True):
+            if not bool((new.isfinite() | ~old.isfinite().to(new.device)).all()):
+                bad.append(f"`{prefix}.{name}`")
+    if bad:
+        listed = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
+        raise CalibrationError(f"Refining gave NaN or Inf in {listed}. {WAY_OUT}")

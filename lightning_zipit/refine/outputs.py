@@ -1,0 +1,56 @@
+"""Reads values behind a layer as if they were its outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lightning_zipit.graph.layers import Fitted, Layer, layer_of, outputs_axis
+from lightning_zipit.refine.least_squares import samples
+
+
+class Outputs:
+    """The outputs of a layer of one network, as what comes of them tells.
+
+    Args:
+        stop: the layer.
+        network: the network.
+    """
+
+    def __init__(self, stop: Layer, network: nn.Module) -> None:
+        self.branch, self.network = stop.branch, network
+        self.layer, _ = layer_of(network, stop)
+        self._known: dict[tuple[int, ...], tuple[Tensor, torch.Size]] = {}
+
+    def __call__(self, value: Tensor, like: Sequence[int]) -> Tensor:
+        """What lies behind the branch of the layer, or broadcasts with it, in the shape of the layer's outputs.
+
+        Args:
+            value: the value.
+            like: the shape of the outputs of this layer in a network of perhaps another width.
+        """
+        shape = self._own(like)
+        if not self.branch.moves:
+            return value.expand(shape)
+        if shape not in self._known:
+            self._known[shape] = self.branch.places(self.network, shape, value.device)
+        places, moved = self._known[shape]
+        return value.expand(moved).flatten()[places]
+
+    def scale(self) -> Tensor | None:
+        """What the branch multiplies each output by, ``(outputs,)``; ``None`` for nothing."""
+        if not self.branch.products:
+            return None
+        return samples(self.layer, self.branch.scales(self.network, self._own(self.branch.shape)))[0]
+
+    def _own(self, like: Sequence[int]) -> tuple[int, ...]:
+        shape = list(like)
+        shape[outputs_axis(self.layer)] = len(self.layer.weight)
+        return tuple(shape)
+
+
+def outputs_shape(layer: Fitted, x: Tensor) -> tuple[int, ...]:
+    """The shape of what a layer gives."""
+    return (len(x), *layer(x[:1]).shape[1:])
