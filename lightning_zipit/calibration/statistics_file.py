@@ -54,6 +54,7 @@ class CalibrationStatistics:
         operators: per task, a digest of what its network computes with its weights.
 
     Example:
+        >>> import torch
         >>> import lightning_zipit as zipit
         >>> def gather(path):
         ...     settings = zipit.MergeSettings(statistics=path)
