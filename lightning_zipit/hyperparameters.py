@@ -108,6 +108,9 @@ def find_requests(
         of: whose they are, for errors.
     """
     known = parameters_of(found) if found is not None and parsed else {}
+    for key in NAMING_KEYS:  # all of them together may be one argument
+        if key in hyperparameters:
+            yield Request(hyperparameters[key], f"`{key}`{of}", trust.allows(hyperparameters[key]))
     for name, value in hyperparameters.items():
         yield from _find_in(value, known.get(name, ANY), trust, str(name), of)
 

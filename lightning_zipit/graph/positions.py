@@ -1,4 +1,4 @@
-"""Parameters that hold no features: they hold positions, or the sources cannot share them."""
+"""Parameters and buffers that are not merged by features: they are alike in all sources, or not shared."""
 
 from __future__ import annotations
 
@@ -17,26 +17,32 @@ ALIKE = 1e-2
 """How far outputs may be apart, relative to the largest, where a parameter is taken from another source."""
 
 
-def positional(graph: MergeGraph) -> list[str]:
-    """The floating-point parameters and buffers of the trunk, of more than one entry, that hold no features."""
+def unmerged(graph: MergeGraph) -> list[str]:
+    """The parameters and buffers of the trunk that are not merged by their features, but must be alike in all sources.
+
+    They are those without features, and all that hold whole numbers or truth values, of which no mean can be taken.
+    A parameter of one entry is a weight like any other.
+    """
     tensors, nodes = named_tensors(graph.module), list(graph.trunk_graph())
     used = set(reached(nodes, set(nodes), tensors))
     rows = {name: row for name, row in graph.axes.items() if name in used}
     return [
         name
         for name, tensor, row in bind(rows, graph.module)
-        if name in used and tensor.is_floating_point() and tensor.numel() > 1 and not any(row)
+        if name in used
+        and (not tensor.is_floating_point() or not any(row))
+        and not (isinstance(tensor, nn.Parameter) and tensor.numel() == 1)
     ]
 
 
 def find_unlike(
     networks: Mapping[str, nn.Module], graphs: Mapping[str, MergeGraph], inputs: Mapping[str, Tensor]
 ) -> list[Failure]:
-    """The parameters without features whose values the sources cannot share.
+    """The parameters and buffers whose values the sources cannot share, although the trunk would have one for all.
 
-    Such parameters are averaged entry by entry. That is right where entry k means the same in all sources, as it does
-    for position k of the input. Then the values of one source serve another: each source is run with those of the
-    first, and must return nearly the same.
+    Positions are averaged entry by entry, and whole numbers are those of the first source. That is right where entry k
+    means the same in all sources, as it does for position k of the input. Then the values of one source serve another:
+    each source is run with those of the first, and must return nearly the same.
 
     Args:
         networks: by task; they are left as they are.
@@ -44,32 +50,35 @@ def find_unlike(
         inputs: an input of each; its first samples are used.
 
     Returns:
-        One failure for each parameter that does not serve, whose barriers are the nodes that use it.
+        One failure for each tensor that does not serve, whose barriers are the nodes that use it.
     """
-    names = positional(next(iter(graphs.values())))
-    (first, *others), failures = networks, []
+    (first, *others), failures = networks, {}
     known = named_tensors(networks[first])
+    names = unmerged(graphs[first])
     with torch.inference_mode(False), torch.no_grad():
-        for name in names:
-            for task in others:
-                value = known[name].to(named_tensors(networks[task])[name])
-                x = inputs[task][:SAMPLES].detach()
-                if not _serves(networks[task], graphs[task], name, value, x):
-                    why = f"tasks {first!r} and {task!r} have different values of `{name}`, which holds no features"
-                    failures.append(Failure(name, _users(graphs[first], name), why))
-                    break
-    return failures
+        for task in others:
+            own, graph, x = named_tensors(networks[task]), graphs[task], inputs[task][:SAMPLES].detach()
+            values = {name: known[name].to(own[name]) for name in names}
+            unlike = {name: value for name, value in values.items() if not torch.equal(own[name], value)}
+            if not unlike or _serve(networks[task], graph, unlike, x):
+                continue
+            alone = [name for name, value in unlike.items() if not _serve(networks[task], graph, {name: value}, x)]
+            for name in alone or unlike:
+                why = f"tasks {first!r} and {task!r} have different values of `{name}`, which is not merged by features"
+                failures[name] = Failure(name, _users(graphs[first], name), why)
+    return list(failures.values())
 
 
-def _serves(network: nn.Module, graph: MergeGraph, name: str, value: Tensor, x: Tensor) -> bool:
-    """Whether a network computes nearly the same with another value of a parameter."""
-    if torch.equal(named_tensors(network)[name], value):
-        return True
+def _serve(network: nn.Module, graph: MergeGraph, values: Mapping[str, Tensor], x: Tensor) -> bool:
+    """Whether a network computes nearly the same with other values of some tensors."""
     nodes = list(graph.fx_graph.nodes)
     inputs = {node: x for node in nodes if node.op == "placeholder"}
     expected = tensors_in(list(run_nodes(network, nodes, inputs, nodes[-1:]).values()))
-    with swapped(network, {name: value}):
-        found = tensors_in(list(run_nodes(network, nodes, inputs, nodes[-1:]).values()))
+    try:
+        with swapped(network, values):
+            found = tensors_in(list(run_nodes(network, nodes, inputs, nodes[-1:]).values()))
+    except Exception:  # indices of one network may lie outside of what another has
+        return False
     return all(agree(tensor, other, ALIKE) for tensor, other in zip(expected, found, strict=True))
 
 
