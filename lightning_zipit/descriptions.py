@@ -43,13 +43,14 @@ def describe_source(model: LightningModule) -> dict[str, Any]:
     """
     if DESCRIPTION in model.__dict__:
         return dict(model.__dict__[DESCRIPTION])
-    known = {key: value for key, value in dict(model.hparams).items() if not key.startswith("_")}
+    held = dict(getattr(model, "_hparams", None) or {})  # `model.hparams` would make an attribute
+    known = {key: value for key, value in held.items() if not key.startswith("_")}
     plain = {key: _to_plain(value) for key, value in known.items()}
     return {
         "class_path": import_path(type(model)),
         "hyperparameters": {key: value for key, value in plain.items() if value is not UNKNOWN},
         "hparams_name": getattr(model, "_hparams_name", None),
-        "parsed": INSTANTIATOR in model.hparams,
+        "parsed": INSTANTIATOR in held,
         "left_out": [key for key, value in plain.items() if value is UNKNOWN],
     }
 

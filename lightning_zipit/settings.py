@@ -41,8 +41,8 @@ class MergeSettings:
         statistics: a safetensors file for the statistics. One that is there stands for the calibration; else it is
             written, and an interrupted calibration goes on from what it had gathered.
         width: how many features the merged network has, as a ratio to one source's (1): above 1 it is more accurate and
-            costs more, up to N, where nothing is merged; for all spaces, or by the name of the space. ``"auto"``
-            chooses them within ``flops``. A single model can be folded with a width below 1.
+            costs more, up to N, where no two features are merged; for all spaces, or by the name of the space.
+            ``"auto"`` chooses them within ``flops``. A single model can be folded with a width below 1.
         flops: for ``width="auto"``, what the merged network may cost, as a ratio to one source's FLOPs.
         positions: how many positions of each image or sequence the statistics are taken from, at random; ``None`` for
             all. A few give nearly the same matching in less time.

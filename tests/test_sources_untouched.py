@@ -163,7 +163,6 @@ def test_training_mode_and_gradients_of_some_parameters_are_kept():
     merge_backbones(networks, [torch.randn(16, 3, 8, 8)], MergeSettings(refine="batch_norm"))
 
 
-@pytest.mark.xfail(strict=True, reason="LightningModule.hparams makes an attribute when it is read")
 def test_reading_hyperparameters_leaves_nothing_behind():
     models = {"a": Wrap(Changing()), "b": Wrap(Changing())}
     ZipIt(trainer()).merge(models, images(16, 8), backbone="net")

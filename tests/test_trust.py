@@ -15,6 +15,7 @@ from lightning_zipit import MultiHeadModule, ZipItCLI, ZipItTrainer
 from lightning_zipit.cli import main
 from lightning_zipit.commands import export, inspect
 from lightning_zipit.errors import CheckpointError, ConfigurationError, UntrustedError, ZipItError
+from lightning_zipit.hyperparameters import find_requests
 from lightning_zipit.loading import load_source
 from lightning_zipit.trust import BUILDING_BLOCKS, Trust, is_building_block
 
@@ -301,3 +302,11 @@ def test_arguments_of_the_users_own_are_named_by_a_module_or_on_the_command_line
     ZipItCLI(Lit, Data, args=["merge", *QUIET, *sources, *named, "--output=again.ckpt"])
     loaded = MultiHeadModule.load_from_checkpoint("again.ckpt", trust=["helpers.strangers.Part", "torch.tanh"])
     assert loaded.sources["b"].act is torch.tanh
+
+
+def test_hyperparameters_that_are_one_argument_together_are_looked_at():
+    """Of a class that takes them all as one dict, which it may hand to a function that makes what they name."""
+    trust = Trust.of(None)
+    for key in ("_target_", "class_path"):
+        (request,) = find_requests({key: "os.mkdir", "path": "marker"}, None, trust, parsed=False)
+        assert request.name == "os.mkdir" and not request.allowed

@@ -9,19 +9,19 @@ from torch import nn
 from lightning_zipit import MergeSettings, merge_backbones
 from lightning_zipit.errors import VerificationError
 
+USES = {
+    "mask": lambda y, m: y * m,
+    "where": lambda y, m: torch.where(m, y, -y),
+    "filled": lambda y, m: y.masked_fill(m, 0.0),
+    "power": lambda y, m: y ** (m + 1),
+    "getitem": lambda y, m: y[:, m],
+    "index_select": lambda y, m: y.index_select(1, m),
+    "gather": lambda y, m: y.gather(1, m.expand(y.shape[0], -1)),
+}
+
 
 class Buffered(nn.Module):
     """Uses a buffer of whole numbers or truth values along its hidden features."""
-
-    USES = {
-        "mask": lambda y, m: y * m,
-        "where": lambda y, m: torch.where(m, y, -y),
-        "filled": lambda y, m: y.masked_fill(m, 0.0),
-        "power": lambda y, m: y ** (m + 1),
-        "getitem": lambda y, m: y[:, m],
-        "index_select": lambda y, m: y.index_select(1, m),
-        "gather": lambda y, m: y.gather(1, m.expand(y.shape[0], -1)),
-    }
 
     def __init__(self, use, buffer):
         super().__init__()
@@ -29,14 +29,14 @@ class Buffered(nn.Module):
         self.register_buffer("m", buffer)
 
     def forward(self, x):
-        return self.c(self.b(self.USES[self.use](self.a(x).tanh(), self.m)).relu())
+        return self.c(self.b(USES[self.use](self.a(x).tanh(), self.m)).relu())
 
 
 ORDER = torch.tensor([3, 0, 6, 1, 7, 5, 2, 4])
 
 
 @pytest.mark.parametrize("refine", [None, "least_squares"])
-@pytest.mark.parametrize("use", Buffered.USES)
+@pytest.mark.parametrize("use", USES)
 @torch.no_grad()
 def test_buffers_that_go_with_features_are_not_shared(use, refine):
     indices = use in ("getitem", "index_select", "gather")
