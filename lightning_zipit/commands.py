@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_zipit.checkpoint import find_record, read_checkpoint, read_example, reading_record
+from lightning_zipit.checkpoint import find_record, read_barriers, read_checkpoint, read_example, reading_record
 from lightning_zipit.descriptions import make_sources
 from lightning_zipit.errors import ConfigurationError
 from lightning_zipit.export import export_merged
@@ -102,7 +102,7 @@ def _trace_merged(ckpt_path: str, weights_only: bool, trust: Trust) -> MergeGrap
             record["stop_at"],
             example_input=None if example is None else view_of(example, task),
             merge_heads=record["merge_heads"],
-            barriers=record.get("barriers"),
+            barriers=read_barriers(record["barriers"]),
             start_at=record.get("start_at"),
         )
 

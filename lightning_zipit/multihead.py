@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from lightning_zipit.checkpoint import (
     CHECKPOINT_KEY,
     FORMAT,
+    read_barriers,
     read_checkpoint,
     read_example,
     reading_record,
@@ -243,7 +244,7 @@ class MultiHeadModule(MultiTaskModule):
             record["backbone"],
             settings,
             example_input=read_example(record),
-            barriers=record["barriers"],
+            barriers=read_barriers(record["barriers"]),
             widths=record["widths"],
         )
         module.load_state_dict(weights)

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lightning_zipit import CalibrationStatistics, Ensemble, MergeReport, MultiHeadModule, ZipIt, ZipItModule
+from lightning_zipit.checkpoint import read_barriers
 from lightning_zipit.commands import inspect
 from lightning_zipit.errors import CheckpointError, StatisticsError
 from lightning_zipit.hyperparameters import make_arguments
@@ -145,3 +146,7 @@ def test_rows_and_reports_are_text(inbox):
     with pytest.raises(CheckpointError, match="no report"):
         MergeReport.load("report.json")
     assert not Path("marker").exists()
+
+
+def test_texts_in_a_file_cannot_command_a_terminal():
+    assert read_barriers({"node": "a\x1b]0;title\x07b"}) == {"node": "a ]0;title b"}

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_zipit.calibration.fingerprint import digest_operators, digest_tensors, fingerprint
 from lightning_zipit.calibration.statistics import STATES, FeatureStatistics
+from lightning_zipit.checkpoint import read_barriers
 from lightning_zipit.collectives import rank_and_size, share
 from lightning_zipit.errors import ConfigurationError, StatisticsError
 from lightning_zipit.files import find_output_problem, replacing
@@ -192,7 +193,7 @@ class CalibrationStatistics:
                 {str(task): str(digest) for task, digest in header["fingerprints"].items()},
                 tuple(int(size) for size in header["input_shape"]),
                 str(header["input_dtype"]),
-                {str(node): str(reason) for node, reason in header["barriers"].items()},
+                read_barriers(header["barriers"]),
                 _restore(tensors, len(header["fingerprints"])),
                 {int(loader): int(samples) for loader, samples in header["seen"].items()},
                 {str(stop_at): dict(barriers) for stop_at, barriers in header["cuts"].items()},
