@@ -178,10 +178,10 @@ def _compare_ties(first: MergeGraph, second: MergeGraph) -> str | None:
 def _ties(graph: MergeGraph) -> dict[str, str]:
     """The parameters of the trunk that are tied to one before them, and to which."""
     tensors, nodes = named_tensors(graph.module), list(graph.trunk_graph())
-    first: dict[int, str] = {}
-    for name in reached(nodes, set(nodes), tensors):
-        first.setdefault(id(tensors[name]), name)
     used = reached(nodes, set(nodes), tensors)
+    first: dict[int, str] = {}
+    for name in used:
+        first.setdefault(id(tensors[name]), name)
     return {name: first[id(tensors[name])] for name in used if first[id(tensors[name])] != name}
 
 
