@@ -38,18 +38,18 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from cifar10 import ResNet20
 
 from lightning_zipit import MergeGraph, MergeSettings, merge_backbones, trace
-from lightning_zipit.calibration.calibration import Calibration, statistics_bytes
-from lightning_zipit.calibration.layout import Layout, channels_last
+from lightning_zipit._calibration.calibration import Calibration, statistics_bytes
+from lightning_zipit._calibration.layout import Layout, channels_last
+from lightning_zipit._matching.families import families, match, similarity_from
+from lightning_zipit._merging.maps import SpaceMap
+from lightning_zipit._merging.rebuild import build_merged
+from lightning_zipit._report.announce import quiet
+from lightning_zipit._report.report import measure_cost
 from lightning_zipit.functional import greedy_zip
 from lightning_zipit.graph.prove import SAMPLES, find_failing
 from lightning_zipit.graph.replay import check_capture
 from lightning_zipit.matchers import GreedyZip
-from lightning_zipit.matching.families import families, match, similarity_from
-from lightning_zipit.merging.maps import SpaceMap
-from lightning_zipit.merging.rebuild import build_merged
 from lightning_zipit.refine import BatchNorm, LeastSquares
-from lightning_zipit.report.announce import quiet
-from lightning_zipit.report.report import measure_cost
 
 
 @dataclass(frozen=True)

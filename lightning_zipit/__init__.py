@@ -5,24 +5,24 @@ samples, and matched features become one. Nothing is trained.
 """
 
 from lightning_zipit import functional
-from lightning_zipit.calibration.statistics import FeatureStatistics, Moments
-from lightning_zipit.calibration.statistics_file import CalibrationStatistics
-from lightning_zipit.callback import ZipItCallback
-from lightning_zipit.cli import ZipItCLI
-from lightning_zipit.driver import ZipIt
-from lightning_zipit.export import export_merged
+from lightning_zipit._calibration.statistics import FeatureStatistics, Moments
+from lightning_zipit._calibration.statistics_file import CalibrationStatistics
+from lightning_zipit._lightning.callback import ZipItCallback
+from lightning_zipit._lightning.cli import ZipItCLI
+from lightning_zipit._lightning.driver import ZipIt
+from lightning_zipit._lightning.export import export_merged
+from lightning_zipit._lightning.module import ZipItModule
+from lightning_zipit._lightning.multihead import MultiHeadModule
+from lightning_zipit._lightning.multitask import Ensemble
+from lightning_zipit._lightning.trainer import ZipItTrainer
+from lightning_zipit._report.report import MergeReport
+from lightning_zipit._sweep.plan import Range
+from lightning_zipit._sweep.results import SweepResult
 from lightning_zipit.graph import MergeGraph, register_rule, trace
 from lightning_zipit.interpolation import interpolate
 from lightning_zipit.metrics import JointAccuracy
-from lightning_zipit.module import ZipItModule
-from lightning_zipit.multihead import MultiHeadModule
-from lightning_zipit.multitask import Ensemble
-from lightning_zipit.report.report import MergeReport
-from lightning_zipit.session import merge_backbones
+from lightning_zipit.pipeline import merge_backbones
 from lightning_zipit.settings import MergeSettings
-from lightning_zipit.sweep.plan import Range
-from lightning_zipit.sweep.results import SweepResult
-from lightning_zipit.trainer import ZipItTrainer
 
 __version__ = "0.1.0"
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from lightning_zipit.copying import copy_module
+from lightning_zipit._common.copying import copy_module
 from lightning_zipit.errors import ConfigurationError
 from lightning_zipit.matchers import Permute
-from lightning_zipit.session import merge_backbones
+from lightning_zipit.pipeline import merge_backbones
 from lightning_zipit.settings import MergeSettings
 
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from lightning_zipit import functional as F
+from lightning_zipit._matching.cca import align
 from lightning_zipit.functional.checks import width_of
 from lightning_zipit.functional.matching import Linkage
-from lightning_zipit.matching.cca import align
 
 SimilarityKind = Literal["correlation", "absolute", "cosine", "covariance"]
 
@@ -226,7 +226,7 @@ class CCA(Matcher):
     The features of every model are turned into those of the first by its map T_i, which canonical correlation analysis
     of the activations gives; weights are averaged behind it: M_i = T_i / N and U_i = T_i⁻¹. For two models this is the
     method of the paper, with ``gamma`` taken relative to the features' variance. With more, they are turned to agree
-    with all others, and not with the first alone; see :func:`~lightning_zipit.matching.cca.align`. The first model's
+    with all others, and not with the first alone; see :func:`~lightning_zipit._matching.cca.align`. The first model's
     features are the coordinates of all, because activation functions act in them: with a copy of it, T is the identity.
 
     Batch norm right behind a layer is folded into the layer, mapped with it, and set up anew, where the paper maps its

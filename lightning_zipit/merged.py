@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from lightning_zipit._common.views import Inputs
+from lightning_zipit._report.report import MergeReport
 from lightning_zipit.graph import MergeGraph
-from lightning_zipit.report.report import MergeReport
-from lightning_zipit.views import Inputs
 
 
 @dataclass(frozen=True)

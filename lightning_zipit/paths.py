@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_zipit._common.views import Inputs
 from lightning_zipit.errors import ConfigurationError
 from lightning_zipit.refine.task_norms import has_task_norms
-from lightning_zipit.views import Inputs
 
 
 class AllHeads(nn.Module):

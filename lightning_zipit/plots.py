@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lightning_zipit._report.report import MergeReport
 from lightning_zipit.errors import ConfigurationError
 from lightning_zipit.functional.checks import check_matching
-from lightning_zipit.report.report import MergeReport
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeAlias, get_args
 
+from lightning_zipit._merging.widths import Width, changes_size
 from lightning_zipit.errors import ConfigurationError
 from lightning_zipit.functional.matrices import check_weights
 from lightning_zipit.matchers import AnyWidthMatcher, Average, DualSpace, GreedyZip, Matcher, SimilarityKind
-from lightning_zipit.merging.widths import Width, changes_size
 from lightning_zipit.refine import NAMED, BatchNorm, LeastSquares, Refinement
 from lightning_zipit.task_vectors import Combination
 

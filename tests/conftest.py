@@ -8,6 +8,7 @@ from helpers.nets import images, trainer
 from helpers.strangers import Lit
 
 from lightning_zipit import ZipIt
+from lightning_zipit.graph import registry
 
 untouched.install()
 
@@ -18,6 +19,12 @@ def _quiet_and_repeatable(monkeypatch):
     torch.manual_seed(0)
     monkeypatch.setenv("MPLBACKEND", "agg")
     warnings.filterwarnings("ignore", module="lightning")
+
+
+@pytest.fixture(autouse=True)
+def _rules_stay_as_they_are(monkeypatch):
+    """A test that registers a rule registers it for itself only."""
+    monkeypatch.setattr(registry, "OPERATORS", dict(registry.OPERATORS))
 
 
 @pytest.fixture(autouse=True)

@@ -6,8 +6,8 @@ import torch
 from helpers.features import mixed_features
 
 from lightning_zipit import functional as F
+from lightning_zipit._matching.cca import align, canonical_correlations, mixed_agreement
 from lightning_zipit.matchers import CCA
-from lightning_zipit.matching.cca import align, canonical_correlations, mixed_agreement
 
 SIZE = 6
 

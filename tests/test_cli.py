@@ -16,7 +16,7 @@ from lightning.pytorch import Trainer
 from safetensors.torch import save_file
 
 from lightning_zipit import MultiHeadModule, Range, ZipIt, ZipItCLI, ZipItTrainer, trace
-from lightning_zipit.cli import main
+from lightning_zipit._lightning.cli import main
 from lightning_zipit.errors import CheckpointError, ConfigurationError
 from lightning_zipit.matchers import Average, GreedyZip, Permute
 from lightning_zipit.refine import BatchNorm, LeastSquares, Repair

@@ -15,8 +15,8 @@ from helpers.processes import run as run_processes
 from torch.utils.data import DataLoader
 
 from lightning_zipit import CalibrationStatistics, JointAccuracy, MultiHeadModule, ZipIt
+from lightning_zipit.pipeline import MergeSession
 from lightning_zipit.refine import LeastSquares
-from lightning_zipit.session import MergeSession
 
 ROOT = Path(__file__).parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT.parent}", "OMP_NUM_THREADS": "1"}

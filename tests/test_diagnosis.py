@@ -11,8 +11,8 @@ from helpers.nets import Lit, SmallResNet, images, settle, trainer
 from torch import nn
 
 from lightning_zipit import MergeSettings, ZipIt, merge_backbones
+from lightning_zipit._report.diagnosis import noise_of
 from lightning_zipit.matchers import Average, GreedyZip, KMeans, Permute
-from lightning_zipit.report.diagnosis import noise_of
 
 
 def seeded(seed):

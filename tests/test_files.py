@@ -21,13 +21,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lightning_zipit import CalibrationStatistics, Ensemble, MergeReport, MultiHeadModule, ZipIt, ZipItModule
-from lightning_zipit.checkpoint import read_barriers
-from lightning_zipit.commands import inspect
+from lightning_zipit._lightning.commands import inspect
+from lightning_zipit._lightning.files.checkpoint import read_barriers
+from lightning_zipit._lightning.files.hyperparameters import make_arguments
+from lightning_zipit._lightning.files.loading import load_source
+from lightning_zipit._lightning.files.trust import Trust
+from lightning_zipit._sweep.results import ResultsFile
 from lightning_zipit.errors import CheckpointError, StatisticsError
-from lightning_zipit.hyperparameters import make_arguments
-from lightning_zipit.loading import load_source
-from lightning_zipit.sweep.results import ResultsFile
-from lightning_zipit.trust import Trust
 
 
 class Colour(Enum):
@@ -107,7 +107,7 @@ def test_statistics_name_no_functions(inbox, dtype, monkeypatch):
     with safe_open("s.safetensors", framework="pt") as file:
         header = json.loads(file.metadata()["lightning_zipit"])
     header["input_dtype"] = dtype
-    monkeypatch.setattr("lightning_zipit.calibration.statistics_file.digest_tensors", lambda *_: header["digest"])
+    monkeypatch.setattr("lightning_zipit._calibration.statistics_file.digest_tensors", lambda *_: header["digest"])
     save_file(load_file("s.safetensors"), "s.safetensors", {"lightning_zipit": json.dumps(header)})
     before = set(sys.modules)
     with pytest.raises(StatisticsError, match="no type of tensors"):

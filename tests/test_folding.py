@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import fx, nn
 
-from lightning_zipit.calibration.folding import Folds, fold
+from lightning_zipit._calibration.folding import Folds, fold
 
 
 def settled(norm):

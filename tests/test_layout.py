@@ -6,8 +6,8 @@ from helpers.nets import SmallResNet
 from torch import nn
 
 from lightning_zipit import MergeSettings, merge_backbones, trace
-from lightning_zipit.calibration.calibration import Calibration
-from lightning_zipit.calibration.layout import Layout, channels_last
+from lightning_zipit._calibration.calibration import Calibration
+from lightning_zipit._calibration.layout import Layout, channels_last
 
 IMAGES = torch.randn(40, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 

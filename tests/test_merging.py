@@ -10,11 +10,11 @@ from torch import nn
 
 from lightning_zipit import Moments
 from lightning_zipit import functional as F
+from lightning_zipit._matching.families import families, match, similarity_from
+from lightning_zipit._merging.maps import DenseMap, SpaceMap, unmerge_along
+from lightning_zipit._merging.parameters import contract, merge_into, merge_parameter, unmerge_into
 from lightning_zipit.graph import AxisRef, Block, FeatureSpace, MergeGraph
 from lightning_zipit.matchers import Average, DenseMaps, GreedyZip, Permute
-from lightning_zipit.matching.families import families, match, similarity_from
-from lightning_zipit.merging.maps import DenseMap, SpaceMap, unmerge_along
-from lightning_zipit.merging.parameters import contract, merge_into, merge_parameter, unmerge_into
 
 SPACES = {"a": 4, "b": 6}
 

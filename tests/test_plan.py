@@ -6,13 +6,13 @@ import pytest
 from helpers.nets import images, settled_pair, trainer
 
 from lightning_zipit import Range, ZipIt
+from lightning_zipit._lightning.sweep import Sweep
+from lightning_zipit._sweep.plan import Search
+from lightning_zipit._sweep.results import SweepRow, describe
 from lightning_zipit.errors import ConfigurationError
 from lightning_zipit.matchers import GreedyZip, Permute
-from lightning_zipit.session import MergeSession
+from lightning_zipit.pipeline import MergeSession
 from lightning_zipit.settings import MergeSettings
-from lightning_zipit.sweep.plan import Search
-from lightning_zipit.sweep.results import SweepRow, describe
-from lightning_zipit.sweep.sweep import Sweep
 
 optuna = pytest.importorskip("optuna")
 

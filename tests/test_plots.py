@@ -10,8 +10,8 @@ import torch
 
 from lightning_zipit import JointAccuracy, MergeReport, plots
 from lightning_zipit import functional as F
+from lightning_zipit._report.report import Cost, SpaceReport
 from lightning_zipit.errors import ConfigurationError
-from lightning_zipit.report.report import Cost, SpaceReport
 
 plt = pytest.importorskip("matplotlib.pyplot")
 

@@ -13,7 +13,7 @@ from helpers.nets import Lit, LitSplit, images, trainer
 from lightning.pytorch import LightningDataModule
 
 import lightning_zipit
-from lightning_zipit.cli import main
+from lightning_zipit._lightning.cli import main
 
 ROOT = Path(__file__).parent.parent
 PAGES = {page.relative_to(ROOT): page.read_text() for page in (ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")))}

@@ -10,12 +10,10 @@ from torch import nn
 
 from lightning_zipit import MergeReport
 from lightning_zipit import functional as F
-from lightning_zipit.calibration.statistics import Moments
-from lightning_zipit.errors import CheckpointError
-from lightning_zipit.graph import Block, FeatureSpace, Tap
-from lightning_zipit.merging.maps import SpaceMap
-from lightning_zipit.report.announce import log_report
-from lightning_zipit.report.report import (
+from lightning_zipit._calibration.statistics import Moments
+from lightning_zipit._merging.maps import SpaceMap
+from lightning_zipit._report.announce import log_report
+from lightning_zipit._report.report import (
     Cost,
     Measure,
     NormShift,
@@ -24,6 +22,8 @@ from lightning_zipit.report.report import (
     measure_shifts,
     report_space,
 )
+from lightning_zipit.errors import CheckpointError
+from lightning_zipit.graph import Block, FeatureSpace, Tap
 
 
 def report_of(labels, num_models, similarity=None, reader="fc"):

@@ -12,10 +12,10 @@ import torch
 from helpers.cli_user import LitNet
 from torch import nn
 
-from lightning_zipit.descriptions import describe_source, make_sources
+from lightning_zipit._lightning.files.descriptions import describe_source, make_sources
+from lightning_zipit._lightning.files.names import find_class, find_object
+from lightning_zipit._lightning.files.trust import Trust
 from lightning_zipit.errors import CheckpointError, ConfigurationError
-from lightning_zipit.names import find_class, find_object
-from lightning_zipit.trust import Trust
 
 
 class ScriptNet(LitNet):

@@ -67,7 +67,7 @@ def test_fewer_samples_than_features_lose_no_digit():
 
 def test_a_large_batch_is_taken_in_pieces(features, monkeypatch):
     whole = gather(features, 400).compute()
-    monkeypatch.setattr("lightning_zipit.calibration.statistics.AT_ONCE", 90 * sum(SIZES))
+    monkeypatch.setattr("lightning_zipit._calibration.statistics.AT_ONCE", 90 * sum(SIZES))
     assert_same(gather(features, 400).compute(), whole, 1e-12)
 
 

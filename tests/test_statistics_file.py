@@ -12,10 +12,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_zipit import CalibrationStatistics, MergeSettings, ZipIt, merge_backbones
-from lightning_zipit.calibration import statistics_file
+from lightning_zipit._calibration import statistics_file
 from lightning_zipit.errors import CalibrationError, ConfigurationError, StatisticsError, ZipItError
 from lightning_zipit.matchers import WeightMatching
-from lightning_zipit.session import MergeSession
+from lightning_zipit.pipeline import MergeSession
 
 
 @pytest.fixture(scope="module")

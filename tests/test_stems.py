@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_zipit import CalibrationStatistics, MergeSettings, MultiHeadModule, ZipIt, merge_backbones, trace
 from lightning_zipit import functional as ZF
+from lightning_zipit._lightning.export import export_merged
 from lightning_zipit.errors import ConfigurationError, StatisticsError, ZipItError
-from lightning_zipit.export import export_merged
 from lightning_zipit.graph import permute_spaces
 from lightning_zipit.graph.prove import random_permutations
 from lightning_zipit.matchers import Average, GreedyZip, Matcher, Permute

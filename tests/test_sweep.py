@@ -11,12 +11,12 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import TQDMProgressBar
 
 from lightning_zipit import JointAccuracy, MergeSettings, ZipIt
+from lightning_zipit._sweep.plan import grid
+from lightning_zipit._sweep.results import SweepResult, SweepRow, pareto_front
 from lightning_zipit.errors import CalibrationError, ConfigurationError, StatisticsError
 from lightning_zipit.matchers import Average, GreedyZip, Matcher, Permute
+from lightning_zipit.pipeline import MergeSession
 from lightning_zipit.refine import LeastSquares
-from lightning_zipit.session import MergeSession
-from lightning_zipit.sweep.plan import grid
-from lightning_zipit.sweep.results import SweepResult, SweepRow, pareto_front
 
 VALIDATION = {"a": images(16, classes=5, seed=5), "b": images(16, classes=7, seed=6)}
 DATA = images(16, batch_size=8)

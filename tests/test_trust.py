@@ -12,12 +12,12 @@ import torch
 from helpers.strangers import INSTANTIATE, QUIET, Data, Lit, Part, rewrite, spec
 
 from lightning_zipit import MultiHeadModule, ZipItCLI, ZipItTrainer
-from lightning_zipit.cli import main
-from lightning_zipit.commands import export, inspect
+from lightning_zipit._lightning.cli import main
+from lightning_zipit._lightning.commands import export, inspect
+from lightning_zipit._lightning.files.hyperparameters import find_requests
+from lightning_zipit._lightning.files.loading import load_source
+from lightning_zipit._lightning.files.trust import BUILDING_BLOCKS, Trust, is_building_block
 from lightning_zipit.errors import CheckpointError, ConfigurationError, UntrustedError, ZipItError
-from lightning_zipit.hyperparameters import find_requests
-from lightning_zipit.loading import load_source
-from lightning_zipit.trust import BUILDING_BLOCKS, Trust, is_building_block
 
 
 def refuses(action: Callable, *named: str):
@@ -181,7 +181,9 @@ def test_the_error_lists_all_that_a_file_names(inbox):
     assert all(repr(name) in text.partition("trust=")[2] for name in names)
 
 
-@pytest.mark.parametrize("name", ["lightning_zipit.multihead:MultiHeadModule", "lightning_zipit.ZipItModule"])
+@pytest.mark.parametrize(
+    "name", ["lightning_zipit._lightning.multihead:MultiHeadModule", "lightning_zipit.ZipItModule"]
+)
 def test_our_own_classes_are_never_sources(inbox, name):
     rewrite("merged.ckpt", lambda content: content["lightning_zipit"]["sources"]["a"].update(class_path=name))
     refuses(MERGED_READERS["load_from_checkpoint"], name)
@@ -203,7 +205,7 @@ def test_our_own_classes_are_never_sources(inbox, name):
         *("lightning.pytorch.callbacks.LambdaCallback", "lightning.pytorch.LightningModule"),
         *(
             "lightning_zipit.MultiHeadModule",
-            "lightning_zipit.cli.main",
+            "lightning_zipit._lightning.cli.main",
             "helpers.strangers.Part",
             "helpers.strangers.Lit",
         ),

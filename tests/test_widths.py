@@ -11,13 +11,13 @@ from helpers.nets import Lit, PlainNet, SmallResNet, images, settle, settled_pai
 from torch import nn
 
 from lightning_zipit import MergeSettings, MultiHeadModule, ZipIt, merge_backbones, trace
+from lightning_zipit._merging.widths import FlopsModel, count_flops, find_fixed, spend, total_loss
+from lightning_zipit._report.report import measure_cost
 from lightning_zipit.errors import ConfigurationError
 from lightning_zipit.graph import AxisRef
 from lightning_zipit.graph.spaces import Block
 from lightning_zipit.matchers import Agglomerative, DualSpace, GreedyZip, KMeans, Matcher, Permute
-from lightning_zipit.merging.widths import FlopsModel, count_flops, find_fixed, spend, total_loss
 from lightning_zipit.paths import AllHeads
-from lightning_zipit.report.report import measure_cost
 
 
 class Dense(nn.Module):

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_zipit import Ensemble, MergeSettings, ZipIt
-from lightning_zipit.calibration.fingerprint import fingerprint
+from lightning_zipit._calibration.fingerprint import fingerprint
+from lightning_zipit._report.report import measure_cost
 from lightning_zipit.matchers import (
     CCA,
     Agglomerative,
@@ -31,7 +32,6 @@ from lightning_zipit.matchers import (
     Permute,
     WeightMatching,
 )
-from lightning_zipit.report.report import measure_cost
 
 from .data import Batches, Images, Split
 from .experiments import Group, Pair

@@ -18,7 +18,7 @@ def operators_as_markdown() -> str:
         True
     """
     rows: dict[tuple[Trait, str], set[str]] = {}
-    own = {key: known for key, known in OPERATORS.items() if known.rule.__module__.startswith(f"{__package__}.")}
+    own = {key: known for key, known in OPERATORS.items() if known.rule.__module__.startswith(f"{__package__}.rules.")}
     for key, known in own.items():
         said = (inspect.getdoc(known.rule) or "").partition("\n")[0].replace("``", "`")
         rows.setdefault((known.traits, said), set()).add(_name(key))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from lightning_zipit.copying import copy_module
+from lightning_zipit._common.copying import copy_module
 from lightning_zipit.errors import ConfigurationError, VerificationError
 from lightning_zipit.graph.replay import agree, run_nodes, swapped, tensors_in
 from lightning_zipit.graph.spaces import Crossing, MergeGraph, unit_members, units_around, units_first

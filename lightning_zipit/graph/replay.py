@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from lightning_zipit.copying import copy_module
+from lightning_zipit._common.copying import copy_module
 from lightning_zipit.errors import CalibrationError, TraceError
 from lightning_zipit.graph.shapes import evaluating
 

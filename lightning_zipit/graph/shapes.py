@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from lightning_zipit.copying import copy_module
+from lightning_zipit._common.copying import copy_module
 from lightning_zipit.errors import TraceError, UnknownShapeError
 from lightning_zipit.graph.registry import Trait, traits_of
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_zipit.collectives import all_reduce_sums
+from lightning_zipit._common.collectives import all_reduce_sums
 from lightning_zipit.errors import CalibrationError
 from lightning_zipit.refine.finite import WAY_OUT
 from lightning_zipit.refine.moments import FeatureMoments

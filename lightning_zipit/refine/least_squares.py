@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_zipit.calibration.statistics import AT_ONCE, add_gram
+from lightning_zipit._calibration.statistics import AT_ONCE, add_gram
 from lightning_zipit.errors import CalibrationError
 from lightning_zipit.graph.layers import Fitted, groups_of
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_zipit._merging.dense import moments_under, set_moments
+from lightning_zipit._merging.maps import DenseMap, Maps, counting_alone
+from lightning_zipit._merging.parameters import contract
 from lightning_zipit.graph import AxisRef
-from lightning_zipit.merging.dense import moments_under, set_moments
-from lightning_zipit.merging.maps import DenseMap, Maps, counting_alone
-from lightning_zipit.merging.parameters import contract
 
 TASK = "task"
 """Name of the input by which a trunk with a batch norm per task is told its task."""

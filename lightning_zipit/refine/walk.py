@@ -11,12 +11,13 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, fx, nn
 
-from lightning_zipit.calibration.calibration import Beginning, choose_positions, marks
-from lightning_zipit.collectives import all_reduce_sums, rank_and_size, share
+from lightning_zipit._calibration.calibration import Beginning, choose_positions, marks
+from lightning_zipit._common.collectives import all_reduce_sums, rank_and_size, share
+from lightning_zipit._common.views import Inputs, any_view, view_of
+from lightning_zipit._merging.maps import DenseMap, Maps, along_axis, model_shares
 from lightning_zipit.graph import AxisRef, MergeGraph
 from lightning_zipit.graph.joined import UNMERGE, Joined
 from lightning_zipit.graph.layers import TOO_MANY_INPUTS, Fitted, Layer, Norm, find_stops, groups_of, layer_of
-from lightning_zipit.merging.maps import DenseMap, Maps, along_axis, model_shares
 from lightning_zipit.refine.finite import MERGED, check_values, source_of
 from lightning_zipit.refine.frontier import Frontier, Run, Values
 from lightning_zipit.refine.least_squares import MOST_INPUTS, NormalEquations, patches, samples, solve_layer
@@ -24,7 +25,6 @@ from lightning_zipit.refine.moments import FeatureMoments
 from lightning_zipit.refine.outputs import Outputs, outputs_shape
 from lightning_zipit.refine.repair import rescale_layer
 from lightning_zipit.refine.settings import LayerByLayer, LeastSquares
-from lightning_zipit.views import Inputs, any_view, view_of
 
 
 @dataclass(frozen=True)

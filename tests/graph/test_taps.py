@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lightning_zipit import MergeSettings, merge_backbones, trace
-from lightning_zipit.calibration.calibration import Calibration
+from lightning_zipit._calibration.calibration import Calibration
 from lightning_zipit.graph.taps import before_activations
 from lightning_zipit.paths import AllHeads
 

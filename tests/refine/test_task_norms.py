@@ -9,11 +9,11 @@ from helpers.nets import PlainNet, SmallResNet, Wrap, images, settle, settled_pa
 from torch import nn
 
 from lightning_zipit import MergeSettings, MultiHeadModule, ZipIt, merge_backbones, trace
+from lightning_zipit._lightning.export import export_merged
+from lightning_zipit._merging.maps import SpaceMap
+from lightning_zipit._merging.rebuild import build_merged
 from lightning_zipit.errors import ConfigurationError
-from lightning_zipit.export import export_merged
 from lightning_zipit.matchers import Average
-from lightning_zipit.merging.maps import SpaceMap
-from lightning_zipit.merging.rebuild import build_merged
 from lightning_zipit.refine import BatchNorm
 from lightning_zipit.refine.task_norms import give_norms, set_affine
 

@@ -1,0 +1,1 @@
+"""What every phase uses: copies, processes, inputs, files."""

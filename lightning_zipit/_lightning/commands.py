@@ -1,0 +1,143 @@
+"""What the ``lightning-zipit`` command does beside running a Trainer: it looks at networks and exports them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_zipit._common.files import find_output_problem, replacing
+from lightning_zipit._common.views import view_of
+from lightning_zipit._lightning.export import export_merged
+from lightning_zipit._lightning.files.checkpoint import (
+    find_record,
+    read_barriers,
+    read_checkpoint,
+    read_example,
+    reading_record,
+)
+from lightning_zipit._lightning.files.descriptions import make_sources
+from lightning_zipit._lightning.files.loading import load_source
+from lightning_zipit._lightning.files.names import find_class, find_object
+from lightning_zipit._lightning.files.trust import Trust, Trusted
+from lightning_zipit._lightning.multihead import MultiHeadModule
+from lightning_zipit._lightning.sources import get_backbone
+from lightning_zipit.errors import ConfigurationError
+from lightning_zipit.graph import MergeGraph, trace
+
+
+def inspect(
+    model: str | None = None,
+    arguments: dict[str, Any] | None = None,
+    ckpt_path: str | None = None,
+    backbone: str = "",
+    stop_at: str | None = None,
+    input_shape: list[int] | None = None,
+    svg: str | None = None,
+    weights_only: bool = True,
+    start_at: str | None = None,
+    trust: list[str] | str | None = None,
+) -> None:
+    """Show what a merge would tie together: every parameter, and the feature space that each of its axes belongs to.
+
+    Args:
+        model: the network's class by class path, such as my_project.LitNet or torchvision.models.resnet18.
+        arguments: arguments of the model, as in --arguments.width=5; those of a checkpoint are in it.
+        ckpt_path: a trained checkpoint of the model, or a merged checkpoint.
+        backbone: dotted name of the part of the model that would be merged; the whole forward by default.
+        stop_at: dotted name inside the backbone of the last module that the tasks would share.
+        input_shape: shape of one sample, such as [3, 224, 224], where one that fits cannot be guessed.
+        svg: a file to draw the network in, with its spaces in colour.
+        weights_only: read tensors and primitives of the checkpoint only. false unpickles it, which runs code that it
+            holds: for files that you trust.
+        start_at: dotted name inside the backbone of the first module that the tasks would share.
+        trust: modules or classes by dotted name that the checkpoint may name, such as my_project.
+
+    Raises:
+        ConfigurationError: if there is no model to look at, or no such part of it.
+        CheckpointError: if the checkpoint cannot be read, or names what is not allowed.
+        TraceError: if the backbone cannot be traced.
+    """
+    if svg and (problem := find_output_problem(svg)):
+        raise ConfigurationError(problem.replace("`output`", "`svg`"))
+    graph = _trace_merged(ckpt_path, weights_only, Trust.of(trust, _named(model))) if ckpt_path else None
+    if graph is None:
+        network = _find_model(model, arguments or {}, ckpt_path, weights_only, trust)
+        example = torch.zeros(1, *input_shape) if input_shape else None
+        graph = trace(get_backbone(network, backbone), stop_at, example_input=example, start_at=start_at)
+    print(graph)
+    if svg:
+        with replacing(Path(svg)) as file:
+            file.write_text(graph.to_svg(), encoding="utf-8")
+        print(f"Drew the network in {svg}")
+
+
+def _named(model: str | None) -> Any:
+    return find_object(model) if model else None
+
+
+def _find_model(
+    model: str | None, arguments: Mapping[str, Any], ckpt_path: str | None, weights_only: bool, trust: Trusted | None
+) -> nn.Module:
+    if ckpt_path is not None and not arguments:
+        return load_source(ckpt_path, find_class(model) if model else None, weights_only=weights_only, trust=trust)
+    if model is None:
+        raise ConfigurationError("There is nothing to look at: give --model or --ckpt_path.")
+    try:
+        network = find_object(model)(**arguments)
+    except TypeError as error:
+        raise ConfigurationError(f"{model} cannot be made: {error}. Give its --arguments.NAME=VALUE.") from error
+    if not isinstance(network, nn.Module):
+        raise ConfigurationError(f"{model} makes no module, but a {type(network).__name__}.")
+    return network
+
+
+def _trace_merged(ckpt_path: str, weights_only: bool, trust: Trust) -> MergeGraph | None:
+    """The graph of a merged checkpoint's first source; ``None`` for another checkpoint."""
+    checkpoint = read_checkpoint(ckpt_path, "cpu", weights_only)
+    if find_record(checkpoint) is None:
+        return None
+    with reading_record(checkpoint, ckpt_path) as record:
+        task, source = next(iter(make_sources(record["sources"], trust, ckpt_path).items()))
+        example = read_example(record)
+        return trace(
+            get_backbone(source, record["backbone"]),
+            record["stop_at"],
+            example_input=None if example is None else view_of(example, task),
+            merge_heads=record["merge_heads"],
+            barriers=read_barriers(record["barriers"]),
+            start_at=record.get("start_at"),
+        )
+
+
+def export(
+    ckpt_path: str,
+    output: str,
+    batch_size: int | None = None,
+    model: str | None = None,
+    trust: list[str] | str | None = None,
+) -> None:
+    """Write a merged checkpoint as a file that runs without this package: ONNX, or torch.export's .pt2.
+
+    Its outputs are named for the tasks. Where each task has a stem, it has an input for each: input.TASK in ONNX, a
+    dict in .pt2.
+
+    Args:
+        ckpt_path: a merged checkpoint.
+        output: the file to write; .onnx or .pt2 says the format. ONNX needs pip install 'lightning-zipit[onnx]'.
+        batch_size: the number of samples that the file is for; any number by default.
+        model: the class of the models that were merged, by class path; a checkpoint alone imports nothing.
+        trust: modules or classes by dotted name that the checkpoint may name, such as my_project.
+
+    Raises:
+        ConfigurationError: if the format is unknown, needs packages that are not there, or the network cannot be
+            exported.
+        CheckpointError: if the checkpoint cannot be read, is not merged, or names what is not allowed.
+    """
+    checkpoint = read_checkpoint(ckpt_path, "cpu")
+    merged = MultiHeadModule.restore(checkpoint, ckpt_path, Trust.of(trust, _named(model)))
+    names = export_merged(merged, output, batch_size)
+    print(f"Wrote {output}, with the outputs {', '.join(names)}")

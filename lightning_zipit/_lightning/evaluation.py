@@ -1,0 +1,160 @@
+"""What a merged module is worth: metrics of its tasks, and the joint accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from torch import Tensor
+
+from lightning_zipit._common.collectives import share
+from lightning_zipit._common.views import Inputs
+from lightning_zipit._lightning.multitask import MultiTaskModule
+from lightning_zipit.errors import ConfigurationError
+from lightning_zipit.metrics import JointAccuracy
+
+TARGET_KEYS = ("label", "labels", "target", "targets", "y")
+
+
+def find_target(batch: Any) -> Tensor:
+    """The labels in a batch: its second item, or a well-known key.
+
+    Raises:
+        ConfigurationError: if there are none.
+    """
+    found = None
+    if isinstance(batch, (tuple, list)) and len(batch) > 1:
+        found = batch[1]
+    elif isinstance(batch, Mapping):
+        found = next((batch[key] for key in TARGET_KEYS if key in batch), None)
+    if not isinstance(found, Tensor):
+        raise ConfigurationError(
+            "`classes` needs labels: a validation batch must have them as its second item, or as one of the keys "
+            f"{', '.join(TARGET_KEYS)}."
+        )
+    return found
+
+
+class JointEvaluation(Callback):
+    """Measures the :class:`~lightning_zipit.JointAccuracy` while ``trainer.validate`` runs over a merged module.
+
+    Args:
+        classes: per task, the global label of each output of its head. Batches have the labels of their task.
+        get_input: from a batch to the backbone's input.
+    """
+
+    def __init__(self, classes: Mapping[str, Sequence[int]], get_input: Callable[[Any], Inputs]) -> None:
+        self.metric = JointAccuracy(classes)
+        self.get_input = get_input
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        assert isinstance(pl_module, MultiTaskModule)
+        task, target = pl_module.task_of(dataloader_idx), find_target(batch)
+        own = self.metric.classes[task].to(target.device)
+        if len(target) and not 0 <= int(target.min()) <= int(target.max()) < len(own):
+            raise ConfigurationError(
+                f"`classes` gives task {task!r} {len(own)} classes, but its validation data has labels from "
+                f"{int(target.min())} to {int(target.max())}: labels number the outputs of the task's head, from 0."
+            )
+        self.metric.to(target.device).update(pl_module(self.get_input(batch)), own[target])
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        pl_module.log_dict(self.metric.compute(), sync_dist=True)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Runs ``trainer.validate`` and reads off metrics.
+
+    Args:
+        trainer: the Trainer.
+        tasks: the tasks.
+        dataloaders: validation loaders, one per task; ``None`` for those of the data module.
+        datamodule: where they come from instead.
+        metric: what every task's ``validation_step`` logs.
+        classes: global labels, for the joint accuracy.
+        get_input: from a batch to the backbone's input.
+    """
+
+    trainer: Trainer
+    tasks: tuple[str, ...]
+    dataloaders: Any
+    datamodule: LightningDataModule | None
+    metric: str | None
+    classes: Mapping[str, Sequence[int]] | None
+    get_input: Callable[[Any], Inputs]
+
+    @property
+    def decides(self) -> str:
+        """The name of the metric that settings are compared by."""
+        return self.metric or "joint"
+
+    @property
+    def names(self) -> list[str]:
+        """The names of all metrics."""
+        if self.metric is None:
+            return ["joint", "mean", *self.tasks]
+        return [self.metric, *(f"{task}/{self.metric}" for task in self.tasks), *["joint"] * bool(self.classes)]
+
+    def problems(self) -> list[str]:
+        """What stands in the way and is known before any data is touched."""
+        found = []
+        if self.metric is None and self.classes is None:
+            found.append(
+                "There is nothing to compare settings by: give `metric`, which your validation_step logs, or "
+                "`classes`, the global labels of each task."
+            )
+        if self.classes is not None and set(self.classes) != set(self.tasks):
+            found.append(f"`classes` has the tasks {list(self.classes)}, but the models are {list(self.tasks)}.")
+        elif self.classes is not None:
+            try:
+                JointAccuracy(self.classes)
+            except ValueError as error:
+                found.append(str(error))
+        own = self.datamodule is not None and (
+            type(self.datamodule).val_dataloader is not LightningDataModule.val_dataloader
+        )
+        if self.dataloaders is None and not own:
+            found.append(
+                "There is no validation data: pass `val_dataloaders`, one per task, or a `datamodule` whose "
+                "`val_dataloader` returns them."
+            )
+        return found
+
+    def __call__(self, module: MultiTaskModule) -> dict[str, float]:
+        """The metrics of a module.
+
+        Raises:
+            ConfigurationError: if a task does not log the metric.
+        """
+        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+        joint = [JointEvaluation(self.classes, self.get_input)] if self.classes else []
+        callbacks.extend(joint)
+        datamodule = None if self.dataloaders is not None else self.datamodule
+        try:
+            self.trainer.validate(module, self.dataloaders, datamodule=datamodule, verbose=False)
+        finally:
+            callbacks[:] = [callback for callback in callbacks if callback not in joint]
+            self.trainer.datamodule = None  # type: ignore[attr-defined]  # else its hooks run with the next merge
+        # What is logged without sync_dist is that of one process.
+        everyone = share(lambda: {name: float(value) for name, value in self.trainer.callback_metrics.items()})
+        logged = {name: sum(each[name] for each in everyone) / len(everyone) for name in everyone[0]}
+        if self.metric:
+            missing = [task for task in self.tasks if f"{task}/{self.metric}" not in logged]
+            if missing:
+                raise ConfigurationError(
+                    f"`metric`: the validation_step of {', '.join(map(repr, missing))} logs no {self.metric!r}. "
+                    f"What is logged is {', '.join(logged) or 'nothing'}."
+                )
+            logged[self.metric] = sum(logged[f"{task}/{self.metric}"] for task in self.tasks) / len(self.tasks)
+        return {name: logged[name] for name in self.names}

@@ -1,0 +1,108 @@
+"""Merged modules for other runtimes: ONNX and torch.export."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_utilities.core.imports import RequirementCache
+from torch import Tensor
+
+from lightning_zipit._common.files import find_output_problem, replacing_with_companions
+from lightning_zipit._common.views import Inputs, each_view, like
+from lightning_zipit._lightning.multihead import MultiHeadModule
+from lightning_zipit.errors import ConfigurationError
+from lightning_zipit.paths import AllHeads
+
+ONNX_PACKAGES = ("onnx", "onnxscript")
+
+
+class Network(AllHeads):
+    """Stems, trunk and heads without Lightning: from an input, or a dict of one per task, to a dict of all outputs.
+
+    Args:
+        merged: the merged module; its parts are shared, not copied.
+    """
+
+    def __init__(self, merged: MultiHeadModule) -> None:
+        super().__init__(merged.trunk, merged.heads, merged.stems)
+
+    def forward(self, x: Inputs) -> dict[str, Tensor]:
+        """Outputs by name: the task, or ``task.key`` where a head has several outputs."""
+        outputs = super().forward(x)
+        return {name: output for task, each in outputs.items() for name, output in _by_name(task, each)}
+
+
+def _by_name(name: str, output: Any) -> list[tuple[str, Tensor]]:
+    if isinstance(output, Tensor):
+        return [(name, output)]
+    items = output.items() if isinstance(output, Mapping) else enumerate(output)
+    return [named for key, item in items if item is not None for named in _by_name(f"{name}.{key}", item)]
+
+
+def export_merged(merged: MultiHeadModule, output: str | Path, batch_size: int | None = None) -> list[str]:
+    """Write a merged module to a file that runs without this package.
+
+    One with stems takes an input for each task: a dict of them (``.pt2``), or those named ``input.TASK`` (``.onnx``).
+
+    Args:
+        merged: the merged module.
+        output: the file to write: ``.pt2`` is read by :func:`torch.export.load`, ``.onnx`` by ONNX runtimes. Weights of
+            an ``.onnx`` that take more than 1.5 GiB are in a file beside it, ``{output}.data``.
+        batch_size: the number of samples that the file is for; any number by default.
+
+    Returns:
+        The names of the outputs: those of the tasks, in a dict (``.pt2``) or as names of the graph (``.onnx``).
+
+    Raises:
+        ConfigurationError: if the format is unknown, needs packages that are not there, or the network cannot be
+            exported.
+    """
+    output = Path(output)
+    if problem := find_output_problem(output) or _find_format_problem(output):
+        raise ConfigurationError(problem)
+    example = merged.example_input
+    if example is None:
+        raise ConfigurationError("The merged module does not know the shape of its input: give it an `example_input`.")
+    network = Network(merged).eval()
+    if len(merged.stems) and isinstance(example, Tensor):
+        example = dict.fromkeys(merged.tasks, example)
+    x = each_view(like(example, network), lambda one: one.expand(batch_size or 2, *one.shape[1:]).contiguous())
+    with torch.no_grad():
+        names = list(network(x))
+    tasks = [] if isinstance(x, Tensor) else list(x)
+    batch: Any = {task: {0: torch.export.Dim(f"batch_{number}")} for number, task in enumerate(tasks)}
+    open_axes = None if batch_size else (batch or {0: torch.export.Dim("batch")},)
+    try:
+        program = torch.export.export(network, (x,), dynamic_shapes=open_axes)
+    except Exception as error:  # torch.export has no error class of its own
+        hint = "" if batch_size else " A fixed batch size may help: batch_size=1 (--batch_size=1)."
+        raise ConfigurationError(f"torch.export cannot follow the merged network.{hint} It says: {error}") from error
+    with replacing_with_companions(output) as file:
+        if output.suffix == ".pt2":
+            torch.export.save(program, file)
+        else:
+            onnx = torch.onnx.export(
+                program,
+                input_names=[f"input.{task}" for task in tasks] or ["input"],
+                output_names=names,
+                dynamic_shapes=open_axes,
+                dynamo=True,
+                verbose=False,
+            )
+            assert onnx is not None
+            onnx.save(file)
+    return names
+
+
+def _find_format_problem(output: Path) -> str | None:
+    if output.suffix not in (".onnx", ".pt2"):
+        return f"`output` must end in .onnx or .pt2, which says the format; got {output}."
+    missing = [name for name in ONNX_PACKAGES if output.suffix == ".onnx" and not RequirementCache(name)]
+    if missing:
+        return f"ONNX needs {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed: " + (
+            "pip install 'lightning-zipit[onnx]'"
+        )
+    return None

@@ -1,0 +1,1 @@
+"""What checkpoints say, and what of it may be imported or called."""

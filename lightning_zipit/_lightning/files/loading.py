@@ -1,0 +1,133 @@
+"""Trained source models out of checkpoints, which Lightning, this package or `torch.save` wrote."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.pytorch import LightningModule
+
+from lightning_zipit._common.copying import copy_module
+from lightning_zipit._lightning.files.checkpoint import find_record, find_weights, naming_file, read_checkpoint
+from lightning_zipit._lightning.files.descriptions import (
+    build_module,
+    describe_checkpoint,
+    find_missing,
+    find_source_requests,
+)
+from lightning_zipit._lightning.files.names import find_class
+from lightning_zipit._lightning.files.trust import Trust, Trusted, check_requests, find_source_class
+from lightning_zipit._lightning.multihead import MultiHeadModule
+from lightning_zipit.errors import CheckpointError
+
+
+def load_sources(
+    checkpoints: Mapping[str, str],
+    model: LightningModule | type[LightningModule] | None,
+    classes: Mapping[str, str],
+    weights_only: bool,
+    trust: Trusted | Trust | None = None,
+) -> dict[str, LightningModule]:
+    """The trained module of each task; see :func:`load_source`."""
+    return {
+        task: load_source(path, model, classes.get(task), weights_only, task, trust)
+        for task, path in checkpoints.items()
+    }
+
+
+def load_source(
+    path: str,
+    model: LightningModule | type[LightningModule] | None,
+    class_path: str | None = None,
+    weights_only: bool = True,
+    task: str | None = None,
+    trust: Trusted | Trust | None = None,
+) -> LightningModule:
+    """A trained module: of its own hyperparameters where the checkpoint has them, else a copy of the one given.
+
+    A checkpoint of a merged module gives that one.
+
+    Args:
+        path: the checkpoint.
+        model: a module of its class, or that class.
+        class_path: its class, where it is not that of ``model``.
+        weights_only: read nothing but tensors and primitives.
+        task: what to call the checkpoint in errors.
+        trust: names of modules or classes that the checkpoint may name.
+
+    Raises:
+        CheckpointError: if the checkpoint cannot be read, does not fit the class, or names what is not allowed.
+        ConfigurationError: if the class that was named cannot be imported.
+    """
+    where = path if task is None else f"Task {task!r}: {path}"
+    checkpoint = _read(path, weights_only)
+    own_class = find_class(class_path) if class_path else None
+    allowed = Trust.of(trust, model, own_class)
+    if find_record(checkpoint) is not None:
+        return MultiHeadModule.restore(checkpoint, where, allowed)
+    with naming_file(where, "is damaged"):
+        description = describe_checkpoint(checkpoint)
+        model_class = find_model_class(description, model, own_class, where, task, allowed)
+    with naming_file(where, f"cannot be loaded into {model_class.__name__}"):  # whose code may raise anything
+        described = description["hyperparameters"] and not find_missing(model_class, description)
+        if isinstance(model, model_class) and not described:
+            source = copy_module(model)
+        else:
+            source = build_module(model_class, description, allowed)
+        source.configure_model()
+        source.on_load_checkpoint(checkpoint)
+        source.load_state_dict(find_weights(checkpoint, where), strict=source.strict_loading)
+    return source
+
+
+def find_model_class(
+    description: Mapping[str, Any],
+    model: LightningModule | type[LightningModule] | None,
+    own_class: Any,
+    where: str,
+    task: str | None,
+    trust: Trust,
+) -> Any:
+    """The class of the model in a checkpoint, once all that the checkpoint names is allowed.
+
+    Args:
+        description: what the checkpoint says of its model.
+        model: a module of a class, or a class, for a checkpoint that names none.
+        own_class: the class that the user has named for this checkpoint, which comes before the one that it names.
+        where: the file, for errors.
+        task: its task, for errors.
+        trust: what it may name.
+
+    Raises:
+        UntrustedError: if the checkpoint names anything that is not allowed.
+        CheckpointError: if there is no class.
+    """
+    named = description["class_path"]
+    found = own_class or (None if named is not None or model is None else _class_of(model))
+    option = "--model" if task is None else f"--classes.{task}"
+    ways_out = [f"say the class: {option}={named}"] if named is not None and own_class is None else []
+    check_requests(where, find_source_requests(description, trust, found=found), ways_out)
+    if found is not None:
+        return found
+    if named is None:
+        raise CheckpointError(f"{where} does not say of which class its model is: say it with --model=CLASS_PATH.")
+    found = find_source_class(named, trust)  # whose signature says which strings stand for functions
+    check_requests(where, find_source_requests(description, trust, found=found), ways_out)
+    return found
+
+
+def _read(path: str, weights_only: bool) -> dict[str, Any]:
+    try:
+        return read_checkpoint(path, "cpu", weights_only)
+    except CheckpointError as error:
+        if not weights_only or not isinstance(error.__cause__, pickle.UnpicklingError):
+            raise
+        raise CheckpointError(
+            f"{error}. If you trust whoever made this file, weights_only=False (--weights_only=false) reads it, and "
+            "runs the code that it holds."
+        ) from error
+
+
+def _class_of(model: LightningModule | type[LightningModule]) -> type[LightningModule]:
+    return model if isinstance(model, type) else type(model)

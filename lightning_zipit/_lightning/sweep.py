@@ -1,0 +1,240 @@
+"""Many merges of the same models, from one calibration: which setting is worth its cost."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.utilities.seed import isolate_rng
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from lightning_zipit._calibration.calibration import statistics_bytes
+from lightning_zipit._calibration.fingerprint import fingerprint
+from lightning_zipit._common.files import find_output_problem, held
+from lightning_zipit._lightning.evaluation import Evaluation
+from lightning_zipit._lightning.internals import unsupported_strategy
+from lightning_zipit._lightning.module import ZipItModule
+from lightning_zipit._lightning.multihead import MultiHeadModule
+from lightning_zipit._lightning.multitask import Ensemble, MultiTaskModule
+from lightning_zipit._report.announce import quiet
+from lightning_zipit._report.report import Cost, MergeReport
+from lightning_zipit._sweep.plan import Plan
+from lightning_zipit._sweep.results import Mode, ResultsFile, SweepResult, SweepRow, describe
+from lightning_zipit.errors import CalibrationError, ConfigurationError, StatisticsError, ZipItError
+from lightning_zipit.graph import MergeGraph
+from lightning_zipit.graph.taps import tapped_by_all
+from lightning_zipit.pipeline import as_measured
+from lightning_zipit.settings import MergeSettings
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Merges and evaluates one setting after the other.
+
+    Args:
+        trainer: the Trainer.
+        make_module: makes a module to merge, with its calibration data.
+        merge: merges it.
+        plan: the settings to try.
+        evaluation: what is measured.
+        statistics: the file of the statistics.
+        mode: whether the metric is to be high or low.
+    """
+
+    trainer: Trainer
+    make_module: Callable[[], ZipItModule]
+    merge: Callable[[ZipItModule, MergeSettings], MultiHeadModule]
+    plan: Plan
+    evaluation: Evaluation
+    statistics: Path
+    mode: Mode
+
+    def run(self, results: str | Path) -> SweepResult:
+        """Do all settings that are not done yet.
+
+        Args:
+            results: the CSV file.
+
+        Raises:
+            ConfigurationError: with all that is wrong with settings, models, loaders and files, before any data is
+                touched; or with the error of the first setting, where all fail.
+            CalibrationError: if the calibration data cannot be used.
+            StatisticsError: if the statistics are those of other models or settings.
+        """
+        module = self.make_module()
+        with quiet():
+            self._check(module, results)
+        file = ResultsFile(results, self._digest(module), self.evaluation.names, self.plan.share)
+        if self.plan.share is None and self.trainer.is_global_zero:
+            file.collect()
+        ensemble, errors = file.find(None), list[Exception]()
+        datamodule, attached = module.datamodule, self.trainer.datamodule  # type: ignore[attr-defined]
+
+        def evaluate(settings: MergeSettings) -> SweepRow:
+            nonlocal ensemble
+            row = file.find(settings)
+            if row is None or row.error:
+                ensemble = ensemble or self._run_ensemble(module, show)
+                text = describe(settings)
+                show(", ".join(text[name] for name in ("stop_at", "matcher", "refine")), 0)
+                row, outcome = self._attempt(settings)
+                if isinstance(outcome, Exception):
+                    errors.append(outcome)
+                elif not ensemble.flops:
+                    ensemble = _with_costs(ensemble, outcome.ensemble, outcome)
+                    file.keep(ensemble, self.trainer.is_global_zero)
+                file.keep(row, self.trainer.is_global_zero)
+            show(None, 1)
+            return row
+
+        with quiet(), self._progress() as show, _restored(self.trainer, datamodule, attached):
+            if self.plan.asks and self.trainer.world_size > 1:  # processes that are to ask together meet here
+                measured = self._run_ensemble(module, show)
+                ensemble = ensemble or measured
+            rows = self.plan.run(evaluate)
+        self.trainer.strategy.barrier("ZipIt.sweep")  # no process reads the file before it is complete
+        missing = 0
+        if self.plan.share is not None:
+            file.read()
+            rows, ensemble = [row for each in self.plan.settings if (row := file.find(each))], file.find(None)
+            missing = len(self.plan.settings) - len(rows)
+            if not missing:
+                file.collect()
+        if errors and not missing and all(row.error for row in rows):
+            raise errors[0]
+        return SweepResult(tuple(rows), self.evaluation.decides, self.mode, ensemble, missing, self._merge_alone)
+
+    def _run_ensemble(self, module: ZipItModule, show: Callable[[str | None, int], None]) -> SweepRow:
+        show("the ensemble", 0)
+        return SweepRow(None, self._evaluate(Ensemble(module.models, module.backbone)))
+
+    def _merge_alone(self, settings: MergeSettings) -> MultiHeadModule:
+        also = tuple(each for each in self.plan.settings if each.start_at == settings.start_at)
+        return self.merge(self.make_module(), replace(settings, statistics=self._file_of(settings), also=also))
+
+    def _file_of(self, settings: MergeSettings) -> Path:
+        """The statistics file: each start of the trunk has its own, as it is measured from there on."""
+        if settings.start_at is None:
+            return self.statistics
+        start = re.sub(r"[^\w.]", "_", settings.start_at)
+        return self.statistics.with_name(f"{self.statistics.stem}.from-{start}{self.statistics.suffix}")
+
+    def _gathering(self, settings: MergeSettings) -> AbstractContextManager[None]:
+        """Inside, this share alone gathers the statistics for all."""
+        file = self._file_of(settings)
+        alone = self.plan.share and not file.is_file()
+        return held(file.with_name(f".{file.name}.lock")) if alone else nullcontext()
+
+    def _attempt(self, settings: MergeSettings) -> tuple[SweepRow, MergeReport | Exception]:
+        """The row of one setting, and the report of its merge or what stood in its way."""
+        try:
+            with self._gathering(settings):
+                merged = self._merge_alone(settings)
+            report, row = merged.report, SweepRow(settings, self._evaluate(merged))
+        except StatisticsError:
+            raise
+        except Exception as error:
+            if isinstance(error, CalibrationError) and not self._file_of(settings).is_file():
+                raise  # the next setting would go through the same data
+            return SweepRow(settings, error=f"{type(error).__name__}: {error}"), error
+        assert report is not None
+        return _with_costs(row, report.merged, report), report
+
+    def _evaluate(self, module: MultiTaskModule) -> dict[str, float]:
+        with isolate_rng():
+            return self.evaluation(module)
+
+    def _check(self, module: ZipItModule, results: str | Path) -> None:
+        """Look for everything that is wrong before any data is touched."""
+        problems = self.evaluation.problems()
+        errors: list[Exception] = []
+        # Processes that are not there yet have files of their own.
+        reads = self.trainer.world_size == 1 and not problems
+        module.trainer = self.trainer
+        if problem := unsupported_strategy(self.trainer):
+            problems.append(problem)
+        if self.plan.share and self.trainer.world_size > 1:
+            problems.append("`share` is for processes that know nothing of each other: use a Trainer with devices=1.")
+        no_data = module.dataloaders is None and module.datamodule is None
+        if no_data and not all(self._file_of(each).is_file() for each in self.plan.settings):
+            problems.append("There is no calibration data: pass `dataloaders` or `datamodule`.")
+        for path, argument in ((results, "results"), (self.statistics, "statistics")):
+            problems += [problem] if (problem := find_output_problem(path, argument)) else []
+        graphs: dict[tuple[str | None, str | None], MergeGraph] = {}
+        for cut in dict.fromkeys((each.start_at, each.stop_at) for each in self.plan.settings):
+            each = next(each for each in self.plan.settings if (each.start_at, each.stop_at) == cut)
+            known = self._file_of(each) if reads else None
+            try:
+                module.prepare(replace(each, statistics_memory=float("inf"), statistics=known))
+                if module.session is not None and module.session.graphs:
+                    graphs[cut] = next(iter(module.session.graphs.values()))
+            except ZipItError as error:
+                problems.append(str(error))
+                errors.append(error)
+            finally:
+                module.release()
+        for start_at in dict.fromkeys(start for start, _ in graphs) if not problems else ():
+            cuts = {stop_at: graph for (start, stop_at), graph in graphs.items() if start == start_at}
+            own = [each for each in self.plan.settings if each.start_at == start_at and each.stop_at in cuts]
+            tapped = tapped_by_all([as_measured(cuts[each.stop_at], each) for each in own])
+            needed = sum(statistics_bytes(tapped, name, len(module.models)) for name in tapped.spaces) / 2**30
+            limit = self.plan.settings[0].statistics_memory
+            if needed > limit:
+                problems.append(
+                    f"The statistics for all settings take {needed:.1f} GiB, more than statistics_memory={limit}: give "
+                    "more, or fewer cuts."
+                )
+        problems = list(dict.fromkeys(problems))
+        if len(problems) == 1 and errors:
+            raise errors[0]
+        if problems:
+            raise ConfigurationError.collect(problems)
+
+    def _digest(self, module: ZipItModule) -> str:
+        """Of all that rows depend on beside their settings."""
+        classes = self.evaluation.classes
+        prints = {task: fingerprint(model) for task, model in module.models.items()}
+        start = None if module.base is None else fingerprint(module.base)
+        labels = {task: list(map(int, classes[task])) for task in classes} if classes else None
+        text = json.dumps([prints, start, module.backbone, labels])
+        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+    @contextmanager
+    def _progress(self) -> Iterator[Callable[[str | None, int], None]]:
+        """One bar for the sweep, where the Trainer has bars; its own are put away meanwhile."""
+        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+        before = list(callbacks)
+        shown = any(isinstance(callback, ProgressBar) for callback in before) and self.trainer.is_global_zero
+        callbacks[:] = [callback for callback in before if not isinstance(callback, ProgressBar)]
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        try:
+            with Progress(*columns, disable=not shown, transient=True) as bar:
+                task = bar.add_task("", total=len(self.plan))
+                yield lambda text, steps: bar.update(task, description=text, advance=steps)
+        finally:
+            callbacks[:] = before
+
+
+def _with_costs(row: SweepRow, cost: Cost, report: MergeReport) -> SweepRow:
+    one = next(iter(report.sources.values())).flops
+    return replace(row, flops=cost.flops, relative_flops=cost.flops / one, parameters=cost.parameters)
+
+
+@contextmanager
+def _restored(trainer: Trainer, datamodule: LightningDataModule | None, attached: Any) -> Iterator[None]:
+    """Afterwards, Trainer and data module are connected as they were."""
+    before = datamodule.trainer if datamodule is not None else None
+    try:
+        yield
+    finally:
+        trainer.datamodule = attached  # type: ignore[attr-defined]
+        if datamodule is not None:
+            datamodule.trainer = before

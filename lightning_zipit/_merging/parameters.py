@@ -1,0 +1,107 @@
+"""From maps to merged weights: one generic loop over the table of axes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from operator import attrgetter
+
+import torch
+from torch import Tensor, nn
+
+from lightning_zipit._merging.maps import Maps, along_axis, model_shares
+from lightning_zipit.graph import AxisRef
+from lightning_zipit.graph.table import Table, bind
+
+
+def contract(weight: Tensor, axes: Sequence[AxisRef | None], maps: Maps, source: int) -> Tensor:
+    """M_i W_i U_i over the axes of one source model's parameter (ZipIt!, section 4).
+
+    Args:
+        weight: the parameter.
+        axes: per axis, the spaces that it writes or reads; ``None`` leaves the axis alone.
+        maps: the matching of each space.
+        source: the number i of the source model.
+
+    Returns:
+        float64, of the shape of ``weight`` but for axes of spaces that are resized.
+    """
+    weight = weight.detach().cpu().double()
+    known = [(axis, ref) for axis, ref in enumerate(axes) if ref is not None]
+    for axis, ref in sorted(known, key=lambda item: item[1].groups == 1):  # groups are rows of the source's order
+        weight = along_axis(weight, axis, ref, maps, source)
+    return weight
+
+
+def merge_parameter(
+    copies: Sequence[Tensor],
+    axes: Sequence[AxisRef | None],
+    maps: Maps,
+    weights: Sequence[float] | None = None,
+) -> Tensor:
+    """Merge one parameter of N source models: Σ_i M_i W_i U_i over its axes (ZipIt!, section 4).
+
+    A parameter that writes no space is averaged; whole numbers and equal copies are taken over.
+
+    Args:
+        copies: the parameter in each source model, all of one shape.
+        axes: per axis, the spaces that it writes or reads; ``None`` leaves the axis alone.
+        maps: the matching of each space.
+        weights: how much each model counts in a parameter that writes no space; all the same by default.
+
+    Returns:
+        The merged parameter, of the type of the first copy, on the CPU.
+    """
+    first = copies[0].detach()
+    untouched = not any(axes)
+    if not first.is_floating_point() or (untouched and all(torch.equal(first.cpu(), copy.cpu()) for copy in copies)):
+        return first.cpu().clone()
+    parts = torch.stack([contract(copy, axes, maps, source) for source, copy in enumerate(copies)])
+    if not any(ref is not None and ref.role == "producer" for ref in axes):
+        parts *= model_shares(len(copies), weights).reshape(-1, *[1] * first.ndim)
+    return parts.sum(0).to(first.dtype)
+
+
+def merge_into(
+    target: nn.Module,
+    sources: Sequence[nn.Module],
+    table: Table,
+    maps: Maps,
+    weights: Sequence[float] | None = None,
+) -> None:
+    """Write the merged parameters and buffers into a trunk.
+
+    Args:
+        target: a module with parameters under the names that they have in the sources, of the sizes of the merged
+            network.
+        sources: the source networks.
+        table: the rows of its parameters.
+        maps: the matching of each space.
+        weights: how much each network counts in parameters that write no space; all the same by default.
+    """
+    with torch.no_grad():
+        for name, tensor, row in bind(table, target):
+            copies = [attrgetter(name)(source) for source in sources]
+            tensor.copy_(merge_parameter(copies, row, maps, weights))
+
+
+def unmerge_into(
+    target: nn.Module,
+    network: nn.Module,
+    table: Table,
+    maps: Maps,
+    source: int,
+) -> None:
+    """Let the first layers of one head read the merged features: W_i U_i.
+
+    Args:
+        target: the head of one source model, with parameters under the names that they have there, of the sizes of the
+            merged network.
+        network: that model.
+        table: the rows of its parameters.
+        maps: the matching of each space.
+        source: the number i of the source model.
+    """
+    with torch.no_grad():
+        for name, tensor, row in bind(table, target):
+            if any(row):
+                tensor.copy_(contract(attrgetter(name)(network), row, maps, source))

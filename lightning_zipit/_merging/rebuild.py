@@ -1,0 +1,367 @@
+"""Splits a traced network into a trunk and a head: real modules, nothing left behind."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from lightning_zipit._common.copying import copy_module
+from lightning_zipit._merging.dense import fold_norms
+from lightning_zipit._merging.maps import Maps, counting_alone, shares_along, unmerge_along
+from lightning_zipit._merging.parameters import merge_into, unmerge_into
+from lightning_zipit.graph import MergeGraph
+from lightning_zipit.graph.joined import UNMERGE, Joined
+from lightning_zipit.graph.registry import Trait, traits_of, writes_in_place
+from lightning_zipit.graph.table import Table, bind, named_tensors, untie
+
+MERGE = "merge"
+"""Name of the submodule of a stem that holds its merges."""
+
+
+class Unmerge(nn.Module):
+    """U_i as a layer: gives every feature of one source model the merged feature that stands for it.
+
+    Args:
+        size: entries along the axis.
+        axis: the axis that holds the features.
+
+    Attributes:
+        index: the merged entry that stands for each.
+        matrix: U_i itself, where merged entries are mixed; a buffer that a module has when it is set, or in what is
+            loaded into it.
+    """
+
+    index: Tensor
+    matrix: Tensor | None
+
+    def __init__(self, size: int, axis: int) -> None:
+        super().__init__()
+        self.axis = axis
+        self.register_buffer("index", torch.arange(size))
+        self.register_buffer("matrix", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` with ``size`` entries along the axis."""
+        if self.matrix is None:
+            return x.index_select(self.axis, self.index)
+        return (x.movedim(self.axis, -1) @ self.matrix.mT).movedim(-1, self.axis)
+
+    def set(self, found: Tensor, dtype: torch.dtype) -> None:
+        """Take an index ``(size,)`` over, or a matrix ``(size, merged size)`` as one of a type."""
+        if found.is_floating_point():
+            self.matrix = found.to(self.index.device, dtype)
+        else:
+            self.index.copy_(found)
+
+    def behind(self, found: Tensor) -> Tensor:
+        """This unmerge and, in front of it, another one of the network that it reads, as one."""
+        if self.matrix is None:
+            return found[self.index.cpu()]
+        own = self.matrix.cpu().double()
+        if found.is_floating_point():
+            return own @ found
+        return own @ torch.nn.functional.one_hot(found).double()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if self.matrix is None and (saved := state_dict.get(f"{prefix}matrix")) is not None:
+            self.matrix = torch.zeros_like(saved, device=self.index.device)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        return f"{len(self.index)}, axis={self.axis}"
+
+
+class Merge(nn.Module):
+    """M_i as a layer: every merged feature is the mean over those of one source model that are in its cluster.
+
+    A merged feature that stands for none of them, which a one-to-one matching has none of, is silent: it is 0.
+
+    Args:
+        inputs: entries along the axis in the source.
+        outputs: entries along the axis in the merged network.
+        axis: the axis that holds the features.
+    """
+
+    index: Tensor
+    shares: Tensor
+
+    def __init__(self, inputs: int, outputs: int, axis: int) -> None:
+        super().__init__()
+        self.outputs, self.axis = outputs, axis
+        self.register_buffer("index", torch.arange(inputs) % outputs)
+        self.register_buffer("shares", torch.ones(inputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` with ``outputs`` entries along the axis."""
+        shares = self.shares.to(x.dtype).reshape(-1, *[1] * (x.ndim - self.axis - 1))
+        shape = [*x.shape[: self.axis], self.outputs, *x.shape[self.axis + 1 :]]
+        return x.new_zeros(shape).index_add(self.axis, self.index, x * shares)
+
+    def extra_repr(self) -> str:
+        return f"{len(self.index)}, {self.outputs}, axis={self.axis}"
+
+
+def build_merged(
+    graphs: Sequence[MergeGraph],
+    networks: Sequence[nn.Module],
+    maps: Maps,
+    weights: Sequence[float] | None = None,
+    models: Sequence[int] | None = None,
+) -> tuple[fx.GraphModule, list[fx.GraphModule]]:
+    """Merge networks: build the trunk and the heads, and fill in their weights.
+
+    Args:
+        graphs: the merge graph of each source network.
+        networks: the source networks.
+        maps: the matching of each space.
+        weights: how much each model counts where parameters hold no features; all the same by default.
+        models: the number of the model that each network is a part of, where several are the paths of one that was
+            merged before.
+
+    Returns:
+        The trunk, and the head of each network, in eval mode.
+    """
+    models = range(len(networks)) if models is None else models
+    widths = {name: space_map.width for name, space_map in maps.items()}
+    trunk = build_trunk(graphs[0], widths).eval()
+    leads = [networks[models.index(number)] for number in sorted(set(models))]
+    merge_into(trunk, leads, graphs[0].axes, maps, weights)
+    fold_norms(trunk, leads, graphs[0], maps)
+    heads = []
+    for graph, network, source in zip(graphs, networks, models, strict=True):
+        head = build_head(graph, widths).eval()
+        unmerge_into(head, network, graph.head_axes, maps, source)
+        set_unmerges(head, graph, network, maps, source)
+        heads.append(head)
+    return trunk, heads
+
+
+def build_stems(graphs: Sequence[MergeGraph], maps: Maps) -> list[fx.GraphModule]:
+    """The stems of a merge: what each network has before the trunk, and a merge of what that hands over.
+
+    Args:
+        graphs: the merge graph of each source network.
+        maps: the matching of each space.
+
+    Returns:
+        In eval mode; none where the trunk starts at the input.
+    """
+    widths = {name: space_map.width for name, space_map in maps.items()}
+    stems = [build_stem(graph, widths).eval() for graph in graphs if graph.stem_nodes]
+    for source, (stem, graph) in enumerate(zip(stems, graphs, strict=False)):
+        set_merges(stem, graph, maps, source)
+    return stems
+
+
+def build_stem(graph: MergeGraph, widths: Mapping[str, int] | None = None) -> fx.GraphModule:
+    """What one task's network has before the trunk, with copies of its weights.
+
+    Args:
+        graph: the merge graph of that task's network.
+        widths: per space of the trunk its number of features, where that is another.
+
+    Returns:
+        A module from the input to a tuple of what the trunk takes: values whose features a :class:`Merge` makes those
+        of the trunk, and values that pass by it into the head.
+    """
+    root, merges = _with_submodule(graph.module, MERGE)
+    stem = fx.Graph()
+    built: dict[str, fx.Node] = {}
+    for node in graph.stem_graph():
+        built[node.name] = stem.node_copy(node, lambda source: built[source.name])
+    passed = _passed(graph)
+    handed = []
+    for entry in graph.entries:
+        value = built[entry.node]
+        if entry.ref is not None and entry.axis is not None:
+            merges[entry.node] = Merge(entry.ref.size, entry.ref.resized(widths or {}).size, entry.axis)
+            value = stem.call_module(f"{MERGE}.{entry.node}", (value,))
+        elif entry.node in passed and entry.shape:
+            value = stem.call_method("clone", (value,))  # the trunk may write into it
+        handed.append(value)
+    stem.output((*handed, *(built[name] for name in passed)))
+    dtype = next((each.dtype for each in root.parameters() if each.is_floating_point()), None)
+    merges.to(dtype)
+    return _module(root, stem, "Stem", {}, None)
+
+
+def _passed(graph: MergeGraph) -> list[str]:
+    """The values of a stem that pass by the trunk into the head."""
+    return [crossing.node for crossing in graph.crossings if crossing.node in graph.stem_nodes]
+
+
+def _with_submodule(module: nn.Module, name: str) -> tuple[nn.Module, nn.ModuleDict]:
+    """A shallow copy of a module with one more submodule, which is empty."""
+    root = copy.copy(module)
+    root._modules = dict(module._modules)
+    added = root._modules[name] = nn.ModuleDict()
+    return root, added
+
+
+def set_merges(stem: nn.Module, graph: MergeGraph, maps: Maps, source: int) -> None:
+    """Tell the merges of a stem which merged feature each of its source's becomes a part of, and how large a part.
+
+    Args:
+        stem: a stem made by :func:`build_stem` from ``graph``.
+        graph: the merge graph of that source.
+        maps: the matching of each space.
+        source: the number of the source model.
+    """
+    alone = counting_alone(maps, source)
+    for entry in graph.entries:
+        if entry.ref is not None:
+            merge = stem.get_submodule(f"{MERGE}.{entry.node}")
+            merge.get_buffer("index").copy_(unmerge_along(entry.ref, maps, source))
+            merge.get_buffer("shares").copy_(shares_along(entry.ref, alone, source))
+
+
+def build_trunk(graph: MergeGraph, widths: Mapping[str, int] | None = None) -> fx.GraphModule:
+    """The part of the network that all tasks share, with copies of the traced network's weights.
+
+    Args:
+        graph: the merge graph of the network.
+        widths: per space its number of features, where that is another; parameters of another size are zeros.
+
+    Returns:
+        A module from the input, or from what the stems hand over, to a tuple of what the heads take.
+    """
+    trunk = fx.Graph()
+    built = {entry.node: trunk.placeholder(entry.node) for entry in graph.entries}
+    passed = {name: trunk.placeholder(f"{name}_passed") for name in _passed(graph)}
+    for node in graph.trunk_graph():
+        built[node.name] = trunk.node_copy(node, lambda source: built[source.name])
+    built |= passed
+    trunk.output(tuple(built[crossing.node] for crossing in graph.crossings))
+    return _module(graph.module, trunk, "Trunk", graph.axes, widths)
+
+
+def build_head(graph: MergeGraph, widths: Mapping[str, int] | None = None) -> fx.GraphModule:
+    """The rest of one task's network, with copies of its weights.
+
+    Args:
+        graph: the merge graph of that task's network.
+        widths: per space of the trunk its number of features, where that is another; parameters of another size are
+            zeros.
+
+    Returns:
+        A module from what the trunk hands over to the network's own output. Where a value of the trunk is not read by
+        layers that can take U_i into their weights alone, it starts with an :class:`Unmerge`.
+    """
+    root, unmerges = _with_submodule(graph.module, UNMERGE)
+    head = fx.Graph()
+    built: dict[fx.Node, fx.Node] = {}
+    by_name = {node.name: node for node in graph.fx_graph.nodes}
+    inputs = {crossing.node: head.placeholder(crossing.node) for crossing in graph.crossings}
+    for crossing in graph.crossings:
+        value = inputs[crossing.node]
+        if crossing.ref is not None and crossing.axis is not None and not crossing.absorbed:
+            unmerges[crossing.node] = Unmerge(crossing.ref.size, crossing.axis)
+            value = head.call_module(f"{UNMERGE}.{crossing.node}", (value,))
+        elif _changed_in_place(by_name[crossing.node], graph):
+            value = head.call_method("clone", (value,))  # the other heads read it too
+        built[by_name[crossing.node]] = value
+    for node in graph.head_graph():
+        if node.op != "placeholder":  # one that is not used
+            built[node] = head.node_copy(node, built.__getitem__)
+    return _module(root, head, "Head", graph.head_axes, widths)
+
+
+def _changed_in_place(node: fx.Node, graph: MergeGraph) -> bool:
+    """Whether the head writes into a value of the trunk."""
+    for user in node.users:
+        if user.name in graph.trunk_nodes | graph.stem_nodes or user.op == "output":
+            continue
+        views = Trait.VIEW in traits_of(user, graph.module)
+        if writes_in_place(user, graph.module) or (views and _changed_in_place(user, graph)):
+            return True
+    return False
+
+
+def set_unmerges(head: nn.Module, graph: MergeGraph, network: nn.Module, maps: Maps, source: int) -> None:
+    """Tell the explicit unmerges of a head which merged feature stands for each of its source's.
+
+    Those of a source that was merged before come first: together they are one.
+
+    Args:
+        head: a head made by :func:`build_head` from ``graph``.
+        graph: the merge graph of that source.
+        network: that source.
+        maps: the matching of each space.
+        source: the number of the source model.
+    """
+    for crossing in graph.crossings:
+        if crossing.ref is not None and not crossing.absorbed:
+            name = f"{UNMERGE}.{crossing.node}"
+            unmerge, found = head.get_submodule(name), unmerge_along(crossing.ref, maps, source)
+            if isinstance(network, Joined):
+                found = network.get_submodule(name).behind(found)  # type: ignore[operator]
+            unmerge.set(found, next(network.parameters()).dtype)  # type: ignore[operator]
+
+
+def _module(
+    root: nn.Module,
+    graph: fx.Graph,
+    name: str,
+    table: Table,
+    widths: Mapping[str, int] | None,
+) -> fx.GraphModule:
+    graph.lint()
+    module = fx.GraphModule(root, graph, class_name=name)
+    module = copy_module(module)  # own weights: the traced network stays as it is
+    module.meta.clear()
+    untie(module, table)
+    if widths:
+        _resize(module, table, widths)
+    return module
+
+
+def _resize(module: nn.Module, table: Table, widths: Mapping[str, int]) -> None:
+    """Give parameters and buffers the sizes that widths ask for, and tell the modules that hold them."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in named_tensors(module).items():
+        names.setdefault(id(tensor), []).append(name)
+    holders: dict[nn.Module, None] = {}
+    for _, tensor, row in list(bind(table, module)):
+        # An axis in groups is shorter than what it refers to, and never resized.
+        shape = [
+            size if ref is None or ref.groups > 1 else ref.resized(widths).size
+            for ref, size in zip(row, tensor.shape, strict=True)
+        ]
+        if torch.Size(shape) == tensor.shape:
+            continue
+        zeros = tensor.new_zeros(shape)
+        resized = nn.Parameter(zeros, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else zeros
+        for name in names[id(tensor)]:  # tied weights stay one
+            owner, _, attribute = name.rpartition(".")
+            setattr(module.get_submodule(owner), attribute, resized)
+            holders[module.get_submodule(owner)] = None
+    for holder in holders:
+        _tell_sizes(holder)
+
+
+def _tell_sizes(module: nn.Module) -> None:
+    """Set what a module says about its size to that of its parameters."""
+    weight = getattr(module, "weight", None)
+    if isinstance(module, _ConvNd):
+        depthwise = module.groups > 1 and module.weight.shape[1] == 1  # other groups are not resized
+        module.groups = len(module.weight) if depthwise else module.groups
+        sizes = [len(module.weight), module.weight.shape[1] * module.groups]
+        module.in_channels, module.out_channels = sizes if isinstance(module, _ConvTransposeNd) else sizes[::-1]
+    elif isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, _NormBase):
+        module.num_features = len(weight if weight is not None else module.get_buffer("running_mean"))
+    elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        module.normalized_shape = tuple(weight.shape)  # type: ignore[union-attr]
+    elif isinstance(module, nn.GroupNorm):
+        module.num_channels = len(module.weight)
+    elif isinstance(module, nn.PReLU):
+        module.num_parameters = len(module.weight)
+    elif isinstance(module, nn.Embedding):
+        module.embedding_dim = module.weight.shape[1]

@@ -1,0 +1,321 @@
+"""How many features each space of the merged network has, where that is another number than in the sources."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from lightning_zipit._merging.maps import SpaceMap
+from lightning_zipit._merging.rebuild import build_head, build_merged, build_stem, build_stems, build_trunk
+from lightning_zipit.errors import ConfigurationError
+from lightning_zipit.graph import AxisRef, MergeGraph, evaluating
+from lightning_zipit.graph.notes import reached
+from lightning_zipit.graph.replay import working_copy
+from lightning_zipit.graph.spaces import handed_over
+from lightning_zipit.graph.table import named_tensors
+
+Width: TypeAlias = float | Mapping[str, float] | Literal["auto"]
+"""A ratio to the sources' width, for all spaces or by the name of the space; or what a budget of FLOPs allows."""
+
+LEVELS = 8
+"""Into how many steps the width of one model is divided where widths are chosen."""
+LOSS_POWER = 1.5
+"""Of the loss of a space, for steps between widths."""
+SAMPLES = 2
+
+
+def changes_size(width: Width) -> bool:
+    """Whether a merge is asked for other sizes than the sources have."""
+    return any(ratio != 1 for ratio in width.values()) if isinstance(width, Mapping) else width != 1
+
+
+def find_choices(
+    graph: MergeGraph, network: nn.Module, example: Tensor, width: Width, num_models: int
+) -> tuple[dict[str, tuple[int, ...]], tuple[str, ...]]:
+    """The widths that each space may have in the merged network.
+
+    Args:
+        graph: the merge graph of the networks.
+        network: the first of them.
+        example: an input, on its device.
+        width: what is asked for.
+        num_models: N.
+
+    Returns:
+        Per space its widths, in rising order; and a note for people on the spaces that keep their size.
+
+    Raises:
+        ConfigurationError: if a ratio is out of range, or names a space that does not exist or must keep its size.
+    """
+    if not changes_size(width):
+        return {name: (space.size,) for name, space in graph.spaces.items()}, ()
+    asked = width if isinstance(width, Mapping) else dict.fromkeys(graph.spaces, width)
+    problems = [
+        f"`width` names the space {name!r}, but the spaces of this network are {', '.join(graph.spaces)}."
+        for name in asked
+        if name not in graph.spaces
+    ]
+    problems += [
+        f"`width` of {name!r} must lie above 0 and not above {num_models}, the number of models, got {ratio}."
+        for name, ratio in (asked if isinstance(width, Mapping) else {"all spaces": width}).items()
+        if ratio != "auto" and not 0 < ratio <= num_models
+    ]
+    if problems:
+        raise ConfigurationError.collect(problems)
+    fixed = {name: why for name, why in find_fixed(graph, network, example).items() if asked.get(name, 1) != 1}
+    if fixed and isinstance(width, Mapping):
+        raise ConfigurationError.collect([f"`width` of {name!r} must be 1: {why}." for name, why in fixed.items()])
+    choices = {}
+    for name, space in graph.spaces.items():
+        ratio = 1.0 if name in fixed else asked.get(name, 1.0)
+        ratios = [step / LEVELS for step in range(1, LEVELS * num_models + 1)] if ratio == "auto" else [ratio]
+        choices[name] = tuple(sorted({max(1, round(float(share) * space.size)) for share in ratios}))
+    reasons: dict[str, list[str]] = {}
+    for name, why in fixed.items():
+        reasons.setdefault(why, []).append(f"`{name}`")
+    note = "Kept their size: " + "; ".join(f"{', '.join(names)} ({why})" for why, names in reasons.items()) + "."
+    return choices, (note,) * bool(fixed)
+
+
+def find_fixed(graph: MergeGraph, network: nn.Module, example: Tensor) -> dict[str, str]:
+    """The spaces that must keep the size that they have in the sources.
+
+    All others are proved: a merge of a network with itself, in which some features are not merged, computes what the
+    network does.
+
+    Args:
+        graph: the merge graph.
+        network: the traced network.
+        example: an input, on its device; its first samples are used.
+
+    Returns:
+        Their names, and why.
+    """
+    grouping = {space.units for space in graph.spaces.values()}
+    fixed: dict[str, str] = {}
+    for name, space in graph.spaces.items():
+        if space.pinned:
+            fixed[name] = "matched by number"
+        elif space.units is not None or name in grouping:
+            fixed[name] = "groups or heads"
+        elif space.tap is None:
+            fixed[name] = "nothing measures it"
+    for name in sorted(handed_over(graph)):
+        fixed.setdefault(name, "stems hand it over, each with as many features as it has")
+    for refs in (*graph.axes.values(), *graph.head_axes.values()):
+        for block in (block for ref in refs if ref is not None for block in ref.blocks):
+            if not block.contiguous:
+                fixed.setdefault(block.space, "its features lie between others")
+    x = example[:SAMPLES].detach().clone()
+    if x.is_floating_point():  # an example that stands for its shape alone would prove nothing
+        x = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
+    with torch.no_grad(), evaluating(network):
+        resizable = _prove(graph, network, x, [name for name in graph.spaces if name not in fixed])
+    return fixed | {name: "an operator relies on its size" for name in graph.spaces if name not in {*fixed, *resizable}}
+
+
+def _prove(graph: MergeGraph, network: nn.Module, x: Tensor, spaces: Sequence[str]) -> list[str]:
+    """Those of some spaces that can be resized, together."""
+    if not spaces or _agrees(graph, network, x, dict.fromkeys(spaces, 1)):
+        return list(spaces)
+    fitting = [name for name in spaces if _fits(graph, x, {name: 1})]
+    if len(fitting) < len(spaces) and _agrees(graph, network, x, dict.fromkeys(fitting, 1)):
+        return fitting
+    grown: dict[str, int] = {}
+    for name in fitting:
+        # Norms over all features see more of one that is there twice, but the same of all features twice.
+        for extra in (1, graph.spaces[name].size):
+            if name not in grown and _agrees(graph, network, x, {name: extra}):
+                grown[name] = extra
+    return list(grown) if _agrees(graph, network, x, grown) else []
+
+
+def _fits(graph: MergeGraph, x: Tensor, extra: Mapping[str, int]) -> bool:
+    """Whether a network whose spaces have more features runs at all; tried without computing anything."""
+    widths = {name: graph.spaces[name].size + more for name, more in extra.items()}
+    try:
+        parts = [build_stem] * bool(graph.stem_nodes) + [build_trunk, build_head]
+        values: Any = (x.to("meta"),)
+        for part in parts:
+            values = fx.Interpreter(part(graph, widths).to("meta")).run(*values)
+    except Exception:  # whatever the user's operators say to a size that they do not expect
+        return False
+    return True
+
+
+def _agrees(graph: MergeGraph, network: nn.Module, x: Tensor, extra: Mapping[str, int]) -> bool:
+    """Whether a network keeps its function when it is merged with itself, with some features of the copy left alone."""
+    maps = {}
+    for name, space in graph.spaces.items():
+        alone = torch.arange(space.size, space.size + extra.get(name, 0))
+        labels = torch.cat([torch.arange(space.size), alone, torch.arange(len(alone), space.size)])
+        maps[name] = SpaceMap(labels, 2)
+    expected = _tensors_in(network(x.clone()))
+    try:
+        trunk, heads = build_merged([graph, graph], [network, network], maps)
+        stems: Sequence[fx.GraphModule | None] = build_stems([graph, graph], maps) or [None, None]
+        found = []
+        for stem, head in zip(stems, heads, strict=True):
+            entering = (x.clone(),) if stem is None else fx.Interpreter(stem).run(x.clone())
+            found.append(_tensors_in(fx.Interpreter(head).run(*fx.Interpreter(trunk).run(*entering))))
+    except Exception:  # as above
+        return False
+    return all(
+        value.shape == other.shape and bool((value - other).abs().max() <= 1e-3 * value.abs().max())
+        for outputs in found
+        for value, other in zip(expected, outputs, strict=True)
+    )
+
+
+def _tensors_in(value: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    fx.node.map_aggregate(value, lambda item: found.append(item.clone()) if isinstance(item, Tensor) else None)
+    return found
+
+
+def count_flops(network: nn.Module, x: Tensor) -> dict[str, float]:
+    """The FLOPs of one forward by the name of the module, and under ``""`` of the whole network.
+
+    Args:
+        network: a source network; a copy of it is run, in eval mode.
+        x: an input of one sample, on its device.
+    """
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        working_copy(network)(x)
+    counts = {name.partition(".")[2]: float(sum(ops.values())) for name, ops in counter.get_flop_counts().items()}
+    return {**counts, "": float(counter.get_total_flops())}
+
+
+@dataclass(frozen=True)
+class FlopsModel:
+    """The FLOPs of the merged network, as its layers' inputs and outputs grow and shrink with the spaces.
+
+    Attributes:
+        layers: per layer, its FLOPs in a source, and what the axes of its weight hold.
+        rest: FLOPs that do not depend on the spaces.
+        source: FLOPs of one source network.
+    """
+
+    layers: tuple[tuple[float, tuple[AxisRef, ...]], ...]
+    rest: float
+    source: float
+
+    @classmethod
+    def of(cls, graphs: Sequence[MergeGraph], counts: Sequence[Mapping[str, float]]) -> FlopsModel:
+        """From the layers of the first network, and those of the others' heads; of all, where they have stems.
+
+        Args:
+            graphs: the merge graph of each network.
+            counts: of each network, see :func:`count_flops`.
+        """
+        layers: list[tuple[float, tuple[AxisRef, ...]]] = []
+        rest = 0.0
+        for number, (graph, count) in enumerate(zip(graphs, counts, strict=True)):
+            nodes = list(graph.trunk_graph())
+            shared = set(reached(nodes, set(nodes), named_tensors(graph.module)))
+            own = []
+            for name, refs in graph.axes.items():
+                owner, _, attribute = name.rpartition(".")
+                if attribute == "weight" and len(refs) > 1 and owner in count:
+                    own.append((count[owner], tuple(ref for ref in refs if ref), name in shared))
+            if number == 0 or graph.stem_nodes:
+                rest += count[""] - sum(flops for flops, _, _ in own)
+                layers += [(flops, refs) for flops, refs, _ in own]
+            else:
+                layers += [(flops, refs) for flops, refs, in_trunk in own if not in_trunk]
+        return cls(tuple(layers), rest, counts[0][""])
+
+    def __call__(self, widths: Mapping[str, int]) -> float:
+        """The FLOPs of the merged network with these widths, a space that is left out having its own."""
+        return self.rest + sum(self.of_layer(number, widths) for number in range(len(self.layers)))
+
+    def touched_by(self, space: str) -> list[int]:
+        """The layers whose FLOPs change with the width of a space."""
+        return [
+            number
+            for number, (_, refs) in enumerate(self.layers)
+            if any(ref.groups == 1 and space in {block.space for block in ref.blocks} for ref in refs)
+        ]
+
+    def of_layer(self, number: int, widths: Mapping[str, int]) -> float:
+        """Those of one layer."""
+        flops, refs = self.layers[number]
+        for ref in refs:
+            if ref.groups == 1:
+                flops *= ref.resized(widths).size / ref.size
+        return flops
+
+
+def spend(flops: FlopsModel, losses: Mapping[str, Mapping[int, float]], budget: float) -> dict[str, int]:
+    """Choose widths within a budget, so that the network as a whole loses as little as possible by matching.
+
+    Starts with every space at its widest, and takes one step down at a time: where the loss grows the least for each
+    FLOP that is saved. The loss counts by the layers that read or write the space, and to a power: large ones cost more
+    than their share.
+
+    Args:
+        flops: what widths cost.
+        losses: per space and width, what matching loses; see :func:`~lightning_zipit.functional.zip_loss`.
+        budget: FLOPs.
+
+    Returns:
+        Per space its width; the narrowest of all where the budget is below what those cost.
+    """
+    levels = {name: sorted(known, reverse=True) for name, known in losses.items()}
+    widths = {name: known[0] for name, known in levels.items()}
+    layers = {name: flops.touched_by(name) for name in losses}
+    cost = [flops.of_layer(number, widths) for number in range(len(flops.layers))]
+    prices: dict[str, float] = {}  # of the next step of each space
+    while flops.rest + sum(cost) > budget:
+        for name in levels.keys() - prices.keys():
+            if len(levels[name]) > 1:
+                wide, narrow = levels[name][:2]
+                before, behind = (max(losses[name][width], 0.0) ** LOSS_POWER for width in (wide, narrow))
+                lost = len(layers[name]) * (behind - before)
+                saved = sum(cost[number] - flops.of_layer(number, {**widths, name: narrow}) for number in layers[name])
+                prices[name] = max(lost, 0.0) / saved if saved > 0 else math.inf
+        if not prices:
+            break
+        chosen = min(prices, key=lambda name: (prices[name], name))
+        levels[chosen].pop(0)
+        widths[chosen] = levels[chosen][0]
+        for number in layers[chosen]:
+            cost[number] = flops.of_layer(number, widths)
+        near = set(layers[chosen])
+        prices = {name: price for name, price in prices.items() if near.isdisjoint(layers[name])}
+        prices.pop(chosen, None)
+    return widths
+
+
+def total_loss(flops: FlopsModel, losses: Mapping[str, Mapping[int, float]], widths: Mapping[str, int]) -> float:
+    """What matching loses in some spaces together: each counts by the layers that read or write it.
+
+    Over networks of many widths, this sum ranks their accuracies nearly as they are.
+    """
+    return sum(len(flops.touched_by(name)) * losses[name][width] for name, width in widths.items())
+
+
+class Plan(NamedTuple):
+    """The widths that a budget allows, and what matching loses with them; infinity where it allows none."""
+
+    widths: dict[str, int]
+    loss: float
+
+    @classmethod
+    def within(cls, flops: FlopsModel, losses: Mapping[str, Mapping[int, float]], budget: float) -> Plan:
+        """Spend a budget.
+
+        Args:
+            flops: what widths cost.
+            losses: per space and width, what matching loses.
+            budget: a ratio to the FLOPs of one source.
+        """
+        widths = spend(flops, losses, budget * flops.source)
+        allowed = flops(widths) <= budget * flops.source * (1 + 1e-9)
+        return cls(widths, total_loss(flops, losses, widths) if allowed else math.inf)

@@ -1,0 +1,322 @@
+"""What a sweep finds: one row per setting, kept in a CSV file, and the best of them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, fields
+from glob import escape as escape_glob
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from lightning_zipit._common.files import replacing
+from lightning_zipit._lightning.multihead import MultiHeadModule
+from lightning_zipit.errors import ConfigurationError
+from lightning_zipit.settings import MergeSettings
+
+Mode = Literal["max", "min"]
+NOT_SWEPT = {"verify", "statistics_memory", "statistics", "also"}
+SETTINGS = tuple(column.name for column in fields(MergeSettings) if column.name not in NOT_SWEPT)
+COSTS = ("total_flops", "relative_flops", "total_parameters")
+
+
+@dataclass(frozen=True)
+class SweepRow:
+    """What came out for one setting.
+
+    Attributes:
+        settings: the merge; ``None`` for the ensemble of the sources.
+        metrics: by name; empty where the merge failed.
+        flops: of one sample, for all tasks together.
+        relative_flops: the same as a ratio to one source.
+        parameters: their number.
+        error: why there is no result, else empty.
+    """
+
+    settings: MergeSettings | None
+    metrics: dict[str, float] = field(default_factory=dict)
+    flops: int = 0
+    relative_flops: float = float("nan")
+    parameters: int = 0
+    error: str = ""
+
+
+def pareto_front(costs: Sequence[float], values: Sequence[float]) -> list[int]:
+    """The points that no other beats, which would cost less and be worth as much, or cost as much and be worth more.
+
+    Args:
+        costs: of each point, the lower the better.
+        values: of each point, the higher the better; NaN stands for no result.
+
+    Returns:
+        Their numbers in the order of cost; of equal points, the first.
+
+    Example:
+        >>> pareto_front([3.0, 1.0, 2.0, 2.0], [0.9, 0.5, 0.4, 0.8])
+        [1, 3, 0]
+    """
+    front: list[int] = []
+    known = [number for number, value in enumerate(values) if value == value]
+    for number in sorted(known, key=lambda number: (costs[number], -values[number])):
+        if not front or values[number] > values[front[-1]]:
+            front.append(number)
+    return front
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """The rows of a sweep.
+
+    Attributes:
+        rows: one per setting, in the order of the grid, or in that of a search.
+        metric: the name of the metric that decides.
+        mode: whether it is to be high (``"max"``) or low.
+        ensemble: the sources side by side, to compare with.
+        missing: how many settings other processes, with other shares, have not done yet.
+    """
+
+    rows: tuple[SweepRow, ...]
+    metric: str
+    mode: Mode = "max"
+    ensemble: SweepRow | None = None
+    missing: int = 0
+    _merge: Callable[[MergeSettings], MultiHeadModule] | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def pareto(self) -> tuple[SweepRow, ...]:
+        """The rows that no other beats in metric and FLOPs, the cheapest first."""
+        sign = 1 if self.mode == "max" else -1
+        values = [sign * row.metrics.get(self.metric, float("nan")) for row in self.rows]
+        return tuple(self.rows[number] for number in pareto_front([row.flops for row in self.rows], values))
+
+    @property
+    def best(self) -> SweepRow:
+        """The row with the best metric; of equal ones, the cheapest.
+
+        Raises:
+            ConfigurationError: if no setting has a result.
+        """
+        if not self.pareto:
+            raise ConfigurationError("No setting of the sweep has a result: the rows say why, as their `error`.")
+        return self.pareto[-1]
+
+    def merge(self, row: SweepRow | None = None) -> MultiHeadModule:
+        """Merge once more as in one row, from the statistics that the sweep has gathered.
+
+        Args:
+            row: one of the rows; the best by default.
+
+        Returns:
+            The merged module; it is also attached to the Trainer.
+
+        Raises:
+            ConfigurationError: if the row is that of the ensemble, or no setting has a result.
+        """
+        settings = (row or self.best).settings
+        if settings is None or self._merge is None:
+            raise ConfigurationError("There is nothing to merge: give one of the `rows` of a sweep that was run here.")
+        return self._merge(settings)
+
+    def to_table(self, rows: Sequence[SweepRow] | None = None) -> Table:
+        """Rows for people, with the settings that differ between them; by default the Pareto front and the ensemble."""
+        if rows is None:
+            rows = [*self.pareto, *([self.ensemble] if self.ensemble is not None else [])]
+        table = Table()
+        texts = [describe(row.settings) for row in self.rows if row.settings is not None]
+        varied = [name for name in SETTINGS if len({text[name] for text in texts}) > 1]
+        metrics = list(dict.fromkeys(name for row in rows for name in row.metrics))
+        for heading in varied or ["setting"]:
+            table.add_column(heading, overflow="fold")
+        for heading in (*metrics, "MFLOPs", "× one source"):
+            table.add_column(heading, justify="right")
+        for row in rows:
+            text = describe(row.settings) if row.settings is not None else {}
+            named = [text.get(name, "") for name in varied[1:]]
+            first = text.get(varied[0], "") if varied and text else "merged" if text else "ensemble"
+            numbers = [f"{row.metrics.get(name, float('nan')):.4f}" for name in metrics]
+            costs = [f"{row.flops / 1e6:.2f}", f"{row.relative_flops:.2f}"]
+            cells = [first, *named, *([f"error: {row.error}"] if row.error else [*numbers, *costs])]
+            table.add_row(*map(escape, cells))
+        return table
+
+    def __str__(self) -> str:
+        buffer = io.StringIO()
+        console = Console(file=buffer, width=140)
+        console.print(self.to_table())
+        failed = sum(bool(row.error) for row in self.rows)
+        more = f"; {failed} failed" * bool(failed) + f"; {self.missing} are not done yet" * bool(self.missing)
+        console.print(
+            f"{len(self.pareto)} of {len(self.rows)} settings are not beaten in {self.metric} and FLOPs{more}."
+        )
+        return buffer.getvalue()
+
+    def plot(self) -> tuple[Any, Any]:
+        """The metric over FLOPs, with a line through the Pareto front; needs matplotlib.
+
+        Returns:
+            Figure and axes.
+
+        Raises:
+            ConfigurationError: if matplotlib is not installed.
+        """
+        try:
+            from matplotlib import pyplot
+        except ImportError as error:
+            raise ConfigurationError("`plot` needs matplotlib: pip install 'lightning-zipit[plots]'.") from error
+        figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+        groups: dict[str, list[SweepRow]] = {}
+        for row in self.rows:
+            if row.settings is not None and not row.error:
+                groups.setdefault(describe(row.settings)["stop_at"], []).append(row)
+        for name, rows in groups.items():
+            axes.scatter(*self._points(rows), label=f"stop_at {name}", s=25)
+        if self.ensemble is not None:
+            axes.scatter(*self._points([self.ensemble]), label="ensemble", marker="*", color="black", s=80)
+        axes.plot(*self._points(self.pareto), color="gray", linewidth=1, zorder=0, label="Pareto front")
+        axes.set(xlabel="MFLOPs for one sample", ylabel=self.metric)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+        return figure, axes
+
+    def _points(self, rows: Sequence[SweepRow]) -> tuple[list[float], list[float]]:
+        return [row.flops / 1e6 for row in rows], [row.metrics[self.metric] for row in rows]
+
+
+def describe(settings: MergeSettings) -> dict[str, str]:
+    """Settings as text, by column: what tells the rows of a sweep apart."""
+    return {name: to_text(getattr(settings, name)) for name in SETTINGS}
+
+
+def to_text(value: Any) -> str:
+    """A value of a setting, to tell it from others."""
+    if value is None:
+        return "none"
+    if isinstance(value, str):
+        return value
+    if isinstance(value, Mapping):
+        return json.dumps(value, sort_keys=True)
+    if type(value).__repr__ is not object.__repr__:
+        return repr(value)
+    return f"{type(value).__name__}({', '.join(f'{name}={item!r}' for name, item in vars(value).items())})"
+
+
+class ResultsFile:
+    """Keeps rows in a CSV file, which is whole after each.
+
+    Args:
+        path: the file.
+        models: a digest of all that the rows depend on beside their settings.
+        metrics: the names of the metrics.
+        share: which of how many processes this is that share the settings. Each writes a part of its own beside the
+            file, and reads those of the others.
+
+    Raises:
+        ConfigurationError: if a file that is there cannot be read, or belongs to another sweep.
+    """
+
+    def __init__(
+        self, path: str | Path, models: str, metrics: Sequence[str], share: tuple[int, int] | None = None
+    ) -> None:
+        self.path, self.models, self.metrics = Path(path), models, tuple(metrics)
+        part = "" if share is None else ".part-{}-of-{}".format(*share)
+        self._own = self.path.with_name(f"{self.path.stem}{part}{self.path.suffix}")
+        self.columns = ("models", "network", *SETTINGS, *self.metrics, *COSTS, "error")
+        self._records: dict[tuple[str, ...], dict[str, str]] = {}
+        self.read()
+
+    def _parts(self) -> list[Path]:
+        return sorted(self.path.parent.glob(f"{escape_glob(self.path.stem)}.part-*-of-*{self.path.suffix}"))
+
+    def read(self) -> None:
+        """Take in the rows that are there, and those that other processes have written by now."""
+        for path in (*self._parts(), self.path):  # a part that is gone by now is in the file
+            with suppress(FileNotFoundError):
+                self._read(path)
+
+    def collect(self) -> None:
+        """Put the rows of all parts into the one file."""
+        parts = self._parts()
+        if parts:
+            self._write(self.path)
+        for part in parts:
+            part.unlink(missing_ok=True)
+
+    def _read(self, path: Path) -> None:
+        way_out = "Delete it, or name another file as `results`."
+        try:
+            with path.open(newline="", encoding="utf-8") as file:
+                reader = csv.DictReader(file, strict=True)
+                records, header = list(reader), tuple(reader.fieldnames or ())
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ConfigurationError(f"{path} cannot be read as the rows of a sweep: {error}. {way_out}") from error
+        if header != self.columns:
+            differing = [name for name in (*header, *self.columns) if (name in header) != (name in self.columns)]
+            raise ConfigurationError(
+                f"{path} holds other columns than this sweep writes: they differ in "
+                f"{', '.join(map(repr, differing)) or 'their order'}. {way_out}"
+            )
+        if any(record["models"] != self.models for record in records):
+            raise ConfigurationError(
+                f"{path} holds the sweep of other models: their weights, tasks, `backbone`, `base` or `classes` "
+                f"are not those given now. {way_out}"
+            )
+        for number, record in enumerate(records, 2):
+            try:
+                self._to_row(record, None)
+            except (TypeError, ValueError) as error:
+                raise ConfigurationError(f"{path}, line {number}, cannot be read: {error}. {way_out}") from error
+            known = self._records.get(self._key(record))
+            if known is None or known["error"]:
+                self._records[self._key(record)] = record
+
+    def _key(self, record: Mapping[str, str]) -> tuple[str, ...]:
+        return tuple(record[name] for name in ("network", *SETTINGS))
+
+    def _record(self, row: SweepRow) -> dict[str, str]:
+        settings = {name: "" for name in SETTINGS} if row.settings is None else describe(row.settings)
+        numbers = (row.flops, row.relative_flops, row.parameters)
+        return {
+            "models": self.models,
+            "network": "ensemble" if row.settings is None else "merged",
+            **settings,
+            **{name: str(row.metrics.get(name, "")) for name in self.metrics},
+            **{name: "" if row.error else str(number) for name, number in zip(COSTS, numbers, strict=True)},
+            "error": " ".join(row.error.split()),
+        }
+
+    def _to_row(self, record: Mapping[str, str], settings: MergeSettings | None) -> SweepRow:
+        if record["error"]:
+            return SweepRow(settings, error=record["error"])
+        metrics = {name: float(record[name]) for name in self.metrics}
+        flops, relative, parameters = (record[name] for name in COSTS)
+        return SweepRow(settings, metrics, int(flops), float(relative), int(parameters))
+
+    def find(self, settings: MergeSettings | None) -> SweepRow | None:
+        """The row of a setting, or of the ensemble; ``None`` where there is none yet."""
+        record = self._records.get(self._key(self._record(SweepRow(settings))))
+        return None if record is None else self._to_row(record, settings)
+
+    def keep(self, row: SweepRow, write: bool = True) -> None:
+        """Add a row, or put it in the place of the one with the same settings.
+
+        Args:
+            row: the row.
+            write: write the file too, as one process does.
+        """
+        record = self._record(row)
+        self._records[self._key(record)] = record
+        if write:
+            self._write(self._own)
+
+    def _write(self, path: Path) -> None:
+        with replacing(path) as part, part.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, self.columns)
+            writer.writeheader()
+            writer.writerows(self._records.values())
