@@ -21,7 +21,7 @@ from lightning_zipit._sweep.results import SweepResult
 from lightning_zipit.graph import MergeGraph, register_rule, trace
 from lightning_zipit.interpolation import interpolate
 from lightning_zipit.metrics import JointAccuracy
-from lightning_zipit.pipeline import merge_backbones
+from lightning_zipit.plain import merge_backbones
 from lightning_zipit.settings import MergeSettings
 
 __version__ = "0.1.0"

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from torch import Tensor, nn
 
 from lightning_zipit._common.copying import copy_module
+from lightning_zipit._phases.prepare import make_sources
 from lightning_zipit.errors import ConfigurationError
 from lightning_zipit.matchers import Permute
-from lightning_zipit.pipeline import merge_backbones
+from lightning_zipit.pipeline import Pipeline
+from lightning_zipit.plain import push
 from lightning_zipit.settings import MergeSettings
 
 
@@ -55,10 +55,12 @@ def interpolate(
             "The networks are merged whole: leave `start_at`, `stop_at`, `width` and `weights` as they are."
         )
     named = dict(zip(("first", "second"), networks, strict=True))
-    with tempfile.TemporaryDirectory() as folder:
-        settings = replace(settings, statistics=settings.statistics or Path(folder, "statistics.safetensors"))
-        for share in shares:
-            merged = merge_backbones(named, batches, replace(settings, weights=(1 - share, share)))
-            network = copy_module(networks[0])
-            network.load_state_dict(merged.trunk.state_dict(), strict=False)  # what is not called stays the first's
-            yield network
+    pipeline = Pipeline(make_sources(named, settings), settings)
+    push(pipeline, [batches], pipeline.calibration_passes)
+    for share in shares:
+        weighted = pipeline.weighted((1 - share, share))
+        push(weighted, [batches])
+        network = copy_module(networks[0])
+        # Parameters that the forward does not use stay those of the first network.
+        network.load_state_dict(weighted.finish().trunk.state_dict(), strict=False)
+        yield network

@@ -15,7 +15,7 @@ from helpers.processes import run as run_processes
 from torch.utils.data import DataLoader
 
 from lightning_zipit import CalibrationStatistics, JointAccuracy, MultiHeadModule, ZipIt
-from lightning_zipit.pipeline import MergeSession
+from lightning_zipit._phases.calibrate import Gathering
 from lightning_zipit.refine import LeastSquares
 
 ROOT = Path(__file__).parent
@@ -267,13 +267,13 @@ def test_two_processes_search_as_one(folder, two):
 
 def share(part):
     """One of several processes that sweep together; says how often it calibrates."""
-    calibrate = MergeSession.calibrate
+    add = Gathering.add
 
     def counted(*arguments):
         print("calibrated")
-        calibrate(*arguments)
+        add(*arguments)
 
-    MergeSession.calibrate = counted
+    Gathering.add = counted
     result = ZipIt(trainer()).sweep(
         models(),
         loaders(1),

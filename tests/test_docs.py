@@ -31,9 +31,9 @@ def test_the_reference_names_what_exists(path):
 @pytest.mark.parametrize(
     ("page", "link", "leads_to"),
     [
-        ("sweep.md", "../README.md#cifar-10", "overview.md#cifar-10"),
-        ("overview.md", "docs/sweep.md", "sweep.md"),
-        ("overview.md", "examples/cli/README.md", "command_line_example.md"),
+        ("sweep.md", "../README.md#merge", "index.md#merge"),
+        ("index.md", "docs/sweep.md", "sweep.md"),
+        ("index.md", "examples/cli/README.md", "command_line_example.md"),
         ("reference/plots.md", "../plots.md", "../plots.md"),
         ("sweep.md", "https://arxiv.org", "https://arxiv.org"),
         ("sweep.md", "*arguments", "*arguments"),

@@ -399,7 +399,7 @@ def test_statistics_that_need_several_passes_give_the_same_network(refine):
     run = trainer(callbacks=[ZipItCallback(refine=refine, statistics_memory=6e-6)])
     counted = []
     module.calibrate = module.prepare
-    module.prepare = lambda *arguments: (module.calibrate(*arguments), counted.append(module.session.passes))
+    module.prepare = lambda *arguments: (module.calibrate(*arguments), counted.append(module.pipeline.passes))
     run.predict(module)
     assert counted[0] > 3
     assert equal(outputs(whole), outputs(module.merged))

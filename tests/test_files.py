@@ -22,12 +22,12 @@ from torch import nn
 
 from lightning_zipit import CalibrationStatistics, Ensemble, MergeReport, MultiHeadModule, ZipIt, ZipItModule
 from lightning_zipit._lightning.commands import inspect
-from lightning_zipit._lightning.files.checkpoint import read_barriers
 from lightning_zipit._lightning.files.hyperparameters import make_arguments
 from lightning_zipit._lightning.files.loading import load_source
 from lightning_zipit._lightning.files.trust import Trust
 from lightning_zipit._sweep.results import ResultsFile
 from lightning_zipit.errors import CheckpointError, StatisticsError
+from lightning_zipit.graph.notes import read_barriers
 
 
 class Colour(Enum):

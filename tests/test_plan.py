@@ -7,11 +7,11 @@ from helpers.nets import images, settled_pair, trainer
 
 from lightning_zipit import Range, ZipIt
 from lightning_zipit._lightning.sweep import Sweep
+from lightning_zipit._phases.calibrate import Gathering
 from lightning_zipit._sweep.plan import Search
 from lightning_zipit._sweep.results import SweepRow, describe
 from lightning_zipit.errors import ConfigurationError
 from lightning_zipit.matchers import GreedyZip, Permute
-from lightning_zipit.pipeline import MergeSession
 from lightning_zipit.settings import MergeSettings
 
 optuna = pytest.importorskip("optuna")
@@ -109,7 +109,7 @@ def test_what_is_wrong_with_a_search_is_said_before(monkeypatch):
 
 
 def test_an_interrupted_search_goes_on_from_its_file_with_one_calibration(tmp_path, monkeypatch):
-    models, counts = settled_pair(8), {"calibrate": 0, "_attempt": 0}
+    models, counts = settled_pair(8), {"add": 0, "_attempt": 0}
 
     def count(owner, name):
         run = getattr(owner, name)
@@ -120,7 +120,7 @@ def test_an_interrupted_search_goes_on_from_its_file_with_one_calibration(tmp_pa
 
         monkeypatch.setattr(owner, name, counted)
 
-    count(MergeSession, "calibrate")
+    count(Gathering, "add")
     count(Sweep, "_attempt")
 
     def sweep(trials):
@@ -140,7 +140,7 @@ def test_an_interrupted_search_goes_on_from_its_file_with_one_calibration(tmp_pa
         )
 
     first, second = sweep(2), sweep(4)
-    assert counts == {"calibrate": 2, "_attempt": 4}
+    assert counts == {"add": 2, "_attempt": 4}
     assert second.rows[:2] == first.rows and second.best in second.pareto
     assert isinstance(second.best.settings, MergeSettings) and second.merge().tasks == ["a", "b"]
     assert {row.settings.stop_at for row in second.rows} == {"layer1", "layer1.0"}

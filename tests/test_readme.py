@@ -196,12 +196,6 @@ def test_a_search(name, tmp_path, monkeypatch):
     assert len(scope["result"].rows) == 8 and scope["result"].best.metrics
 
 
-@snippet("home")
-def test_the_home_page(name, tmp_path, monkeypatch, capsys):
-    run(name, tmp_path, monkeypatch)
-    assert "vehicles/test_acc" in capsys.readouterr().out
-
-
 @snippet("first_merge")
 def test_a_first_merge(name, tmp_path, monkeypatch, capsys):
     scope = run(name, tmp_path, monkeypatch)
@@ -273,14 +267,9 @@ def test_the_table(name, tmp_path, monkeypatch):
     assert "layer2.0.conv2" in run(name, tmp_path, monkeypatch)["graph"].spaces
 
 
-@snippet("rule", "gain", "block")
+@snippet("gain", "block")
 def test_rules(name, tmp_path, monkeypatch):
     run(name, tmp_path, monkeypatch)
-
-
-@snippet("sweep_in_short")
-def test_a_sweep_in_short(name, tmp_path, monkeypatch):
-    assert len(run(name, tmp_path, monkeypatch)["result"].rows) == 4
 
 
 @snippet("trust")

@@ -11,8 +11,8 @@ from torch import nn
 from lightning_zipit import MergeReport
 from lightning_zipit import functional as F
 from lightning_zipit._calibration.statistics import Moments
+from lightning_zipit._lightning.announce import log_report
 from lightning_zipit._merging.maps import SpaceMap
-from lightning_zipit._report.announce import log_report
 from lightning_zipit._report.report import (
     Cost,
     Measure,

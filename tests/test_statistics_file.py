@@ -13,9 +13,9 @@ from torch.utils.data import DataLoader
 
 from lightning_zipit import CalibrationStatistics, MergeSettings, ZipIt, merge_backbones
 from lightning_zipit._calibration import statistics_file
+from lightning_zipit._phases.calibrate import Gathering
 from lightning_zipit.errors import CalibrationError, ConfigurationError, StatisticsError, ZipItError
 from lightning_zipit.matchers import WeightMatching
-from lightning_zipit.pipeline import MergeSession
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ class Interrupted:
 def test_statistics_that_are_there_stand_for_the_calibration(models, path, monkeypatch):
     gathered = merge(models, path, refine="batch_norm")
     written = path.read_bytes()
-    monkeypatch.setattr(MergeSession, "calibrate", lambda *_: pytest.fail("there was another calibration"))
+    monkeypatch.setattr(Gathering, "add", lambda *_: pytest.fail("there was another calibration"))
     assert same(merge(models, path, refine="batch_norm"), gathered)
     monkeypatch.undo()
     assert same(merge(models, path, [], refine=None), merge(models, None, refine=None))  # without any data
@@ -233,7 +233,7 @@ def test_what_cannot_be_gone_on_with_is_told_before_any_work(models, path):
     data = loaders()[0].dataset
     with pytest.raises(ConfigurationError, match=r"shuffles.*interrupted"):
         merge(models, path, [DataLoader(data, 16, shuffle=True)] * 2)
-    with pytest.raises(ConfigurationError, match=r"more .statistics_memory."):
+    with pytest.raises(ConfigurationError, match=r"raise .statistics_memory."):
         merge(models, path, statistics_memory=1e-6)
     with pytest.raises(ConfigurationError, match=r"folder .* of `statistics` does not exist"):
         merge(models, path.parent / "nowhere" / "file.safetensors")

@@ -11,11 +11,12 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import TQDMProgressBar
 
 from lightning_zipit import JointAccuracy, MergeSettings, ZipIt
+from lightning_zipit._phases.calibrate import Gathering
 from lightning_zipit._sweep.plan import grid
 from lightning_zipit._sweep.results import SweepResult, SweepRow, pareto_front
 from lightning_zipit.errors import CalibrationError, ConfigurationError, StatisticsError
 from lightning_zipit.matchers import Average, GreedyZip, Matcher, Permute
-from lightning_zipit.pipeline import MergeSession
+from lightning_zipit.pipeline import Pipeline
 from lightning_zipit.refine import LeastSquares
 
 VALIDATION = {"a": images(16, classes=5, seed=5), "b": images(16, classes=7, seed=6)}
@@ -37,7 +38,7 @@ def models():
 def seen(monkeypatch):
     """How many batches were calibrated and validated with so far."""
     counts = {"calibrated": 0, "validated": 0}
-    calibrate, validate = MergeSession.calibrate, Lit.validation_step
+    add, validate = Gathering.add, Lit.validation_step
 
     def counted(name, function):
         def run(*args, **kwargs):
@@ -46,7 +47,7 @@ def seen(monkeypatch):
 
         return run
 
-    monkeypatch.setattr(MergeSession, "calibrate", counted("calibrated", calibrate))
+    monkeypatch.setattr(Gathering, "add", counted("calibrated", add))
     monkeypatch.setattr(Lit, "validation_step", counted("validated", validate))
     return counts
 
@@ -89,15 +90,15 @@ def test_every_row_is_the_merge_of_its_settings_and_there_is_one_calibration(mod
 
 
 def test_a_sweep_goes_on_where_it_was_interrupted(models, seen, monkeypatch):
-    merge = MergeSession.merge
+    finish = Pipeline.finish
 
-    def interrupted(session):
-        if session.settings.matcher == GreedyZip(0.5):
+    def interrupted(pipeline):
+        if pipeline.settings.matcher == GreedyZip(0.5):
             raise SystemExit
-        return merge(session)
+        return finish(pipeline)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(MergeSession, "merge", interrupted)
+        patch.setattr(Pipeline, "finish", interrupted)
         sweep(models, alpha=[0.1, 0.5, 1.0], refine=None)
     assert [record["network"] for record in records()] == ["ensemble", "merged"]
     before = dict(seen)

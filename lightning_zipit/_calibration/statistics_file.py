@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_info
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -18,10 +17,11 @@ from lightning_zipit._calibration.fingerprint import digest_operators, digest_te
 from lightning_zipit._calibration.statistics import STATES, FeatureStatistics
 from lightning_zipit._common.collectives import rank_and_size, share
 from lightning_zipit._common.files import find_output_problem, replacing
+from lightning_zipit._common.messages import inform_on_rank_zero
 from lightning_zipit._common.views import Inputs, Sample, zeros_like_sample
-from lightning_zipit._lightning.files.checkpoint import read_barriers
 from lightning_zipit.errors import ConfigurationError, StatisticsError
 from lightning_zipit.graph import MergeGraph
+from lightning_zipit.graph.notes import read_barriers
 
 FORMAT = 3
 """Raised with every change of what the numbers in a file are: one that does not say all of it could be misread."""
@@ -266,9 +266,9 @@ class StatisticsRecord:
         self.resumed = self._read(self._own) if self.complete is None and self._own.is_file() else None
         self._saved = time.monotonic()
         if self.complete is not None:
-            rank_zero_info(f"The statistics are taken from {self.path}; nothing is calibrated.")
+            inform_on_rank_zero(f"The statistics are taken from {self.path}; nothing is calibrated.")
         elif self.resumed is not None:
-            rank_zero_info(f"The calibration goes on after {sum(self.resumed.seen.values())} samples.")
+            inform_on_rank_zero(f"The calibration goes on after {sum(self.resumed.seen.values())} samples.")
 
     def _read(self, path: Path) -> CalibrationStatistics:
         known = CalibrationStatistics.load(path)

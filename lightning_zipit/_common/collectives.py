@@ -81,3 +81,20 @@ def share(work: Callable[[], Result]) -> list[Result]:
         if raised is not None:
             raise own[1] or raised
     return [result for result, _ in everyone]
+
+
+exchange = share
+
+
+def decide(work: Callable[[], Result]) -> Result:
+    """Do something on rank 0, and give every rank the result.
+
+    Args:
+        work: returns something that can be pickled.
+
+    Raises:
+        Exception: the error of rank 0.
+    """
+    if not is_distributed():
+        return work()
+    return share(lambda: work() if dist.get_rank() == 0 else None)[0]  # type: ignore[return-value]

@@ -14,7 +14,6 @@ from lightning_zipit._common.views import view_of
 from lightning_zipit._lightning.export import export_merged
 from lightning_zipit._lightning.files.checkpoint import (
     find_record,
-    read_barriers,
     read_checkpoint,
     read_example,
     reading_record,
@@ -27,6 +26,7 @@ from lightning_zipit._lightning.multihead import MultiHeadModule
 from lightning_zipit._lightning.sources import get_backbone
 from lightning_zipit.errors import ConfigurationError
 from lightning_zipit.graph import MergeGraph, trace
+from lightning_zipit.graph.notes import read_barriers
 
 
 def inspect(

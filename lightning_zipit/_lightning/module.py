@@ -13,7 +13,6 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from torch import nn
 from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
-from lightning_zipit._common.collectives import share
 from lightning_zipit._common.copying import copy_module
 from lightning_zipit._common.files import replacing
 from lightning_zipit._common.views import Inputs, any_view, check_views
@@ -28,8 +27,9 @@ from lightning_zipit._lightning.sources import (
     name_tasks,
 )
 from lightning_zipit._merging.widths import changes_size
-from lightning_zipit.errors import CalibrationError, CheckpointError, ConfigurationError
-from lightning_zipit.pipeline import MergeSession
+from lightning_zipit._phases.prepare import make_sources
+from lightning_zipit.errors import CheckpointError, ConfigurationError
+from lightning_zipit.pipeline import Pipeline
 from lightning_zipit.settings import MergeSettings
 
 
@@ -73,13 +73,13 @@ class ZipItModule(DelegatedTransfers, LightningModule):
         self.dataloaders = dataloaders
         self.datamodule = datamodule
         self.get_input = get_input
-        self.session: MergeSession | None = None
+        self.pipeline: Pipeline | None = None
         self._settings = MergeSettings()
         self.copies = nn.ModuleDict()
         self._merged: tuple[MultiHeadModule, ...] = ()
         self._loaders: list[Any] = []
         self._datamodule_trainer: Any = None
-        # Where a process that ends with the calibration leaves the merged module for the one that goes on.
+        # Spawned workers write the merged module here; the main process loads it.
         self._handover = Path(tempfile.gettempdir()) / f"lightning-zipit-{uuid.uuid4().hex}.ckpt"
         self._listed = False  # whether trainer.predict runs over our loaders, once for every pass
 
@@ -118,7 +118,7 @@ class ZipItModule(DelegatedTransfers, LightningModule):
     @property
     def needs_no_data(self) -> bool:
         """Whether a merge is prepared that goes through no data: its statistics were gathered before."""
-        return self.session is not None and self.session.passes == 0 and not self.is_merged
+        return self.pipeline is not None and self.pipeline.passes == 0 and not self.is_merged
 
     def prepare(self, settings: MergeSettings, problems: Sequence[str] = ()) -> None:
         """Start a merge: look for everything that stands in its way, trace, and copy the sources.
@@ -142,7 +142,7 @@ class ZipItModule(DelegatedTransfers, LightningModule):
             networks = {task: get_backbone(model, self.backbone) for task, model in self.models.items()}
             try:
                 start = None if base is None else get_backbone(base, self.backbone)
-                self.session = MergeSession(networks, settings, start, self.sources)
+                self.pipeline = Pipeline(make_sources(networks, settings, start, self.sources), settings)
             except ConfigurationError as error:
                 if not found:
                     raise
@@ -156,7 +156,7 @@ class ZipItModule(DelegatedTransfers, LightningModule):
     def release(self) -> None:
         """Drop the copies of the sources."""
         self.copies = nn.ModuleDict()
-        self.session = None
+        self.pipeline = None
         if self.datamodule is not None:
             self.datamodule.trainer = self._datamodule_trainer
 
@@ -167,7 +167,7 @@ class ZipItModule(DelegatedTransfers, LightningModule):
             self.datamodule.prepare_data()
 
     def setup(self, stage: str) -> None:
-        if self.session is None:
+        if self.pipeline is None:
             raise ConfigurationError(
                 "A ZipItModule is run by a Trainer with a ZipItCallback: Trainer(callbacks=[ZipItCallback()])."
             )
@@ -188,9 +188,9 @@ class ZipItModule(DelegatedTransfers, LightningModule):
     def predict_dataloader(self) -> Any:
         """The calibration loaders, listed once for every pass."""
         # Nothing may fail here: Lightning leaves DataLoader patched when this hook raises.
-        assert self.session is not None
+        assert self.pipeline is not None
         self._listed = True
-        return [loader for _ in range(self.session.passes) for loader in self._loaders]
+        return [loader for _ in range(self.pipeline.passes) for loader in self._loaders]
 
     def _loader_problems(self, loaders: Any) -> list[str]:
         if loaders is None:
@@ -233,13 +233,13 @@ class ZipItModule(DelegatedTransfers, LightningModule):
         return tasks if count == 1 else [tasks[dataloader_idx % count]]
 
     def _loaders_per_pass(self) -> int:
-        assert self.session is not None
+        assert self.pipeline is not None
         given = len(predict_loaders(self.trainer))
         count = len(self._loaders) if self._listed else given
-        if count not in (1, len(self.models)) or (not self._listed and self.session.passes > 1):
+        if count not in (1, len(self.models)) or (not self._listed and self.pipeline.passes > 1):
             raise ConfigurationError(
                 f"trainer.predict was given {given} loaders, but the calibration of "
-                f"{len(self.models)} tasks takes {self.session.passes} passes over them. Give the loaders to "
+                f"{len(self.models)} tasks takes {self.pipeline.passes} passes over them. Give the loaders to "
                 "ZipItModule(dataloaders=…) instead of trainer.predict, which lists them once for every pass."
             )
         return count
@@ -247,50 +247,39 @@ class ZipItModule(DelegatedTransfers, LightningModule):
     # Calibration
 
     def on_predict_start(self) -> None:
-        assert self.session is not None
-        if self.trainer.world_size > 1 and self.session.calibration_passes:
+        assert self.pipeline is not None
+        if self.trainer.world_size > 1 and self.pipeline.calibration_passes:
             loaders = predict_loaders(self.trainer)[: self._loaders_per_pass()]
             limits = self.trainer.num_predict_batches[: len(loaders)]
-            self.session.expected = [
-                count_samples(loader) if limit == _length(loader) else None
-                for loader, limit in zip(loaders, limits, strict=True)
-            ]
+            self.pipeline.expect(
+                [
+                    count_samples(loader) if limit == _length(loader) else None
+                    for loader, limit in zip(loaders, limits, strict=True)
+                ]
+            )
+
+    def on_predict_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        assert self.pipeline is not None
+        self.pipeline.begin(dataloader_idx // self._loaders_per_pass(), self._networks())
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> int:
-        """Add a batch to the statistics (first passes) or to the re-estimated batch norm (last pass).
+        """Push a batch into the pipeline.
 
         Returns:
             The number of samples.
         """
-        assert self.session is not None
+        assert self.pipeline is not None
         x = check_views(find_inputs(batch, self.models, self.get_input), self.models)
-        index, loader = divmod(dataloader_idx, self._loaders_per_pass())
-        if index < self.session.calibration_passes:
-            self.session.calibrate(x, self._networks(), index, loader)
-        else:
-            if self.session.merged is None:
-                self.session.merge()
-                self.session.start_refining(self._networks(), any_view(x).device)
-            self.session.refine(x, self._tasks_of(dataloader_idx))
+        loader = dataloader_idx % self._loaders_per_pass()
+        self.pipeline.add(x, self._tasks_of(dataloader_idx), loader)
         return len(any_view(x))
 
     def finish(self) -> None:
-        """After the last batch: complete the merge and build the merged module."""
-        assert self.session is not None
-        started = self.session.merged is not None  # by the first batch of the last pass
-        if not started:
-            self.session.merge()
-        if self.session.passes > self.session.calibration_passes:
-            if not any(share(lambda: started)):
-                raise CalibrationError(
-                    "The last pass over the calibration data saw no batch: give loaders that can be gone through "
-                    "several times, or refine=None and a larger statistics_memory, which take one pass."
-                )
-            if not started:
-                self.session.start_refining(self._networks(), self.device)
-            self.session.finish_refining()
+        """End the merge, and build the merged module."""
+        assert self.pipeline is not None
+        result = self.pipeline.finish()
         with torch.inference_mode(False):
-            merged = MultiHeadModule(self.models, self.backbone, self.session.settings, self.session.merged)
+            merged = MultiHeadModule(self.models, self.backbone, self.pipeline.settings, result)
         self._merged = (merged,)
         if spawns_processes(self.trainer) and self.trainer.is_global_zero:
             content: dict[str, Any] = {"state_dict": merged.state_dict()}

@@ -13,7 +13,6 @@ from lightning_zipit._common.views import Inputs, like
 from lightning_zipit._lightning.files.checkpoint import (
     CHECKPOINT_KEY,
     FORMAT,
-    read_barriers,
     read_checkpoint,
     read_example,
     reading_record,
@@ -29,6 +28,7 @@ from lightning_zipit.errors import CheckpointError, ConfigurationError
 from lightning_zipit.graph import MergeGraph
 from lightning_zipit.graph.agreement import trace_all
 from lightning_zipit.graph.joined import Joined
+from lightning_zipit.graph.notes import read_barriers
 from lightning_zipit.merged import MergedBackbone
 from lightning_zipit.refine import BatchNorm
 from lightning_zipit.refine.task_norms import give_norms

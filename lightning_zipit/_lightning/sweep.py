@@ -16,22 +16,20 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.utilities.seed import isolate_rng
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lightning_zipit._calibration.calibration import statistics_bytes
 from lightning_zipit._calibration.fingerprint import fingerprint
 from lightning_zipit._common.files import find_output_problem, held
+from lightning_zipit._common.messages import quiet
 from lightning_zipit._lightning.evaluation import Evaluation
 from lightning_zipit._lightning.internals import unsupported_strategy
 from lightning_zipit._lightning.module import ZipItModule
 from lightning_zipit._lightning.multihead import MultiHeadModule
 from lightning_zipit._lightning.multitask import Ensemble, MultiTaskModule
-from lightning_zipit._report.announce import quiet
+from lightning_zipit._phases.calibrate import memory_of
 from lightning_zipit._report.report import Cost, MergeReport
 from lightning_zipit._sweep.plan import Plan
 from lightning_zipit._sweep.results import Mode, ResultsFile, SweepResult, SweepRow, describe
 from lightning_zipit.errors import CalibrationError, ConfigurationError, StatisticsError, ZipItError
 from lightning_zipit.graph import MergeGraph
-from lightning_zipit.graph.taps import tapped_by_all
-from lightning_zipit.pipeline import as_measured
 from lightning_zipit.settings import MergeSettings
 
 
@@ -174,8 +172,8 @@ class Sweep:
             known = self._file_of(each) if reads else None
             try:
                 module.prepare(replace(each, statistics_memory=float("inf"), statistics=known))
-                if module.session is not None and module.session.graphs:
-                    graphs[cut] = next(iter(module.session.graphs.values()))
+                if module.pipeline is not None and module.pipeline.graphs:
+                    graphs[cut] = next(iter(module.pipeline.graphs.values()))
             except ZipItError as error:
                 problems.append(str(error))
                 errors.append(error)
@@ -184,8 +182,7 @@ class Sweep:
         for start_at in dict.fromkeys(start for start, _ in graphs) if not problems else ():
             cuts = {stop_at: graph for (start, stop_at), graph in graphs.items() if start == start_at}
             own = [each for each in self.plan.settings if each.start_at == start_at and each.stop_at in cuts]
-            tapped = tapped_by_all([as_measured(cuts[each.stop_at], each) for each in own])
-            needed = sum(statistics_bytes(tapped, name, len(module.models)) for name in tapped.spaces) / 2**30
+            needed = memory_of([(cuts[each.stop_at], each) for each in own], len(module.models)) / 2**30
             limit = self.plan.settings[0].statistics_memory
             if needed > limit:
                 problems.append(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,6 +13,7 @@ from torch import fx, nn
 
 from lightning_zipit.errors import ConfigurationError
 from lightning_zipit.graph.events import Event
+from lightning_zipit.graph.grouping import Grouping
 from lightning_zipit.graph.interpret import Context
 from lightning_zipit.graph.naming import describe, place_of
 from lightning_zipit.graph.notes import find_notes
@@ -25,13 +26,10 @@ from lightning_zipit.graph.spaces import (
     Projection,
     Tap,
 )
-from lightning_zipit.graph.table import AxisRef, Block, Row, as_starts, named_tensors
+from lightning_zipit.graph.table import AxisRef, Block, Row, named_tensors
 from lightning_zipit.graph.taps import find_repeated, measured_once
 from lightning_zipit.graph.uses import find_conflicts, find_uses
-from lightning_zipit.graph.values import Features, Ids, Opaque, leaves
-
-STEM = "stem"
-"""Name of the space that stems hand over: it must not depend on what a stem is made of."""
+from lightning_zipit.graph.values import Features, Opaque, leaves
 
 
 class Analysis:
@@ -52,7 +50,6 @@ class Analysis:
         self.nodes = list(graph.nodes)
         self.trunk, self.stem, self.start_at = trunk, stem, start_at
         self.ctx = Context(backbone, shapes, barriers)
-        self.refs: dict[Any, AxisRef] = {}
         self.position = {node: index for index, node in enumerate(self.nodes)}
         self.entry_nodes = [node for node in self.nodes if node in stem and not trunk.isdisjoint(node.users)]
         self.passed = [node for node in self.nodes if node in stem and any(map(self._in_head, node.users))]
@@ -133,7 +130,7 @@ class Analysis:
         self.component = self.ctx.components()
         self._check_nestings()
         self._check_roles()
-        self._group()
+        self.grouping = Grouping(self.component, self.trunk_events, self.touched, self.nestings)
         head_events = [event for events in self.ctx.events.values() for event in events]
         heads = [node for node in self.nodes if self._in_head(node)]
         self.head_conflicts = find_conflicts(
@@ -166,9 +163,9 @@ class Analysis:
     def _held(self, value: Any) -> tuple[str, ...]:
         ids = [part.ids.ravel() for part in leaves(value) if isinstance(part, Features)]
         features = self.component[np.concatenate(ids)].tolist() if ids else []
-        return tuple(dict.fromkeys(self.space_of[feature] for feature in features if feature in self.space_of))
-
-    # Grouping features into spaces
+        return tuple(
+            dict.fromkeys(self.grouping.space_of[feature] for feature in features if feature in self.grouping.space_of)
+        )
 
     def _check_nestings(self) -> None:
         """Two operators must not group the same features differently; the later one is a barrier."""
@@ -182,89 +179,6 @@ class Analysis:
                 raise self.ctx.error(
                     f"it takes features in {nesting.kind} that an operator before it divides differently"
                 )
-
-    def _group(self) -> None:
-        """Features that appear on the same axes, equally often, form one space (the coarsest such partition)."""
-        where: dict[int, list[Any]] = defaultdict(list)
-        for index, event in enumerate(self.trunk_events):
-            for feature, times in Counter(self.component[event.entries].tolist()).items():
-                where[feature].append((index, times))
-        parts = {ids.tobytes(): ids for ids in map(self.component.__getitem__, self.touched)}
-        for index, ids in enumerate(parts.values()):  # a part of the features that an operator takes by itself
-            for feature, times in Counter(ids.tolist()).items():
-                if feature in where:
-                    where[feature].append((("part", index), times))
-        nested = [(self.component[nesting.members], self.component[nesting.units]) for nesting in self.nestings]
-        for index, (members, units) in enumerate(nested):
-            for feature in dict.fromkeys(members.ravel().tolist()):
-                where[feature].append(("in", index))
-            for feature in dict.fromkeys(units.tolist()):
-                where[feature].append(("unit", index))
-        kinds = {feature: tuple(places) for feature, places in where.items()}  # in the order of first appearance
-        count = 0
-        while len(set(kinds.values())) > count:  # units differ where their members do, and the other way round
-            count = len(set(kinds.values()))
-            number = {kind: index for index, kind in enumerate(dict.fromkeys(kinds.values()))}
-            seen: dict[int, set[Any]] = defaultdict(set)
-            for index, (members, units) in enumerate(nested):
-                for unit, row in zip(units.tolist(), members.tolist(), strict=True):
-                    seen[unit].add((index, *sorted(number[kinds[feature]] for feature in row)))
-                    for feature in row:
-                        seen[feature].add((index, number[kinds[unit]]))
-            kinds = {
-                feature: (number[kind], *sorted(seen[feature])) if feature in seen else (number[kind],)
-                for feature, kind in kinds.items()
-            }
-        self._name_spaces(kinds, where)
-
-    def _name_spaces(self, kinds: dict[int, Any], where: dict[int, list[Any]]) -> None:
-        self.space_of: dict[int, str] = {}
-        self.rank_of: dict[int, int] = {}
-        self.members: dict[str, list[int]] = {}
-        together: dict[Any, list[int]] = defaultdict(list)
-        for feature, kind in kinds.items():
-            together[kind].append(feature)
-        for features in together.values():
-            name = self._name(where[features[0]])
-            self.members[name] = features
-            for rank, feature in enumerate(features):
-                self.space_of[feature], self.rank_of[feature] = name, rank
-
-    def _name(self, where: list[Any]) -> str:
-        nesting = next((self.nestings[index] for place, index in where if place == "unit"), None)
-        events = [self.trunk_events[place] for place, _ in where if isinstance(place, int)]
-        if nesting is not None:
-            base = f"{place_of(nesting.node)} {nesting.kind}"
-        elif any(event.kind == "entry" for event in events):
-            base = STEM
-        else:
-            first = next((event for event in events if event.kind == "producer"), events[0])
-            base = first.name.rpartition(".")[0] if "." in first.name else first.name
-        same = sum(name.split("#")[0] == base for name in self.members)
-        return f"{base}#{same + 1}" if same else base
-
-    def _ref(self, held: Ids, role: Any, groups: int = 1) -> AxisRef:
-        """Sort the entries of an axis into blocks: the k-th appearance of each feature of a space is one block."""
-        key = held.tobytes(), role, groups  # weight, bias and statistics of a layer hold the same
-        if key not in self.refs:
-            self.refs[key] = self._sort_into_blocks(held, role, groups)
-        return self.refs[key]
-
-    def _sort_into_blocks(self, held: Ids, role: Any, groups: int) -> AxisRef:
-        features = held.tolist()
-        repeat = _common_repeat(features)
-        places: dict[tuple[str, int], dict[int, int]] = {}
-        seen: Counter[int] = Counter()
-        for position, feature in enumerate(features[::repeat]):
-            if feature in self.space_of:
-                key = self.space_of[feature], seen[feature]
-                places.setdefault(key, {})[self.rank_of[feature]] = position * repeat
-                seen[feature] += 1
-        blocks = (
-            Block(space, as_starts(np.array([starts[rank] for rank in range(len(starts))])), repeat)
-            for (space, _), starts in places.items()
-        )
-        return AxisRef(tuple(blocks), role, len(features), groups)
 
     def _crossing(self, node: fx.Node, head_events: list[Event]) -> Crossing:
         value = self.trunk_values[node]
@@ -283,14 +197,16 @@ class Analysis:
             appearances = np.isin(self.head_values[node].ids.ravel(), entries).sum()
             absorbed = absorbed and appearances in (0, len(own))
         absorbed = absorbed and not any(np.isin(own, self.component[ids]).any() for ids in others)
-        return Crossing(node.name, value.axes[0], self._ref(self.component[value.ids.ravel()], None), absorbed)
+        return Crossing(node.name, value.axes[0], self.grouping.ref(self.component[value.ids.ravel()], None), absorbed)
 
     def _entry(self, node: fx.Node) -> Crossing:
         shape = self.ctx.shapes.get(node.name, ())[1:]
         value = self.entries.get(node)
         if value is None:
             return Crossing(node.name, shape=shape)
-        return Crossing(node.name, value.axes[0], self._ref(self.component[value.ids.ravel()], None), shape=shape)
+        return Crossing(
+            node.name, value.axes[0], self.grouping.ref(self.component[value.ids.ravel()], None), shape=shape
+        )
 
     def _check_roles(self) -> None:
         """A parameter of the trunk has one role; a node that reads it in another one is a barrier."""
@@ -320,7 +236,7 @@ class Analysis:
                 if event.kind == "producer" or not (features >= 0).any():
                     continue
             if row[event.axis] is None:
-                row[event.axis] = self._ref(features, event.kind, event.groups if of is None else 1)
+                row[event.axis] = self.grouping.ref(features, event.kind, event.groups if of is None else 1)
         return {name: tuple(row) for name, row in table.items()}
 
     def _read_by_heads(self, crossings: Sequence[Crossing]) -> dict[int, int]:
@@ -362,16 +278,18 @@ class Analysis:
         roles: dict[str, dict[str, list[tuple[str, int]]]] = defaultdict(lambda: {"producer": [], "consumer": []})
         reads: dict[str, list[Event]] = defaultdict(list)
         for event in self.trunk_events:
-            for space in self._spaces_of(event):
+            for space in self.grouping.spaces_of(event.entries):
                 if event.kind in ("producer", "consumer"):
                     roles[space][event.kind].append((event.name, event.axis))
                 if event.kind not in ("producer", "entry") and event.value is not None:
                     reads[space].append(event)
-        repeated = {space for event in find_repeated(self.trunk_events) for space in self._spaces_of(event)}
+        repeated = {
+            space for event in find_repeated(self.trunk_events) for space in self.grouping.spaces_of(event.entries)
+        }
         unit_of = self._units()
         projections = self._projections()
         spaces = {}
-        for name, features in self.members.items():
+        for name, features in self.grouping.members.items():
             why = next((pinned[feature] for feature in features if feature in pinned), "")
             tap = projections.get(name) or self._tap(name, reads[name], name in repeated)
             units = [unit_of[feature] for feature in features if feature in unit_of]
@@ -382,13 +300,10 @@ class Analysis:
                 consumers=tuple(roles[name]["consumer"]),
                 tap=None if why else tap,
                 pinned=why,
-                units=self.space_of[units[0]] if units else None,
-                unit_of=tuple(self.rank_of[unit] for unit in units),
+                units=self.grouping.space_of[units[0]] if units else None,
+                unit_of=tuple(self.grouping.rank_of[unit] for unit in units),
             )
         return spaces
-
-    def _spaces_of(self, event: Event) -> list[str]:
-        return list(dict.fromkeys(self.space_of[feature] for feature in self.component[event.entries].tolist()))
 
     def _units(self) -> dict[int, int]:
         unit_of: dict[int, int] = {}
@@ -403,9 +318,9 @@ class Analysis:
         taps: dict[str, Tap] = {}
         for projected in self.projected:
             features = self.component[projected.ids].tolist()
-            space = self.space_of[features[0]]
+            space = self.grouping.space_of[features[0]]
             assert projected.value.node is not None
-            rows = {self.rank_of[feature]: projected.start + row for row, feature in enumerate(features)}
+            rows = {self.grouping.rank_of[feature]: projected.start + row for row, feature in enumerate(features)}
             projection = Projection(projected.weight, tuple(rows[rank] for rank in range(len(rows))))
             block = Block(space, range(projected.value.ids.size))
             here = Tap(projected.value.node.name, projected.value.axes, block, place_of(projected.node))
@@ -426,7 +341,7 @@ class Analysis:
         assert event.value is not None
         value = self._before_pooling(event.value)
         assert value.node is not None
-        ref = self._ref(self.component[value.ids.ravel()], None)
+        ref = self.grouping.ref(self.component[value.ids.ravel()], None)
         block = next(block for block in ref.blocks if block.space == space)
         reader = "the cut" if event.kind == "crossing" else place_of(event.node)
         return Tap(value.node.name, value.axes, block, reader)
@@ -441,11 +356,3 @@ class Analysis:
                 return value
             found, node = inputs[0], inputs[0].node
         return found
-
-
-def _common_repeat(features: list[int]) -> int:
-    """The length of the runs of equal neighbours, where all have the same."""
-    array = np.array(features)
-    starts = np.flatnonzero(np.r_[True, array[1:] != array[:-1]]) if len(array) else np.zeros(1)
-    lengths = np.diff(np.r_[starts, len(array)])
-    return int(lengths[0]) if len(lengths) and (lengths == lengths[0]).all() else 1

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from torch import fx, nn
 
+from lightning_zipit._common.messages import printable
 from lightning_zipit.graph.spaces import FeatureSpace
 from lightning_zipit.graph.table import AxisRef
 
@@ -70,3 +71,8 @@ def _highest(name: str, called: set[str]) -> str:
 def _list(names: list[str]) -> str:
     shown = ", ".join(f"`{name}`" for name in names[:8])
     return f"{shown} and {len(names) - 8} more" if len(names) > 8 else shown
+
+
+def read_barriers(barriers: Mapping[str, str]) -> dict[str, str]:
+    """Nodes that cannot be merged, and the reasons, as a file holds them; control characters become spaces."""
+    return {str(node): printable(str(reason)) for node, reason in barriers.items()}

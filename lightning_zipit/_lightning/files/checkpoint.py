@@ -101,14 +101,6 @@ def read_example(record: Mapping[str, Any]) -> Inputs | None:
     return zeros_like_sample((dtype, shape))
 
 
-def read_barriers(barriers: Mapping[str, str]) -> dict[str, str]:
-    """Nodes that cannot be merged, and why, as a file holds them; control characters become spaces."""
-    return {
-        str(node): "".join(letter if letter.isprintable() else " " for letter in str(reason))
-        for node, reason in barriers.items()
-    }
-
-
 def read_checkpoint(
     path: str | Path | IO[bytes], map_location: Any = None, weights_only: bool = True
 ) -> dict[str, Any]:

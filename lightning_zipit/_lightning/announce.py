@@ -1,10 +1,6 @@
-"""Where a report goes when a merge is done: to terminal and loggers; and what is not said meanwhile."""
+"""Show the report of a merge: in the terminal and in the loggers of a Trainer."""
 
 from __future__ import annotations
-
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelSummary
@@ -49,15 +45,3 @@ def log_report(logger: Logger, report: MergeReport, step: int = 0) -> None:
     elif add_text is not None:
         indented = "".join(f"    {line}\n" for line in str(report).splitlines())  # a code block in Markdown
         add_text("zipit/report", indented, step)
-
-
-@contextmanager
-def quiet(package: str = "lightning.pytorch") -> Iterator[None]:
-    """No information from a package's logger: a sweep has a bar, and would hear the same for each setting again."""
-    logger = logging.getLogger(package)
-    level = logger.level
-    logger.setLevel(max(level, logging.WARNING))
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

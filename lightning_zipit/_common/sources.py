@@ -1,0 +1,64 @@
+"""The networks of a merge, and the models that they belong to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+from torch import nn
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The source networks of a merge.
+
+    A model that was merged before brings one network for each of its tasks. These networks share their trunk, so that
+    the model counts once.
+
+    Attributes:
+        networks: the source networks by task; nothing changes them.
+        model_of: the name of the model that each network belongs to, by task.
+        weights: how much each model counts, in the order of the models; ``None`` if all count the same.
+        base: the network from which all sources were trained, for ``combine``.
+    """
+
+    networks: Mapping[str, nn.Module]
+    model_of: Mapping[str, str]
+    weights: tuple[float, ...] | None = None
+    base: nn.Module | None = None
+
+    @property
+    def tasks(self) -> list[str]:
+        return list(self.networks)
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The names of the models."""
+        return tuple(dict.fromkeys(self.model_of[task] for task in self.networks))
+
+    @property
+    def numbers(self) -> dict[str, int]:
+        """The number of each network's model, by task."""
+        return {task: self.models.index(self.model_of[task]) for task in self.networks}
+
+    @property
+    def first(self) -> nn.Module:
+        """The network of the first task."""
+        return next(iter(self.networks.values()))
+
+    def of_models(self, by_task: Mapping[str, Value]) -> dict[str, Value]:
+        """Choose one value for each model: that of the model's first task.
+
+        Args:
+            by_task: a value for each task.
+
+        Returns:
+            The values by the name of the model.
+        """
+        chosen: dict[str, Value] = {}
+        for task in self.networks:
+            chosen.setdefault(self.model_of[task], by_task[task])
+        return chosen

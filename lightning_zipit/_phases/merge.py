@@ -1,0 +1,123 @@
+"""Merge: build trunk, heads and stems from the sources and the matching of every space."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import nn
+
+from lightning_zipit._common.sources import Sources
+from lightning_zipit._common.views import Inputs, like, view_of
+from lightning_zipit._matching.by_weights import common_start
+from lightning_zipit._merging.dense import rigid_note
+from lightning_zipit._merging.maps import DenseMap, SpaceMap
+from lightning_zipit._merging.rebuild import build_merged, build_stems
+from lightning_zipit._phases.match import Matching
+from lightning_zipit._report.report import MergeReport, measure_cost
+from lightning_zipit.graph.spaces import handed_over
+from lightning_zipit.matchers import CCA, AnyWidthMatcher, Average, DualSpace
+from lightning_zipit.merged import MergedBackbone
+from lightning_zipit.paths import AllHeads
+from lightning_zipit.refine.task_norms import give_norms, set_affine
+from lightning_zipit.settings import MergeSettings
+from lightning_zipit.task_vectors import combine_into
+
+
+@dataclass(frozen=True)
+class Merged:
+    """The merged networks, before they are refined.
+
+    Attributes:
+        trunk: the shared part.
+        heads: the rest of each task's network.
+        maps: the map of each space, with the models' weights.
+        stems: the first part of each task's network; empty without ``start_at``.
+    """
+
+    trunk: nn.Module
+    heads: dict[str, nn.Module]
+    maps: Mapping[str, SpaceMap | DenseMap]
+    stems: dict[str, nn.Module] = field(default_factory=dict)
+
+
+def merge(sources: Sources, matching: Matching, settings: MergeSettings) -> Merged:
+    """Merge the weights of the sources.
+
+    Args:
+        sources: the source networks.
+        matching: the matching of every space.
+        settings: the options of the merge.
+
+    Returns:
+        New networks, on the device and of the type of the sources; batch norm has merged statistics.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        maps = {name: replace(one.space_map, weights=sources.weights) for name, one in matching.spaces.items()}
+        graphs, networks = [matching.graphs[task] for task in sources.tasks], list(sources.networks.values())
+        trunk, built = build_merged(graphs, networks, maps, sources.weights, list(sources.numbers.values()))
+        heads: dict[str, nn.Module] = dict(zip(sources.tasks, built, strict=True))
+        stems: dict[str, nn.Module] = dict(zip(sources.tasks, build_stems(graphs, maps), strict=False))
+        if settings.combine is not None and sources.base is not None:
+            leads = list(sources.of_models(sources.networks).values())
+            combine_into(trunk, leads, sources.base, settings.combine)
+        if settings.norms_per_task:
+            give_norms(trunk, heads)
+            set_affine(trunk, sources.networks, graphs[0].axes, maps, sources.numbers)
+    return Merged(trunk, heads, maps, stems)
+
+
+def with_report(
+    merged: Merged,
+    matching: Matching,
+    sources: Sources,
+    settings: MergeSettings,
+    example: Inputs,
+    notes: tuple[str, ...],
+) -> MergedBackbone:
+    """Compose the result of a merge: its networks, and the report of what was merged and what it costs.
+
+    Args:
+        merged: the merged networks.
+        matching: the matching of every space.
+        sources: the source networks.
+        settings: the options of the merge.
+        example: an input of one sample, or one of each task.
+        notes: what is known of the merge already.
+    """
+    graph = next(iter(matching.graphs.values()))
+    x = like(example, sources.first)
+    with torch.inference_mode(False), torch.no_grad():
+        report = MergeReport(
+            tuple(matching.spaces[name].report for name in graph.spaces),
+            {task: measure_cost(network, view_of(x, task)) for task, network in sources.networks.items()},
+            measure_cost(AllHeads(merged.trunk, merged.heads, merged.stems), x),
+            graph.notes + notes + _notes(merged, matching, sources, settings),
+            models=sources.models,
+        )
+    widths = {name: one.width for name, one in merged.maps.items() if one.width != graph.spaces[name].size}
+    return MergedBackbone(merged.trunk, merged.heads, report, example, matching.graphs, widths, merged.stems)
+
+
+def _notes(merged: Merged, matching: Matching, sources: Sources, settings: MergeSettings) -> tuple[str, ...]:
+    """What a user should know of the merge."""
+    graph, matcher = next(iter(matching.graphs.values())), settings.matcher
+    notes: list[str] = []
+    if sources.weights is not None:
+        counts = ", ".join(f"{name} {one:g}" for name, one in zip(sources.models, sources.weights, strict=True))
+        notes.append(f"Where features became one, models counted by their weights: {counts}.")
+    if settings.stop_at == "auto":
+        notes.append(f"The trunk ends at {f'`{graph.stop_at}`' if graph.stop_at else 'the last layer'}.")
+    if any(isinstance(one, DenseMap) for one in merged.maps.values()) or isinstance(matcher, CCA):
+        notes += rigid_note(graph)
+    if settings.norms_per_task:
+        notes.append("Batch norm is per task: the trunk runs once for each task, which merged FLOPs count.")
+    if graph.stem_nodes:
+        notes.append("Each task has a stem: stem and trunk run once for each task, which merged FLOPs count.")
+        if isinstance(matcher.matcher if isinstance(matcher, DualSpace) else matcher, AnyWidthMatcher):
+            names = ", ".join(f"`{name}`" for name in sorted(handed_over(graph)))
+            notes.append(f"Matched one to one, as stems hand it over: {names}.")
+    if not isinstance(matcher, Average):
+        notes += common_start(graph, list(sources.of_models(sources.networks).values()), merged.maps)
+    return tuple(notes)

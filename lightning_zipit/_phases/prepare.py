@@ -1,0 +1,307 @@
+"""Prepare: trace the sources, prove the table of axes, and find the widths that each space may have."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from lightning_zipit._calibration.statistics_file import CalibrationStatistics, StatisticsRecord
+from lightning_zipit._common.collectives import decide
+from lightning_zipit._common.sources import Sources
+from lightning_zipit._common.views import Inputs, any_view, each_view, explain_views, like, view_of
+from lightning_zipit._merging.widths import FlopsModel, count_flops, find_choices
+from lightning_zipit.errors import ConfigurationError, UnknownShapeError, ZipItError
+from lightning_zipit.graph import MergeGraph
+from lightning_zipit.graph.agreement import settle, trace_all
+from lightning_zipit.graph.joined import Joined
+from lightning_zipit.graph.replay import working_copy
+from lightning_zipit.refine.task_norms import find_norms
+from lightning_zipit.settings import MergeSettings
+
+SAMPLES = 8
+"""Samples of the first batch with which the capture is compared and the table proved, at most."""
+
+Graphs = dict[str, MergeGraph]
+"""The merge graph of each source network by task."""
+
+
+@dataclass(frozen=True)
+class Traced:
+    """What is known of the sources before their features are measured.
+
+    Attributes:
+        graphs: the merge graph of each source network by task.
+        example: zeros of the shape and type of one sample, ``(1, …)``, by task where each task has its own input.
+        choices: per space the widths that it may have, in rising order.
+        notes: the spaces that keep their width, and why.
+        cuts: the graphs of the merge and of other merges that the same statistics serve, by ``stop_at``.
+        flop_counts: the FLOPs of each network by module, where a budget is to be met; see
+            :func:`~lightning_zipit._merging.widths.count_flops`.
+    """
+
+    graphs: Graphs
+    example: Inputs
+    choices: Mapping[str, tuple[int, ...]]
+    notes: tuple[str, ...] = ()
+    cuts: Mapping[str | None, Graphs] = field(default_factory=dict)
+    flop_counts: tuple[Mapping[str, float], ...] = ()
+
+    @property
+    def graph(self) -> MergeGraph:
+        """The merge graph of the first network."""
+        return next(iter(self.graphs.values()))
+
+    def flops_model(self, graphs: Graphs) -> FlopsModel:
+        """The FLOPs of a merged network as a function of its widths, for these graphs of the sources."""
+        return FlopsModel.of(list(graphs.values()), self.flop_counts)
+
+
+def make_sources(
+    networks: Mapping[str, nn.Module],
+    settings: MergeSettings,
+    base: nn.Module | None = None,
+    model_of: Mapping[str, str] | None = None,
+) -> Sources:
+    """Name the sources of a merge, and decide how much each model counts.
+
+    Args:
+        networks: the source networks by task.
+        settings: the options of the merge.
+        base: the network from which all sources were trained, for ``combine``.
+        model_of: the name of the model that each network belongs to, for models that were merged before. Such a model
+            counts by its number of tasks, unless the settings have weights.
+
+    Raises:
+        ConfigurationError: if only one of ``combine`` and ``base`` is given, or the weights do not fit the models.
+    """
+    if (base is None) != (settings.combine is None):
+        raise ConfigurationError(
+            "`combine` adds up what training changed since `base`, the module from which all sources were trained. "
+            f"Give both or neither, got combine={settings.combine!r} and {'no' if base is None else 'a'} base."
+        )
+    model_of = dict(model_of) if model_of else {task: task for task in networks}
+    of_tasks = [model_of[task] for task in networks]
+    models = list(dict.fromkeys(of_tasks))
+    weights = settings.weights_of(models)
+    if weights is None and len(models) < len(networks):
+        weights = tuple(float(of_tasks.count(name)) for name in models)
+    return Sources(dict(networks), model_of, weights, base)
+
+
+def open_file(sources: Sources, settings: MergeSettings) -> StatisticsRecord | None:
+    """Open the statistics file of a merge; ``None`` if it has none.
+
+    Raises:
+        StatisticsError: if the file belongs to other networks or settings.
+        ConfigurationError: if the file cannot be written.
+    """
+    if settings.statistics is None:
+        return None
+    file = StatisticsRecord(settings.statistics, sources.of_models(sources.networks))
+    file.check_settings(settings.verify, start_at=settings.start_at, positions=settings.positions)
+    return file
+
+
+def trace_sources(
+    sources: Sources,
+    settings: MergeSettings,
+    example: Inputs | None = None,
+    stop_at: str | None = None,
+    barriers: Mapping[str, str] | None = None,
+) -> Graphs:
+    """Trace the source networks.
+
+    Args:
+        sources: the source networks.
+        settings: the options of the merge.
+        example: an input of the networks, or one of each by task, where their reshapes need one.
+        stop_at: the trunk's last module.
+        barriers: nodes that stay in the heads, and why; by default those of sources that were merged before.
+
+    Returns:
+        The merge graph of each network.
+
+    Raises:
+        ConfigurationError: if the networks are not of one architecture, or do not fit the settings.
+        TraceError: if a network cannot be traced.
+    """
+    if barriers is None:
+        merged_before = [network for network in sources.networks.values() if isinstance(network, Joined)]
+        barriers = {node: why for network in merged_before for node, why in network.barriers.items()}
+    graphs = trace_all(
+        sources.networks,
+        stop_at,
+        settings.merge_heads,
+        None if example is None else like(example, sources.first),
+        barriers,
+        settings.start_at,
+    )
+    graph = next(iter(graphs.values()))
+    if settings.norms_per_task and not find_norms(graph.module, list(graph.trunk_graph())):
+        raise ConfigurationError(
+            "refine=BatchNorm(per_task=True) needs batch norm in the trunk, and the trunk has none. Use another "
+            "`refine`, or end the trunk later (`stop_at`)."
+        )
+    return graphs
+
+
+def trace_without_data(sources: Sources, settings: MergeSettings) -> Graphs:
+    """Trace the source networks without an input; empty where the shape of an input must be known."""
+    with suppress(UnknownShapeError):
+        return trace_sources(sources, settings, stop_at=settings.last_module)
+    return {}
+
+
+@dataclass(frozen=True)
+class _Decided:
+    """What rank 0 found, and all ranks follow: barriers of each cut, widths and notes."""
+
+    barriers: dict[str, str]
+    cuts: dict[str | None, dict[str, str]]
+    choices: dict[str, tuple[int, ...]]
+    notes: tuple[str, ...]
+
+
+def prepare(
+    sources: Sources,
+    settings: MergeSettings,
+    networks: Mapping[str, nn.Module],
+    x: Inputs,
+    graphs: Graphs,
+) -> Traced:
+    """Trace and prove the sources on the first batch. Rank 0 decides what is merged; the other ranks follow.
+
+    Args:
+        sources: the source networks.
+        settings: the options of the merge.
+        networks: copies of the networks in eval mode, on the device of the batch.
+        x: the first batch.
+        graphs: graphs that were traced without data; they are used if they fit the batch.
+
+    Raises:
+        ConfigurationError: if the networks cannot be merged with these settings.
+        TraceError: if a network cannot be traced.
+        VerificationError: if nothing is left that can be merged.
+    """
+    first = each_view(x, lambda view: view[:SAMPLES].detach())
+    example = each_view(x, lambda view: torch.zeros_like(view[:1], device="cpu"))
+    found: list[Traced] = []
+
+    def look() -> _Decided:
+        proved = _prove(sources, settings, networks, first, graphs, settings.last_module)
+        cuts = _find_cuts(sources, settings, networks, first, proved)
+        found.append(_with_choices(Traced(proved, example, {}, cuts=cuts), sources, settings, first))
+        traced = found[0]
+        of_cuts = {stop_at: next(iter(each.values())).barriers for stop_at, each in cuts.items()}
+        return _Decided(traced.graph.barriers, of_cuts, dict(traced.choices), traced.notes)
+
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(any_view(x).device.type, enabled=False):
+        decided = decide(look)
+        return found[0] if found else _follow(decided, sources, settings, first, example)
+
+
+def _follow(decided: _Decided, sources: Sources, settings: MergeSettings, first: Inputs, example: Inputs) -> Traced:
+    """Trace the sources with the barriers that rank 0 has found."""
+    again = partial(trace_sources, sources, settings, first)
+    own = again(settings.last_module, decided.barriers)
+    cuts = {
+        stop_at: own if stop_at == settings.last_module else again(stop_at, barriers)
+        for stop_at, barriers in decided.cuts.items()
+    }
+    return Traced(own, example, decided.choices, decided.notes, cuts, _flop_counts(sources, settings, first))
+
+
+def prepare_from(sources: Sources, settings: MergeSettings, known: CalibrationStatistics) -> Traced:
+    """Trace the sources as the statistics of a file have them; no data is needed.
+
+    Args:
+        sources: the source networks.
+        settings: the options of the merge.
+        known: statistics of these networks.
+    """
+    example = known.example_of(sources.tasks)
+    graphs = trace_sources(sources, settings, example, settings.last_module, known.barriers_of(settings.last_module))
+    return _with_choices(Traced(graphs, example, {}), sources, settings, example)
+
+
+def find_shorter(traced: Traced, sources: Sources, settings: MergeSettings, ends: Sequence[str]) -> list[Graphs]:
+    """Trace the sources with trunks that end earlier; ends at which no trunk can end are left out.
+
+    Args:
+        traced: the sources with the longest trunk.
+        sources: the source networks.
+        settings: the options of the merge.
+        ends: modules to end at.
+    """
+    found = []
+    for stop_at in ends:
+        with suppress(ZipItError):
+            found.append(trace_sources(sources, settings, traced.example, stop_at, traced.graph.barriers))
+    return found
+
+
+def _prove(
+    sources: Sources,
+    settings: MergeSettings,
+    networks: Mapping[str, nn.Module],
+    x: Inputs,
+    graphs: Graphs,
+    stop_at: str | None,
+) -> Graphs:
+    """Graphs that fit an input, compared with the networks, and proved on it unless ``verify=False``."""
+    again = partial(trace_sources, sources, settings, x, stop_at)
+    views = {task: view_of(x, task) for task in networks}
+    if not graphs or any(graph.input_shape != views[task].shape[1:] for task, graph in graphs.items()):
+        try:
+            graphs = again()
+        except ZipItError as error:
+            if not isinstance(x, Tensor) or settings.start_at is None:
+                raise
+            raise type(error)(f"{error} {explain_views(networks)}") from error
+    return settle(networks, graphs, views, again, settings.verify, settings.merge_heads)
+
+
+def _find_cuts(
+    sources: Sources,
+    settings: MergeSettings,
+    networks: Mapping[str, nn.Module],
+    x: Inputs,
+    own: Graphs,
+) -> dict[str | None, Graphs]:
+    """The graphs of every cut that the statistics shall serve; none where they serve one merge only."""
+    cuts = {settings.last_module: own} if settings.also else {}
+    for stop_at in dict.fromkeys(other.last_module for other in settings.also):
+        if stop_at not in cuts:
+            with suppress(ZipItError):  # the merge with this cut reports the error
+                cuts[stop_at] = _prove(sources, settings, networks, x, {}, stop_at)
+    return cuts
+
+
+def _with_choices(traced: Traced, sources: Sources, settings: MergeSettings, x: Inputs) -> Traced:
+    """Find the widths that each space may have, and whether a budget of FLOPs can be met."""
+    own = view_of(like(x, sources.first), sources.tasks[0])
+    network, models = working_copy(sources.first), len(sources.models)
+    choices, notes = find_choices(traced.graph, network, own, settings.width, models)
+    counts = _flop_counts(sources, settings, traced.example)
+    traced = Traced(traced.graphs, traced.example, choices, notes, traced.cuts, counts)
+    if settings.flops is not None:
+        flops = traced.flops_model(traced.graphs)
+        least = flops({name: widths[0] for name, widths in choices.items()}) / flops.source
+        if settings.flops < least:
+            raise ConfigurationError(
+                f"flops={settings.flops} cannot be met: the smallest merged network of these sources has {least:.2f} "
+                "times the FLOPs of one source. Raise `flops`, or cut the network elsewhere with `stop_at`."
+            )
+    return traced
+
+
+def _flop_counts(sources: Sources, settings: MergeSettings, example: Inputs) -> tuple[dict[str, float], ...]:
+    if settings.flops is None:
+        return ()
+    x = each_view(like(example, sources.first), lambda view: view[:1])
+    return tuple(count_flops(network, view_of(x, task)) for task, network in sources.networks.items())
