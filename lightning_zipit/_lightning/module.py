@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 from torch import nn
-from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
 from lightning_zipit._common.copying import copy_module
 from lightning_zipit._common.files import replacing
 from lightning_zipit._common.views import Inputs, any_view, check_views
 from lightning_zipit._lightning.internals import count_samples, predict_loaders, spawns_processes
+from lightning_zipit._lightning.loaders import find_loader_problems, in_fixed_order, length_of, list_loaders
 from lightning_zipit._lightning.multihead import MultiHeadModule, split_merged
 from lightning_zipit._lightning.sources import (
     DelegatedTransfers,
@@ -31,6 +32,23 @@ from lightning_zipit._phases.prepare import make_sources
 from lightning_zipit.errors import CheckpointError, ConfigurationError
 from lightning_zipit.pipeline import Pipeline
 from lightning_zipit.settings import MergeSettings
+
+
+@dataclass
+class _Outside:
+    """Modules that are no submodules of a :class:`ZipItModule`: what moves or casts it does not reach them.
+
+    Attributes:
+        given: the modules to merge, as the user named them.
+        models: the source modules by task; a module that was merged before is several.
+        base: the module from which all were trained.
+        merged: the merged module.
+    """
+
+    given: dict[str, LightningModule]
+    models: dict[str, LightningModule]
+    base: LightningModule | None
+    merged: MultiHeadModule | None = None
 
 
 class ZipItModule(DelegatedTransfers, LightningModule):
@@ -64,11 +82,9 @@ class ZipItModule(DelegatedTransfers, LightningModule):
         base: LightningModule | None = None,
     ) -> None:
         super().__init__()
-        # In tuples, so that the user's modules are no submodules: nothing that moves or casts this one reaches them.
-        self._given = (name_tasks(models),)
-        modules, self.sources = split_merged(self._given[0])
-        self._originals = (modules,)
-        self._base = (base,)
+        given = name_tasks(models)
+        modules, self.sources = split_merged(given)
+        self._outside = _Outside(given, modules, base)
         self.backbone = backbone
         self.dataloaders = dataloaders
         self.datamodule = datamodule
@@ -76,7 +92,6 @@ class ZipItModule(DelegatedTransfers, LightningModule):
         self.pipeline: Pipeline | None = None
         self._settings = MergeSettings()
         self.copies = nn.ModuleDict()
-        self._merged: tuple[MultiHeadModule, ...] = ()
         self._loaders: list[Any] = []
         self._datamodule_trainer: Any = None
         # Spawned workers write the merged module here; the main process loads it.
@@ -95,25 +110,25 @@ class ZipItModule(DelegatedTransfers, LightningModule):
     @property
     def models(self) -> dict[str, LightningModule]:
         """The source modules by task; one that was merged before is several."""
-        return self._originals[0]
+        return self._outside.models
 
     @property
     def base(self) -> LightningModule | None:
         """The module that all were trained from, where it was given."""
-        return self._base[0]
+        return self._outside.base
 
     @property
     def merged(self) -> MultiHeadModule:
-        if not self._merged and self._handover.exists():
-            self._merged = (self._take_over(),)
-        if not self._merged:
+        if self._outside.merged is None and self._handover.exists():
+            self._outside.merged = self._take_over()
+        if self._outside.merged is None:
             raise ConfigurationError("There is no merged module yet: run trainer.predict with a ZipItCallback first.")
-        return self._merged[0]
+        return self._outside.merged
 
     @property
     def is_merged(self) -> bool:
         """Whether there is a merged module."""
-        return bool(self._merged)
+        return self._outside.merged is not None
 
     @property
     def needs_no_data(self) -> bool:
@@ -126,17 +141,17 @@ class ZipItModule(DelegatedTransfers, LightningModule):
         Raises:
             ConfigurationError: with all problems that were found.
         """
-        self._merged, self._listed, self._settings = (), False, settings
+        self._outside.merged, self._listed, self._settings = None, False, settings
         self._datamodule_trainer = self.datamodule.trainer if self.datamodule is not None else None
-        (base,) = self._base
+        base = self.base
         unfit = find_problems(self.models if base is None else {**self.models, "base": base}, self.backbone)
-        for name, model in self._given[0].items():
+        for name, model in self._outside.given.items():
             if isinstance(model, MultiHeadModule):
                 unfit += [f"Model {name!r}: {problem}" for problem in model.find_problems(self.backbone, settings)]
         found = [*problems, *unfit, *self._loader_problems(self.dataloaders)]
         if self.dataloaders is not None and self.datamodule is not None:
             found.append("Both `dataloaders` and `datamodule` were given: give one of them.")
-        if len(self._given[0]) == 1 and not changes_size(settings.width):
+        if len(self._outside.given) == 1 and not changes_size(settings.width):
             found.append("One model alone cannot be merged: give at least two, or fold it with a `width` below 1.")
         if not unfit:
             networks = {task: get_backbone(model, self.backbone) for task, model in self.models.items()}
@@ -176,14 +191,10 @@ class ZipItModule(DelegatedTransfers, LightningModule):
             self.datamodule.trainer = self.trainer
             self.datamodule.setup("fit")
             own = getattr(self.datamodule, "calibration_dataloader", None)
-            loaders = own() if own else _in_fixed_order(self.datamodule.train_dataloader())
+            loaders = own() if own else in_fixed_order(self.datamodule.train_dataloader())
             if problems := self._loader_problems(loaders):
                 raise ConfigurationError.collect(problems)
-        if isinstance(loaders, Mapping):
-            loaders = [loaders[task] for task in self.models]
-        elif not isinstance(loaders, (list, tuple)):
-            loaders = [] if loaders is None else [loaders]
-        self._loaders = [Batches(loader) if isinstance(loader, (list, tuple)) else loader for loader in loaders]
+        self._loaders = list_loaders(loaders, list(self.models))
 
     def predict_dataloader(self) -> Any:
         """The calibration loaders, listed once for every pass."""
@@ -193,30 +204,12 @@ class ZipItModule(DelegatedTransfers, LightningModule):
         return [loader for _ in range(self.pipeline.passes) for loader in self._loaders]
 
     def _loader_problems(self, loaders: Any) -> list[str]:
-        if loaders is None:
-            return []
-        if isinstance(loaders, Mapping):
-            if set(loaders) != set(self.models):
-                return [f"`dataloaders` has the keys {list(loaders)}, but the tasks are {list(self.models)}."]
-            named = {f"of task {task!r}": loader for task, loader in loaders.items()}
-        elif isinstance(loaders, (list, tuple)):
-            if len(loaders) != len(self.models):
-                return [
-                    f"`dataloaders` lists {len(loaders)} loaders for {len(self.models)} tasks: give "
-                    f"one per task in "
-                    f"the order {list(self.models)}, or a single loader (not in a list) for all."
-                ]
-            named = {f"of task {task!r}": loader for task, loader in zip(self.models, loaders, strict=True)}
-        else:
-            named = {"of all tasks": loaders}
-        problems = [f"The dataloader {where} is empty." for where, loader in named.items() if _is_empty(loader)]
         why = ""
         if self._trainer is not None and self.trainer.world_size > 1:
             why = "each process would draw its own order, and samples would be counted twice or not at all"
         elif self._settings.statistics:
-            why = "a calibration that is interrupted could not go on where it was"
-        shuffled = [where for where, loader in named.items() if why and _is_shuffled(loader)]
-        return [*problems, *(f"The dataloader {where} shuffles: {why}. Use shuffle=False." for where in shuffled)]
+            why = "an interrupted calibration could not resume"
+        return find_loader_problems(loaders, list(self.models), why)
 
     def _transfer(self, hook: str, dataloader_idx: int, *args: Any) -> Any:
         """The data module's own way to move a batch, else that of the source that the loader belongs to."""
@@ -253,7 +246,7 @@ class ZipItModule(DelegatedTransfers, LightningModule):
             limits = self.trainer.num_predict_batches[: len(loaders)]
             self.pipeline.expect(
                 [
-                    count_samples(loader) if limit == _length(loader) else None
+                    count_samples(loader) if limit == length_of(loader) else None
                     for loader, limit in zip(loaders, limits, strict=True)
                 ]
             )
@@ -280,7 +273,7 @@ class ZipItModule(DelegatedTransfers, LightningModule):
         result = self.pipeline.finish()
         with torch.inference_mode(False):
             merged = MultiHeadModule(self.models, self.backbone, self.pipeline.settings, result)
-        self._merged = (merged,)
+        self._outside.merged = merged
         if spawns_processes(self.trainer) and self.trainer.is_global_zero:
             content: dict[str, Any] = {"state_dict": merged.state_dict()}
             merged.on_save_checkpoint(content)
@@ -295,51 +288,3 @@ class ZipItModule(DelegatedTransfers, LightningModule):
             return MultiHeadModule.load_from_checkpoint(self._handover, models=self.models)
         finally:
             self._handover.unlink()
-
-
-class Batches:
-    """A list of batches as a loader: Lightning takes a bare list for several loaders."""
-
-    def __init__(self, batches: Sequence[Any]) -> None:
-        self.batches = batches
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.batches)
-
-
-def _is_empty(loader: Any) -> bool:
-    return _length(loader) == 0
-
-
-def _length(loader: Any) -> int | None:
-    try:
-        return len(loader)
-    except TypeError:
-        return None  # an iterable of unknown length
-
-
-def _is_shuffled(loader: Any) -> bool:
-    return isinstance(getattr(loader, "sampler", None), (RandomSampler, SubsetRandomSampler, WeightedRandomSampler))
-
-
-def _in_fixed_order(loaders: Any) -> Any:
-    """Training loaders without their shuffling, everything else as it is."""
-    if isinstance(loaders, Mapping):
-        return {key: _in_fixed_order(loader) for key, loader in loaders.items()}
-    if isinstance(loaders, (list, tuple)):
-        return [_in_fixed_order(loader) for loader in loaders]
-    if not isinstance(loaders, DataLoader) or not isinstance(loaders.sampler, RandomSampler):
-        return loaders
-    return DataLoader(
-        loaders.dataset,
-        batch_size=loaders.batch_size,
-        num_workers=loaders.num_workers,
-        collate_fn=loaders.collate_fn,
-        pin_memory=loaders.pin_memory,
-        timeout=loaders.timeout,
-        worker_init_fn=loaders.worker_init_fn,
-        multiprocessing_context=loaders.multiprocessing_context,
-    )

@@ -88,7 +88,7 @@ def watched(function: Callable[..., Any], makes: bool = False) -> Callable[..., 
 def given_modules(value: Any) -> Iterator[nn.Module]:
     """The user's modules in arguments."""
     if isinstance(value, ZipItModule):
-        yield from given_modules((value._given, value._base))
+        yield from given_modules((value._outside.given, value.base))
     elif isinstance(value, nn.Module):
         yield value
     elif isinstance(value, Mapping):
