@@ -27,14 +27,14 @@ from lightning_zipit._common.views import (
     like,
     view_of,
 )
-from lightning_zipit._matching.by_weights import common_start
 from lightning_zipit._matching.families import split_families
+from lightning_zipit._matching.maps import FeatureMap
 from lightning_zipit._matching.matchings import Matched, Matchings
-from lightning_zipit._merging.dense import rigid_note
-from lightning_zipit._merging.maps import DenseMap, SpaceMap
+from lightning_zipit._matching.weights import common_start
+from lightning_zipit._merging.cost import Cost, FlopCounts, FlopsModel, count_flops, measure_cost
 from lightning_zipit._merging.rebuild import build_merged, build_stems
-from lightning_zipit._merging.widths import FlopsModel, Plan, count_flops, find_choices
-from lightning_zipit._report.report import Cost, MergeReport, measure_cost
+from lightning_zipit._merging.widths import BudgetedWidths, find_choices
+from lightning_zipit._report.report import MergeReport
 from lightning_zipit.errors import (
     CalibrationError,
     ConfigurationError,
@@ -46,9 +46,9 @@ from lightning_zipit.graph.agreement import settle, trace_all
 from lightning_zipit.graph.cut import find_cuts
 from lightning_zipit.graph.joined import Joined
 from lightning_zipit.graph.replay import working_copy
+from lightning_zipit.graph.rigid import rigid_note
 from lightning_zipit.graph.spaces import handed_over
 from lightning_zipit.graph.taps import before_activations, tapped_by_all
-from lightning_zipit.matchers import CCA, AnyWidthMatcher, Average, DualSpace
 from lightning_zipit.merged import MergedBackbone
 from lightning_zipit.paths import AllHeads
 from lightning_zipit.refine import BatchNorm
@@ -101,7 +101,7 @@ class MergeSession:
         self._choices: dict[str, tuple[int, ...]] = {}  # per space, the widths that it may have
         self._size_notes: tuple[str, ...] = ()
         self._matchings = Matchings(settings.matcher, settings.measured_similarity, len(self._names))
-        self._maps: dict[str, SpaceMap | DenseMap] = {}
+        self._maps: dict[str, FeatureMap] = {}
         self._pass = 0
         self._refiner: Refiner | None = None
         self._record = StatisticsRecord(settings.statistics, self._lead(backbones)) if settings.statistics else None
@@ -277,10 +277,12 @@ class MergeSession:
         return FlopsModel.of(list(graphs.values()), self._flop_counts)
 
     @cached_property
-    def _flop_counts(self) -> list[dict[str, float]]:
-        """Of every network, by module."""
+    def _flop_counts(self) -> list[FlopCounts]:
+        """The FLOPs of every network, by node and weight."""
         example = like(self._example, self._first)
-        return [count_flops(network, view_of(example, task)) for task, network in self.backbones.items()]
+        return [
+            count_flops(network, self.graphs[task], view_of(example, task)) for task, network in self.backbones.items()
+        ]
 
     def _measuring(self, networks: Mapping[str, nn.Module]) -> Calibration:
         spaces: list[str] | None = [name for family in self._families() for name in family]
@@ -356,7 +358,7 @@ class MergeSession:
         for graphs in ends:
             spaces = next(iter(graphs.values())).spaces
             own = {name: losses[name] for name in found if name in spaces}
-            plans.append(Plan.within(self._flops_model(graphs), own, self.settings.flops))
+            plans.append(BudgetedWidths.within(self._flops_model(graphs), own, self.settings.flops))
         best = min(range(len(plans)), key=lambda number: plans[number].loss)
         self.graphs = ends[best]
         return {
@@ -408,7 +410,7 @@ class MergeSession:
             self._matchings.finish(self._graph, leads, self._choices)
             chosen = self._choose()
             graphs = [self.graphs[task] for task in self.backbones]
-            self._maps = maps = {name: replace(one.space_map, weights=self._weights) for name, one in chosen.items()}
+            self._maps = maps = {name: one.space_map.with_weights(self._weights) for name, one in chosen.items()}
             graph, networks = graphs[0], list(self.backbones.values())
             trunk, built = build_merged(graphs, networks, maps, self._weights, list(self._models.values()))
             heads: dict[str, nn.Module] = dict(zip(self.backbones, built, strict=True))
@@ -435,16 +437,16 @@ class MergeSession:
             notes += (f"Where features became one, models counted by their weights: {counts}.",)
         if self.settings.stop_at == "auto":
             notes += (f"The trunk ends at {f'`{graph.stop_at}`' if graph.stop_at else 'the last layer'}.",)
-        if any(isinstance(one, DenseMap) for one in self._maps.values()) or isinstance(matcher, CCA):
+        if matcher.dense or any(one.mixes for one in self._maps.values()):
             notes += rigid_note(graph)
         if self.settings.norms_per_task:
             notes += ("Batch norm is per task: the trunk runs once for each task, which merged FLOPs count.",)
         if graph.stem_nodes:
             notes += ("Each task has a stem: stem and trunk run once for each task, which merged FLOPs count.",)
-            if isinstance(matcher.matcher if isinstance(matcher, DualSpace) else matcher, AnyWidthMatcher):
+            if matcher.any_width:
                 names = ", ".join(f"`{name}`" for name in sorted(handed_over(graph)))
                 notes += (f"Matched one to one, as stems hand it over: {names}.",)
-        if not isinstance(matcher, Average):
+        if not matcher.by_index:
             notes += common_start(graph, list(self._lead(self.backbones).values()), self._maps)
         return notes
 
@@ -546,7 +548,7 @@ def as_measured(graph: MergeGraph, settings: MergeSettings) -> MergeGraph:
     matcher = settings.matcher
     if settings.before_activations:
         graph = before_activations(graph)
-    if isinstance(matcher, DualSpace) and matcher.tau == 1:  # by weights alone
+    if not matcher.needs_data:
         graph = replace(graph, spaces={name: replace(space, tap=None) for name, space in graph.spaces.items()})
     return graph
 

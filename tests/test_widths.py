@@ -11,8 +11,8 @@ from helpers.nets import Lit, PlainNet, SmallResNet, images, settle, settled_pai
 from torch import nn
 
 from lightning_zipit import MergeSettings, MultiHeadModule, ZipIt, merge_backbones, trace
-from lightning_zipit._merging.widths import FlopsModel, count_flops, find_fixed, spend, total_loss
-from lightning_zipit._report.report import measure_cost
+from lightning_zipit._merging.cost import FlopsModel, count_flops, measure_cost
+from lightning_zipit._merging.widths import find_fixed, spend, total_loss
 from lightning_zipit.errors import ConfigurationError
 from lightning_zipit.graph import AxisRef
 from lightning_zipit.graph.spaces import Block
@@ -226,7 +226,9 @@ def test_features_that_are_alike_are_merged_first():
 def test_the_flops_of_widths_are_those_that_are_measured():
     nets = networks(Dense)
     graphs = [trace(net, example_input=batches()[0]) for net in nets.values()]
-    model = FlopsModel.of(graphs, [count_flops(net, batches()[0][:1]) for net in nets.values()])
+    model = FlopsModel.of(
+        graphs, [count_flops(net, graph, batches()[0][:1]) for net, graph in zip(nets.values(), graphs, strict=True)]
+    )
     merged = merge_backbones(nets, batches(), MergeSettings(width=1.5, refine=None))
     assert model(merged.widths) == pytest.approx(merged.report.merged.flops)
     assert model({}) == pytest.approx(merge_backbones(nets, batches(), MergeSettings()).report.merged.flops)

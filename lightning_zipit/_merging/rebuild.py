@@ -12,8 +12,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from lightning_zipit._common.copying import copy_module
+from lightning_zipit._matching.maps import Maps, counting_alone, shares_along, unmerge_along
 from lightning_zipit._merging.dense import fold_norms
-from lightning_zipit._merging.maps import Maps, counting_alone, shares_along, unmerge_along
 from lightning_zipit._merging.parameters import merge_into, unmerge_into
 from lightning_zipit.graph import MergeGraph
 from lightning_zipit.graph.joined import UNMERGE, Joined

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_zipit._merging.maps import SpaceMap
+from lightning_zipit._matching.maps import SpaceMap
+from lightning_zipit._merging.cost import FlopsModel
 from lightning_zipit._merging.rebuild import build_head, build_merged, build_stem, build_stems, build_trunk
 from lightning_zipit.errors import ConfigurationError
-from lightning_zipit.graph import AxisRef, MergeGraph, evaluating
-from lightning_zipit.graph.notes import reached
-from lightning_zipit.graph.replay import working_copy
+from lightning_zipit.graph import MergeGraph, evaluating
 from lightning_zipit.graph.spaces import handed_over
-from lightning_zipit.graph.table import named_tensors
 
 Width: TypeAlias = float | Mapping[str, float] | Literal["auto"]
 """A ratio to the sources' width, for all spaces or by the name of the space; or what a budget of FLOPs allows."""
@@ -179,79 +175,6 @@ def _tensors_in(value: Any) -> list[Tensor]:
     return found
 
 
-def count_flops(network: nn.Module, x: Tensor) -> dict[str, float]:
-    """The FLOPs of one forward by the name of the module, and under ``""`` of the whole network.
-
-    Args:
-        network: a source network; a copy of it is run, in eval mode.
-        x: an input of one sample, on its device.
-    """
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        working_copy(network)(x)
-    counts = {name.partition(".")[2]: float(sum(ops.values())) for name, ops in counter.get_flop_counts().items()}
-    return {**counts, "": float(counter.get_total_flops())}
-
-
-@dataclass(frozen=True)
-class FlopsModel:
-    """The FLOPs of the merged network, as its layers' inputs and outputs grow and shrink with the spaces.
-
-    Attributes:
-        layers: per layer, its FLOPs in a source, and what the axes of its weight hold.
-        rest: FLOPs that do not depend on the spaces.
-        source: FLOPs of one source network.
-    """
-
-    layers: tuple[tuple[float, tuple[AxisRef, ...]], ...]
-    rest: float
-    source: float
-
-    @classmethod
-    def of(cls, graphs: Sequence[MergeGraph], counts: Sequence[Mapping[str, float]]) -> FlopsModel:
-        """From the layers of the first network, and those of the others' heads; of all, where they have stems.
-
-        Args:
-            graphs: the merge graph of each network.
-            counts: of each network, see :func:`count_flops`.
-        """
-        layers: list[tuple[float, tuple[AxisRef, ...]]] = []
-        rest = 0.0
-        for number, (graph, count) in enumerate(zip(graphs, counts, strict=True)):
-            nodes = list(graph.trunk_graph())
-            shared = set(reached(nodes, set(nodes), named_tensors(graph.module)))
-            own = []
-            for name, refs in graph.axes.items():
-                owner, _, attribute = name.rpartition(".")
-                if attribute == "weight" and len(refs) > 1 and owner in count:
-                    own.append((count[owner], tuple(ref for ref in refs if ref), name in shared))
-            if number == 0 or graph.stem_nodes:
-                rest += count[""] - sum(flops for flops, _, _ in own)
-                layers += [(flops, refs) for flops, refs, _ in own]
-            else:
-                layers += [(flops, refs) for flops, refs, in_trunk in own if not in_trunk]
-        return cls(tuple(layers), rest, counts[0][""])
-
-    def __call__(self, widths: Mapping[str, int]) -> float:
-        """The FLOPs of the merged network with these widths, a space that is left out having its own."""
-        return self.rest + sum(self.of_layer(number, widths) for number in range(len(self.layers)))
-
-    def touched_by(self, space: str) -> list[int]:
-        """The layers whose FLOPs change with the width of a space."""
-        return [
-            number
-            for number, (_, refs) in enumerate(self.layers)
-            if any(ref.groups == 1 and space in {block.space for block in ref.blocks} for ref in refs)
-        ]
-
-    def of_layer(self, number: int, widths: Mapping[str, int]) -> float:
-        """Those of one layer."""
-        flops, refs = self.layers[number]
-        for ref in refs:
-            if ref.groups == 1:
-                flops *= ref.resized(widths).size / ref.size
-        return flops
-
-
 def spend(flops: FlopsModel, losses: Mapping[str, Mapping[int, float]], budget: float) -> dict[str, int]:
     """Choose widths within a budget, so that the network as a whole loses as little as possible by matching.
 
@@ -301,14 +224,14 @@ def total_loss(flops: FlopsModel, losses: Mapping[str, Mapping[int, float]], wid
     return sum(len(flops.touched_by(name)) * losses[name][width] for name, width in widths.items())
 
 
-class Plan(NamedTuple):
-    """The widths that a budget allows, and what matching loses with them; infinity where it allows none."""
+class BudgetedWidths(NamedTuple):
+    """The widths that a budget allows, and what matching loses with them; infinity if it allows none."""
 
     widths: dict[str, int]
     loss: float
 
     @classmethod
-    def within(cls, flops: FlopsModel, losses: Mapping[str, Mapping[int, float]], budget: float) -> Plan:
+    def within(cls, flops: FlopsModel, losses: Mapping[str, Mapping[int, float]], budget: float) -> BudgetedWidths:
         """Spend a budget.
 
         Args:
