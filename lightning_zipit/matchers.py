@@ -229,8 +229,8 @@ class DualSpace(Matcher):
             raise ValueError(f"`matcher` must be a Matcher of similarities such as Permute(), got {self.matcher!r}.")
         if self.matcher.similarity is not None:
             raise ValueError(
-                f"`matcher` must take any similarity, but {self.matcher!r} takes only a {self.matcher.similarity}: pass "
-                "it to the merge directly, without this matcher."
+                f"`matcher` must take any similarity, but {self.matcher!r} takes only a {self.matcher.similarity}: "
+                "pass it to the merge directly."
             )
 
     @property

@@ -85,17 +85,8 @@ def measure_space(
     sampled = sampled or Sampled()
     within, across = _count_clusters(space_map)
     tap = space.tap.reader if space.tap else ""
-    found = SpaceReport(
-        space.name,
-        tap,
-        space.size,
-        space_map.width,
-        within,
-        across,
-        math.nan,
-        samples=sampled.samples,
-        dead=sampled.dead,
-    )
+    found = SpaceReport(space.name, tap, space.size, space_map.width, within, across, math.nan)
+    found = replace(found, samples=sampled.samples, dead=sampled.dead)
     if similarity is None:
         return found
     if space_map.labels is None:

@@ -88,7 +88,7 @@ class MergeReport:
         return buffer.getvalue()
 
     def show(self) -> None:
-        """Print the report and its diagnosis: as wide as the terminal, or as plain text if the output is no terminal."""
+        """Print the report and its diagnosis: as wide as the terminal, or as plain text elsewhere."""
         console = Console()
         if console.is_terminal:
             console.print(self)
@@ -131,7 +131,7 @@ class MergeReport:
             )
 
     def metrics(self) -> dict[str, float]:
-        """The report in a few numbers: means over spaces, layers or norms, and the cost of the merge and the ensemble."""
+        """The report in a few numbers: means over spaces, layers or norms, and costs."""
         known = [space for space in self.spaces if not math.isnan(space.similarity)]
         numbers = {
             "similarity": _mean(space.similarity for space in known),
