@@ -107,11 +107,7 @@ def match_family(
     handed = handed_over(graph)
     if not handed.isdisjoint(family) and rule.any_width:
         rule = _OneToOne()
-    known = {name: similarity for name, similarity in similarities.items() if not graph.spaces[name].pinned}
-    for name in reversed(family):  # members before their units
-        members = [graph.spaces[other] for other in family if graph.spaces[other].units == name]
-        if members and not graph.spaces[name].pinned:
-            known.update(_of_units(graph.spaces[name], members, known, num_models))
+    known = _with_units(graph, family, similarities, num_models)
     found: dict[str, Match] = {}
     labels: dict[str, Tensor] = {}
     for name in family:
@@ -128,6 +124,18 @@ def match_family(
             labels[name] = as_labels(features, similarity, num_models)
         found[name] = Match(labels[name], similarity)
     return found
+
+
+def _with_units(
+    graph: MergeGraph, family: Sequence[str], similarities: Mapping[str, Tensor], num_models: int
+) -> dict[str, Tensor]:
+    """The similarities of a family, with those of its groups or heads, and without those matched by index."""
+    known = {name: similarity for name, similarity in similarities.items() if not graph.spaces[name].pinned}
+    for name in reversed(family):  # members before their units
+        members = [graph.spaces[other] for other in family if graph.spaces[other].units == name]
+        if members and not graph.spaces[name].pinned:
+            known.update(_of_units(graph.spaces[name], members, known, num_models))
+    return known
 
 
 class _OneToOne:

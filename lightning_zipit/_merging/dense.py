@@ -15,12 +15,12 @@ from lightning_zipit.graph.rigid import find_folded
 
 
 def fold_norms(trunk: nn.Module, networks: Sequence[nn.Module], graph: MergeGraph, maps: Maps) -> None:
-    """Set layers with a batch norm behind them, where dense maps act on what the norm gives.
+    """Merge layers with a batch norm right after them, if dense maps act on the output of the norm.
 
-    Scale, shift and statistics of a norm belong to a feature each, and have no image under a dense map. In eval mode,
-    layer and norm are one layer: its weights and bias are merged, exactly, and then divided among layer and norm again.
-    Scale and shift are those that give merged features, once statistics are re-estimated, the means and the deviations
-    of what the sources contribute to them (see :func:`moments_under`); until then, the whole is exact.
+    Scale, shift and statistics of a norm belong to single features, and have no image under a dense map. In eval mode,
+    layer and norm are one layer. Its weights and bias are merged exactly, and then divided into layer and norm again.
+    Scale and shift are such that re-estimated statistics give merged features the mean and the deviation of what the
+    sources contribute to them; see :func:`moments_under`. Before re-estimation, layer and norm together are exact.
 
     Args:
         trunk: the merged trunk; it is changed.
@@ -60,7 +60,7 @@ def _merge_folded(
         variances = own_norm.get_buffer("running_var").cpu().double()
         before = before + (space_map.merging(source).square() @ variances).sqrt()
     assert norm is not None
-    ratio = torch.where(deviation > 0, before / deviation, 1.0)  # of what the layer gives to what the norm does
+    ratio = torch.where(deviation > 0, before / deviation, 1.0)  # of the deviations before and after the norm
     layer.weight.copy_(weight * ratio.reshape(-1, *[1] * (weight.ndim - 1)))
     if layer.bias is not None:
         layer.bias.zero_()
@@ -70,14 +70,14 @@ def _merge_folded(
 
 
 def _folded(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
-    """What a batch norm multiplies features with in eval mode, and what it adds to them then."""
+    """Factor and offset that a batch norm applies to each feature in eval mode."""
     mean, variance = (norm.get_buffer(name).cpu().double() for name in ("running_mean", "running_var"))
     scale = norm.weight.detach().cpu().double() / (variance + norm.eps).sqrt()
     return scale, norm.bias.detach().cpu().double() - scale * mean
 
 
 def set_moments(norm: nn.Module, mean: Tensor, deviation: Tensor) -> None:
-    """Let what a batch norm gives have a mean and a deviation, where its statistics are those of what reaches it."""
+    """Set scale and shift of a batch norm so that its output has a given mean and deviation."""
     assert isinstance(norm, _BatchNorm)
     variance = norm.get_buffer("running_var").cpu().double()
     norm.weight.copy_(deviation * torch.where(variance > 0, (1 + norm.eps / variance).sqrt(), 1.0))
@@ -85,9 +85,9 @@ def set_moments(norm: nn.Module, mean: Tensor, deviation: Tensor) -> None:
 
 
 def moments_under(space_map: FeatureMap, source: int, norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of M_i z, with z what a batch norm of source i gives.
+    """Mean and deviation of M_i z, with z the output of a batch norm of source i.
 
-    Its features are taken to be uncorrelated: their means and variances are known from the norm, and no more.
+    Features are taken to be uncorrelated, because the norm has only their means and variances.
 
     Args:
         space_map: the maps.

@@ -1,4 +1,4 @@
-"""From maps to merged weights: one generic loop over the table of axes."""
+"""Merged weights from maps: one generic loop over the table of axes."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def merge_parameter(
 ) -> Tensor:
     """Merge one parameter of N source models: Σ_i M_i W_i U_i over its axes (ZipIt!, section 4).
 
-    A parameter that writes no space is averaged; whole numbers and equal copies are taken over.
+    A parameter that writes no space is averaged. Integers, and equal copies that hold no features, are copied.
 
     Args:
         copies: the parameter in each source model, all of one shape.
-        axes: per axis, the spaces that it writes or reads; ``None`` leaves the axis alone.
-        maps: the matching of each space.
+        axes: per axis, the spaces that it writes or reads; ``None`` leaves the axis as it is.
+        maps: the map of each space.
         weights: how much each model counts in a parameter that writes no space; all the same by default.
 
     Returns:
@@ -72,7 +72,7 @@ def unmerge_into(
     maps: Maps,
     source: int,
 ) -> None:
-    """Let the first layers of one head read the merged features: W_i U_i.
+    """Write U_i into the first layers of one head, so that they read merged features: W_i U_i.
 
     Args:
         target: the head of one source model, with parameters under the names that they have there, of the sizes of the

@@ -1,4 +1,4 @@
-"""How many features each space of the merged network has, where that is another number than in the sources."""
+"""Widths: the number of merged features of each space, fixed by a ratio or chosen within a budget of FLOPs."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from lightning_zipit.graph import MergeGraph, evaluating
 from lightning_zipit.graph.spaces import handed_over
 
 Width: TypeAlias = float | Mapping[str, float] | Literal["auto"]
-"""A ratio to the sources' width, for all spaces or by the name of the space; or what a budget of FLOPs allows."""
+"""A ratio to the sources' width, for all spaces or by space; or ``"auto"`` for widths within a budget of FLOPs."""
 
 LEVELS = 8
-"""Into how many steps the width of one model is divided where widths are chosen."""
+"""The number of steps of the width of one model, if widths are chosen."""
 LOSS_POWER = 1.5
-"""Of the loss of a space, for steps between widths."""
+"""Exponent of the loss of a space, in the price of a step."""
 SAMPLES = 2
 
 
@@ -34,7 +34,7 @@ def changes_size(width: Width) -> bool:
 def find_choices(
     graph: MergeGraph, network: nn.Module, example: Tensor, width: Width, num_models: int
 ) -> tuple[dict[str, tuple[int, ...]], tuple[str, ...]]:
-    """The widths that each space may have in the merged network.
+    """Find the widths that each space may have in the merged network.
 
     Args:
         graph: the merge graph of the networks.
@@ -44,7 +44,7 @@ def find_choices(
         num_models: N.
 
     Returns:
-        Per space its widths, in rising order; and a note for people on the spaces that keep their size.
+        Per space its widths, in rising order; and a note on the spaces that keep their size.
 
     Raises:
         ConfigurationError: if a ratio is out of range, or names a space that does not exist or must keep its size.
@@ -80,10 +80,10 @@ def find_choices(
 
 
 def find_fixed(graph: MergeGraph, network: nn.Module, example: Tensor) -> dict[str, str]:
-    """The spaces that must keep the size that they have in the sources.
+    """Find the spaces that must keep the size that they have in the sources.
 
-    All others are proved: a merge of a network with itself, in which some features are not merged, computes what the
-    network does.
+    All other spaces are proved: if a network is merged with itself and some features stay unmerged, the result computes
+    the same as the network.
 
     Args:
         graph: the merge graph.
@@ -91,25 +91,25 @@ def find_fixed(graph: MergeGraph, network: nn.Module, example: Tensor) -> dict[s
         example: an input, on its device; its first samples are used.
 
     Returns:
-        Their names, and why.
+        The reason by the name of the space.
     """
     grouping = {space.units for space in graph.spaces.values()}
     fixed: dict[str, str] = {}
     for name, space in graph.spaces.items():
         if space.pinned:
-            fixed[name] = "matched by number"
+            fixed[name] = "matched by index"
         elif space.units is not None or name in grouping:
             fixed[name] = "groups or heads"
         elif space.tap is None:
             fixed[name] = "nothing measures it"
     for name in sorted(handed_over(graph)):
-        fixed.setdefault(name, "stems hand it over, each with as many features as it has")
+        fixed.setdefault(name, "stems write it, each with its own number of features")
     for refs in (*graph.axes.values(), *graph.head_axes.values()):
         for block in (block for ref in refs if ref is not None for block in ref.blocks):
             if not block.contiguous:
                 fixed.setdefault(block.space, "its features lie between others")
     x = example[:SAMPLES].detach().clone()
-    if x.is_floating_point():  # an example that stands for its shape alone would prove nothing
+    if x.is_floating_point():  # an example of zeros would prove nothing
         x = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
     with torch.no_grad(), evaluating(network):
         resizable = _prove(graph, network, x, [name for name in graph.spaces if name not in fixed])
@@ -133,20 +133,20 @@ def _prove(graph: MergeGraph, network: nn.Module, x: Tensor, spaces: Sequence[st
 
 
 def _fits(graph: MergeGraph, x: Tensor, extra: Mapping[str, int]) -> bool:
-    """Whether a network whose spaces have more features runs at all; tried without computing anything."""
+    """Whether a network runs at all if its spaces have more features; tried on the meta device."""
     widths = {name: graph.spaces[name].size + more for name, more in extra.items()}
     try:
         parts = [build_stem] * bool(graph.stem_nodes) + [build_trunk, build_head]
         values: Any = (x.to("meta"),)
         for part in parts:
             values = fx.Interpreter(part(graph, widths).to("meta")).run(*values)
-    except Exception:  # whatever the user's operators say to a size that they do not expect
+    except Exception:  # the user's operators may raise anything for a size that they do not expect
         return False
     return True
 
 
 def _agrees(graph: MergeGraph, network: nn.Module, x: Tensor, extra: Mapping[str, int]) -> bool:
-    """Whether a network keeps its function when it is merged with itself, with some features of the copy left alone."""
+    """Whether a network merged with itself computes the same if some features of the copy stay unmerged."""
     maps = {}
     for name, space in graph.spaces.items():
         alone = torch.arange(space.size, space.size + extra.get(name, 0))
