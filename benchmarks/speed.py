@@ -40,12 +40,12 @@ from cifar10 import ResNet20
 from lightning_zipit import MergeGraph, MergeSettings, merge_backbones, trace
 from lightning_zipit._calibration.calibration import Calibration, statistics_bytes
 from lightning_zipit._calibration.layout import Layout, channels_last
+from lightning_zipit._common.quiet import quiet
 from lightning_zipit._matching.families import Match, families, match_family
 from lightning_zipit._matching.maps import SpaceMap
 from lightning_zipit._matching.similarity import similarity_from
 from lightning_zipit._merging.cost import measure_cost
 from lightning_zipit._merging.rebuild import build_merged
-from lightning_zipit._report.announce import quiet
 from lightning_zipit.functional import greedy_zip
 from lightning_zipit.graph.prove import SAMPLES, find_failing
 from lightning_zipit.graph.replay import check_capture

@@ -11,10 +11,10 @@ from torch import nn
 from lightning_zipit import MergeReport
 from lightning_zipit import functional as F
 from lightning_zipit._calibration.statistics import Moments
+from lightning_zipit._lightning.announce import log_report
 from lightning_zipit._matching.maps import SpaceMap
 from lightning_zipit._matching.measure import Sampled, SpaceReport, measure_space
 from lightning_zipit._merging.cost import Cost, measure_cost
-from lightning_zipit._report.announce import log_report
 from lightning_zipit.errors import CheckpointError
 from lightning_zipit.graph import Block, FeatureSpace, Tap
 from lightning_zipit.refine.shifts import NormShift, measure_shifts

@@ -8,10 +8,10 @@ from pathlib import Path
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 
+from lightning_zipit._lightning.announce import announce
 from lightning_zipit._lightning.internals import unsupported_strategy
 from lightning_zipit._lightning.module import ZipItModule
 from lightning_zipit._merging.widths import Width
-from lightning_zipit._report.announce import announce
 from lightning_zipit.errors import CalibrationError
 from lightning_zipit.matchers import Matcher, SimilarityKind
 from lightning_zipit.settings import MergeSettings, ModelWeights, Refine, default_matcher

@@ -19,12 +19,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from lightning_zipit._calibration.calibration import statistics_bytes
 from lightning_zipit._calibration.fingerprint import fingerprint
 from lightning_zipit._common.files import find_output_problem, held
+from lightning_zipit._common.quiet import quiet
 from lightning_zipit._lightning.evaluation import Evaluation
 from lightning_zipit._lightning.internals import unsupported_strategy
 from lightning_zipit._lightning.module import ZipItModule
 from lightning_zipit._lightning.multihead import MultiHeadModule
 from lightning_zipit._lightning.multitask import Ensemble, MultiTaskModule
-from lightning_zipit._report.announce import quiet
 from lightning_zipit._report.report import Cost, MergeReport
 from lightning_zipit._sweep.plan import Plan
 from lightning_zipit._sweep.results import Mode, ResultsFile, SweepResult, SweepRow, describe

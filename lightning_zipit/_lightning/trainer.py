@@ -8,13 +8,13 @@ from pathlib import Path
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
 from lightning_zipit._common.files import find_output_problem, replacing
+from lightning_zipit._lightning.announce import is_talkative
 from lightning_zipit._lightning.driver import ZipIt
 from lightning_zipit._lightning.files.loading import load_source, load_sources
 from lightning_zipit._lightning.files.names import find_class
 from lightning_zipit._lightning.internals import unsupported_strategy
 from lightning_zipit._lightning.multihead import MultiHeadModule
 from lightning_zipit._merging.widths import Width, changes_size
-from lightning_zipit._report.announce import is_talkative
 from lightning_zipit._sweep.plan import Range
 from lightning_zipit._sweep.results import Mode, SweepResult
 from lightning_zipit.errors import ConfigurationError

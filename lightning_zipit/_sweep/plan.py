@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_zipit._common.collectives import rank_and_size, share
-from lightning_zipit._report.announce import quiet
+from lightning_zipit._common.quiet import quiet
 from lightning_zipit._sweep.results import Mode, SweepRow, describe, to_text
 from lightning_zipit.errors import ConfigurationError
 from lightning_zipit.matchers import GreedyZip

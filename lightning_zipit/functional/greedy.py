@@ -52,7 +52,7 @@ def zip_features(
     paired = int(dead.sum(1).min())
     aside = dead & (dead.cumsum(1) <= paired)
     live = (~aside).flatten().nonzero().flatten()
-    # Where the size is free, dead features share one place if they can, and live ones get the rest.
+    # With a free width, dead features share one cluster if possible, and live features get the others.
     spare = paired if width == size else max(width - len(live), min(paired, 1, width - 1))
     labels = torch.empty(len(similarity), dtype=torch.int64)
     if len(live):
@@ -85,9 +85,8 @@ def greedy_zip(similarity: Tensor, num_models: int, width: int, alpha: float = 0
         similarity: symmetric and finite, ``(n, n)`` with ``n`` a multiple of ``num_models``; the diagonal is ignored.
         num_models: how many models the features come from.
         width: how many clusters to leave, 1 to n.
-        alpha: what the similarity of a merged cluster is multiplied with, 0 to 1; low values favour pairs over
-            large clusters.
-        beta: the share of each model's merges that may happen inside the model, 0 to 1.
+        alpha: factor of the similarity of a merged cluster, 0 to 1; low values favour pairs over large clusters.
+        beta: ratio of each model's merges that may happen inside the model, 0 to 1.
 
     Returns:
         int64 labels ``(n,)`` on the CPU: the cluster of each feature, clusters numbered by their lowest feature.

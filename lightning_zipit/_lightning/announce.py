@@ -1,10 +1,6 @@
-"""Where a report goes when a merge is done: to terminal and loggers; and what is not said meanwhile."""
+"""Shows the report of a finished merge on the terminal and in loggers."""
 
 from __future__ import annotations
-
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelSummary
@@ -14,13 +10,13 @@ from lightning_zipit._report.report import MergeReport
 
 
 def is_talkative(trainer: Trainer) -> bool:
-    """Whether a Trainer shows anything: it has a progress bar or a model summary."""
+    """Whether a Trainer prints: it has a progress bar or a model summary."""
     callbacks: list[object] = trainer.callbacks  # type: ignore[attr-defined]
     return trainer.progress_bar_callback is not None or any(isinstance(each, ModelSummary) for each in callbacks)
 
 
 def announce(trainer: Trainer, report: MergeReport | None) -> None:
-    """Print a report, unless the Trainer is silent, and give it to its loggers; on the first process alone."""
+    """Print a report, unless the Trainer is silent, and log it; only on rank zero."""
     if report is None or not trainer.is_global_zero:
         return
     if is_talkative(trainer):
@@ -30,10 +26,10 @@ def announce(trainer: Trainer, report: MergeReport | None) -> None:
 
 
 def log_report(logger: Logger, report: MergeReport, step: int = 0) -> None:
-    """Give a report to a logger: numbers as ``zipit/…`` metrics, and the spaces as a table or as text where it can.
+    """Log a report: numbers as ``zipit/…`` metrics, and the spaces as a table or as text.
 
-    Tables are for loggers with ``log_table`` (Weights & Biases), text for those whose experiment has ``add_text``
-    (TensorBoard).
+    Loggers with ``log_table`` (Weights & Biases) get a table. Loggers whose experiment has ``add_text`` (TensorBoard)
+    get text. Other loggers get only numbers.
 
     Args:
         logger: one of Lightning's loggers, or of the same interface.
@@ -49,15 +45,3 @@ def log_report(logger: Logger, report: MergeReport, step: int = 0) -> None:
     elif add_text is not None:
         indented = "".join(f"    {line}\n" for line in str(report).splitlines())  # a code block in Markdown
         add_text("zipit/report", indented, step)
-
-
-@contextmanager
-def quiet(package: str = "lightning.pytorch") -> Iterator[None]:
-    """No information from a package's logger: a sweep has a bar, and would hear the same for each setting again."""
-    logger = logging.getLogger(package)
-    level = logger.level
-    logger.setLevel(max(level, logging.WARNING))
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
