@@ -109,9 +109,7 @@ class KMeans(AnyWidthMatcher):
 class Average(Matcher):
     """Match features by index: plain weight averaging."""
 
-    @property
-    def by_index(self) -> bool:
-        return True
+    by_index = True
 
     def __call__(self, similarity: Tensor, num_models: int) -> Tensor:
         return F.average(len(similarity), num_models)
@@ -183,14 +181,11 @@ class CCA(Matcher):
 
     gamma: float = 1.0
     similarity: ClassVar[SimilarityKind | None] = "covariance"
+    dense = True
 
     def __post_init__(self) -> None:
         if not self.gamma > 0:
             raise ValueError(f"`gamma` must be above 0, got {self.gamma}.")
-
-    @property
-    def dense(self) -> bool:
-        return True
 
     def __call__(self, similarity: Tensor, num_models: int) -> DenseMaps:
         onto, back = F.align(similarity, num_models, self.gamma)
@@ -219,6 +214,7 @@ class DualSpace(Matcher):
     matcher: Matcher = field(default_factory=Permute)
     rounds: int = 20
     seed: int = 0
+    joint = True
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.tau <= 1.0:
@@ -234,19 +230,15 @@ class DualSpace(Matcher):
             )
 
     @property
-    def any_width(self) -> bool:
+    def any_width(self) -> bool:  # type: ignore[override]
         return self.matcher.any_width
 
     @property
-    def joint(self) -> bool:
-        return True
-
-    @property
-    def needs_data(self) -> bool:
+    def needs_data(self) -> bool:  # type: ignore[override]
         return self.tau < 1
 
     @property
-    def inner(self) -> Matcher:
+    def per_space(self) -> Matcher:
         return self.matcher
 
     def __call__(self, similarity: Tensor, num_models: int) -> Tensor | DenseMaps:

@@ -58,11 +58,7 @@ class Watching(Matcher):
     """Notes what it is given, and matches each family by itself."""
 
     def __init__(self, joint):
-        self.calls, self.joint_ = [], joint
-
-    @property
-    def joint(self):
-        return self.joint_
+        self.calls, self.joint = [], joint
 
     def __call__(self, similarity, num_models):
         return F.permute(similarity, num_models)

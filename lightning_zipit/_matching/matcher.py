@@ -25,37 +25,22 @@ class Matcher(ABC):
         similarity: the only similarity that the matcher takes, such as ``"covariance"`` for a matcher that returns
             :class:`DenseMaps`, which depend on the scale of features. ``None`` leaves the choice to ``similarity=`` of
             the merge.
+        any_width: whether the matcher can leave any number of features, as ``width=`` of a merge asks for.
+        joint: whether :meth:`match` must be given all spaces at once. Their similarities are then in memory together.
+        needs_data: whether the matcher looks at activations. If not, no space is measured for it.
+        by_index: whether feature k of every model always becomes merged feature k.
+        dense: whether the matcher returns :class:`DenseMaps`. The report then lists the spaces that cannot take them.
     """
 
     similarity: ClassVar[SimilarityKind | None] = None
+    any_width: bool = False
+    joint: bool = False
+    needs_data: bool = True
+    by_index: bool = False
+    dense: bool = False
 
     @property
-    def any_width(self) -> bool:
-        """Whether the matcher can leave any number of features, as ``width=`` of a merge asks for."""
-        return False
-
-    @property
-    def joint(self) -> bool:
-        """Whether :meth:`match` must be given all spaces at once. Their similarities are then in memory together."""
-        return False
-
-    @property
-    def needs_data(self) -> bool:
-        """Whether the matcher looks at the similarity of activations."""
-        return True
-
-    @property
-    def by_index(self) -> bool:
-        """Whether feature k of every model always becomes merged feature k."""
-        return False
-
-    @property
-    def dense(self) -> bool:
-        """Whether the matcher returns :class:`DenseMaps`. The report then lists the spaces that cannot take them."""
-        return False
-
-    @property
-    def inner(self) -> Matcher:
+    def per_space(self) -> Matcher:
         """The matcher that turns the similarity of one space into labels: this one, unless it wraps another."""
         return self
 
@@ -102,9 +87,7 @@ class Matcher(ABC):
 class AnyWidthMatcher(Matcher):
     """A matcher that can leave more or fewer features than one model has, as ``width=`` of a merge asks for."""
 
-    @property
-    def any_width(self) -> bool:
-        return True
+    any_width = True
 
     @abstractmethod
     def __call__(self, similarity: Tensor, num_models: int, width: int | None = None) -> Tensor | DenseMaps:
