@@ -36,15 +36,16 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from cifar10 import ResNet20
+from lightning_zipit._common.quiet import quiet
 
 from lightning_zipit import MergeGraph, MergeSettings, merge_backbones, trace
 from lightning_zipit._calibration.calibration import Calibration, statistics_bytes
 from lightning_zipit._calibration.layout import Layout, channels_last
-from lightning_zipit._matching.families import families, match, similarity_from
-from lightning_zipit._merging.maps import SpaceMap
+from lightning_zipit._matching.families import Match, families, match_family
+from lightning_zipit._matching.maps import SpaceMap
+from lightning_zipit._matching.similarity import similarity_from
+from lightning_zipit._merging.cost import measure_cost
 from lightning_zipit._merging.rebuild import build_merged
-from lightning_zipit._report.announce import quiet
-from lightning_zipit._report.report import measure_cost
 from lightning_zipit.functional import greedy_zip
 from lightning_zipit.graph.prove import SAMPLES, find_failing
 from lightning_zipit.graph.replay import check_capture
@@ -370,12 +371,11 @@ def sweep(repeats: int) -> Iterator[Ratio]:
 
 
 def matched(graph: MergeGraph, found: Calibration, count: int) -> dict[str, SpaceMap]:
-    def similarity_of(space: str) -> Tensor | None:
-        moments = found.take(space)
-        return None if moments is None else similarity_from(moments)
-
-    parts = (match(graph, family, similarity_of, GreedyZip(), count) for family in families(graph))
-    return {name: space_map for part in parts for name, space_map, _ in part}
+    matches: dict[str, Match] = {}
+    for family in families(graph):
+        known = {name: similarity_from(moments) for name in family if (moments := found.take(name)) is not None}
+        matches |= match_family(graph, family, known, GreedyZip(), count)
+    return {name: SpaceMap(match.features, count) for name, match in matches.items()}  # type: ignore[arg-type]
 
 
 def merging(repeats: int) -> Iterator[Ratio]:

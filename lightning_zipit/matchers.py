@@ -1,23 +1,21 @@
-"""Matchers: from the similarity of a feature space to labels, or matrices, that say what is merged with what."""
+"""Matchers decide which features become one: from the similarity of a feature space to labels, or to matrices."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, NamedTuple, get_args
+from typing import ClassVar, get_args
 
-import torch
 from torch import Tensor
 
 from lightning_zipit import functional as F
-from lightning_zipit._matching.cca import align
-from lightning_zipit.functional.checks import width_of
+from lightning_zipit._matching.by_weights import match_by_weights
+from lightning_zipit._matching.families import Match
+from lightning_zipit._matching.maps import DenseMaps
+from lightning_zipit._matching.matcher import AnyWidthMatcher, Matcher
+from lightning_zipit._matching.similarity import SimilarityKind
+from lightning_zipit._matching.spaces import Spaces
 from lightning_zipit.functional.matching import Linkage
-
-SimilarityKind = Literal["correlation", "absolute", "cosine", "covariance"]
-
-OWN_MODEL_HANDICAP = 1e-6
 
 __all__ = [
     "CCA",
@@ -29,84 +27,33 @@ __all__ = [
     "DualSpace",
     "GreedyZip",
     "KMeans",
+    "Match",
     "Matcher",
     "Optimal",
     "Permute",
+    "SimilarityKind",
+    "Spaces",
     "WeightMatching",
 ]
-
-
-class DenseMaps(NamedTuple):
-    """Merged features that are linear combinations of the models' features: what a matcher may return for labels.
-
-    Attributes:
-        merge: of each model M_i ``(W, C)``: the merged features are Σ_i M_i x_i, with all models counting the same.
-        unmerge: of each model U_i ``(C, W)``: what stands for its features is U_i times the merged ones.
-    """
-
-    merge: Sequence[Tensor]
-    unmerge: Sequence[Tensor]
-
-
-class Matcher(ABC):
-    """Decides which features of N models become one; subclass it to bring your own.
-
-    Attributes:
-        similarity: what it has to be given, whatever ``similarity=`` of a merge says: ``"covariance"`` for one that
-            returns :class:`DenseMaps`, which depend on how features are scaled; ``None`` where anything will do.
-    """
-
-    similarity: ClassVar[SimilarityKind | None] = None
-
-    @abstractmethod
-    def __call__(self, similarity: Tensor, num_models: int) -> Tensor | DenseMaps:
-        """Match the features of one space.
-
-        Args:
-            similarity: float64 ``(N·C, N·C)``, the models side by side; dead features have zeros only.
-            num_models: N.
-
-        Returns:
-            int64 labels ``(N·C,)`` with C clusters: the merged feature that each source feature becomes; or dense maps.
-        """
-
-
-class AnyWidthMatcher(Matcher):
-    """A matcher that can leave more or fewer features than one model has, as ``width=`` of a merge asks for."""
-
-    @abstractmethod
-    def __call__(self, similarity: Tensor, num_models: int, width: int | None = None) -> Tensor | DenseMaps:
-        """Match the features of one space.
-
-        Args:
-            similarity: float64 ``(N·C, N·C)``, the models side by side; dead features have zeros only.
-            num_models: N.
-            width: how many features to leave, 1 to N·C; C by default.
-
-        Returns:
-            int64 labels ``(N·C,)`` with ``width`` clusters; or dense maps of that width.
-        """
 
 
 @dataclass(frozen=True)
 class GreedyZip(AnyWidthMatcher):
     """Zip features across and within models, the most similar pair first (ZipIt!, section 4.1).
 
-    Dead features (constant on the calibration data) are set aside first, one of each model to a cluster, as far as
-    every model has some: as they have similarity 0 to everything, the greedy search would else leave them alone and
-    merge live features in their place. Where the data cannot tell features apart (few samples, or features that are
-    active on the same few), a partner in another model goes first: similarities are compared in float32, and those
-    within a model are lowered by a millionth.
+    Dead features (constant on the calibration data) are paired first, and ties go to a partner in another model; see
+    :func:`~lightning_zipit.functional.zip_features`.
 
     Args:
-        alpha: what the similarity of a merged cluster is multiplied with, 0 to 1; see
+        alpha: factor of the similarity of a merged cluster, 0 to 1; see
             :func:`~lightning_zipit.functional.greedy_zip`.
-        beta: the share of each model's merges that may happen inside the model, 0 to 1.
+        beta: ratio of each model's merges that may happen inside the model, 0 to 1.
 
     Raises:
         ValueError: if ``alpha`` or ``beta`` lies outside 0 to 1.
 
     Example:
+        >>> import torch
         >>> similarity = torch.tensor([[1.0, 0.1, 0.2, 0.9], [0.1, 1.0, 0.8, 0.3], [0.2, 0.8, 1.0, 0.0],
         ...                            [0.9, 0.3, 0.0, 1.0]])
         >>> GreedyZip(alpha=0.1, beta=1.0)(similarity, num_models=2)
@@ -122,31 +69,12 @@ class GreedyZip(AnyWidthMatcher):
                 raise ValueError(f"`{name}` must lie between 0 and 1, got {getattr(self, name)}.")
 
     def __call__(self, similarity: Tensor, num_models: int, width: int | None = None) -> Tensor:
-        width = width_of(similarity, num_models, width)
-        size = len(similarity) // num_models
-        dead = (similarity.diagonal() == 0).reshape(num_models, size)
-        paired = int(dead.sum(1).min())
-        aside = dead & (dead.cumsum(1) <= paired)
-        live = (~aside).flatten().nonzero().flatten()
-        # Where the size is free, dead features share one place if they can, and live ones get the rest.
-        spare = paired if width == size else max(width - len(live), min(paired, 1, width - 1))
-        labels = torch.empty(len(similarity), dtype=torch.int64)
-        if len(live):
-            chosen = similarity if len(live) == len(similarity) else similarity[live][:, live]
-            compared = chosen.to(torch.float32, copy=True)
-            for own in range(num_models):
-                block = slice(own * (size - paired), (own + 1) * (size - paired))
-                compared[block, block].sub_(compared[block, block].abs(), alpha=OWN_MODEL_HANDICAP)
-            zipped = F.greedy_zip(compared, num_models, width - spare, self.alpha, self.beta)
-            labels[live.cpu()] = zipped
-        places = max(spare, 1)
-        labels[aside.flatten().cpu()] = width - places + torch.arange(num_models * paired) % places
-        return labels
+        return F.zip_features(similarity, num_models, width, self.alpha, self.beta)
 
 
 @dataclass(frozen=True)
 class Permute(Matcher):
-    """Match every model to the first, one feature to one, by assignment (Git Re-Basin, arXiv 2209.04836)."""
+    """Match every model to the first, one feature to one, by linear assignment (Git Re-Basin, arXiv 2209.04836)."""
 
     def __call__(self, similarity: Tensor, num_models: int) -> Tensor:
         return F.permute(similarity, num_models)
@@ -154,7 +82,7 @@ class Permute(Matcher):
 
 @dataclass(frozen=True)
 class Optimal(Matcher):
-    """Pair the features of two models up, within or across them, with the highest total similarity (ZipIt!, appendix).
+    """Pair the features of two models, within or across models, with the highest total similarity (ZipIt!, appendix).
 
     Exact and slow: minutes for a space of 256 features a model; see :func:`~lightning_zipit.functional.optimal`.
     """
@@ -168,7 +96,7 @@ class KMeans(AnyWidthMatcher):
     """Cluster the features of all models by k-means (ZipIt!, appendix); see :func:`~lightning_zipit.functional.kmeans`.
 
     Args:
-        seed: of the centres to start from.
+        seed: of the first centres.
     """
 
     seed: int = 0
@@ -179,7 +107,9 @@ class KMeans(AnyWidthMatcher):
 
 @dataclass(frozen=True)
 class Average(Matcher):
-    """Match features by their number: plain weight averaging."""
+    """Match features by index: plain weight averaging."""
+
+    by_index = True
 
     def __call__(self, similarity: Tensor, num_models: int) -> Tensor:
         return F.average(len(similarity), num_models)
@@ -190,8 +120,8 @@ class Agglomerative(AnyWidthMatcher):
     """Cluster features bottom up; see :func:`~lightning_zipit.functional.agglomerative`.
 
     Args:
-        linkage: how similar two clusters are: as their members on ``"average"``, or as the least similar two
-            (``"complete"``), or the most similar (``"single"``).
+        linkage: similarity of two clusters: the ``"average"`` over pairs of their members, the least similar pair
+            (``"complete"``), or the most similar pair (``"single"``).
 
     Raises:
         ValueError: if ``linkage`` is none of these.
@@ -211,8 +141,8 @@ class Agglomerative(AnyWidthMatcher):
 class CycleConsistent(Matcher):
     """Match three models or more, one feature to one, all to all at once (C²M³, arXiv 2405.17897).
 
-    ``Permute`` matches every model to the first; which is first then matters, and what the others have in common is
-    lost. For two models both are the same.
+    ``Permute`` matches every model to the first. Its result depends on which model is first, and ignores the similarity
+    of the other models to each other. For two models both matchers give the same result.
     """
 
     def __call__(self, similarity: Tensor, num_models: int) -> Tensor:
@@ -223,24 +153,25 @@ class CycleConsistent(Matcher):
 class CCA(Matcher):
     """Align models by linear maps rather than one feature to one (CCA Merge, arXiv 2407.05385).
 
-    The features of every model are turned into those of the first by its map T_i, which canonical correlation analysis
-    of the activations gives; weights are averaged behind it: M_i = T_i / N and U_i = T_i⁻¹. For two models this is the
-    method of the paper, with ``gamma`` taken relative to the features' variance. With more, they are turned to agree
-    with all others, and not with the first alone; see :func:`~lightning_zipit._matching.cca.align`. The first model's
-    features are the coordinates of all, because activation functions act in them: with a copy of it, T is the identity.
+    A map T_i turns the features of model i into those of the first. Canonical correlation analysis of the activations
+    gives it. Weights are then averaged: M_i = T_i / N and U_i = T_i⁻¹. For two models this is the method of the paper,
+    with ``gamma`` taken relative to the variance of the features. Three models or more are turned to agree with all
+    others, not only with the first; see :func:`~lightning_zipit.functional.align`. The features of the first model are
+    the coordinates of all, because activation functions act on them: for a copy of the first model, T is the identity.
 
-    Batch norm right behind a layer is folded into the layer, mapped with it, and set up anew, where the paper maps its
-    scale, shift and statistics as if they were features. Spaces to which a dense map cannot be applied are matched as
-    :class:`Permute` does, and the report says which and why.
+    A batch norm right after a layer is folded into the layer, mapped with it, and set up anew. The paper maps its
+    scale, shift and statistics as if they were features. Spaces to which dense maps cannot be applied are matched as by
+    :class:`Permute`; the report lists them with the reason.
 
     Args:
-        gamma: what is added to the diagonal of each model's covariance, as a share of the mean variance. The higher,
-            the less directions count in which features hardly vary.
+        gamma: ridge on the diagonal of each model's covariance, as a ratio to the mean variance. A higher ridge gives
+            less weight to directions in which features hardly vary.
 
     Raises:
         ValueError: if ``gamma`` is not above 0.
 
     Example:
+        >>> import torch
         >>> covariance = torch.tensor([[4.0, 0.0, 0.0, 2.0], [0.0, 1.0, 1.0, 0.0], [0.0, 1.0, 1.0, 0.0],
         ...                            [2.0, 0.0, 0.0, 1.0]])
         >>> CCA(gamma=1e-9)(covariance, num_models=2).unmerge[1].round(decimals=4)
@@ -250,13 +181,14 @@ class CCA(Matcher):
 
     gamma: float = 1.0
     similarity: ClassVar[SimilarityKind | None] = "covariance"
+    dense = True
 
     def __post_init__(self) -> None:
         if not self.gamma > 0:
             raise ValueError(f"`gamma` must be above 0, got {self.gamma}.")
 
     def __call__(self, similarity: Tensor, num_models: int) -> DenseMaps:
-        onto, back = align(similarity, num_models, self.gamma)
+        onto, back = F.align(similarity, num_models, self.gamma)
         return DenseMaps(tuple(matrix / num_models for matrix in onto), tuple(back))
 
 
@@ -264,46 +196,63 @@ class CCA(Matcher):
 class DualSpace(Matcher):
     """Match by weights and activations together (MuDSC, arXiv 2403.01753).
 
-    The similarity of a space is τ·(cosine of weights) + (1 - τ)·(similarity of activations). As the weights of one
-    space are in the order of those around it, all spaces are matched in turn until none changes any more.
+    The similarity of a space is τ·(cosine of weights) + (1 - τ)·(similarity of activations). The weights of a space are
+    in the order of its neighbouring spaces, so all spaces are matched in turn until no label changes.
 
     Args:
-        tau: the share of the weights, 0 to 1.
-        matcher: what turns a similarity into labels.
-        rounds: how often all spaces are gone through, at most.
-        seed: of the order in which they are.
+        tau: weight of the similarity of weights, 0 to 1.
+        matcher: the matcher that turns a similarity into labels.
+        rounds: the highest number of rounds over all spaces.
+        seed: of the order of the spaces.
 
     Raises:
-        ValueError: if ``tau`` lies outside 0 to 1, ``rounds`` is below 1, or ``matcher`` is a ``DualSpace`` itself.
+        ValueError: if ``tau`` lies outside 0 to 1, ``rounds`` is below 1, or ``matcher`` does not match one space at a
+            time by any similarity.
     """
 
     tau: float = 0.5
     matcher: Matcher = field(default_factory=Permute)
     rounds: int = 20
     seed: int = 0
+    joint = True
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.tau <= 1.0:
             raise ValueError(f"`tau` must lie between 0 and 1, got {self.tau}.")
         if self.rounds < 1:
             raise ValueError(f"`rounds` must be at least 1, got {self.rounds}.")
-        if not isinstance(self.matcher, Matcher) or isinstance(self.matcher, DualSpace):
+        if not isinstance(self.matcher, Matcher) or self.matcher.joint:
             raise ValueError(f"`matcher` must be a Matcher of similarities such as Permute(), got {self.matcher!r}.")
         if self.matcher.similarity is not None:
             raise ValueError(
-                f"`matcher` must take any similarity, and {self.matcher!r} takes a {self.matcher.similarity} alone: "
-                "use it by itself."
+                f"`matcher` must take any similarity, but {self.matcher!r} takes only a {self.matcher.similarity}: "
+                "pass it to the merge directly."
             )
+
+    @property
+    def any_width(self) -> bool:  # type: ignore[override]
+        return self.matcher.any_width
+
+    @property
+    def needs_data(self) -> bool:  # type: ignore[override]
+        return self.tau < 1
+
+    @property
+    def per_space(self) -> Matcher:
+        return self.matcher
 
     def __call__(self, similarity: Tensor, num_models: int) -> Tensor | DenseMaps:
         return self.matcher(similarity, num_models)
 
+    def match(self, spaces: Spaces) -> Mapping[str, Match]:
+        return match_by_weights(spaces, self.matcher, self.tau, self.rounds, self.seed)
+
 
 @dataclass(frozen=True)
 class WeightMatching(DualSpace):
-    """Match by weights alone, without data (Git Re-Basin, arXiv 2209.04836, algorithm 1).
+    """Match only by weights, without data (Git Re-Basin, arXiv 2209.04836, algorithm 1).
 
-    Calibration data then only serves the refinement that follows.
+    Only the refinement uses the calibration data.
     """
 
     tau: float = 1.0
@@ -311,4 +260,6 @@ class WeightMatching(DualSpace):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.tau != 1.0:
-            raise ValueError("`WeightMatching` looks at weights alone: `DualSpace` has a share `tau` of them.")
+            raise ValueError(
+                f"`WeightMatching` matches only by weights, so `tau` must be 1, got {self.tau}: use `DualSpace`."
+            )

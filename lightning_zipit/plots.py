@@ -27,10 +27,10 @@ MODELS = ("tab:purple", "tab:green", "tab:red", "tab:olive", "tab:cyan", "tab:br
 def plot_similarity(
     similarity: Tensor, labels: Tensor, tasks: Sequence[str], ax: Axes | None = None
 ) -> tuple[Figure, Axes]:
-    """The similarity of a space with its features in the order of their clusters, which are then blocks.
+    """Plot the similarity of a space, its features in the order of their clusters.
 
-    Clusters across models come first, then those within each model, then features that were left alone; among each, the
-    most similar first. The strip on the left says which model a feature is of.
+    Clusters are blocks on the diagonal: first those across models, then those within a model, then single features. In
+    each part, the most similar cluster comes first. The strip on the left shows the model of each feature.
 
     Args:
         similarity: ``(N·C, N·C)``.
@@ -78,7 +78,7 @@ def plot_similarity(
 
 
 def cluster_order(similarity: Tensor, labels: Tensor, num_models: int) -> tuple[Tensor, dict[str, tuple[int, int]]]:
-    """Features by the kind of their cluster (across models, within each, alone), the most similar clusters first.
+    """Sort features by the kind of their cluster (across models, within a model, alone) and by similarity.
 
     Args:
         similarity: ``(N·C, N·C)``.
@@ -86,7 +86,7 @@ def cluster_order(similarity: Tensor, labels: Tensor, num_models: int) -> tuple[
         num_models: N.
 
     Returns:
-        The features in that order, int64 ``(N·C,)``; and where those of each kind begin and end.
+        The features in that order, int64 ``(N·C,)``; and the first and last position of each kind.
 
     Example:
         >>> similarity = torch.eye(4)
@@ -113,10 +113,10 @@ def cluster_order(similarity: Tensor, labels: Tensor, num_models: int) -> tuple[
 
 
 def plot_clusters(report: MergeReport, ax: Axes | None = None) -> tuple[Figure, Axes]:
-    """What the merged features of each space stand for: features of several models, of one, or a single feature.
+    """Plot the kinds of merged features of each space: of several models, of one model, or a single feature.
 
     Args:
-        report: what a merge did.
+        report: the report of a merge.
         ax: where to draw.
 
     Returns:
@@ -139,10 +139,10 @@ def plot_clusters(report: MergeReport, ax: Axes | None = None) -> tuple[Figure, 
 
 
 def plot_depth(report: MergeReport, ax: Axes | None = None) -> tuple[Figure, Axes]:
-    """The matched similarity of each space, from the input to the output: mean, lowest, and what chance would give.
+    """Plot the matched similarity of each space from the input to the output: mean, lowest, and chance.
 
     Args:
-        report: what a merge did.
+        report: the report of a merge.
         ax: where to draw.
 
     Returns:
@@ -174,11 +174,11 @@ def plot_tradeoff(
     references: Mapping[str, tuple[float, float]] | None = None,
     ax: Axes | None = None,
 ) -> tuple[Figure, Axes]:
-    """Accuracy over cost.
+    """Plot accuracy over FLOPs.
 
     Args:
-        rows: of each merged network a name, its FLOPs and its accuracy; those of one name are joined by a line.
-        references: what to compare with, by name (the sources, the ensemble): FLOPs and accuracy.
+        rows: a name, FLOPs and accuracy of each merged network; networks of one name are joined by a line.
+        references: FLOPs and accuracy by name, to compare with: the sources, the ensemble.
         ax: where to draw.
 
     Returns:
@@ -209,12 +209,12 @@ def plot_tradeoff(
 
 
 def plot_agreement(agreement: Tensor, targets: Tensor | None = None, ax: Axes | None = None) -> tuple[Figure, Axes]:
-    """How the features of a source correlate with those of the merged network: a clear diagonal where they live on.
+    """Plot the correlation of the features of a source with those of the merged network.
 
     Args:
-        agreement: ``(C, W)``, of :func:`~lightning_zipit.functional.agreement`.
-        targets: int64 ``(C,)``, the merged feature that each source feature became; by default the one that it
-            correlates with the most.
+        agreement: ``(C, W)``, from :func:`~lightning_zipit.functional.agreement`.
+        targets: int64 ``(C,)``, the merged feature that each source feature became; by default the one with the
+            highest correlation.
         ax: where to draw.
 
     Returns:
@@ -258,7 +258,7 @@ def _size_for(report: MergeReport) -> tuple[float, float]:
 
 
 def _name_spaces(ax: Axes, report: MergeReport) -> None:
-    """Name spaces under the axis, as many as can be read."""
+    """Write the names of spaces under the axis, at most 40 of them."""
     step = math.ceil(len(report.spaces) / 40)
     named = range(0, len(report.spaces), step)
     ax.set_xticks(named, [report.spaces[number].name for number in named], rotation=90, fontsize=8)

@@ -6,7 +6,7 @@ import torch
 from helpers.features import mixed_features
 
 from lightning_zipit import functional as F
-from lightning_zipit._matching.cca import align, canonical_correlations, mixed_agreement
+from lightning_zipit.functional import align, canonical_correlations, mixed_similarity
 from lightning_zipit.matchers import CCA
 
 SIZE = 6
@@ -111,7 +111,7 @@ def test_agreement_and_losses_are_those_of_the_features():
     maps = CCA(0.1)(covariance_of(features), 3)
     own = features.split(SIZE, 1)
     given = [each @ merge.T for each, merge in zip(own, maps.merge, strict=True)]
-    matched, losses = mixed_agreement(covariance_of(features), *maps)
+    matched, losses = mixed_similarity(covariance_of(features), *maps)
     scores = F.correlation(covariance_of(*given))
     blocks = scores.unflatten(0, (3, SIZE)).unflatten(2, (3, SIZE))
     expected = torch.cat([blocks[a, :, b].diagonal() for a, b in ((0, 1), (0, 2), (1, 2))])
@@ -127,7 +127,7 @@ def test_of_labels_the_losses_are_those_of_zipping():
     covariance = F.correlation(covariance_of(mixed_features(200, 2 * SIZE)))
     labels = F.permute(covariance, 2)
     merge, unmerge = F.merge_matrices(labels, 2)
-    matched, losses = mixed_agreement(covariance, merge, unmerge)
+    matched, losses = mixed_similarity(covariance, merge, unmerge)
     torch.testing.assert_close(losses, F.zip_losses(covariance, labels, 2), atol=1e-6, rtol=0)
     pairs = (labels[:SIZE, None] == labels[SIZE:]).nonzero()
     torch.testing.assert_close(matched.sort().values, covariance[pairs[:, 0], SIZE + pairs[:, 1]].sort().values)

@@ -18,11 +18,11 @@ from helpers.nets import (
 from torch import nn
 
 from lightning_zipit import MergeReport, MergeSettings, MultiHeadModule, ZipIt, merge_backbones, trace
-from lightning_zipit._merging.dense import find_rigid
-from lightning_zipit._merging.maps import DenseMap
+from lightning_zipit._matching.maps import DenseMap
 from lightning_zipit.errors import ConfigurationError
 from lightning_zipit.graph import AxisRef, Block, permute_spaces
 from lightning_zipit.graph.prove import random_permutations
+from lightning_zipit.graph.rigid import find_rigid
 from lightning_zipit.matchers import CCA, AnyWidthMatcher, DenseMaps, DualSpace, Matcher, Permute
 from lightning_zipit.refine import BatchNorm
 from lightning_zipit.refine.walk import Zip

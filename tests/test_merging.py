@@ -10,9 +10,10 @@ from torch import nn
 
 from lightning_zipit import Moments
 from lightning_zipit import functional as F
-from lightning_zipit._matching.families import families, match, similarity_from
-from lightning_zipit._merging.maps import DenseMap, SpaceMap, unmerge_along
-from lightning_zipit._merging.parameters import contract, merge_into, merge_parameter, unmerge_into
+from lightning_zipit._matching.families import families, match_family
+from lightning_zipit._matching.maps import DenseMap, SpaceMap, apply_maps, unmerge_along
+from lightning_zipit._matching.similarity import similarity_from
+from lightning_zipit._merging.parameters import merge_into, merge_parameter, unmerge_into
 from lightning_zipit.graph import AxisRef, Block, FeatureSpace, MergeGraph
 from lightning_zipit.matchers import Average, DenseMaps, GreedyZip, Permute
 
@@ -111,7 +112,7 @@ def test_merging_a_parameter_is_the_sum_of_dense_products(name, num_models):
     maps, copies = random_maps(num_models), random_copies(shape, num_models)
     expected = [dense_contraction(copy, refs, maps, source) for source, copy in enumerate(copies)]
     for source, copy in enumerate(copies):
-        torch.testing.assert_close(contract(copy, refs, maps, source), expected[source])
+        torch.testing.assert_close(apply_maps(copy, refs, maps, source), expected[source])
     torch.testing.assert_close(merge_parameter(copies, refs, maps), sum(expected))
 
 
@@ -122,7 +123,7 @@ def test_so_it_is_where_maps_are_matrices(name, spaces):
     maps, copies = random_matrices(2)[spaces], random_copies(shape, 2)
     expected = [dense_contraction(copy, refs, maps, source) for source, copy in enumerate(copies)]
     for source, copy in enumerate(copies):
-        torch.testing.assert_close(contract(copy, refs, maps, source), expected[source])
+        torch.testing.assert_close(apply_maps(copy, refs, maps, source), expected[source])
     torch.testing.assert_close(merge_parameter(copies, refs, maps), sum(expected))
     for ref in filter(None, refs):
         unmerge = dense(replace(ref, role="consumer"), maps, 1)
@@ -304,20 +305,17 @@ def test_measured_spaces_are_matched_by_similarity_and_the_others_by_number():
     graph = MergeGraph(spaces, {}, (), frozenset(), None, nn.Identity(), torch.fx.Graph())
     features = mixed_features(50, 12)
     measured = {"b": Moments(50, features.mean(0), features.T.cov())}
-    matched = [
-        item
-        for family in families(graph)
-        for item in match(
-            graph, family, {name: similarity_from(each) for name, each in measured.items()}.get, GreedyZip(), 2
-        )
-    ]
-    maps = {name: space_map for name, space_map, _ in matched}
-    similarities = {name: similarity for name, _, similarity in matched if similarity is not None}
-    assert list(maps) == ["a", "b"]
+    known, matched = {name: similarity_from(each) for name, each in measured.items()}, {}
+    for family in families(graph):
+        own = {name: known[name] for name in family if name in known}
+        matched |= match_family(graph, family, own, GreedyZip(), 2)
+    labels = {name: match.features for name, match in matched.items()}
+    similarities = {name: match.similarity for name, match in matched.items() if match.similarity is not None}
+    assert list(labels) == ["a", "b"]
     assert list(similarities) == ["b"]
     torch.testing.assert_close(similarities["b"], correlations(features), rtol=2e-6, atol=0)
-    assert torch.equal(maps["b"].labels, GreedyZip()(correlations(features), 2))
-    assert maps["a"].labels.tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
+    assert torch.equal(labels["b"], GreedyZip()(correlations(features), 2))
+    assert labels["a"].tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("matcher", [GreedyZip(), Permute()])
@@ -338,12 +336,9 @@ def test_features_are_matched_within_the_units_that_have_become_one(matcher):
     features = mixed_features(200, 12)
     measured = {"inner": Moments(200, features.mean(0), features.T.cov())}
     (family,) = families(graph)
-    maps = {
-        name: space_map
-        for name, space_map, _ in match(
-            graph, family, {name: similarity_from(each) for name, each in measured.items()}.get, matcher, 2
-        )
-    }
+    known = {name: similarity_from(each) for name, each in measured.items()}
+    matched = match_family(graph, family, known, matcher, 2)
+    maps = {name: SpaceMap(match.features, 2) for name, match in matched.items()}
     assert maps["inner"].labels.unique().tolist() == list(range(6))
     units = torch.tensor(spaces["inner"].unit_of)
     for model in range(2):

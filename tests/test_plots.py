@@ -10,7 +10,8 @@ import torch
 
 from lightning_zipit import JointAccuracy, MergeReport, plots
 from lightning_zipit import functional as F
-from lightning_zipit._report.report import Cost, SpaceReport
+from lightning_zipit._matching.measure import SpaceReport
+from lightning_zipit._merging.cost import Cost
 from lightning_zipit.errors import ConfigurationError
 
 plt = pytest.importorskip("matplotlib.pyplot")

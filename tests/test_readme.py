@@ -142,6 +142,13 @@ def test_a_matcher_of_ones_own(name, tmp_path, monkeypatch):
         assert space.across == space.size and space.within == 0
 
 
+@snippet("joint_matcher")
+def test_a_joint_matcher_of_ones_own(name, tmp_path, monkeypatch):
+    scope = run(name, tmp_path, monkeypatch)
+    for space in scope["merged"].report.spaces:
+        assert space.across == space.size and space.samples == 0
+
+
 @snippet("dense")
 def test_a_matcher_of_matrices(name, tmp_path, monkeypatch):
     scope = run(name, tmp_path, monkeypatch)

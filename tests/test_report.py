@@ -12,25 +12,19 @@ from lightning_zipit import MergeReport
 from lightning_zipit import functional as F
 from lightning_zipit._calibration.statistics import Moments
 from lightning_zipit._lightning.announce import log_report
-from lightning_zipit._merging.maps import SpaceMap
-from lightning_zipit._report.report import (
-    Cost,
-    Measure,
-    NormShift,
-    SpaceReport,
-    measure_cost,
-    measure_shifts,
-    report_space,
-)
+from lightning_zipit._matching.maps import SpaceMap
+from lightning_zipit._matching.measure import Sampled, SpaceReport, measure_space
+from lightning_zipit._merging.cost import Cost, measure_cost
 from lightning_zipit.errors import CheckpointError
 from lightning_zipit.graph import Block, FeatureSpace, Tap
+from lightning_zipit.refine.shifts import NormShift, measure_shifts
 
 
 def report_of(labels, num_models, similarity=None, reader="fc"):
     """The report of one space, that is called "conv"."""
     tap = Tap("node", (1,), Block("conv", range(3)), reader) if reader else None
     space = FeatureSpace("conv", len(labels) // num_models, (), (), tap)
-    return report_space(space, SpaceMap(torch.tensor(labels), num_models), similarity)
+    return measure_space(space, SpaceMap(torch.tensor(labels), num_models), similarity)
 
 
 def similarity_of(pairs, size=6):
@@ -199,7 +193,7 @@ def test_a_covariance_is_reported_as_a_correlation():
 
 def test_constant_features_are_counted_for_each_model():
     covariance = torch.diag(torch.tensor([1.0, 0, 2, 0, 0, 3]))
-    assert Measure.of(Moments(7, torch.zeros(6), covariance), 2) == Measure(7, (1, 2))
+    assert Sampled.of(Moments(7, torch.zeros(6), covariance), 2) == Sampled(7, (1, 2))
 
 
 def test_a_shift_of_batch_norm_is_measured_in_deviations_and_as_a_ratio():

@@ -9,10 +9,11 @@ import torch.nn.functional as F
 import torchvision.models as tv
 from helpers.nets import Lit, PlainNet, SmallResNet, images, settle, settled_pair, trainer
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_zipit import MergeSettings, MultiHeadModule, ZipIt, merge_backbones, trace
-from lightning_zipit._merging.widths import FlopsModel, count_flops, find_fixed, spend, total_loss
-from lightning_zipit._report.report import measure_cost
+from lightning_zipit._merging.cost import FlopsModel, count_flops, measure_cost
+from lightning_zipit._merging.widths import find_fixed, spend, total_loss
 from lightning_zipit.errors import ConfigurationError
 from lightning_zipit.graph import AxisRef
 from lightning_zipit.graph.spaces import Block
@@ -226,10 +227,59 @@ def test_features_that_are_alike_are_merged_first():
 def test_the_flops_of_widths_are_those_that_are_measured():
     nets = networks(Dense)
     graphs = [trace(net, example_input=batches()[0]) for net in nets.values()]
-    model = FlopsModel.of(graphs, [count_flops(net, batches()[0][:1]) for net in nets.values()])
+    pairs = zip(nets.values(), graphs, strict=True)
+    model = FlopsModel.of(graphs, [count_flops(net, graph, batches()[0][:1]) for net, graph in pairs])
     merged = merge_backbones(nets, batches(), MergeSettings(width=1.5, refine=None))
     assert model(merged.widths) == pytest.approx(merged.report.merged.flops)
     assert model({}) == pytest.approx(merge_backbones(nets, batches(), MergeSettings()).report.merged.flops)
+
+
+class TiedTwice(nn.Module):
+    """One weight that a module, another module and the forward itself multiply with."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.inner, self.again = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.again.weight = self.inner.weight
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = F.relu(self.first(x))
+        x = x + F.relu(self.inner(x)) + F.relu(self.again(x))
+        return self.head(x + F.relu(F.linear(x, self.inner.weight)))
+
+
+class ComputedWeight(nn.Module):
+    """A convolution with a weight that the forward scales, and a matrix that belongs to no layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.matrix = nn.Conv2d(3, 8, 3), nn.Parameter(torch.randn(8, 6) / 3)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x):
+        weight = self.conv.weight * 2
+        x = F.relu(F.conv2d(x, weight, self.conv.bias)).mean((2, 3))
+        return self.head(F.relu(x @ self.matrix))
+
+
+@pytest.mark.parametrize("width", [0.5, 1.5])
+@pytest.mark.parametrize(
+    ("make", "x"),
+    [(TiedTwice, torch.randn(48, 6)), (ComputedWeight, torch.randn(48, 3, 5, 5))],
+    ids=["tied", "computed"],
+)
+def test_the_flops_of_tied_and_computed_weights_are_predicted_exactly(make, x, width):
+    torch.manual_seed(0)
+    nets = {task: make() for task in "ab"}
+    graphs = [trace(net, example_input=x[:1]) for net in nets.values()]
+    pairs = zip(nets.values(), graphs, strict=True)
+    model = FlopsModel.of(graphs, [count_flops(net, graph, x[:1]) for net, graph in pairs])
+    merged = merge_backbones(nets, [x], MergeSettings(width=width, refine=None))
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        AllHeads(merged.trunk, merged.heads)(x[:1])
+    assert merged.widths
+    assert model(merged.widths) == pytest.approx(counter.get_total_flops())
 
 
 def test_a_budget_is_spent_where_most_would_be_lost():

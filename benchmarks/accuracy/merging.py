@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_zipit import Ensemble, MergeSettings, ZipIt
 from lightning_zipit._calibration.fingerprint import fingerprint
-from lightning_zipit._report.report import measure_cost
+from lightning_zipit._merging.cost import measure_cost
 from lightning_zipit.matchers import (
     CCA,
     Agglomerative,

@@ -1,1 +1,1 @@
-"""Statistics to a map of every feature space: which features become one."""
+"""The matching phase: from statistics to a map of every feature space."""

@@ -1,27 +1,47 @@
-"""From statistics to similarities, and from those to a map for every space."""
+"""Families of spaces: groups or heads with the features inside them, and every other space by itself."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from lightning_zipit import functional as F
 from lightning_zipit._calibration.calibration import statistics_bytes
-from lightning_zipit._calibration.statistics import Moments
-from lightning_zipit._merging.maps import DenseMap, SpaceMap
+from lightning_zipit._matching.maps import DenseMaps
 from lightning_zipit.errors import ConfigurationError
 from lightning_zipit.graph import FeatureSpace, MergeGraph
 from lightning_zipit.graph.spaces import handed_over, unit_members, units_around, units_first
-from lightning_zipit.matchers import AnyWidthMatcher, DenseMaps, GreedyZip, Matcher, Permute, SimilarityKind
 
-SCALE_HANDICAP = 1e-6
-ROWS_AT_ONCE = 1024
+
+class Match(NamedTuple):
+    """The matching of one space.
+
+    Attributes:
+        features: int64 labels ``(N·C,)``, the merged feature that each source feature becomes; or dense maps.
+        similarity: ``(N·C, N·C)``, the similarity by which the report measures the matching; ``None`` leaves the space
+            unmeasured.
+    """
+
+    features: Tensor | DenseMaps
+    similarity: Tensor | None = None
+
+
+class Rule(Protocol):
+    """What matches the features of one space; every matcher is one."""
+
+    @property
+    def any_width(self) -> bool:
+        """Whether :meth:`match_space` can leave any number of features."""
+
+    def match_space(self, similarity: Tensor, num_models: int, width: int | None = None) -> Tensor | DenseMaps:
+        """Labels ``(N·C,)`` or dense maps from a similarity ``(N·C, N·C)``."""
 
 
 def families(graph: MergeGraph) -> list[list[str]]:
-    """The spaces that must be matched together: groups or heads with all that they hold, every other one by itself."""
+    """The spaces that must be matched together: groups or heads before the features inside them."""
     together: dict[str, list[str]] = {}
     for name in units_first(graph):
         together.setdefault([name, *units_around(graph, name)][-1], []).append(name)
@@ -29,7 +49,7 @@ def families(graph: MergeGraph) -> list[list[str]]:
 
 
 def split_families(graph: MergeGraph, num_models: int, limit: float) -> list[list[list[str]]]:
-    """Families of spaces by turns, so that the statistics of one turn take no more memory than a limit.
+    """Split families into turns, so that the statistics of one turn fit into a memory limit.
 
     Args:
         graph: the merge graph.
@@ -51,128 +71,127 @@ def split_families(graph: MergeGraph, num_models: int, limit: float) -> list[lis
     return turns
 
 
-def match(
+def match_family(
     graph: MergeGraph,
     family: Sequence[str],
-    similarity_of: Callable[[str], Tensor | None],
-    matcher: Matcher,
+    similarities: Mapping[str, Tensor],
+    rule: Rule,
     num_models: int,
     widths: Mapping[str, int] | None = None,
-    mixable: Callable[[str], bool] = lambda space: False,
-) -> Iterator[tuple[str, SpaceMap | DenseMap, Tensor | None]]:
-    """Match the features of one family of spaces.
+    rigid_of: Callable[[], Collection[str]] = tuple,
+) -> dict[str, Match]:
+    """Match one family of spaces by a rule for one space.
 
-    Those that stems hand over are matched one to one where the matcher is for any width or has dense maps: a stem has
-    the features of its own model alone, so that a cluster of another's would be silent for its task.
+    A space without a similarity is matched by index. Groups and heads are matched first, by how well their features
+    match. Features are then matched within the groups or heads that have become one.
+
+    Spaces that stems write are matched one to one if the rule takes any width or gives dense maps: a stem has only the
+    features of its own model, so a cluster of another model's features would be silent for its task.
 
     Args:
         graph: the merge graph.
         family: one of :func:`families`.
-        similarity_of: from a space to the similarity of its features, ``(N·C, N·C)``; ``None`` where there is none.
-        matcher: similarity → labels or dense maps.
+        similarities: per space the similarity of its features, ``(N·C, N·C)``.
+        rule: the matcher.
         num_models: N.
-        widths: of spaces without units, how many features are to be left; those of one model by default.
-        mixable: whether dense maps can be applied to a space. Others that the matcher has them for are matched one to
-            one, or zipped where they are to have another width.
+        widths: number of features to leave in spaces without units; by default that of one model.
+        rigid_of: gives the spaces to which dense maps cannot be applied. If the rule gives dense maps for them, they
+            are matched one to one, or zipped if they get another width.
 
-    Yields:
-        Per space its name, its map (one without a similarity is matched by number; groups and heads come first, then
-        features within those that have become one), and its similarity.
+    Returns:
+        Per space its matching; groups and heads come first.
+
+    Raises:
+        ConfigurationError: if the rule gives matrices that do not fit.
     """
     handed = handed_over(graph)
-    if not handed.isdisjoint(family) and isinstance(matcher, AnyWidthMatcher):
-        matcher = Permute()
-    similarities = {name: known for name in family if (known := similarity_of(name)) is not None}
+    if not handed.isdisjoint(family) and rule.any_width:
+        rule = _OneToOne()
+    known = _with_units(graph, family, similarities, num_models)
+    found: dict[str, Match] = {}
+    labels: dict[str, Tensor] = {}
+    for name in family:
+        space, similarity = graph.spaces[name], known.get(name)
+        if space.units is not None:
+            labels[name] = _match_within(space, labels[space.units], similarity, rule, num_models)
+        elif similarity is None:
+            labels[name] = F.average(num_models * space.size, num_models)
+        else:
+            features = _ask(rule, similarity, num_models, widths.get(name) if widths else None)
+            if not isinstance(features, Tensor) and name not in handed and name not in rigid_of():
+                found[name] = Match(features, similarity)
+                continue
+            labels[name] = as_labels(features, similarity, num_models)
+        found[name] = Match(labels[name], similarity)
+    return found
+
+
+def _with_units(
+    graph: MergeGraph, family: Sequence[str], similarities: Mapping[str, Tensor], num_models: int
+) -> dict[str, Tensor]:
+    """The similarities of a family, with those of its groups or heads, and without those matched by index."""
+    known = {name: similarity for name, similarity in similarities.items() if not graph.spaces[name].pinned}
     for name in reversed(family):  # members before their units
         members = [graph.spaces[other] for other in family if graph.spaces[other].units == name]
         if members and not graph.spaces[name].pinned:
-            similarities.update(_of_units(graph.spaces[name], members, similarities, num_models))
-    labels: dict[str, Tensor] = {}
-    for name in family:
-        space = graph.spaces[name]
-        if space.units is not None:
-            labels[name] = _match_within(space, labels[space.units], similarities.get(name), matcher, num_models)
-        elif name in similarities:
-            found = _ask(matcher, similarities[name], num_models, widths.get(name) if widths else None)
-            if isinstance(found, DenseMaps) and mixable(name) and name not in handed:
-                yield name, DenseMap(found), similarities[name]
-                continue
-            labels[name] = _as_labels(found, similarities[name], num_models)
-        else:
-            labels[name] = F.average(num_models * space.size, num_models)
-        yield name, SpaceMap(labels[name], num_models), similarities.get(name)
+            known.update(_of_units(graph.spaces[name], members, known, num_models))
+    return known
 
 
-def _ask(matcher: Matcher, similarity: Tensor, num_models: int, width: int | None = None) -> Tensor | DenseMaps:
-    """What a matcher says, on the CPU.
+class _OneToOne:
+    """Matches one feature of each model to one of the first."""
+
+    any_width = False
+
+    def match_space(self, similarity: Tensor, num_models: int, width: int | None = None) -> Tensor:
+        return F.permute(similarity, num_models)
+
+
+def _ask(rule: Rule, similarity: Tensor, num_models: int, width: int | None = None) -> Tensor | DenseMaps:
+    """The answer of a rule, on the CPU.
 
     Raises:
-        ConfigurationError: if it returns matrices that do not fit.
+        ConfigurationError: if it gives matrices that do not fit.
     """
-    if isinstance(matcher, AnyWidthMatcher) and width is not None:
-        found = matcher(similarity, num_models, width)
-    else:
-        found = matcher(similarity, num_models)
+    found = rule.match_space(similarity, num_models, width)
     if isinstance(found, Tensor):
         return found.cpu()
     size = len(similarity) // num_models
-    width = size if width is None else width
+    return check_matrices(found, size, size if width is None else width, num_models, repr(rule))
+
+
+def check_matrices(found: DenseMaps, size: int, width: int, num_models: int, who: str) -> DenseMaps:
+    """Dense maps as float64 on the CPU.
+
+    Raises:
+        ConfigurationError: if they are not of the right shapes, or not finite.
+    """
     made = DenseMaps(*(tuple(matrix.detach().double().cpu() for matrix in each) for each in found))
     shapes = [tuple(matrix.shape) for each in made for matrix in each]
     if shapes != [(width, size)] * num_models + [(size, width)] * num_models:
         raise ConfigurationError(
-            f"{matcher!r} must return labels, or DenseMaps of {num_models} matrices ({width}, {size}) and as many "
+            f"{who} must return labels, or DenseMaps of {num_models} matrices ({width}, {size}) and as many "
             f"({size}, {width}), got shapes {shapes}."
         )
     if not all(matrix.isfinite().all() for each in made for matrix in each):
-        raise ConfigurationError(f"{matcher!r} returned matrices with NaN or Inf.")
+        raise ConfigurationError(f"{who} returned matrices with NaN or Inf.")
     return made
 
 
-def _as_labels(found: Tensor | DenseMaps, similarity: Tensor, num_models: int) -> Tensor:
-    """Labels, where dense maps do not apply."""
+def as_labels(found: Tensor | DenseMaps, similarity: Tensor, num_models: int) -> Tensor:
+    """Labels in place of dense maps that cannot be applied: one to one, or zipped to the width of the maps."""
     if isinstance(found, Tensor):
         return found
     scaled, width = F.correlation(similarity), len(found.merge[0])
     if width == len(similarity) // num_models:
         return F.permute(scaled, num_models)
-    return GreedyZip()(scaled, num_models, width)
-
-
-def similarity_from(moments: Moments, kind: SimilarityKind = "correlation") -> Tensor:
-    """How alike features are, lowered by up to a millionth where two differ in scale.
-
-    Features that are active on the same few samples are perfectly correlated; only their scales tell them apart.
-
-    Args:
-        moments: of the features, models side by side.
-        kind: ``"correlation"``, ``"absolute"`` (its absolute value), ``"cosine"`` (of activations that are not
-            centred), or ``"covariance"``.
-
-    Returns:
-        float64 ``(N·C, N·C)``.
-    """
-    if kind == "covariance":
-        return moments.covariance
-    scale = moments.covariance.diagonal().clamp(min=torch.finfo(torch.float64).tiny).sqrt()
-    if kind == "cosine":
-        share = (moments.count - 1) / moments.count
-        similarity = F.correlation(torch.addr(moments.covariance, moments.mean, moments.mean, beta=share))
-    else:
-        similarity = F.correlation(moments.covariance)
-    if kind == "absolute":
-        similarity.abs_()
-    for rows, own in zip(similarity.split(ROWS_AT_ONCE), scale.split(ROWS_AT_ONCE), strict=True):
-        ratio = own[:, None] / scale[None, :]
-        ratio = torch.minimum(ratio, ratio.reciprocal())
-        rows.mul_(ratio.sub_(1).mul_(SCALE_HANDICAP).add_(1))
-    return similarity
+    return F.zip_features(scaled, num_models, width)
 
 
 def _of_units(
     units: FeatureSpace, members: list[FeatureSpace], similarities: Mapping[str, Tensor], num_models: int
 ) -> dict[str, Tensor]:
-    """The similarity of groups or heads: how well the features of two can be matched, over all their spaces."""
+    """Similarity of groups or heads: how well the features of two can be matched, over all their spaces."""
     known = [similarities[units.name].double().cpu()] if units.name in similarities else []
     known += [
         F.unit_similarity(similarities[space.name], unit_members(space), num_models)
@@ -182,9 +201,7 @@ def _of_units(
     return {units.name: torch.stack(known).mean(0)} if known else {}
 
 
-def _match_within(
-    space: FeatureSpace, units: Tensor, similarity: Tensor | None, matcher: Matcher, num_models: int
-) -> Tensor:
+def _match_within(space: FeatureSpace, units: Tensor, similarity: Tensor | None, rule: Rule, num_models: int) -> Tensor:
     """Match the features of the units that have become one; ``units`` are the labels of all units, ``(N·G,)``."""
     members = unit_members(space)  # (G, d)
     everyone = torch.cat([members + model * space.size for model in range(num_models)])  # (N·G, d)
@@ -196,6 +213,6 @@ def _match_within(
             within = F.average(len(features), len(together))
         else:
             own = similarity[features][:, features]
-            within = _as_labels(_ask(matcher, own, len(together)), own, len(together))
+            within = as_labels(_ask(rule, own, len(together)), own, len(together))
         labels[features] = merged[within]
     return labels

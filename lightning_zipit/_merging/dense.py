@@ -1,104 +1,26 @@
-"""Where merged features may be linear combinations, and what becomes of batch norm there."""
+"""Batch norm where merged features are linear combinations."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_zipit._merging.maps import DenseMap, Maps
-from lightning_zipit._merging.parameters import contract
+from lightning_zipit._matching.maps import FeatureMap, Maps, apply_maps
 from lightning_zipit.graph import AxisRef, MergeGraph
-from lightning_zipit.graph.layers import Fitted, Layer, find_stops, layer_of
-from lightning_zipit.graph.registry import Trait, traits_of
-
-PASSING = Trait.POINTWISE | Trait.POOLING | Trait.REARRANGE | Trait.SUM | Trait.DIFFERENCE
-"""Operators behind which features are what they were: feature by feature, as if activations were linear."""
-
-
-def find_rigid(graph: MergeGraph) -> dict[str, str]:
-    """The spaces to which dense maps cannot be applied.
-
-    Others are written by layers and batch norms right behind these alone, and go from there through activation
-    functions, pooling, sums and concatenations to what reads them. That activation functions act on each feature by
-    itself is left out of account, as the paper of CCA Merge does.
-
-    Args:
-        graph: the merge graph.
-
-    Returns:
-        Their names, and why.
-    """
-    folded = {str(stop.norm.target) for stop in find_folded(graph) if stop.norm is not None}
-    grouping = {space.units for space in graph.spaces.values()}
-    rigid: dict[str, str] = {}
-    for name, space in graph.spaces.items():
-        if space.units is not None or name in grouping:
-            rigid[name] = "groups or heads"
-    for node in graph.trunk_graph():
-        why, made = _obstacle(node, graph, folded), graph.held.get(node.name, ())
-        for name in made if why else ():
-            rigid.setdefault(name, why)
-        if Trait.SYMMETRIC in traits_of(node, graph.module):
-            for name in (name for source in node.all_input_nodes for name in graph.held.get(source.name, ())):
-                if name not in made:
-                    rigid.setdefault(name, f"`{node.name}` reduces over features")
-    for refs in graph.axes.values():
-        for ref in refs:
-            for name in ref.spaces if ref is not None and ref.groups > 1 else ():
-                rigid.setdefault(name, "read in groups")
-    for crossing in graph.crossings:
-        if crossing.ref is not None and not crossing.absorbed:
-            for block in crossing.ref.blocks:
-                if block.repeat > 1:
-                    rigid.setdefault(block.space, "handed over to the heads flattened")
-    return rigid
-
-
-def rigid_note(graph: MergeGraph) -> tuple[str, ...]:
-    """A note for people on the spaces that a matcher of dense maps has matched one to one, if there are any."""
-    reasons: dict[str, list[str]] = {}
-    for name, why in find_rigid(graph).items():
-        if graph.spaces[name].tap is not None and not graph.spaces[name].pinned:
-            reasons.setdefault(why, []).append(f"`{name}`")
-    listed = "; ".join(f"{', '.join(names)} ({why})" for why, names in reasons.items())
-    return (f"Matched one to one, as combinations of features cannot be used there: {listed}.",) * bool(reasons)
-
-
-def _obstacle(node: fx.Node, graph: MergeGraph, folded: set[str]) -> str:
-    """Why the features that a node gives cannot be mixed; empty where they can."""
-    name = str(node.target) if node.op == "call_module" else node.name
-    traits = traits_of(node, graph.module)
-    if node.op == "call_module":
-        linear = Trait.LINEAR in traits
-        if linear and getattr(graph.module.get_submodule(name), "groups", 1) > 1:
-            return f"`{name}` is depthwise or grouped"
-        if name in folded or (linear and any(graph.axes.get(f"{name}.weight", ()))):
-            return ""
-    bounded = Trait.POINTWISE in traits and len(node.all_input_nodes) > 1  # by a number for each feature
-    if traits & PASSING and Trait.PER_FEATURE not in traits and not bounded:
-        return ""
-    return f"`{name}` acts on each feature by itself, or on all"
-
-
-def find_folded(graph: MergeGraph) -> Iterator[Layer]:
-    """The layers of the trunk with a batch norm right behind, which can be written as a layer alone."""
-    for stop in find_stops(graph, graph.module, list(graph.trunk_graph())).stops:
-        if isinstance(stop, Layer) and stop.norm is not None:
-            ref = graph.axes.get(f"{stop.name}.weight", (None,))[0]
-            if ref is not None and ref.whole:
-                yield stop
+from lightning_zipit.graph.layers import Fitted, layer_of
+from lightning_zipit.graph.rigid import find_folded
 
 
 def fold_norms(trunk: nn.Module, networks: Sequence[nn.Module], graph: MergeGraph, maps: Maps) -> None:
-    """Set layers with a batch norm behind them, where dense maps act on what the norm gives.
+    """Merge layers with a batch norm right after them, if dense maps act on the output of the norm.
 
-    Scale, shift and statistics of a norm belong to a feature each, and have no image under a dense map. In eval mode,
-    layer and norm are one layer: its weights and bias are merged, exactly, and then divided among layer and norm again.
-    Scale and shift are those that give merged features, once statistics are re-estimated, the means and the deviations
-    of what the sources contribute to them (see :func:`moments_under`); until then, the whole is exact.
+    Scale, shift and statistics of a norm belong to single features, and have no image under a dense map. In eval mode,
+    layer and norm are one layer. Its weights and bias are merged exactly, and then divided into layer and norm again.
+    Scale and shift are such that re-estimated statistics give merged features the mean and the deviation of what the
+    sources contribute to them; see :func:`moments_under`. Before re-estimation, layer and norm together are exact.
 
     Args:
         trunk: the merged trunk; it is changed.
@@ -107,11 +29,11 @@ def fold_norms(trunk: nn.Module, networks: Sequence[nn.Module], graph: MergeGrap
         maps: the matching of each space.
     """
     with torch.no_grad():
-        for stop in find_folded(graph) if any(isinstance(each, DenseMap) for each in maps.values()) else ():
+        for stop in find_folded(graph) if any(each.mixes for each in maps.values()) else ():
             axes = graph.axes[f"{stop.name}.weight"]
             assert axes[0] is not None
             space_map = maps[axes[0].spaces[0]]
-            if isinstance(space_map, DenseMap):
+            if space_map.mixes:
                 pairs = [layer_of(network, stop) for network in networks]
                 _merge_folded(layer_of(trunk, stop), pairs, axes, maps, space_map)
 
@@ -121,7 +43,7 @@ def _merge_folded(
     pairs: Sequence[tuple[Fitted, _BatchNorm | None]],
     axes: Sequence[AxisRef | None],
     maps: Maps,
-    space_map: DenseMap,
+    space_map: FeatureMap,
 ) -> None:
     layer, norm = target
     weight, bias, mean, deviation, before = (torch.zeros(()).double() for _ in range(5))
@@ -129,7 +51,7 @@ def _merge_folded(
         assert own_norm is not None
         scale, shift = _folded(own_norm)
         rows = own_layer.weight.detach().cpu().double()
-        weight = weight + contract(rows * scale.reshape(-1, *[1] * (rows.ndim - 1)), axes, maps, source)
+        weight = weight + apply_maps(rows * scale.reshape(-1, *[1] * (rows.ndim - 1)), axes, maps, source)
         if own_layer.bias is not None:
             shift = shift + scale * own_layer.bias.detach().cpu().double()
         bias = bias + space_map.merge(source, shift)
@@ -138,7 +60,7 @@ def _merge_folded(
         variances = own_norm.get_buffer("running_var").cpu().double()
         before = before + (space_map.merging(source).square() @ variances).sqrt()
     assert norm is not None
-    ratio = torch.where(deviation > 0, before / deviation, 1.0)  # of what the layer gives to what the norm does
+    ratio = torch.where(deviation > 0, before / deviation, 1.0)  # of the deviations before and after the norm
     layer.weight.copy_(weight * ratio.reshape(-1, *[1] * (weight.ndim - 1)))
     if layer.bias is not None:
         layer.bias.zero_()
@@ -148,24 +70,24 @@ def _merge_folded(
 
 
 def _folded(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
-    """What a batch norm multiplies features with in eval mode, and what it adds to them then."""
+    """Factor and offset that a batch norm applies to each feature in eval mode."""
     mean, variance = (norm.get_buffer(name).cpu().double() for name in ("running_mean", "running_var"))
     scale = norm.weight.detach().cpu().double() / (variance + norm.eps).sqrt()
     return scale, norm.bias.detach().cpu().double() - scale * mean
 
 
 def set_moments(norm: nn.Module, mean: Tensor, deviation: Tensor) -> None:
-    """Let what a batch norm gives have a mean and a deviation, where its statistics are those of what reaches it."""
+    """Set scale and shift of a batch norm so that its output has a given mean and deviation."""
     assert isinstance(norm, _BatchNorm)
     variance = norm.get_buffer("running_var").cpu().double()
     norm.weight.copy_(deviation * torch.where(variance > 0, (1 + norm.eps / variance).sqrt(), 1.0))
     norm.bias.copy_(mean)
 
 
-def moments_under(space_map: DenseMap, source: int, norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of M_i z, with z what a batch norm of source i gives.
+def moments_under(space_map: FeatureMap, source: int, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of M_i z, with z the output of a batch norm of source i.
 
-    Its features are taken to be uncorrelated: their means and variances are known from the norm, and no more.
+    Features are taken to be uncorrelated, because the norm has only their means and variances.
 
     Args:
         space_map: the maps.

@@ -1,4 +1,4 @@
-"""From maps to merged weights: one generic loop over the table of axes."""
+"""Merged weights from maps: one generic loop over the table of axes."""
 
 from __future__ import annotations
 
@@ -8,28 +8,9 @@ from operator import attrgetter
 import torch
 from torch import Tensor, nn
 
-from lightning_zipit._merging.maps import Maps, along_axis, model_shares
+from lightning_zipit._matching.maps import Maps, apply_maps, model_shares
 from lightning_zipit.graph import AxisRef
 from lightning_zipit.graph.table import Table, bind
-
-
-def contract(weight: Tensor, axes: Sequence[AxisRef | None], maps: Maps, source: int) -> Tensor:
-    """M_i W_i U_i over the axes of one source model's parameter (ZipIt!, section 4).
-
-    Args:
-        weight: the parameter.
-        axes: per axis, the spaces that it writes or reads; ``None`` leaves the axis alone.
-        maps: the matching of each space.
-        source: the number i of the source model.
-
-    Returns:
-        float64, of the shape of ``weight`` but for axes of spaces that are resized.
-    """
-    weight = weight.detach().cpu().double()
-    known = [(axis, ref) for axis, ref in enumerate(axes) if ref is not None]
-    for axis, ref in sorted(known, key=lambda item: item[1].groups == 1):  # groups are rows of the source's order
-        weight = along_axis(weight, axis, ref, maps, source)
-    return weight
 
 
 def merge_parameter(
@@ -40,12 +21,12 @@ def merge_parameter(
 ) -> Tensor:
     """Merge one parameter of N source models: Σ_i M_i W_i U_i over its axes (ZipIt!, section 4).
 
-    A parameter that writes no space is averaged; whole numbers and equal copies are taken over.
+    A parameter that writes no space is averaged. Integers, and equal copies that hold no features, are copied.
 
     Args:
         copies: the parameter in each source model, all of one shape.
-        axes: per axis, the spaces that it writes or reads; ``None`` leaves the axis alone.
-        maps: the matching of each space.
+        axes: per axis, the spaces that it writes or reads; ``None`` leaves the axis as it is.
+        maps: the map of each space.
         weights: how much each model counts in a parameter that writes no space; all the same by default.
 
     Returns:
@@ -55,7 +36,7 @@ def merge_parameter(
     untouched = not any(axes)
     if not first.is_floating_point() or (untouched and all(torch.equal(first.cpu(), copy.cpu()) for copy in copies)):
         return first.cpu().clone()
-    parts = torch.stack([contract(copy, axes, maps, source) for source, copy in enumerate(copies)])
+    parts = torch.stack([apply_maps(copy, axes, maps, source) for source, copy in enumerate(copies)])
     if not any(ref is not None and ref.role == "producer" for ref in axes):
         parts *= model_shares(len(copies), weights).reshape(-1, *[1] * first.ndim)
     return parts.sum(0).to(first.dtype)
@@ -91,7 +72,7 @@ def unmerge_into(
     maps: Maps,
     source: int,
 ) -> None:
-    """Let the first layers of one head read the merged features: W_i U_i.
+    """Write U_i into the first layers of one head, so that they read merged features: W_i U_i.
 
     Args:
         target: the head of one source model, with parameters under the names that they have there, of the sizes of the
@@ -104,4 +85,4 @@ def unmerge_into(
     with torch.no_grad():
         for name, tensor, row in bind(table, target):
             if any(row):
-                tensor.copy_(contract(attrgetter(name)(network), row, maps, source))
+                tensor.copy_(apply_maps(attrgetter(name)(network), row, maps, source))

@@ -1,4 +1,4 @@
-"""Splits a traced network into a trunk and a head: real modules, nothing left behind."""
+"""Builds stems, trunk and heads of a merged network as plain modules."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from lightning_zipit._common.copying import copy_module
+from lightning_zipit._matching.maps import Maps, counting_alone, shares_along, unmerge_along
 from lightning_zipit._merging.dense import fold_norms
-from lightning_zipit._merging.maps import Maps, counting_alone, shares_along, unmerge_along
 from lightning_zipit._merging.parameters import merge_into, unmerge_into
 from lightning_zipit.graph import MergeGraph
 from lightning_zipit.graph.joined import UNMERGE, Joined
@@ -25,7 +25,7 @@ MERGE = "merge"
 
 
 class Unmerge(nn.Module):
-    """U_i as a layer: gives every feature of one source model the merged feature that stands for it.
+    """U_i as a layer: from merged features to the features of one source model.
 
     Args:
         size: entries along the axis.
@@ -33,8 +33,8 @@ class Unmerge(nn.Module):
 
     Attributes:
         index: the merged entry that stands for each.
-        matrix: U_i itself, where merged entries are mixed; a buffer that a module has when it is set, or in what is
-            loaded into it.
+        matrix: U_i itself, if merged features are linear combinations. The buffer exists once :meth:`set` has made it,
+            or a loaded state dict contains it.
     """
 
     index: Tensor
@@ -53,14 +53,14 @@ class Unmerge(nn.Module):
         return (x.movedim(self.axis, -1) @ self.matrix.mT).movedim(-1, self.axis)
 
     def set(self, found: Tensor, dtype: torch.dtype) -> None:
-        """Take an index ``(size,)`` over, or a matrix ``(size, merged size)`` as one of a type."""
+        """Set an index ``(size,)``, or a matrix ``(size, merged size)`` of a given type."""
         if found.is_floating_point():
             self.matrix = found.to(self.index.device, dtype)
         else:
             self.index.copy_(found)
 
-    def behind(self, found: Tensor) -> Tensor:
-        """This unmerge and, in front of it, another one of the network that it reads, as one."""
+    def composed_with(self, found: Tensor) -> Tensor:
+        """This unmerge after another one, as one index or matrix."""
         if self.matrix is None:
             return found[self.index.cpu()]
         own = self.matrix.cpu().double()
@@ -78,9 +78,9 @@ class Unmerge(nn.Module):
 
 
 class Merge(nn.Module):
-    """M_i as a layer: every merged feature is the mean over those of one source model that are in its cluster.
+    """M_i as a layer: every merged feature is the mean over the features of one source model in its cluster.
 
-    A merged feature that stands for none of them, which a one-to-one matching has none of, is silent: it is 0.
+    A merged feature without any of them is 0. A one-to-one matching has no such feature.
 
     Args:
         inputs: entries along the axis in the source.
@@ -120,9 +120,8 @@ def build_merged(
         graphs: the merge graph of each source network.
         networks: the source networks.
         maps: the matching of each space.
-        weights: how much each model counts where parameters hold no features; all the same by default.
-        models: the number of the model that each network is a part of, where several are the paths of one that was
-            merged before.
+        weights: how much each model counts in parameters that hold no features; all the same by default.
+        models: the number of the model that each network is a part of, if several are paths of one merged model.
 
     Returns:
         The trunk, and the head of each network, in eval mode.
@@ -143,14 +142,14 @@ def build_merged(
 
 
 def build_stems(graphs: Sequence[MergeGraph], maps: Maps) -> list[fx.GraphModule]:
-    """The stems of a merge: what each network has before the trunk, and a merge of what that hands over.
+    """Build the stems of a merge: each network up to the trunk, and the merge of its features.
 
     Args:
         graphs: the merge graph of each source network.
         maps: the matching of each space.
 
     Returns:
-        In eval mode; none where the trunk starts at the input.
+        The stems in eval mode; none if the trunk starts at the input.
     """
     widths = {name: space_map.width for name, space_map in maps.items()}
     stems = [build_stem(graph, widths).eval() for graph in graphs if graph.stem_nodes]
@@ -160,15 +159,15 @@ def build_stems(graphs: Sequence[MergeGraph], maps: Maps) -> list[fx.GraphModule
 
 
 def build_stem(graph: MergeGraph, widths: Mapping[str, int] | None = None) -> fx.GraphModule:
-    """What one task's network has before the trunk, with copies of its weights.
+    """Build the stem of one task: its network up to the trunk, with copies of its weights.
 
     Args:
         graph: the merge graph of that task's network.
-        widths: per space of the trunk its number of features, where that is another.
+        widths: per space of the trunk its number of features, if it differs from the source's.
 
     Returns:
-        A module from the input to a tuple of what the trunk takes: values whose features a :class:`Merge` makes those
-        of the trunk, and values that pass by it into the head.
+        A module from the input to a tuple: the inputs of the trunk, their features merged by a :class:`Merge`, and
+        the values that go directly to the head.
     """
     root, merges = _with_submodule(graph.module, MERGE)
     stem = fx.Graph()
@@ -192,12 +191,12 @@ def build_stem(graph: MergeGraph, widths: Mapping[str, int] | None = None) -> fx
 
 
 def _passed(graph: MergeGraph) -> list[str]:
-    """The values of a stem that pass by the trunk into the head."""
+    """The values of a stem that go directly to the head."""
     return [crossing.node for crossing in graph.crossings if crossing.node in graph.stem_nodes]
 
 
 def _with_submodule(module: nn.Module, name: str) -> tuple[nn.Module, nn.ModuleDict]:
-    """A shallow copy of a module with one more submodule, which is empty."""
+    """A shallow copy of a module with one more, empty submodule."""
     root = copy.copy(module)
     root._modules = dict(module._modules)
     added = root._modules[name] = nn.ModuleDict()
@@ -205,7 +204,7 @@ def _with_submodule(module: nn.Module, name: str) -> tuple[nn.Module, nn.ModuleD
 
 
 def set_merges(stem: nn.Module, graph: MergeGraph, maps: Maps, source: int) -> None:
-    """Tell the merges of a stem which merged feature each of its source's becomes a part of, and how large a part.
+    """Set the merges of a stem: the merged feature of each source feature, and its contribution to it.
 
     Args:
         stem: a stem made by :func:`build_stem` from ``graph``.
@@ -222,14 +221,14 @@ def set_merges(stem: nn.Module, graph: MergeGraph, maps: Maps, source: int) -> N
 
 
 def build_trunk(graph: MergeGraph, widths: Mapping[str, int] | None = None) -> fx.GraphModule:
-    """The part of the network that all tasks share, with copies of the traced network's weights.
+    """Build the trunk: the part of the network that all tasks share, with copies of the traced network's weights.
 
     Args:
         graph: the merge graph of the network.
-        widths: per space its number of features, where that is another; parameters of another size are zeros.
+        widths: per space its number of features, if it differs from the source's; resized parameters are zeros.
 
     Returns:
-        A module from the input, or from what the stems hand over, to a tuple of what the heads take.
+        A module from the input, or the outputs of the stems, to a tuple of the inputs of the heads.
     """
     trunk = fx.Graph()
     built = {entry.node: trunk.placeholder(entry.node) for entry in graph.entries}
@@ -242,16 +241,16 @@ def build_trunk(graph: MergeGraph, widths: Mapping[str, int] | None = None) -> f
 
 
 def build_head(graph: MergeGraph, widths: Mapping[str, int] | None = None) -> fx.GraphModule:
-    """The rest of one task's network, with copies of its weights.
+    """Build the head of one task: the rest of its network, with copies of its weights.
 
     Args:
         graph: the merge graph of that task's network.
-        widths: per space of the trunk its number of features, where that is another; parameters of another size are
+        widths: per space of the trunk its number of features, if it differs from the source's; resized parameters are
             zeros.
 
     Returns:
-        A module from what the trunk hands over to the network's own output. Where a value of the trunk is not read by
-        layers that can take U_i into their weights alone, it starts with an :class:`Unmerge`.
+        A module from the outputs of the trunk to the network's own output. It starts with an :class:`Unmerge` of each
+        value that is also read by operators other than layers, whose weights could take U_i.
     """
     root, unmerges = _with_submodule(graph.module, UNMERGE)
     head = fx.Graph()
@@ -284,9 +283,9 @@ def _changed_in_place(node: fx.Node, graph: MergeGraph) -> bool:
 
 
 def set_unmerges(head: nn.Module, graph: MergeGraph, network: nn.Module, maps: Maps, source: int) -> None:
-    """Tell the explicit unmerges of a head which merged feature stands for each of its source's.
+    """Set the explicit unmerges of a head: the merged feature that stands for each source feature.
 
-    Those of a source that was merged before come first: together they are one.
+    Unmerges of a source that was merged before are composed with the new ones.
 
     Args:
         head: a head made by :func:`build_head` from ``graph``.
@@ -300,7 +299,7 @@ def set_unmerges(head: nn.Module, graph: MergeGraph, network: nn.Module, maps: M
             name = f"{UNMERGE}.{crossing.node}"
             unmerge, found = head.get_submodule(name), unmerge_along(crossing.ref, maps, source)
             if isinstance(network, Joined):
-                found = network.get_submodule(name).behind(found)  # type: ignore[operator]
+                found = network.get_submodule(name).composed_with(found)  # type: ignore[operator]
             unmerge.set(found, next(network.parameters()).dtype)  # type: ignore[operator]
 
 
@@ -322,7 +321,7 @@ def _module(
 
 
 def _resize(module: nn.Module, table: Table, widths: Mapping[str, int]) -> None:
-    """Give parameters and buffers the sizes that widths ask for, and tell the modules that hold them."""
+    """Resize parameters and buffers to given widths, and update the sizes that their modules state."""
     names: dict[int, list[str]] = {}
     for name, tensor in named_tensors(module).items():
         names.setdefault(id(tensor), []).append(name)
@@ -346,7 +345,7 @@ def _resize(module: nn.Module, table: Table, widths: Mapping[str, int]) -> None:
 
 
 def _tell_sizes(module: nn.Module) -> None:
-    """Set what a module says about its size to that of its parameters."""
+    """Set the size attributes of a module from its parameters."""
     weight = getattr(module, "weight", None)
     if isinstance(module, _ConvNd):
         depthwise = module.groups > 1 and module.weight.shape[1] == 1  # other groups are not resized

@@ -1,32 +1,28 @@
-"""How many features each space of the merged network has, where that is another number than in the sources."""
+"""Widths: the number of merged features of each space, fixed by a ratio or chosen within a budget of FLOPs."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_zipit._merging.maps import SpaceMap
+from lightning_zipit._matching.maps import SpaceMap
+from lightning_zipit._merging.cost import FlopsModel
 from lightning_zipit._merging.rebuild import build_head, build_merged, build_stem, build_stems, build_trunk
 from lightning_zipit.errors import ConfigurationError
-from lightning_zipit.graph import AxisRef, MergeGraph, evaluating
-from lightning_zipit.graph.notes import reached
-from lightning_zipit.graph.replay import working_copy
+from lightning_zipit.graph import MergeGraph, evaluating
 from lightning_zipit.graph.spaces import handed_over
-from lightning_zipit.graph.table import named_tensors
 
 Width: TypeAlias = float | Mapping[str, float] | Literal["auto"]
-"""A ratio to the sources' width, for all spaces or by the name of the space; or what a budget of FLOPs allows."""
+"""A ratio to the sources' width, for all spaces or by space; or ``"auto"`` for widths within a budget of FLOPs."""
 
 LEVELS = 8
-"""Into how many steps the width of one model is divided where widths are chosen."""
+"""The number of steps of the width of one model, if widths are chosen."""
 LOSS_POWER = 1.5
-"""Of the loss of a space, for steps between widths."""
+"""Exponent of the loss of a space, in the price of a step."""
 SAMPLES = 2
 
 
@@ -38,7 +34,7 @@ def changes_size(width: Width) -> bool:
 def find_choices(
     graph: MergeGraph, network: nn.Module, example: Tensor, width: Width, num_models: int
 ) -> tuple[dict[str, tuple[int, ...]], tuple[str, ...]]:
-    """The widths that each space may have in the merged network.
+    """Find the widths that each space may have in the merged network.
 
     Args:
         graph: the merge graph of the networks.
@@ -48,7 +44,7 @@ def find_choices(
         num_models: N.
 
     Returns:
-        Per space its widths, in rising order; and a note for people on the spaces that keep their size.
+        Per space its widths, in rising order; and a note on the spaces that keep their size.
 
     Raises:
         ConfigurationError: if a ratio is out of range, or names a space that does not exist or must keep its size.
@@ -84,10 +80,10 @@ def find_choices(
 
 
 def find_fixed(graph: MergeGraph, network: nn.Module, example: Tensor) -> dict[str, str]:
-    """The spaces that must keep the size that they have in the sources.
+    """Find the spaces that must keep the size that they have in the sources.
 
-    All others are proved: a merge of a network with itself, in which some features are not merged, computes what the
-    network does.
+    All other spaces are proved: if a network is merged with itself and some features stay unmerged, the result computes
+    the same as the network.
 
     Args:
         graph: the merge graph.
@@ -95,25 +91,25 @@ def find_fixed(graph: MergeGraph, network: nn.Module, example: Tensor) -> dict[s
         example: an input, on its device; its first samples are used.
 
     Returns:
-        Their names, and why.
+        The reason by the name of the space.
     """
     grouping = {space.units for space in graph.spaces.values()}
     fixed: dict[str, str] = {}
     for name, space in graph.spaces.items():
         if space.pinned:
-            fixed[name] = "matched by number"
+            fixed[name] = "matched by index"
         elif space.units is not None or name in grouping:
             fixed[name] = "groups or heads"
         elif space.tap is None:
             fixed[name] = "nothing measures it"
     for name in sorted(handed_over(graph)):
-        fixed.setdefault(name, "stems hand it over, each with as many features as it has")
+        fixed.setdefault(name, "stems write it, each with its own number of features")
     for refs in (*graph.axes.values(), *graph.head_axes.values()):
         for block in (block for ref in refs if ref is not None for block in ref.blocks):
             if not block.contiguous:
                 fixed.setdefault(block.space, "its features lie between others")
     x = example[:SAMPLES].detach().clone()
-    if x.is_floating_point():  # an example that stands for its shape alone would prove nothing
+    if x.is_floating_point():  # an example of zeros would prove nothing
         x = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
     with torch.no_grad(), evaluating(network):
         resizable = _prove(graph, network, x, [name for name in graph.spaces if name not in fixed])
@@ -137,20 +133,20 @@ def _prove(graph: MergeGraph, network: nn.Module, x: Tensor, spaces: Sequence[st
 
 
 def _fits(graph: MergeGraph, x: Tensor, extra: Mapping[str, int]) -> bool:
-    """Whether a network whose spaces have more features runs at all; tried without computing anything."""
+    """Whether a network runs at all if its spaces have more features; tried on the meta device."""
     widths = {name: graph.spaces[name].size + more for name, more in extra.items()}
     try:
         parts = [build_stem] * bool(graph.stem_nodes) + [build_trunk, build_head]
         values: Any = (x.to("meta"),)
         for part in parts:
             values = fx.Interpreter(part(graph, widths).to("meta")).run(*values)
-    except Exception:  # whatever the user's operators say to a size that they do not expect
+    except Exception:  # the user's operators may raise anything for a size that they do not expect
         return False
     return True
 
 
 def _agrees(graph: MergeGraph, network: nn.Module, x: Tensor, extra: Mapping[str, int]) -> bool:
-    """Whether a network keeps its function when it is merged with itself, with some features of the copy left alone."""
+    """Whether a network merged with itself computes the same if some features of the copy stay unmerged."""
     maps = {}
     for name, space in graph.spaces.items():
         alone = torch.arange(space.size, space.size + extra.get(name, 0))
@@ -177,79 +173,6 @@ def _tensors_in(value: Any) -> list[Tensor]:
     found: list[Tensor] = []
     fx.node.map_aggregate(value, lambda item: found.append(item.clone()) if isinstance(item, Tensor) else None)
     return found
-
-
-def count_flops(network: nn.Module, x: Tensor) -> dict[str, float]:
-    """The FLOPs of one forward by the name of the module, and under ``""`` of the whole network.
-
-    Args:
-        network: a source network; a copy of it is run, in eval mode.
-        x: an input of one sample, on its device.
-    """
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        working_copy(network)(x)
-    counts = {name.partition(".")[2]: float(sum(ops.values())) for name, ops in counter.get_flop_counts().items()}
-    return {**counts, "": float(counter.get_total_flops())}
-
-
-@dataclass(frozen=True)
-class FlopsModel:
-    """The FLOPs of the merged network, as its layers' inputs and outputs grow and shrink with the spaces.
-
-    Attributes:
-        layers: per layer, its FLOPs in a source, and what the axes of its weight hold.
-        rest: FLOPs that do not depend on the spaces.
-        source: FLOPs of one source network.
-    """
-
-    layers: tuple[tuple[float, tuple[AxisRef, ...]], ...]
-    rest: float
-    source: float
-
-    @classmethod
-    def of(cls, graphs: Sequence[MergeGraph], counts: Sequence[Mapping[str, float]]) -> FlopsModel:
-        """From the layers of the first network, and those of the others' heads; of all, where they have stems.
-
-        Args:
-            graphs: the merge graph of each network.
-            counts: of each network, see :func:`count_flops`.
-        """
-        layers: list[tuple[float, tuple[AxisRef, ...]]] = []
-        rest = 0.0
-        for number, (graph, count) in enumerate(zip(graphs, counts, strict=True)):
-            nodes = list(graph.trunk_graph())
-            shared = set(reached(nodes, set(nodes), named_tensors(graph.module)))
-            own = []
-            for name, refs in graph.axes.items():
-                owner, _, attribute = name.rpartition(".")
-                if attribute == "weight" and len(refs) > 1 and owner in count:
-                    own.append((count[owner], tuple(ref for ref in refs if ref), name in shared))
-            if number == 0 or graph.stem_nodes:
-                rest += count[""] - sum(flops for flops, _, _ in own)
-                layers += [(flops, refs) for flops, refs, _ in own]
-            else:
-                layers += [(flops, refs) for flops, refs, in_trunk in own if not in_trunk]
-        return cls(tuple(layers), rest, counts[0][""])
-
-    def __call__(self, widths: Mapping[str, int]) -> float:
-        """The FLOPs of the merged network with these widths, a space that is left out having its own."""
-        return self.rest + sum(self.of_layer(number, widths) for number in range(len(self.layers)))
-
-    def touched_by(self, space: str) -> list[int]:
-        """The layers whose FLOPs change with the width of a space."""
-        return [
-            number
-            for number, (_, refs) in enumerate(self.layers)
-            if any(ref.groups == 1 and space in {block.space for block in ref.blocks} for ref in refs)
-        ]
-
-    def of_layer(self, number: int, widths: Mapping[str, int]) -> float:
-        """Those of one layer."""
-        flops, refs = self.layers[number]
-        for ref in refs:
-            if ref.groups == 1:
-                flops *= ref.resized(widths).size / ref.size
-        return flops
 
 
 def spend(flops: FlopsModel, losses: Mapping[str, Mapping[int, float]], budget: float) -> dict[str, int]:
@@ -301,14 +224,14 @@ def total_loss(flops: FlopsModel, losses: Mapping[str, Mapping[int, float]], wid
     return sum(len(flops.touched_by(name)) * losses[name][width] for name, width in widths.items())
 
 
-class Plan(NamedTuple):
-    """The widths that a budget allows, and what matching loses with them; infinity where it allows none."""
+class BudgetedWidths(NamedTuple):
+    """The widths that a budget allows, and what matching loses with them; infinity if it allows none."""
 
     widths: dict[str, int]
     loss: float
 
     @classmethod
-    def within(cls, flops: FlopsModel, losses: Mapping[str, Mapping[int, float]], budget: float) -> Plan:
+    def within(cls, flops: FlopsModel, losses: Mapping[str, Mapping[int, float]], budget: float) -> BudgetedWidths:
         """Spend a budget.
 
         Args:

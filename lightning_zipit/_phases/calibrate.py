@@ -16,16 +16,14 @@ from lightning_zipit._common.views import Inputs, any_view, describe_sample
 from lightning_zipit._phases.prepare import Graphs, Traced
 from lightning_zipit.graph import MergeGraph
 from lightning_zipit.graph.taps import before_activations, tapped_by_all
-from lightning_zipit.matchers import DualSpace
 from lightning_zipit.settings import MergeSettings
 
 
 def as_measured(graph: MergeGraph, settings: MergeSettings) -> MergeGraph:
     """Move the taps of a graph to where a merge with these settings measures its spaces."""
-    matcher = settings.matcher
     if settings.before_activations:
         graph = before_activations(graph)
-    if isinstance(matcher, DualSpace) and matcher.tau == 1:  # weights only
+    if not settings.matcher.needs_data:
         graph = replace(graph, spaces={name: replace(space, tap=None) for name, space in graph.spaces.items()})
     return graph
 

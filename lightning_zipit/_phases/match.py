@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from lightning_zipit._common.sources import Sources
 from lightning_zipit._matching.matchings import Matched
-from lightning_zipit._merging.widths import Plan
+from lightning_zipit._merging.widths import BudgetedWidths
 from lightning_zipit._phases.calibrate import as_measured
 from lightning_zipit._phases.prepare import Graphs, Traced, find_shorter
 from lightning_zipit.graph import FeatureSpace
@@ -49,7 +49,7 @@ def choose(
     plans = []
     for graphs in ends:
         own = {name: losses[name] for name in found if name in next(iter(graphs.values())).spaces}
-        plans.append(Plan.within(traced.flops_model(graphs), own, settings.flops))
+        plans.append(BudgetedWidths.within(traced.flops_model(graphs), own, settings.flops))
     best = min(range(len(plans)), key=lambda number: plans[number].loss)
     chosen = {
         name: next(one for one in found[name] if one.space_map.width == width)

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from lightning_zipit._common.sources import Sources
 from lightning_zipit._common.views import Inputs, like, view_of
-from lightning_zipit._matching.by_weights import common_start
-from lightning_zipit._merging.dense import rigid_note
-from lightning_zipit._merging.maps import DenseMap, SpaceMap
+from lightning_zipit._matching.maps import FeatureMap
+from lightning_zipit._matching.weights import common_start
+from lightning_zipit._merging.cost import measure_cost
 from lightning_zipit._merging.rebuild import build_merged, build_stems
 from lightning_zipit._phases.match import Matching
-from lightning_zipit._report.report import MergeReport, measure_cost
+from lightning_zipit._report.report import MergeReport
+from lightning_zipit.graph.rigid import rigid_note
 from lightning_zipit.graph.spaces import handed_over
-from lightning_zipit.matchers import CCA, AnyWidthMatcher, Average, DualSpace
 from lightning_zipit.merged import MergedBackbone
 from lightning_zipit.paths import AllHeads
 from lightning_zipit.refine.task_norms import give_norms, set_affine
@@ -38,7 +38,7 @@ class Merged:
 
     trunk: nn.Module
     heads: dict[str, nn.Module]
-    maps: Mapping[str, SpaceMap | DenseMap]
+    maps: Mapping[str, FeatureMap]
     stems: dict[str, nn.Module] = field(default_factory=dict)
 
 
@@ -54,7 +54,7 @@ def merge(sources: Sources, matching: Matching, settings: MergeSettings) -> Merg
         New networks, on the device and of the type of the sources; batch norm has merged statistics.
     """
     with torch.inference_mode(False), torch.no_grad():
-        maps = {name: replace(one.space_map, weights=sources.weights) for name, one in matching.spaces.items()}
+        maps = {name: one.space_map.with_weights(sources.weights) for name, one in matching.spaces.items()}
         graphs, networks = [matching.graphs[task] for task in sources.tasks], list(sources.networks.values())
         trunk, built = build_merged(graphs, networks, maps, sources.weights, list(sources.numbers.values()))
         heads: dict[str, nn.Module] = dict(zip(sources.tasks, built, strict=True))
@@ -109,15 +109,15 @@ def _notes(merged: Merged, matching: Matching, sources: Sources, settings: Merge
         notes.append(f"Where features became one, models counted by their weights: {counts}.")
     if settings.stop_at == "auto":
         notes.append(f"The trunk ends at {f'`{graph.stop_at}`' if graph.stop_at else 'the last layer'}.")
-    if any(isinstance(one, DenseMap) for one in merged.maps.values()) or isinstance(matcher, CCA):
+    if matcher.dense or any(one.mixes for one in merged.maps.values()):
         notes += rigid_note(graph)
     if settings.norms_per_task:
         notes.append("Batch norm is per task: the trunk runs once for each task, which merged FLOPs count.")
     if graph.stem_nodes:
         notes.append("Each task has a stem: stem and trunk run once for each task, which merged FLOPs count.")
-        if isinstance(matcher.matcher if isinstance(matcher, DualSpace) else matcher, AnyWidthMatcher):
+        if matcher.any_width:
             names = ", ".join(f"`{name}`" for name in sorted(handed_over(graph)))
             notes.append(f"Matched one to one, as stems hand it over: {names}.")
-    if not isinstance(matcher, Average):
+    if not matcher.by_index:
         notes += common_start(graph, list(sources.of_models(sources.networks).values()), merged.maps)
     return tuple(notes)

@@ -14,7 +14,8 @@ from lightning_zipit._calibration.statistics_file import CalibrationStatistics, 
 from lightning_zipit._common.collectives import decide
 from lightning_zipit._common.sources import Sources
 from lightning_zipit._common.views import Inputs, any_view, each_view, explain_views, like, view_of
-from lightning_zipit._merging.widths import FlopsModel, count_flops, find_choices
+from lightning_zipit._merging.cost import FlopCounts, FlopsModel, count_flops
+from lightning_zipit._merging.widths import find_choices
 from lightning_zipit.errors import ConfigurationError, UnknownShapeError, ZipItError
 from lightning_zipit.graph import MergeGraph
 from lightning_zipit.graph.agreement import settle, trace_all
@@ -40,8 +41,8 @@ class Traced:
         choices: per space the widths that it may have, in rising order.
         notes: the spaces that keep their width, and why.
         cuts: the graphs of the merge and of other merges that the same statistics serve, by ``stop_at``.
-        flop_counts: the FLOPs of each network by module, where a budget is to be met; see
-            :func:`~lightning_zipit._merging.widths.count_flops`.
+        flop_counts: the FLOPs of each network by node and weight, where a budget is to be met; see
+            :func:`~lightning_zipit._merging.cost.count_flops`.
     """
 
     graphs: Graphs
@@ -49,7 +50,7 @@ class Traced:
     choices: Mapping[str, tuple[int, ...]]
     notes: tuple[str, ...] = ()
     cuts: Mapping[str | None, Graphs] = field(default_factory=dict)
-    flop_counts: tuple[Mapping[str, float], ...] = ()
+    flop_counts: tuple[FlopCounts, ...] = ()
 
     @property
     def graph(self) -> MergeGraph:
@@ -213,7 +214,7 @@ def _follow(decided: _Decided, sources: Sources, settings: MergeSettings, first:
         stop_at: own if stop_at == settings.last_module else again(stop_at, barriers)
         for stop_at, barriers in decided.cuts.items()
     }
-    return Traced(own, example, decided.choices, decided.notes, cuts, _flop_counts(sources, settings, first))
+    return Traced(own, example, decided.choices, decided.notes, cuts, _flop_counts(own, sources, settings, first))
 
 
 def prepare_from(sources: Sources, settings: MergeSettings, known: CalibrationStatistics) -> Traced:
@@ -287,7 +288,7 @@ def _with_choices(traced: Traced, sources: Sources, settings: MergeSettings, x: 
     own = view_of(like(x, sources.first), sources.tasks[0])
     network, models = working_copy(sources.first), len(sources.models)
     choices, notes = find_choices(traced.graph, network, own, settings.width, models)
-    counts = _flop_counts(sources, settings, traced.example)
+    counts = _flop_counts(traced.graphs, sources, settings, traced.example)
     traced = Traced(traced.graphs, traced.example, choices, notes, traced.cuts, counts)
     if settings.flops is not None:
         flops = traced.flops_model(traced.graphs)
@@ -300,8 +301,8 @@ def _with_choices(traced: Traced, sources: Sources, settings: MergeSettings, x: 
     return traced
 
 
-def _flop_counts(sources: Sources, settings: MergeSettings, example: Inputs) -> tuple[dict[str, float], ...]:
+def _flop_counts(graphs: Graphs, sources: Sources, settings: MergeSettings, example: Inputs) -> tuple[FlopCounts, ...]:
     if settings.flops is None:
         return ()
     x = each_view(like(example, sources.first), lambda view: view[:1])
-    return tuple(count_flops(network, view_of(x, task)) for task, network in sources.networks.items())
+    return tuple(count_flops(network, graphs[task], view_of(x, task)) for task, network in sources.networks.items())

@@ -1,1 +1,1 @@
-"""What a merge did, in numbers and in words."""
+"""The report of a merge, and its diagnosis."""

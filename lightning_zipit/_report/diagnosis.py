@@ -1,43 +1,43 @@
-"""Says in words what the measurements of a merge mean, and what to try."""
+"""Diagnosis of a merge: what its measurements mean, and what to try."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-if TYPE_CHECKING:
-    from lightning_zipit._report.report import MergeReport, SpaceReport
+from lightning_zipit._matching.measure import SpaceReport
+from lightning_zipit.refine.shifts import NormShift
 
 Kind = Literal["chance", "samples", "dead", "crowded", "collapse", "norms"]
 
 DEVIATIONS = 2.0
-"""How far above chance a similarity must be, in deviations of a random matching's."""
+"""How far above chance a similarity must be, in standard deviations of a random matching."""
 ALIKE = 0.9
-"""From this similarity on, features are so much alike that any matching is a good one."""
+"""Similarity from which features are so alike that any matching is good."""
 NOISE = 0.5
-"""The share of a matched similarity that may be noise."""
+"""Ratio of a matched similarity that may be noise."""
 DEAD = 0.1
-"""The share of a model's features of a space that may be constant."""
+"""Ratio of a model's features of a space that may be constant."""
 CROWDED = 1.5
-"""How many times what another model loses one may lose, where that is LOST more of its variance at least."""
+"""Ratio of the losses of two models that is acceptable, unless they differ by less than LOST of the variance."""
 LOST = 0.1
 COLLAPSE = 0.5
-"""The share of the similarity (above chance) of earlier spaces that later ones must have."""
+"""Ratio of the similarity (above chance) of earlier spaces that later spaces must have."""
 MOVED = 0.5
-"""Deviations that re-estimation may move the means of a batch norm by."""
+"""Standard deviations by which re-estimation may move the means of a batch norm."""
 SHRUNK = 1 / 3
-"""The ratio that it may change its variances by, or its inverse."""
+"""Lowest ratio, and inverse of the highest, by which re-estimation may change variances."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something to look at in a merge.
+    """A problem that a merge may have.
 
     Attributes:
-        kind: what it is about.
+        kind: the kind of problem.
         message: what was measured, and what to try.
     """
 
@@ -48,16 +48,22 @@ class Finding:
         return self.message
 
 
-def diagnose(report: MergeReport) -> list[Finding]:
-    """Look for what is likely to cost accuracy; see :meth:`MergeReport.diagnose`."""
-    measured = [space for space in report.spaces if not math.isnan(space.similarity)]
+def diagnose(spaces: Sequence[SpaceReport], models: Sequence[str], shifts: Mapping[str, NormShift]) -> list[Finding]:
+    """Find what is likely to cost accuracy; see :meth:`MergeReport.diagnose`.
+
+    Args:
+        spaces: the matching of every space, in the order of the network.
+        models: the names of the models.
+        shifts: how far re-estimation moved each batch norm.
+    """
+    measured = [space for space in spaces if not math.isnan(space.similarity)]
     return [
         *_find_chance(measured),
-        *_find_few_samples(measured, len(report.models)),
-        *_find_dead(report),
-        *_find_crowded(report, measured),
+        *_find_few_samples(measured, len(models)),
+        *_find_dead(spaces, models),
+        *_find_crowded(measured, models),
         *_find_collapse(measured),
-        *_find_far_norms(report),
+        *_find_far_norms(shifts),
     ]
 
 
@@ -69,17 +75,17 @@ def _find_chance(spaces: Sequence[SpaceReport]) -> Iterator[Finding]:
             "chance",
             f"{len(random)} of {len(spaces)} measured spaces are matched no better than at random "
             f"({_listed([space.name for space in random])}): the similarity is {mean:.2f} on average, a random "
-            f"matching's {chance:.2f}. Match features by what they do: matcher=GreedyZip() or Permute().",
+            f"matching's {chance:.2f}. Match features by activation: matcher=GreedyZip() or Permute().",
         )
 
 
 def _is_random(space: SpaceReport) -> bool:
-    """Whether a space is matched no better than at random; False where chance is not known."""
+    """Whether a space is matched no better than at random; False if chance is not known."""
     return space.similarity < ALIKE and space.similarity < space.chance + DEVIATIONS * space.deviation
 
 
 def noise_of(samples: int, features: int) -> float:
-    """How high a feature's highest correlation with n others is where there is none: the median of n draws of noise.
+    """The highest correlation of a feature with n independent ones that noise gives: the median over draws.
 
     Example:
         >>> round(noise_of(samples=100, features=128), 2)
@@ -110,9 +116,9 @@ def _find_few_samples(spaces: Sequence[SpaceReport], num_models: int) -> Iterato
         )
 
 
-def _find_dead(report: MergeReport) -> Iterator[Finding]:
-    for number, model in enumerate(report.models):
-        dead = {space.name: (space.dead[number], space.size) for space in report.spaces if space.dead}
+def _find_dead(spaces: Sequence[SpaceReport], models: Sequence[str]) -> Iterator[Finding]:
+    for number, model in enumerate(models):
+        dead = {space.name: (space.dead[number], space.size) for space in spaces if space.dead}
         dead = {name: (count, size) for name, (count, size) in dead.items() if count > DEAD * size}
         if dead:
             worst = max(dead, key=lambda name: dead[name][0] / dead[name][1])
@@ -120,17 +126,16 @@ def _find_dead(report: MergeReport) -> Iterator[Finding]:
             yield Finding(
                 "dead",
                 f"{count} of {size} features of model {model!r} in `{worst}` are constant on the calibration data, and "
-                f"more than {DEAD:.0%} in {len(dead)} of {len(report.spaces)} spaces: they cannot be matched. "
-                "Calibrate with data of every task; where they are constant there too, width=… below 1 leaves them "
-                "out.",
+                f"more than {DEAD:.0%} in {len(dead)} of {len(spaces)} spaces: they cannot be matched. "
+                "Calibrate with data of every task. If they are constant there too, a width below 1 leaves them out.",
             )
 
 
-def _find_crowded(report: MergeReport, spaces: Sequence[SpaceReport]) -> Iterator[Finding]:
-    known = [space.losses for space in spaces if len(space.losses) == len(report.models) > 1]
+def _find_crowded(spaces: Sequence[SpaceReport], models: Sequence[str]) -> Iterator[Finding]:
+    known = [space.losses for space in spaces if len(space.losses) == len(models) > 1]
     if not known:
         return
-    losses = dict(zip(report.models, map(_mean, zip(*known, strict=True)), strict=True))
+    losses = dict(zip(models, map(_mean, zip(*known, strict=True)), strict=True))
     most, least = max(losses, key=losses.__getitem__), min(losses, key=losses.__getitem__)
     if losses[most] > CROWDED * losses[least] and losses[most] > losses[least] + LOST:
         yield Finding(
@@ -173,18 +178,16 @@ def _last_before(name: str, following: str) -> str:
     return ".".join(words[: common + 1])
 
 
-def _find_far_norms(report: MergeReport) -> Iterator[Finding]:
+def _find_far_norms(shifts: Mapping[str, NormShift]) -> Iterator[Finding]:
     far = {
-        name: shift
-        for name, shift in report.shifts.items()
-        if shift.mean > MOVED or not SHRUNK < shift.variance < 1 / SHRUNK
+        name: shift for name, shift in shifts.items() if shift.mean > MOVED or not SHRUNK < shift.variance < 1 / SHRUNK
     }
     if far:
         moved = _mean([shift.mean for shift in far.values()])
         ratio = _mean([shift.variance for shift in far.values()])
         yield Finding(
             "norms",
-            f"{len(far)} of {len(report.shifts)} batch norms were far from the sources' before re-estimation "
+            f"{len(far)} of {len(shifts)} batch norms were far from the sources' before re-estimation "
             f"({_listed(list(far))}): their means moved by {moved:.2f} deviations on average, and their variances are "
             f"{ratio:.2f} of what they were. Layers give other features than the sources', or the calibration data is "
             'of another kind than the training data: refine="least_squares" fits the layers.',

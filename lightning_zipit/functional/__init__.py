@@ -3,7 +3,8 @@
 Features of N models with C features each are numbered side by side: feature ``c`` of model ``m`` is ``m * C + c``.
 """
 
-from lightning_zipit.functional.greedy import greedy_zip
+from lightning_zipit.functional.alignment import align, canonical_correlations, mixed_similarity
+from lightning_zipit.functional.greedy import greedy_zip, zip_features
 from lightning_zipit.functional.matching import (
     agglomerative,
     average,
@@ -27,8 +28,10 @@ from lightning_zipit.functional.measures import (
 __all__ = [
     "agglomerative",
     "agreement",
+    "align",
     "average",
     "by_chance",
+    "canonical_correlations",
     "correlation",
     "cycle_consistent",
     "fit_temperatures",
@@ -37,10 +40,12 @@ __all__ = [
     "loss_barrier",
     "merge_matrices",
     "merge_shares",
+    "mixed_similarity",
     "optimal",
     "permute",
     "ties",
     "unit_similarity",
+    "zip_features",
     "zip_loss",
     "zip_losses",
 ]

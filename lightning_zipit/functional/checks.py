@@ -1,4 +1,4 @@
-"""What similarities must be."""
+"""Checks of similarity matrices."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def check_finite(similarity: Tensor) -> None:
 
 
 def width_of(similarity: Tensor, num_models: int, width: int | None) -> int:
-    """The number of clusters that is asked for, that of one model's features by default; see :func:`check_matching`."""
+    """The number of clusters: the given width, or the number of features of one model; see :func:`check_matching`."""
     check_matching(similarity, num_models, 1 if width is None else width)
     return len(similarity) // num_models if width is None else width
 

@@ -8,10 +8,63 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_zipit.functional.checks import check_finite, check_matching
+from lightning_zipit.functional.checks import check_finite, check_matching, width_of
 
 ROWS_AT_ONCE = 64
 """Rows of a matrix of similarities that stay in the processor's cache."""
+
+OWN_MODEL_HANDICAP = 1e-6
+"""Ratio by which similarities within a model are lowered, so that ties go to a partner in another model."""
+
+
+def zip_features(
+    similarity: Tensor, num_models: int, width: int | None = None, alpha: float = 0.1, beta: float = 1.0
+) -> Tensor:
+    """Zip features by :func:`greedy_zip`, with dead features set aside and ties decided for other models.
+
+    Dead features have similarity 0 to all others, so a greedy search would keep them and merge live features instead.
+    They are paired first, one of each model to a cluster, as far as every model has some. With a free width, all of
+    them share one cluster if that is possible. Similarities are compared in float32, and those within a model are
+    lowered by a millionth.
+
+    Args:
+        similarity: symmetric and finite, ``(n, n)``; the diagonal of a dead feature is 0.
+        num_models: how many models the features come from.
+        width: how many clusters to leave, 1 to n; by default the number of features of one model.
+        alpha: see :func:`greedy_zip`.
+        beta: see :func:`greedy_zip`.
+
+    Returns:
+        int64 labels ``(n,)`` on the CPU.
+
+    Raises:
+        ValueError: if an argument is out of range, or ``similarity`` is not square or not finite.
+
+    Example:
+        >>> similarity = torch.tensor([[1.0, 0.0, 0.5, 0.0], [0.0, 0.0, 0.0, 0.0], [0.5, 0.0, 1.0, 0.0],
+        ...                            [0.0, 0.0, 0.0, 0.0]])
+        >>> zip_features(similarity, num_models=2)
+        tensor([0, 1, 0, 1])
+    """
+    width = width_of(similarity, num_models, width)
+    size = len(similarity) // num_models
+    dead = (similarity.diagonal() == 0).reshape(num_models, size)
+    paired = int(dead.sum(1).min())
+    aside = dead & (dead.cumsum(1) <= paired)
+    live = (~aside).flatten().nonzero().flatten()
+    # With a free width, dead features share one cluster if possible, and live features get the others.
+    spare = paired if width == size else max(width - len(live), min(paired, 1, width - 1))
+    labels = torch.empty(len(similarity), dtype=torch.int64)
+    if len(live):
+        chosen = similarity if len(live) == len(similarity) else similarity[live][:, live]
+        compared = chosen.to(torch.float32, copy=True)
+        for own in range(num_models):
+            block = slice(own * (size - paired), (own + 1) * (size - paired))
+            compared[block, block].sub_(compared[block, block].abs(), alpha=OWN_MODEL_HANDICAP)
+        labels[live.cpu()] = greedy_zip(compared, num_models, width - spare, alpha, beta)
+    places = max(spare, 1)
+    labels[aside.flatten().cpu()] = width - places + torch.arange(num_models * paired) % places
+    return labels
 
 
 def greedy_zip(similarity: Tensor, num_models: int, width: int, alpha: float = 0.1, beta: float = 1.0) -> Tensor:
@@ -32,9 +85,8 @@ def greedy_zip(similarity: Tensor, num_models: int, width: int, alpha: float = 0
         similarity: symmetric and finite, ``(n, n)`` with ``n`` a multiple of ``num_models``; the diagonal is ignored.
         num_models: how many models the features come from.
         width: how many clusters to leave, 1 to n.
-        alpha: what the similarity of a merged cluster is multiplied with, 0 to 1; low values favour pairs over
-            large clusters.
-        beta: the share of each model's merges that may happen inside the model, 0 to 1.
+        alpha: factor of the similarity of a merged cluster, 0 to 1; low values favour pairs over large clusters.
+        beta: ratio of each model's merges that may happen inside the model, 0 to 1.
 
     Returns:
         int64 labels ``(n,)`` on the CPU: the cluster of each feature, clusters numbered by their lowest feature.

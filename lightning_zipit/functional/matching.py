@@ -1,4 +1,4 @@
-"""From similarities to labels, in other ways than greedily."""
+"""Labels from similarities: assignment, clustering, averaging."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def cycle_consistent(similarity: Tensor, num_models: int, rounds: int = 100) -> 
     Args:
         similarity: symmetric and finite, ``(n, n)`` with ``n`` a multiple of ``num_models``.
         num_models: how many models the features come from.
-        rounds: how often every model is matched anew, at most.
+        rounds: the highest number of rounds over all models.
 
     Returns:
         int64 labels ``(n,)`` on the CPU, with ``n / num_models`` clusters; the first model's features are in order.
@@ -112,10 +112,10 @@ def cycle_consistent(similarity: Tensor, num_models: int, rounds: int = 100) -> 
 
 
 def optimal(similarity: Tensor, num_models: int) -> Tensor:
-    """Pair the features of two models up, within or across them, so that the total similarity is the highest.
+    """Pair the features of two models, within or across models, so that the total similarity is the highest.
 
-    The matching that greedy zipping approximates (ZipIt!, appendix), by Edmonds' blossom algorithm as networkx has it:
-    O(n³) operations in Python, which is minutes from n = 512 on.
+    The matching that greedy zipping approximates (ZipIt!, appendix), by Edmonds' blossom algorithm in networkx: O(n³)
+    operations in Python, which take minutes from n = 512 on.
 
     Args:
         similarity: symmetric and finite, ``(n, n)`` with ``n`` even; the diagonal is ignored.
@@ -185,13 +185,14 @@ def kmeans(similarity: Tensor, num_models: int, rounds: int = 100, seed: int = 0
     """Cluster features by k-means (ZipIt!, appendix).
 
     Features are points whose inner products are the similarities: the square root of the matrix, its negative
-    eigenvalues left out. A cluster that runs empty takes the point that lies farthest from its own centre.
+    eigenvalues left out. An empty cluster takes the point farthest from its own centre, so that there
+    are always ``width`` clusters. (``scipy.cluster.vq.kmeans2`` leaves clusters empty if points coincide.)
 
     Args:
         similarity: symmetric and finite, ``(n, n)`` with ``n`` a multiple of ``num_models``.
         num_models: how many models the features come from.
-        rounds: of assigning points and moving centres, at most.
-        seed: of the centres to start from (k-means++).
+        rounds: the highest number of rounds of assigning points and moving centres.
+        seed: of the first centres (k-means++).
         width: how many clusters to make, 1 to n; as many as one model has features by default.
 
     Returns:
@@ -226,13 +227,13 @@ def kmeans(similarity: Tensor, num_models: int, rounds: int = 100, seed: int = 0
 
 
 def _spread(points: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Indices of points that lie apart from each other, drawn as k-means++ does (Arthur and Vassilvitskii 2007)."""
+    """Indices of points far from each other, drawn by k-means++ (Arthur and Vassilvitskii 2007)."""
     chosen = [int(torch.randint(len(points), (), generator=generator))]
     nearest = (points - points[chosen[0]]).square().sum(1)
     for _ in range(count - 1):
         chances = nearest.clone()
         chances[chosen] = 0
-        if not chances.any():  # all others are copies of those chosen
+        if not chances.any():  # all other points are copies of the chosen ones
             chances = torch.ones_like(nearest)
             chances[chosen] = 0
         chosen.append(int(chances.multinomial(1, generator=generator)))
@@ -248,7 +249,7 @@ def by_lowest(labels: Tensor) -> Tensor:
 
 
 def unit_similarity(similarity: Tensor, members: Tensor, num_models: int) -> Tensor:
-    """How alike units of features are, such as the heads of attention: the mean similarity of their best matching.
+    """Similarity of units of features, such as attention heads: the mean similarity of their best matching.
 
     Args:
         similarity: of the features of a space, models side by side, ``(N·C, N·C)``.

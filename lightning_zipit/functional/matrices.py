@@ -1,4 +1,4 @@
-"""From labels to what source features contribute to merged ones, and how changes are combined."""
+"""Merge and unmerge matrices from labels, and the combination of weight changes."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ def merge_matrices(
 
 
 def merge_shares(labels: Tensor, num_models: int, weights: Sequence[float] | None = None) -> Tensor:
-    """What each feature contributes to the average of its cluster: the entries of ``[M_1 … M_N]``.
+    """The contribution of each feature to the average of its cluster: the entries of ``[M_1 … M_N]``.
 
     Args:
         labels: int64 ``(n,)``, the merged feature that each source feature becomes.
         num_models: how many models the features come from.
-        weights: how much each model counts; all the same by default, and in clusters of models that count nothing.
+        weights: how much each model counts; all the same by default, and in clusters in which no model counts.
 
     Returns:
         float64 ``(n,)``; those of a cluster sum to 1.
@@ -93,7 +93,7 @@ def ties(vectors: Tensor, density: float) -> Tensor:
 
     Args:
         vectors: ``(N, P)``, the changes of P weights in each of N models.
-        density: the share of each model's changes that is kept, the largest; above 0 to 1.
+        density: the ratio of each model's changes that is kept, the largest first; above 0 and at most 1.
 
     Returns:
         ``(P,)``; 0 where all changes are trimmed or cancel.

@@ -1,4 +1,4 @@
-"""How alike features and networks are, and what merging them loses."""
+"""Similarity of features and networks, and the losses of merging."""
 
 from __future__ import annotations
 
@@ -42,17 +42,17 @@ def correlation(covariance: Tensor) -> Tensor:
 
 
 def zip_loss(similarity: Tensor, labels: Tensor) -> float:
-    """The share of the features' variance that is lost when every feature becomes the mean of its cluster.
+    """Ratio of the features' variance that is lost when every feature becomes the mean of its cluster.
 
-    Features count as scaled to variance 1; what is kept is Σ over clusters of the mean of their similarities, times
-    their size: the objective of k-means.
+    Features count as scaled to variance 1. The variance that is kept is Σ over clusters of the mean of their
+    similarities, times their size: the objective of k-means.
 
     Args:
         similarity: of the features, ``(n, n)``.
         labels: int64 ``(n,)``, the cluster of each.
 
     Returns:
-        0 where nothing is merged, or only what is the same, up to 1.
+        From 0, if only equal features are merged, to 1.
 
     Example:
         >>> similarity = torch.tensor([[1.0, 0.0, 0.8], [0.0, 1.0, 0.0], [0.8, 0.0, 1.0]])
@@ -63,10 +63,10 @@ def zip_loss(similarity: Tensor, labels: Tensor) -> float:
 
 
 def zip_losses(similarity: Tensor, labels: Tensor, num_models: int) -> Tensor:
-    """What each model loses of its features' variance when every feature becomes the mean of its cluster.
+    """Ratio of the features' variance that each model loses when every feature becomes the mean of its cluster.
 
-    Σ_i E(x_i - z_i)² / Σ_i E x_i² over the features of one model, with z_i the mean of the cluster of feature i: above
-    1 where the clusters vary more than what they stand for. Weighted by the models' variances, the losses add up to
+    Σ_i E(x_i - z_i)² / Σ_i E x_i² over the features of one model, with z_i the mean of the cluster of feature i. It is
+    above 1 if the clusters vary more than the features. Weighted by the models' variances, the losses add up to
     :func:`zip_loss`.
 
     Args:
@@ -95,7 +95,7 @@ def zip_losses(similarity: Tensor, labels: Tensor, num_models: int) -> Tensor:
 
 
 def agreement(features: Tensor, merged: Tensor) -> Tensor:
-    """The correlation of each feature of a source with each feature of the merged network, on the same samples.
+    """Correlation of each feature of a source with each feature of the merged network, on the same samples.
 
     Args:
         features: of the source, ``(samples, C)``; or ``(samples, C, …)`` with positions, each of which counts.
@@ -122,7 +122,7 @@ def agreement(features: Tensor, merged: Tensor) -> Tensor:
 
 
 def by_chance(similarity: Tensor, labels: Tensor, num_models: int) -> tuple[float, float]:
-    """The mean similarity inside clusters if each model's features were dealt out to them at random.
+    """Mean similarity inside clusters if each model's features were dealt out to the clusters at random.
 
     Args:
         similarity: of the features, ``(N·C, N·C)``.
@@ -130,8 +130,8 @@ def by_chance(similarity: Tensor, labels: Tensor, num_models: int) -> tuple[floa
         num_models: N.
 
     Returns:
-        Its expectation, and its deviation from one deal to another, which takes pairs for independent; NaN where no two
-        features share a cluster.
+        Its expectation and its standard deviation over deals, with pairs taken as independent; NaN if no two features
+        share a cluster.
 
     Example:
         >>> similarity = torch.tensor([[1.0, 0.0, 0.8, 0.2], [0.0, 1.0, 0.2, 0.8], [0.8, 0.2, 1.0, 0.0],
@@ -154,13 +154,13 @@ def by_chance(similarity: Tensor, labels: Tensor, num_models: int) -> tuple[floa
 
 
 def loss_barrier(losses: Sequence[float]) -> float:
-    """How far the loss on the way from one network to another rises above that of the two (Git Re-Basin, section 2).
+    """Rise of the loss on the path between two networks above the mean of the two ends (Git Re-Basin, section 2).
 
     Args:
-        losses: along the way, its two ends included.
+        losses: along the path, with its two ends.
 
     Returns:
-        The highest, less the mean of the first and the last.
+        The highest loss minus the mean of the first and the last.
 
     Raises:
         ValueError: if there are fewer than two.

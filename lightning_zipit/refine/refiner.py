@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from lightning_zipit._common.collectives import share
 from lightning_zipit._common.copying import copy_module
 from lightning_zipit._common.views import Inputs, view_of
-from lightning_zipit._merging.maps import Maps
-from lightning_zipit._report.report import measure_shifts
+from lightning_zipit._matching.maps import Maps
 from lightning_zipit.merged import MergedBackbone
 from lightning_zipit.refine.batch_norm import BatchNormEstimator
 from lightning_zipit.refine.finite import check_results
 from lightning_zipit.refine.settings import BatchNorm, LayerByLayer, Refinement
+from lightning_zipit.refine.shifts import measure_shifts
 from lightning_zipit.refine.walk import Walk
 
 

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Iterable, Mapping
-from operator import attrgetter
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_zipit._matching.maps import Maps, apply_maps, counting_alone
 from lightning_zipit._merging.dense import moments_under, set_moments
-from lightning_zipit._merging.maps import DenseMap, Maps, counting_alone
-from lightning_zipit._merging.parameters import contract
-from lightning_zipit.graph import AxisRef
+from lightning_zipit.graph.table import Row, Table, bind
 
 TASK = "task"
 """Name of the input by which a trunk with a batch norm per task is told its task."""
@@ -76,13 +74,13 @@ def give_norms(trunk: fx.GraphModule, tasks: Collection[str]) -> None:
 def set_affine(
     trunk: nn.Module,
     networks: Mapping[str, nn.Module],
-    axes: Mapping[str, tuple[AxisRef | None, ...]],
+    axes: Table,
     maps: Maps,
     models: Mapping[str, int],
 ) -> None:
-    """Let the norms of a task scale and shift as its source does, on average over its own features of each cluster.
+    """Set scale and shift of the norms of each task to the mean over its own features of each cluster.
 
-    A merged feature that stands for none of them is silent: its scale and shift are 0.
+    A merged feature that stands for no feature of the task has scale and shift 0.
 
     Args:
         trunk: a trunk that :func:`give_norms` has changed.
@@ -92,19 +90,24 @@ def set_affine(
         models: the number of the model that each network is a part of.
     """
     own = {name: module for name, module in trunk.named_modules() if isinstance(module, TaskNorms)}
-    for task, network in networks.items():
-        source = models[task]
-        own_maps = counting_alone(maps, source)
-        with torch.no_grad():
+    with torch.no_grad():
+        for task, network in networks.items():
+            source = models[task]
+            own_maps = counting_alone(maps, source)
+            rows = {id(tensor): row for _, tensor, row in bind(axes, network)}
             for name, norms in own.items():
-                (ref,) = axes.get(f"{name}.weight", (None,))
-                found = None if ref is None else own_maps[ref.spaces[0]]
-                if isinstance(found, DenseMap):
-                    set_moments(norms[task], *moments_under(found, source, network.get_submodule(name)))
-                    continue
-                for key, parameter in norms[task].named_parameters():
-                    refs = axes.get(f"{name}.{key}", (None,))
-                    parameter.copy_(contract(attrgetter(f"{name}.{key}")(network), refs, own_maps, source))
+                _set_norm(norms[task], network.get_submodule(name), rows, own_maps, source)
+
+
+def _set_norm(norm: nn.Module, own: nn.Module, rows: Mapping[int, Row], maps: Maps, source: int) -> None:
+    """Set the norm of one task from the norm of its source; ``rows`` are by the id of a tensor of the source."""
+    (ref,) = rows[id(own.weight)] if own.weight is not None else (None,)
+    if ref is not None and maps[ref.spaces[0]].mixes:
+        set_moments(norm, *moments_under(maps[ref.spaces[0]], source, own))
+        return
+    for name, parameter in norm.named_parameters():
+        copied = own.get_parameter(name)
+        parameter.copy_(apply_maps(copied, rows[id(copied)], maps, source))
 
 
 def has_task_norms(trunk: nn.Module) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from lightning_zipit._calibration.calibration import Beginning, choose_positions, marks
 from lightning_zipit._common.collectives import all_reduce_sums, rank_and_size, share
 from lightning_zipit._common.views import Inputs, any_view, view_of
-from lightning_zipit._merging.maps import DenseMap, Maps, along_axis, model_shares
+from lightning_zipit._matching.maps import Maps, along_axis, mixes, model_shares
 from lightning_zipit.graph import AxisRef, MergeGraph
 from lightning_zipit.graph.joined import UNMERGE, Joined
 from lightning_zipit.graph.layers import TOO_MANY_INPUTS, Fitted, Layer, Norm, find_stops, groups_of, layer_of
@@ -44,7 +44,7 @@ class Zip:
     @property
     def mixes(self) -> bool:
         """Whether merged features are combinations of all."""
-        return self.ref is not None and any(isinstance(self.maps[space], DenseMap) for space in self.ref.spaces)
+        return self.ref is not None and mixes(self.ref, self.maps)
 
     def part(self, source: int, value: Tensor) -> Tensor:
         """M_i z_i ``(samples, W)``, of the values of one source ``(samples, C)``."""

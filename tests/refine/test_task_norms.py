@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_zipit import MergeSettings, MultiHeadModule, ZipIt, merge_backbones, trace
 from lightning_zipit._lightning.export import export_merged
-from lightning_zipit._merging.maps import SpaceMap
+from lightning_zipit._matching.maps import SpaceMap
 from lightning_zipit._merging.rebuild import build_merged
 from lightning_zipit.errors import ConfigurationError
 from lightning_zipit.matchers import Average

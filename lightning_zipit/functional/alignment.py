@@ -7,13 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_zipit import functional as F
 from lightning_zipit.functional.checks import check_matching
+from lightning_zipit.functional.matching import permute
+from lightning_zipit.functional.measures import correlation
 
 TIE = 1e-9
-"""How much assignment counts beside canonical correlations (1 at best): it decides where those say nothing."""
+"""Weight of the assignment next to canonical correlations (1 at best): it decides if all correlations are 0."""
 CONVERGED = 1e-12
-"""The share of the total correlation that a round must gain for another one."""
+"""Rounds stop when the total correlation grows by less than this ratio."""
 
 
 def canonical_correlations(covariance: Tensor, gamma: float = 0.0) -> Tensor:
@@ -21,7 +22,7 @@ def canonical_correlations(covariance: Tensor, gamma: float = 0.0) -> Tensor:
 
     Args:
         covariance: of the features, models side by side, ``(2·C, 2·C)``.
-        gamma: what is added to the diagonal of each model's covariance, as a share of the mean variance.
+        gamma: ridge on the diagonal of each model's covariance, as a ratio to the mean variance.
 
     Returns:
         float64 ``(C,)``, the highest first: the singular values of Σ_A^(-1/2) Σ_AB Σ_B^(-1/2).
@@ -44,15 +45,15 @@ def align(covariance: Tensor, num_models: int, gamma: float, rounds: int = 100) 
 
     With Σ_A^(-1/2) Σ_AB Σ_B^(-1/2) = U S Vᵀ, canonical projections P_A = Σ_A^(-1/2) U and P_B = Σ_B^(-1/2) V, the map
     of model B is T = (P_B P_A⁻¹)ᵀ = Σ_A^(1/2) U Vᵀ Σ_B^(-1/2) (CCA Merge): whitened features of B are turned to agree
-    best with those of A, and get the covariance of A. More models than two are turned to agree best with all others,
-    each in turn until nothing is gained, where the paper turns each to the first alone; for two, both are the same.
-    Directions that the data say nothing about go where :func:`~lightning_zipit.functional.permute` sends them.
+    best with those of A, and get the covariance of A. Three models or more are turned in rounds, each to agree best
+    with all others. The paper turns each model to the first; for two models the result is the same. Directions without
+    any correlation follow :func:`~lightning_zipit.functional.permute`.
 
     Args:
         covariance: of the features, models side by side, ``(N·C, N·C)``.
         num_models: N.
-        gamma: what is added to the diagonal of each model's covariance, as a share of the mean variance; above 0.
-        rounds: how often every model is turned anew, at most.
+        gamma: ridge on the diagonal of each model's covariance, as a ratio to the mean variance; above 0.
+        rounds: the highest number of rounds over all models.
 
     Returns:
         The maps T_i and their inverses, float64 ``(C, C)`` each, on the CPU; the first are the identity.
@@ -70,7 +71,7 @@ def align(covariance: Tensor, num_models: int, gamma: float, rounds: int = 100) 
     """
     whitened, roots, inverse_roots = _whiten(covariance, num_models, gamma)
     size = len(roots[0])
-    assigned = torch.nn.functional.one_hot(F.permute(F.correlation(covariance), num_models), size).double()
+    assigned = torch.nn.functional.one_hot(permute(correlation(covariance), num_models), size).double()
     ties = TIE * assigned.unflatten(0, (num_models, size)).mT  # (N, C of the first, C)
     turns = [torch.eye(size, dtype=torch.float64)]
     turns += [_nearest_rotation(whitened[0, model] + ties[model]) for model in range(1, num_models)]
@@ -79,9 +80,9 @@ def align(covariance: Tensor, num_models: int, gamma: float, rounds: int = 100) 
         before, total = total, 0.0
         for model in range(1, num_models):
             others = [other for other in range(num_models) if other != model]
-            agreement = torch.stack([turns[other] @ whitened[other, model] for other in others]).sum(0)
-            turns[model] = _nearest_rotation(agreement + ties[model])
-            total += float((turns[model] * agreement).sum())
+            wanted = torch.stack([turns[other] @ whitened[other, model] for other in others]).sum(0)
+            turns[model] = _nearest_rotation(wanted + ties[model])
+            total += float((turns[model] * wanted).sum())
         if total - before <= CONVERGED * abs(total):
             break
     identity = torch.eye(size, dtype=torch.float64)
@@ -90,8 +91,8 @@ def align(covariance: Tensor, num_models: int, gamma: float, rounds: int = 100) 
     return [identity, *onto[1:]], [identity.clone(), *back[1:]]
 
 
-def mixed_agreement(covariance: Tensor, merge: Sequence[Tensor], unmerge: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """How alike what several models give to the same merged features is, and what each of them loses.
+def mixed_similarity(covariance: Tensor, merge: Sequence[Tensor], unmerge: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Similarity of what the models contribute to each merged feature, and the variance that each model loses.
 
     Args:
         covariance: of the features, models side by side, ``(N·C, N·C)``.
@@ -106,7 +107,7 @@ def mixed_agreement(covariance: Tensor, merge: Sequence[Tensor], unmerge: Sequen
     Example:
         >>> covariance = torch.tensor([[1.0, 0.6], [0.6, 1.0]])
         >>> half, whole = torch.tensor([[0.5]]), torch.tensor([[1.0]])
-        >>> mixed_agreement(covariance, [half, half], [whole, whole])
+        >>> mixed_similarity(covariance, [half, half], [whole, whole])
         (tensor([0.6000], dtype=torch.float64), tensor([0.2000, 0.2000], dtype=torch.float64))
     """
     count = len(merge)
