@@ -3,47 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
-Values: TypeAlias = "dict[fx.Node, Any]"
-
-
-class Run:
-    """One network on its way through some nodes of a graph.
-
-    Args:
-        network: the network.
-        nodes: the nodes, in order.
-        kept: nodes whose values are not dropped after their last use.
-    """
-
-    def __init__(self, network: nn.Module, nodes: Sequence[fx.Node], kept: Iterable[fx.Node] = ()) -> None:
-        self.network = network
-        self.nodes = list(nodes)
-        self._interpreter = fx.Interpreter(network, graph=self.nodes[0].graph)
-        last = {source: node for node in self.nodes for source in (node, *node.all_input_nodes)}
-        self._finished: dict[fx.Node, list[fx.Node]] = {}
-        for source in set(last).difference(kept):
-            if last[source] is not source:  # else it is a result
-                self._finished.setdefault(last[source], []).append(source)
-
-    def advance(self, values: Values, start: int, end: int) -> None:
-        """Run some of the nodes on the values so far; values that have served are dropped.
-
-        Args:
-            values: per node its value; that of the network's input is there from the beginning.
-            start: the first node.
-            end: the node before which to stop.
-        """
-        self._interpreter.env = values
-        for node in self.nodes[start:end]:
-            if node not in values:
-                values[node] = self._interpreter.run_node(node)
-            for source in self._finished.get(node, ()):
-                values.pop(source, None)
+from lightning_zipit.graph.run import Run, Values
 
 
 class Frontier:

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, fx, nn
 
-from lightning_zipit._calibration.calibration import Beginning, choose_positions, marks
+from lightning_zipit._calibration.lockstep import run_of_stem, run_stem
+from lightning_zipit._calibration.positions import choose_positions, marks
 from lightning_zipit._common.collectives import all_reduce_sums, rank_and_size, share
 from lightning_zipit._common.views import Inputs, any_view, view_of
 from lightning_zipit._merging.maps import DenseMap, Maps, along_axis, model_shares
 from lightning_zipit.graph import AxisRef, MergeGraph
 from lightning_zipit.graph.joined import UNMERGE, Joined
 from lightning_zipit.graph.layers import TOO_MANY_INPUTS, Fitted, Layer, Norm, find_stops, groups_of, layer_of
+from lightning_zipit.graph.run import Run, Values
+from lightning_zipit.graph.run import cloned as _cloned
 from lightning_zipit.refine.finite import MERGED, check_values, source_of
-from lightning_zipit.refine.frontier import Frontier, Run, Values
+from lightning_zipit.refine.frontier import Frontier
 from lightning_zipit.refine.least_squares import MOST_INPUTS, NormalEquations, patches, samples, solve_layer
 from lightning_zipit.refine.moments import FeatureMoments
 from lightning_zipit.refine.outputs import Outputs, outputs_shape
@@ -112,7 +114,11 @@ class Walk:
         by_name = {node.name: node for node in self.graph.fx_graph.nodes}
         self.entries = [by_name[entry.node] for entry in self.graph.entries]
         own = [sources[task] for task in self.leads]
-        self.runs = [Run(network, self.nodes, self.crossings) for network in (*[trunk] * len(self.paths), *own)]
+        unread = [node for node in self.nodes if not set(self.nodes).intersection(node.users)]
+        self._kept = [*self.crossings, *unread]
+        self.runs = [
+            Run(network, self.graph.fx_graph, self.nodes, self._kept) for network in (*[trunk] * len(self.paths), *own)
+        ]
         self.head_nodes = {
             task: [node for node in graph.head_graph() if node.op != "output"] for task, graph in graphs.items()
         }
@@ -163,7 +169,10 @@ class Walk:
         task = part.partition(".")[2]
         if not self.head_nodes[task]:
             return _Part(part, Frontier([], 0, self._begin, limit), lambda _: Zip(torch.ones(1)), self.how, [], [])
-        runs = [Run(network, self.head_nodes[task]) for network in (self.heads[task], self.sources[task])]
+        runs = [
+            Run(network, self.graphs[task].fx_graph, self.head_nodes[task])
+            for network in (self.heads[task], self.sources[task])
+        ]
         frontier = Frontier(runs, len(self.batches), lambda batch: self._begin_head(task, batch), limit)
         return _Part(part, frontier, lambda _: Zip(torch.ones(1)), self.how, self.marks, [[task]])
 
@@ -172,7 +181,9 @@ class Walk:
         x = self.batches[batch]
         if self.stems:
             merged = [self.stems[task](view_of(x, task)) for task in self.paths]
-            own = [Beginning(self.graphs[task], self.sources[task]).run(view_of(x, task)) for task in self.leads]
+            own = [
+                run_stem(run_of_stem(self.graphs[task], self.sources[task]), view_of(x, task)) for task in self.leads
+            ]
             return [dict(zip(self.entries, values, strict=False)) for values in (*merged, *own)]
         inputs = next(node for node in self.nodes if node.op == "placeholder")
         return [{inputs: view_of(x, task).clone()} for task in (*self.paths, *self.leads)]
@@ -196,10 +207,6 @@ class Walk:
             for held in values:
                 held |= {node: _cloned(value) for node, value in zip(passed, beside, strict=True)}
         return values
-
-
-def _cloned(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value
 
 
 class _Part:
