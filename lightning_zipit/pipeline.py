@@ -51,8 +51,7 @@ from lightning_zipit.graph.taps import before_activations, tapped_by_all
 from lightning_zipit.matchers import CCA, AnyWidthMatcher, Average, DualSpace
 from lightning_zipit.merged import MergedBackbone
 from lightning_zipit.paths import AllHeads
-from lightning_zipit.refine import BatchNorm
-from lightning_zipit.refine.batch_norm import has_batch_norm
+from lightning_zipit.refine import MergedNetworks
 from lightning_zipit.refine.refiner import Refiner
 from lightning_zipit.refine.task_norms import find_norms, give_norms, set_affine
 from lightning_zipit.settings import MergeSettings
@@ -146,9 +145,7 @@ class MergeSession:
     def passes(self) -> int:
         """How often the calibration data is gone through: for statistics, and for batch norm."""
         how = self.settings.refinement
-        if isinstance(how, BatchNorm) and not any(map(has_batch_norm, self.backbones.values())):
-            how = None
-        return self.calibration_passes + (how is not None)
+        return self.calibration_passes + (how is not None and how.needs_data(self.backbones.values()))
 
     def calibrate(self, x: Inputs, networks: Mapping[str, nn.Module], index: int = 0, loader: int = 0) -> None:
         """First passes: add a batch to the statistics of the spaces whose turn it is.
@@ -463,8 +460,18 @@ class MergeSession:
             device: where the batches are.
         """
         assert self.merged is not None and self.settings.refinement is not None
-        how = self.settings.refinement
-        self._refiner = Refiner(self.merged, networks, how, self._maps, device, self._weights, self._models)
+        merged = MergedNetworks(
+            self.merged.trunk,
+            self.merged.heads,
+            self.merged.stems,
+            networks,
+            self.graphs,
+            self._maps,
+            self._models,
+            self._weights,
+            device,
+        )
+        self._refiner = Refiner(self.settings.refinement, merged)
 
     def refine(self, x: Inputs, tasks: Iterable[str]) -> None:
         """Last pass: refine the merged networks by a batch.
@@ -474,7 +481,7 @@ class MergeSession:
             tasks: the tasks that the batch belongs to.
         """
         assert self._refiner is not None
-        self._refiner.add(self._layout(check_views(x, self.backbones), self._refiner.networks), tasks)
+        self._refiner.add(self._layout(check_views(x, self.backbones), self._refiner.merged.sources), tasks)
 
     def finish_refining(self) -> None:
         """After the last pass: take what was refined over into the merged networks.
@@ -482,8 +489,12 @@ class MergeSession:
         Raises:
             CalibrationError: if a batch norm has seen fewer than two samples, or there is NaN or Inf.
         """
-        assert self._refiner is not None
-        self.merged = self._refiner.finish()
+        assert self._refiner is not None and self.merged is not None
+        changes, report = self._refiner.finish(), self.merged.report
+        report = replace(
+            report, fits=dict(changes.fits), shifts=dict(changes.shifts), notes=(*report.notes, *changes.notes)
+        )
+        self.merged = replace(self.merged, report=report)
         self._refiner = None
 
 

@@ -29,6 +29,7 @@ from lightning_zipit._report.diagnosis import Finding, diagnose
 from lightning_zipit.errors import CheckpointError
 from lightning_zipit.graph import FeatureSpace
 from lightning_zipit.graph.replay import working_copy
+from lightning_zipit.refine.refinement import NormShift
 
 
 @dataclass(frozen=True)
@@ -85,20 +86,6 @@ class Measure(NamedTuple):
         """That of statistics of N models, side by side."""
         constant = (moments.covariance.diagonal() == 0).view(num_models, -1).sum(1)
         return cls(moments.count, tuple(constant.tolist()))
-
-
-@dataclass(frozen=True)
-class NormShift:
-    """How far the running statistics of a batch norm were from what they are after re-estimation.
-
-    Attributes:
-        mean: how far the means moved, in deviations before; the mean over features.
-        variance: the variances after, as a ratio to those before; the geometric mean over features. Below 1 where
-            merging made features vary less (the variance collapse of REPAIR, arXiv 2211.08403).
-    """
-
-    mean: float
-    variance: float
 
 
 @dataclass(frozen=True)
@@ -388,33 +375,6 @@ def _report_mixed(
     if len(matched):
         found = replace(found, similarity=float(matched.mean()), lowest=float(matched.min()))
     return replace(found, losses=tuple(losses.tolist()))
-
-
-def measure_shifts(before: Mapping[str, nn.Module], after: Mapping[str, nn.Module]) -> dict[str, NormShift]:
-    """Compare the running statistics of batch norms.
-
-    Args:
-        before: modules by name.
-        after: the same modules with other statistics.
-
-    Returns:
-        By the names of module and norm, for norms with running statistics.
-    """
-    shifts = {}
-    for prefix, module in before.items():
-        for name, norm in module.named_modules():
-            if not isinstance(norm, _BatchNorm) or not norm.track_running_stats:
-                continue
-            renewed = after[prefix].get_submodule(name)
-            (mean, variance), (new_mean, new_variance) = (
-                [each.get_buffer(key).double().cpu() for key in ("running_mean", "running_var")]
-                for each in (norm, renewed)
-            )
-            variance, new_variance = variance + norm.eps, new_variance + norm.eps
-            apart = (new_mean - mean).abs() / variance.sqrt()
-            ratio = (new_variance / variance).log().mean().exp()
-            shifts[f"{prefix}.{name}".rstrip(".")] = NormShift(float(apart.mean()), float(ratio))
-    return shifts
 
 
 def measure_cost(module: nn.Module, x: Inputs) -> Cost:

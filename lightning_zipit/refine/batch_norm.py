@@ -2,18 +2,79 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_zipit._common.collectives import all_reduce_sums
+from lightning_zipit._common.collectives import all_reduce_sums, share
+from lightning_zipit._common.views import Inputs
 from lightning_zipit.errors import CalibrationError
 from lightning_zipit.refine.finite import WAY_OUT
 from lightning_zipit.refine.moments import FeatureMoments
+from lightning_zipit.refine.refinement import Changes, MergedNetworks, NormShift, Refinement, Refining
+
+
+@dataclass(frozen=True)
+class BatchNorm(Refinement):
+    """Re-estimates the running statistics of batch norm: the trunk's on all data, a head's on its own task's.
+
+    Args:
+        per_task: give the trunk a batch norm for each task, with statistics of that task's data alone. The trunk then
+            runs once for each task that is asked for.
+    """
+
+    per_task: bool = False
+
+    def needs_data(self, networks: Iterable[nn.Module]) -> bool:
+        return any(map(has_batch_norm, networks))
+
+    def start(self, merged: MergedNetworks) -> Refining:
+        return ReEstimation(merged)
+
+
+class ReEstimation(Refining):
+    """Re-estimates the running statistics of the batch norms in trunk and heads; see :class:`BatchNorm`.
+
+    Stems are the sources' own, and keep their statistics.
+
+    Args:
+        merged: working copies of the merged networks, and their sources.
+    """
+
+    def __init__(self, merged: MergedNetworks) -> None:
+        super().__init__(merged)
+        self._before = statistics_of(merged.parts)
+        self._estimator = BatchNormEstimator(merged.parts)
+        self._suspects: set[str] = set()  # the tasks whose batches gave NaN or Inf
+
+    def add(self, inputs: Inputs, tasks: Iterable[str]) -> None:
+        if isinstance(inputs, Tensor) and not self.merged.runs_per_task:
+            crossing = self._collect(self.merged.trunk, inputs.clone())
+            for task in tasks:
+                self._collect_head(task, crossing)
+            return
+        for task in tasks:
+            self._collect_head(task, self._collect(self.merged.trunk, *self.merged.enter_trunk(inputs, task)))
+
+    def finish(self) -> Changes:
+        self._estimator.finish(sorted(set().union(*share(lambda: self._suspects))))
+        return Changes(shifts=measure_shifts(self._before, statistics_of(self.merged.parts)))
+
+    def _collect_head(self, task: str, crossing: Sequence[Any]) -> None:
+        tensors = [each for each in crossing if isinstance(each, Tensor) and each.is_floating_point()]
+        if not all(bool(each.isfinite().all()) for each in tensors):
+            self._suspects.add(task)
+        self._collect(self.merged.heads[task], *crossing)
+
+    def _collect(self, part: nn.Module, *inputs: Any) -> Any:
+        """Run a part of the merged network, and add what it is given to its running statistics."""
+        with self._estimator.collecting(part):
+            return part(*inputs)
 
 
 class BatchNormEstimator:
@@ -124,3 +185,27 @@ def running_norms(module: nn.Module) -> list[tuple[str, _BatchNorm]]:
 def has_batch_norm(module: nn.Module) -> bool:
     """Whether a network has batch norm with running statistics."""
     return bool(running_norms(module))
+
+
+def statistics_of(parts: Mapping[str, nn.Module]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Running mean and variance (plus ε) of each batch norm by its full name, float64 on the CPU."""
+    return {
+        f"{prefix}.{name}".rstrip("."): (
+            norm.get_buffer("running_mean").detach().double().cpu().clone(),
+            norm.get_buffer("running_var").detach().double().cpu() + norm.eps,
+        )
+        for prefix, module in parts.items()
+        for name, norm in running_norms(module)
+    }
+
+
+def measure_shifts(
+    before: Mapping[str, tuple[Tensor, Tensor]], after: Mapping[str, tuple[Tensor, Tensor]]
+) -> dict[str, NormShift]:
+    """Compare the running statistics of batch norms before and after re-estimation; see :func:`statistics_of`."""
+    shifts = {}
+    for name, (mean, variance) in before.items():
+        new_mean, new_variance = after[name]
+        apart = (new_mean - mean).abs() / variance.sqrt()
+        shifts[name] = NormShift(float(apart.mean()), float((new_variance / variance).log().mean().exp()))
+    return shifts

@@ -1,4 +1,4 @@
-"""A refinement that meets NaN or Inf ends with an error that says where, and in which network."""
+"""Checks of what a refinement computes: NaN and Inf are errors that name the place and the network."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from lightning_zipit.errors import CalibrationError
+from lightning_zipit.errors import CalibrationError, ConfigurationError
 
 MERGED = "the merged network"
 
@@ -35,6 +35,27 @@ def check_values(place: str, sums: Mapping[str, Tensor]) -> None:
     bad = [network for network, values in sums.items() if not bool(values.isfinite().all())]
     if bad := [network for network in bad if network != MERGED] or bad:
         raise CalibrationError(f"NaN or Inf at `{place}` in what {' and '.join(bad)} computes. {WAY_OUT}")
+
+
+def check_structure(before: Mapping[str, nn.Module], after: Mapping[str, nn.Module], refinement: str) -> None:
+    """Compare the names and shapes of parameters and buffers before and after a refinement.
+
+    Args:
+        before: modules by name.
+        after: the same modules, refined.
+        refinement: the name of the refinement, for the error.
+
+    Raises:
+        ConfigurationError: if they differ.
+    """
+    for name, module in before.items():
+        had, has = ({key: tensor.shape for key, tensor in each.state_dict().items()} for each in (module, after[name]))
+        if had != has:
+            keys = ", ".join(f"`{name}.{key}`" for key in {**had, **has} if had.get(key) != has.get(key))
+            raise ConfigurationError(
+                f"Refinement {refinement} added, removed or reshaped {keys}. A refinement may change the values of "
+                "parameters and buffers only: write to them in place, such as with `tensor.copy_(…)`."
+            )
 
 
 def check_results(before: Mapping[str, nn.Module], after: Mapping[str, nn.Module]) -> None:

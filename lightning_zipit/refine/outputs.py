@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_zipit.graph.layers import Fitted, Layer, layer_of, outputs_axis
-from lightning_zipit.refine.least_squares import samples
+from lightning_zipit.refine.patches import samples
 
 
 class Outputs:

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from lightning_zipit._common.text import printable
 from lightning_zipit._common.views import Inputs, describe_sample, zeros_like_sample
 from lightning_zipit.errors import CheckpointError, ZipItError
 
@@ -103,10 +104,7 @@ def read_example(record: Mapping[str, Any]) -> Inputs | None:
 
 def read_barriers(barriers: Mapping[str, str]) -> dict[str, str]:
     """Nodes that cannot be merged, and why, as a file holds them; control characters become spaces."""
-    return {
-        str(node): "".join(letter if letter.isprintable() else " " for letter in str(reason))
-        for node, reason in barriers.items()
-    }
+    return {str(node): printable(str(reason), " ") for node, reason in barriers.items()}
 
 
 def read_checkpoint(
