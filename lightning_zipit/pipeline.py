@@ -461,15 +461,15 @@ class MergeSession:
         """
         assert self.merged is not None and self.settings.refinement is not None
         merged = MergedNetworks(
-            self.merged.trunk,
-            self.merged.heads,
-            self.merged.stems,
-            networks,
-            self.graphs,
-            self._maps,
-            self._models,
-            self._weights,
-            device,
+            trunk=self.merged.trunk,
+            heads=self.merged.heads,
+            stems=self.merged.stems,
+            sources=networks,
+            graphs=self.graphs,
+            maps=self._maps,
+            models=self._models,
+            weights=self._weights,
+            device=device,
         )
         self._refiner = Refiner(self.settings.refinement, merged)
 
