@@ -1,4 +1,4 @@
-"""Parameters and buffers that are not merged by features: they are alike in all sources, or not shared."""
+"""Finds parameters and buffers that have no features and differ between sources, so that they cannot be shared."""
 
 from __future__ import annotations
 

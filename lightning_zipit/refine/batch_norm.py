@@ -21,10 +21,10 @@ from lightning_zipit.refine.refinement import Changes, MergedNetworks, NormShift
 
 @dataclass(frozen=True)
 class BatchNorm(Refinement):
-    """Re-estimates the running statistics of batch norm: the trunk's on all data, a head's on its own task's.
+    """Re-estimates the running statistics of batch norm: the trunk's on all data, a head's on the data of its task.
 
     Args:
-        per_task: give the trunk a batch norm for each task, with statistics of that task's data alone. The trunk then
+        per_task: give the trunk a batch norm for each task, with the statistics of that task's data. The trunk then
             runs once for each task that is asked for.
     """
 
@@ -72,7 +72,7 @@ class ReEstimation(Refining):
         self._collect(self.merged.heads[task], *crossing)
 
     def _collect(self, part: nn.Module, *inputs: Any) -> Any:
-        """Run a part of the merged network, and add what it is given to its running statistics."""
+        """Run a part of the merged network, and add the inputs of its norms to their statistics."""
         with self._estimator.collecting(part):
             return part(*inputs)
 
@@ -81,17 +81,16 @@ class BatchNormEstimator:
     """Mean and variance of all samples that reach the batch norms of some modules.
 
     Every position of every sample counts once, in whichever batch, process or call of the norm. The statistics are
-    known after the last batch only. Until then a norm normalises each batch by that batch's own mean and variance, as
-    in training mode; a batch with one value per feature, which has no variance, by the statistics that the norm had.
+    known only after the last batch. Until then a norm normalises each batch by the batch's own mean and variance, as
+    in training mode. A batch with one value per feature has no variance; the norm's old statistics normalise it.
 
     Args:
-        modules: the modules whose running statistics shall be estimated, in eval mode, by the name that an error gives
-            them.
+        modules: the modules, in eval mode, by their names in errors.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         self.norms: dict[str, Estimate] = {}
-        self._estimates: dict[int, Estimate] = {}  # by the statistics that they are of, which norms may share
+        self._estimates: dict[int, Estimate] = {}  # by the identity of the running mean, which norms may share
         for prefix, module in modules.items():
             for name, norm in running_norms(module):
                 mean = norm.get_buffer("running_mean")
@@ -114,7 +113,7 @@ class BatchNormEstimator:
         """Sum over the samples of all processes: a few collectives, the same on every rank.
 
         Args:
-            suspects: for errors, the tasks in whose batches there was NaN or Inf.
+            suspects: the tasks whose batches gave NaN or Inf, for the error.
 
         Raises:
             CalibrationError: naming the norms that fewer than two samples have reached, or NaN or Inf.
@@ -136,13 +135,13 @@ class BatchNormEstimator:
 
 
 class Estimate:
-    """The statistics of one batch norm on their way.
+    """The statistics of one batch norm while batches are added.
 
     Args:
         norm: the norm.
 
     Attributes:
-        moments: those of all samples so far.
+        moments: the moments of all samples so far.
         calls: how often the norm was called, ``(1,)``.
     """
 
@@ -154,7 +153,7 @@ class Estimate:
         self.calls = self.moments.sums.new_zeros(1)
 
     def add(self, norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Add what a norm is about to be given, and let it normalise that by its own mean and variance."""
+        """Add the input of a norm, and let the norm normalise it by the input's own mean and variance."""
         x: Tensor = args[0] if args else kwargs["input"]
         count = x.numel() // x.shape[1]
         if not count:
@@ -167,7 +166,7 @@ class Estimate:
         self._set(*((mean, variance) if count > 1 else self._before))
 
     def finish(self) -> None:
-        """Let the norm have the statistics of all samples."""
+        """Give the norm the statistics of all samples."""
         self._set(self.moments.mean, self.moments.variance)
         self.batches.copy_(self.calls[0])
 

@@ -17,17 +17,17 @@ WAY_OUT = (
 
 
 def source_of(tasks: list[str]) -> str:
-    """For errors: the source model of some tasks."""
+    """Name the source model of some tasks in an error."""
     return f"the source of task {', '.join(map(repr, tasks))}"
 
 
 def check_values(place: str, sums: Mapping[str, Tensor]) -> None:
-    """Look for NaN and Inf in sums over what networks compute at one place.
+    """Look for NaN and Inf in sums over the values of networks at one place.
 
     Args:
         place: the layer or norm, by its full name.
-        sums: per network, for people, of all processes. The merged network is blamed only if no source is: it is fed
-            and fitted with what sources compute.
+        sums: sums over all processes by the name of the network. The merged network is named only if no source is,
+            because its inputs and targets come from the sources.
 
     Raises:
         CalibrationError: naming the place and the networks.
@@ -59,11 +59,11 @@ def check_structure(before: Mapping[str, nn.Module], after: Mapping[str, nn.Modu
 
 
 def check_results(before: Mapping[str, nn.Module], after: Mapping[str, nn.Module]) -> None:
-    """Look for NaN and Inf that a refinement has written.
+    """Look for NaN and Inf in the results of a refinement.
 
     Args:
         before: modules by name.
-        after: the same modules, refined. What is not finite in both, such as a mask, is left out of account.
+        after: the same modules, refined. Entries that are not finite in both, such as those of a mask, are ignored.
 
     Raises:
         CalibrationError: naming parameters and buffers.

@@ -31,12 +31,14 @@ from lightning_zipit.refine.zip import Zip
 
 @dataclass(frozen=True)
 class LayerByLayer(Refinement):
-    """A refinement that goes through the layers of trunk and heads in order.
+    """A refinement that adapts the layers of trunk and heads one by one, in the order of the network.
+
+    A subclass has the method :meth:`adapt`. Batch norms that follow no adapted layer get the statistics of their input.
 
     Args:
-        positions: how many positions of an image or sequence are looked at in each layer, at random; ``None`` for all.
-        cache_bytes: memory for activations between layers; where those of all calibration data take more, they are
-            computed anew for each layer, from the last one where they fitted.
+        positions: how many positions of each image or sequence a layer is adapted on, at random; ``None`` for all.
+        cache_bytes: memory for the activations of all batches between two layers. If they need more, they are computed
+            again for each layer, from the last layer where they fitted.
 
     Raises:
         ValueError: if a number is out of range.

@@ -22,21 +22,21 @@ MOST_INPUTS = 8192
 
 @dataclass(frozen=True)
 class LeastSquares(LayerByLayer):
-    """Fits every convolution and linear layer to what the sources compute there, in closed form.
+    """Fits every convolution and linear layer to the outputs of the sources, in closed form.
 
-    A layer of the trunk is fitted to the zipped outputs of the sources, from what the merged network feeds it; one that
-    ends a residual branch, to the zipped sum less what the merged shortcut gives; one of a head to its own source's
-    outputs. Neither labels nor gradients are used.
+    The inputs of a layer are those of the merged network. The target of a layer of the trunk is the zipped output of
+    the sources; at the end of a residual branch, it is the zipped sum less the merged shortcut. The target of a layer
+    of a head is the output of its source. Neither labels nor gradients are used.
 
     Args:
-        positions: how many positions of an image or sequence are looked at in each layer, at random; ``None`` for all.
-        cache_bytes: memory for activations between layers; where those of all calibration data take more, they are
-            computed anew for each layer, from the last one where they fitted.
-        ridge: how strongly weights are held to those that zipping gives, as a share of the mean square of a layer's
-            inputs. One divided by the number of images or sequences is added: they count as one more.
-        pre_activations: match features by what they are in front of their activation function, as that is what layers
-            are fitted to, and not behind it, as the paper does. Statistics are then those of other tensors. Matchers
-            that ask for covariances, as those of linear maps do, are always given those behind it.
+        positions: how many positions of each image or sequence a layer is adapted on, at random; ``None`` for all.
+        cache_bytes: memory for the activations of all batches between two layers. If they need more, they are computed
+            again for each layer, from the last layer where they fitted.
+        ridge: how strongly weights are held to the zipped weights, relative to the mean square of a layer's inputs. One
+            divided by the number of images or sequences is added: the zipped weights count as one more of them.
+        pre_activations: measure features in front of their activation function, where layers are fitted. The paper
+            measures them behind it. Matchers that need covariances, such as those of linear maps, always get features
+            behind it.
 
     Raises:
         ValueError: if a number is out of range.

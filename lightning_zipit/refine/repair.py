@@ -1,4 +1,4 @@
-"""Gives a layer's outputs the means and deviations that they should have (REPAIR, arXiv 2211.08403)."""
+"""REPAIR: gives the outputs of layers the means and deviations of the sources (arXiv 2211.08403)."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from lightning_zipit.refine.patches import samples
 
 @dataclass(frozen=True)
 class Repair(LayerByLayer):
-    """Gives every output of a layer the mean and deviation that the sources' have on average.
+    """Gives every output of a layer the average mean and deviation of the sources' outputs.
 
-    This is REPAIR (arXiv 2211.08403), with every task's head included.
-    With batch norm behind a layer, its running statistics and affine parameters take them up, else the weights.
+    This is REPAIR (arXiv 2211.08403), applied to the heads too. It changes the running statistics and affine parameters
+    of the batch norm behind a layer, or the weights of a layer without one.
     """
 
     def adapt(self, part: Part, stop: Layer) -> None:

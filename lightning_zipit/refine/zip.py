@@ -13,12 +13,12 @@ from lightning_zipit.graph import AxisRef
 
 @dataclass(frozen=True)
 class Zip:
-    """How the features of the sources along an axis become those of the merged network: M.
+    """The merge matrices M_i of the outputs of a layer.
 
     Attributes:
-        shares: of each source, what it contributes where there are no spaces, ``(N,)``.
-        ref: what the outputs of a layer hold; ``None`` for those of a head, which has one source and its features.
-        maps: the matching of each space.
+        shares: the contribution of each source to entries without a feature space, ``(N,)``.
+        ref: the feature spaces of the outputs; ``None`` in a head, which has one source.
+        maps: the merge and unmerge matrices of each space.
     """
 
     shares: Tensor
