@@ -29,8 +29,7 @@ from lightning_zipit._phases.prepare import Graphs, Traced, open_file, prepare, 
 from lightning_zipit.errors import CalibrationError, ConfigurationError
 from lightning_zipit.graph import MergeGraph
 from lightning_zipit.merged import MergedBackbone
-from lightning_zipit.refine import BatchNorm
-from lightning_zipit.refine.batch_norm import has_batch_norm
+from lightning_zipit.refine import MergedNetworks
 from lightning_zipit.refine.refiner import Refiner
 from lightning_zipit.settings import MergeSettings
 
@@ -107,9 +106,7 @@ class Pipeline:
     @property
     def _refines(self) -> bool:
         how = self.settings.refinement
-        if isinstance(how, BatchNorm) and not any(map(has_batch_norm, self.sources.networks.values())):
-            return False
-        return how is not None
+        return how is not None and how.needs_data(self.sources.networks.values())
 
     def expect(self, samples: Sequence[int | None]) -> None:
         """Let the calibration check that all ranks together see every sample once.
@@ -182,7 +179,8 @@ class Pipeline:
                     "The last pass over the calibration data saw no batch. Give loaders that can be iterated several "
                     "times, or merge in one pass with refine=None and a larger `statistics_memory`."
                 )
-            self._result = self._refiner.finish()
+            assert self._result is not None
+            self._result = self._result.refined(self._refiner.finish())
             self._refiner = None
         self.phase = Phase.DONE
         assert self._result is not None
@@ -289,8 +287,20 @@ class Pipeline:
             self._result = with_report(merged, self._matching, sources, settings, example, notes)
         if self._refines and (how := settings.refinement) is not None:
             device = next(next(iter(networks.values())).parameters()).device
-            maps, weights = merged.maps, sources.weights
-            self._refiner = Refiner(self._result, networks, how, maps, device, weights, sources.numbers)
+            self._refiner = Refiner(
+                how,
+                MergedNetworks(
+                    trunk=merged.trunk,
+                    heads=merged.heads,
+                    stems=merged.stems,
+                    sources=networks,
+                    graphs=self.graphs,
+                    maps=merged.maps,
+                    models=sources.numbers,
+                    weights=sources.weights,
+                    device=device,
+                ),
+            )
 
     def _restored(self, traced: Traced) -> Calibration:
         """The statistics of a file, in place of a calibration."""

@@ -5,7 +5,8 @@ import torch
 from helpers.nets import SmallResNet
 
 from lightning_zipit import trace
-from lightning_zipit._calibration.calibration import Calibration, choose_positions, marks
+from lightning_zipit._calibration.calibration import Calibration
+from lightning_zipit._calibration.positions import choose_positions, marks
 
 IMAGES = torch.randn(40, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 

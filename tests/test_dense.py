@@ -25,7 +25,7 @@ from lightning_zipit.graph.prove import random_permutations
 from lightning_zipit.graph.rigid import find_rigid
 from lightning_zipit.matchers import CCA, AnyWidthMatcher, DenseMaps, DualSpace, Matcher, Permute
 from lightning_zipit.refine import BatchNorm
-from lightning_zipit.refine.walk import Zip
+from lightning_zipit.refine.zip import Zip
 
 EXACT = CCA(gamma=1e-9)
 

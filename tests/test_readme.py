@@ -178,6 +178,12 @@ def test_batch_norm_per_task(name, tmp_path, monkeypatch):
     assert run(name, tmp_path, monkeypatch)["logits"].shape == (2, 5)
 
 
+@snippet("own_refinement")
+def test_a_refinement_of_ones_own(name, tmp_path, monkeypatch):
+    merged = run(name, tmp_path, monkeypatch)["merged"]
+    assert "Mean outputs are those of the sources." in merged.report.notes
+
+
 @snippet("base")
 def test_changes_to_a_base(name, tmp_path, monkeypatch):
     assert run(name, tmp_path, monkeypatch)["merged"].tasks == ["animals", "vehicles"]

@@ -17,7 +17,8 @@ from lightning_zipit._matching.measure import Sampled, SpaceReport, measure_spac
 from lightning_zipit._merging.cost import Cost, measure_cost
 from lightning_zipit.errors import CheckpointError
 from lightning_zipit.graph import Block, FeatureSpace, Tap
-from lightning_zipit.refine.shifts import NormShift, measure_shifts
+from lightning_zipit.refine import NormShift
+from lightning_zipit.refine.batch_norm import measure_shifts, statistics_of
 
 
 def report_of(labels, num_models, similarity=None, reader="fc"):
@@ -201,7 +202,7 @@ def test_a_shift_of_batch_norm_is_measured_in_deviations_and_as_a_ratio():
     before.running_var.copy_(torch.tensor([4.0, 1.0]))
     after.running_mean.copy_(torch.tensor([1.0, -1.5]))
     after.running_var.copy_(torch.tensor([1.0, 1.0]))
-    shifts = measure_shifts({"trunk": nn.Sequential(before)}, {"trunk": nn.Sequential(after)})
+    shifts = measure_shifts(*(statistics_of({"trunk": nn.Sequential(norm)}) for norm in (before, after)))
     assert list(shifts) == ["trunk.0"]
     assert (shifts["trunk.0"].mean, shifts["trunk.0"].variance) == (pytest.approx(1.0), pytest.approx(0.5))
 

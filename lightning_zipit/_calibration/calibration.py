@@ -1,116 +1,20 @@
-"""Runs the source models over calibration data, in lockstep, and gathers the statistics of every space."""
+"""Gathers the statistics of feature spaces over calibration batches."""
 
 from __future__ import annotations
 
-import operator
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from lightning_zipit._calibration.folding import Folds
-from lightning_zipit._calibration.statistics import FeatureStatistics, Moments, empty_like_features, sum_over_processes
+from lightning_zipit._calibration.lockstep import Lockstep
+from lightning_zipit._calibration.positions import ChosenPositions
+from lightning_zipit._calibration.statistics import FeatureStatistics, Moments, sum_over_processes
+from lightning_zipit._calibration.waiting import Waiting
 from lightning_zipit._common.views import Inputs, any_view, view_of
 from lightning_zipit.errors import CalibrationError, StatisticsError
 from lightning_zipit.graph import MergeGraph, Tap
-from lightning_zipit.graph.record import IN_PLACE
-
-
-class Lockstep:
-    """Runs the trunks of N networks of one architecture side by side, one node of the graph at a time.
-
-    Every activation is dropped after its last use, so that the peak memory is that of N plain forwards. Batch norm is
-    computed with the convolution in front of it.
-
-    Args:
-        graph: the merge graph of the networks.
-        networks: the networks, each in the mode and on the device that it shall run in.
-        graphs: the merge graph of each, where they have stems of their own.
-        observed: the names of the nodes that are observed.
-    """
-
-    def __init__(
-        self,
-        graph: MergeGraph,
-        networks: Sequence[nn.Module],
-        graphs: Sequence[MergeGraph] | None = None,
-        observed: Collection[str] = (),
-    ) -> None:
-        self.nodes = list(graph.trunk_graph())
-        by_name = {node.name: node for node in graph.fx_graph.nodes}
-        self.entries = [by_name[entry.node] for entry in graph.entries]
-        pairs = zip(graphs or [graph] * len(networks), networks, strict=True)
-        self.stems = [Beginning(own, network) for own, network in pairs] if graph.stem_nodes else []
-        self.interpreters = [fx.Interpreter(network, graph=graph.fx_graph) for network in networks]
-        self.folds = Folds(networks, self.nodes, observed)
-        last_use = {source: node for node in self.nodes for source in (node, *node.all_input_nodes)}
-        self.finished: dict[fx.Node, list[fx.Node]] = defaultdict(list)
-        for source, node in last_use.items():
-            self.finished[node].append(source)
-
-    def run(self, views: Sequence[Tensor], observe: Callable[[str, list[Tensor]], None]) -> None:
-        """Run all networks on one batch.
-
-        Args:
-            views: the input of each.
-            observe: called after each node with its name and its value in every network; a layer whose batch norm is
-                computed with it has the value of its norm.
-        """
-        try:
-            for interpreter, stem, x in zip(self.interpreters, self.stems, views, strict=bool(self.stems)):
-                interpreter.env.update(zip(self.entries, stem.run(x), strict=True))
-            for node in self.entries:
-                observe(node.name, [interpreter.env[node] for interpreter in self.interpreters])
-            for node in self.nodes:
-                for interpreter, x in zip(self.interpreters, views, strict=True):
-                    if not self.folds.run(interpreter, node):
-                        interpreter.env[node] = run_node(interpreter, node, x)
-                observe(node.name, [interpreter.env[node] for interpreter in self.interpreters])
-                for interpreter in self.interpreters:
-                    for source in self.finished[node]:
-                        del interpreter.env[source]
-        finally:
-            for interpreter in self.interpreters:
-                interpreter.env.clear()
-
-
-class Beginning:
-    """Runs what a network has before the trunk.
-
-    Args:
-        graph: its merge graph.
-        network: the network.
-    """
-
-    def __init__(self, graph: MergeGraph, network: nn.Module) -> None:
-        self.nodes = list(graph.stem_graph())
-        self.handed = [entry.node for entry in graph.entries]
-        self.interpreter = fx.Interpreter(network, graph=graph.fx_graph)
-
-    def run(self, x: Tensor) -> list[Any]:
-        """What the stem hands over."""
-        values: dict[str, Any] = {}
-        try:
-            for node in self.nodes:
-                value = self.interpreter.env[node] = run_node(self.interpreter, node, x)
-                if node.name in self.handed:
-                    values[node.name] = value
-                for source in self.interpreter.user_to_last_uses.get(node, ()):
-                    self.interpreter.env.pop(source, None)
-        finally:
-            self.interpreter.env.clear()
-        return [values[name] for name in self.handed]
-
-
-def run_node(interpreter: fx.Interpreter, node: fx.Node, x: Tensor) -> Any:
-    """The value of one node, from those before it."""
-    if node.op == "placeholder":
-        return x.clone()  # an operator that works in place must not change what the next network sees
-    if node.meta.get(IN_PLACE):
-        return operator.iadd(*fx.node.map_arg(node.args, interpreter.env.__getitem__))
-    return interpreter.run_node(node)
 
 
 class Calibration:
@@ -135,8 +39,7 @@ class Calibration:
         graphs: Mapping[str, MergeGraph] | None = None,
     ) -> None:
         self.positions = positions
-        self._marks: Tensor | None = None  # of the samples of this batch
-        self._chosen: dict[int, Tensor] = {}  # positions of each of them, by how many there are
+        self._chosen: ChosenPositions | None = None  # of the samples of this batch
         self.networks = dict(networks)
         self.tasks = list(networks)
         self.taps = {
@@ -178,8 +81,7 @@ class Calibration:
             x: an input of the networks, or one of each by task.
         """
         if self.taps:
-            self._marks = None if self.positions is None else marks(any_view(x))
-            self._chosen.clear()
+            self._chosen = None if self.positions is None else ChosenPositions(any_view(x), self.positions)
             self.lockstep.run([view_of(x, task) for task in self.tasks], self._observe)
 
     def _observe(self, node: str, values: list[Tensor]) -> None:
@@ -192,30 +94,15 @@ class Calibration:
             statistics = self._statistics[key]
             if statistics.comoment.device != values[0].device:
                 statistics.to(values[0].device)
-            features = [self._choose(tap.features(value)) for value in values]
+            features = [tap.features(value) for value in values]
+            if self._chosen is not None:
+                features = [self._chosen.take(feature) for feature in features]
             if key not in self._waiting:
                 if features[0][0].numel() > statistics.few:
                     statistics.update(features, features_first=True)
                     continue
                 self._waiting[key] = Waiting(statistics, features)
             self._waiting[key].add(features)
-
-    def _choose(self, features: Tensor) -> Tensor:
-        """Some positions of every sample, ``(features, batch, …)`` to ``(features, batch, positions)``."""
-        if self._marks is None or features.ndim < 3 or features.shape[1] % len(self._marks):
-            return features
-        assert self.positions is not None
-        batch, size = features.shape[1], features[0, 0].numel()
-        if size <= self.positions:
-            return features
-        if size not in self._chosen:
-            self._chosen[size] = choose_positions(self._marks, size, self.positions)
-        index = self._chosen[size].repeat_interleave(batch // len(self._marks), 0)  # windows are samples
-        if features.stride(0) == 1:  # the features of a position lie next to each other
-            rows = features.flatten(1).T
-            index = index + size * torch.arange(batch, device=index.device)[:, None]
-            return rows.index_select(0, index.flatten()).view(batch, -1, rows.shape[1]).movedim(2, 0)
-        return features.flatten(2).gather(2, index.expand(len(features), -1, -1))
 
     def restore(self, known: Mapping[str, FeatureStatistics]) -> None:
         """Add statistics that were gathered before, by tap; they are used up.
@@ -294,64 +181,6 @@ class Calibration:
             columns = torch.cat([rows for _, rows in per_model]).chunk(len(weights), dim=1)
             covariances.append(torch.cat([part @ weight.T for part, weight in zip(columns, weights, strict=True)], 1))
         return Moments(moments.count, torch.stack(means).mean(0), torch.stack(covariances).sum(0))
-
-
-class Waiting:
-    """Samples that are added to statistics together, once they are more than the features of a model.
-
-    Args:
-        statistics: what they are added to.
-        features: the first of them, of each model ``(C_i, samples, …)``.
-    """
-
-    def __init__(self, statistics: FeatureStatistics, features: Sequence[Tensor]) -> None:
-        self.statistics = statistics
-        first = features[0].flatten(1)
-        room = first[:, :1].expand(-1, statistics.few + first.shape[1])
-        with torch.inference_mode(False):  # may then be written to in either mode
-            self.rows = empty_like_features(sum(statistics.sizes), room, first.dtype)
-        self.filled = 0
-
-    def add(self, features: Sequence[Tensor]) -> None:
-        """Copy samples of each model, ``(C_i, samples, …)``: no operator that works in place can change them here."""
-        samples = features[0][0].numel()
-        if self.filled + samples > self.rows.shape[1]:  # a batch larger than the first
-            self.flush()
-        if samples > self.rows.shape[1]:
-            self.statistics.update(features, features_first=True)
-            return
-        free = self.rows[:, self.filled : self.filled + samples].unflatten(1, features[0].shape[1:])
-        for part, feature in zip(free.split(self.statistics.sizes), features, strict=True):
-            part.copy_(feature)
-        self.filled += samples
-        if self.filled > self.statistics.few:
-            self.flush()
-
-    def flush(self) -> None:
-        """Add what waits."""
-        if self.filled:
-            self.statistics.consume(self.rows[:, : self.filled])
-            self.filled = 0
-
-
-def marks(x: Tensor) -> Tensor:
-    """A number for each sample of a batch that depends on nothing but its content, ``(batch,)``."""
-    return x.detach().contiguous().view(torch.uint8).flatten(1).sum(1, dtype=torch.int64)
-
-
-def choose_positions(marks: Tensor, size: int, count: int) -> Tensor:
-    """Positions that look random and depend on the sample alone: the same on whatever process it is seen.
-
-    Args:
-        marks: ``(batch,)``, see :func:`marks`.
-        size: how many positions there are.
-        count: how many to choose, at most ``size``.
-
-    Returns:
-        ``(batch, count)``, all different: a run of one fixed permutation, which begins at the sample's mark.
-    """
-    order = torch.randperm(size, generator=torch.Generator().manual_seed(size)).to(marks.device)
-    return order[(marks[:, None] + torch.arange(count, device=marks.device)) % size]
 
 
 def statistics_bytes(graph: MergeGraph, space: str, num_models: int) -> int:

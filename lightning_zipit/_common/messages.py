@@ -25,11 +25,6 @@ def inform_on_rank_zero(text: str) -> None:
         logging.getLogger(LOGGER).info(text)
 
 
-def printable(text: str) -> str:
-    """Replace control characters by spaces: text from a file must not command a terminal."""
-    return "".join(letter if letter.isprintable() else " " for letter in text)
-
-
 @contextmanager
 def quiet(package: str = "lightning.pytorch") -> Iterator[None]:
     """Silence the information of a package's logger: a sweep would repeat it for each setting."""

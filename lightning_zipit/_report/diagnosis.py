@@ -9,7 +9,7 @@ from statistics import NormalDist
 from typing import Literal
 
 from lightning_zipit._matching.measure import SpaceReport
-from lightning_zipit.refine.shifts import NormShift
+from lightning_zipit.refine.refinement import NormShift
 
 Kind = Literal["chance", "samples", "dead", "crowded", "collapse", "norms"]
 

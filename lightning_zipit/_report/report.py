@@ -20,7 +20,7 @@ from lightning_zipit._matching.measure import SpaceReport
 from lightning_zipit._merging.cost import Cost
 from lightning_zipit._report.diagnosis import Finding, diagnose
 from lightning_zipit.errors import CheckpointError
-from lightning_zipit.refine.shifts import NormShift
+from lightning_zipit.refine.refinement import NormShift
 
 
 @dataclass(frozen=True)

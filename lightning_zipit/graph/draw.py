@@ -9,6 +9,7 @@ from itertools import count
 
 from torch import fx
 
+from lightning_zipit._common.text import printable
 from lightning_zipit.graph.naming import place_of
 from lightning_zipit.graph.spaces import MergeGraph
 
@@ -79,11 +80,6 @@ def _fills(graph: MergeGraph, node: fx.Node, colour: dict[str, str]) -> list[str
     return [colour[space] for space in graph.held.get(node.name, ())] or [GREY]
 
 
-def _printable(text: str) -> str:
-    """Text without control characters, which XML cannot hold at all."""
-    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
-
-
 def to_dot(graph: MergeGraph) -> str:
     """The graph in Graphviz's language: filled nodes are merged, dashed ones stay per task."""
     colour, shown = colours(graph), _shown(graph)
@@ -105,7 +101,7 @@ def _look(fills: list[str]) -> str:
 
 def _quoted(text: str) -> str:
     r"""A string of Graphviz, which reads ``\`` and ``&`` as the start of an escape."""
-    escaped = _printable(text).replace("\\", r"\\").replace('"', r"\"").replace("&", "&amp;")
+    escaped = printable(text).replace("\\", r"\\").replace('"', r"\"").replace("&", "&amp;")
     return f'"{escaped}"'
 
 
@@ -163,7 +159,7 @@ def _edge(start: int, end: int, cuts: tuple[int, ...]) -> str:
 
 def _node(y: int, width: int, text: str, fills: list[str], spaces: tuple[str, ...], kind: str) -> str:
     dashes = "" if fills else ' stroke-dasharray="3 2"'
-    title = f"<title>{escape(_printable(', '.join(spaces)))}</title>" if spaces else ""
+    title = f"<title>{escape(printable(', '.join(spaces)))}</title>" if spaces else ""
     return (
         f'<g class="{kind}">{title}{_bar(LEFT + width - BAR, y, BAR, fills)}'
         f'<rect class="box" x="{LEFT}" y="{y}" width="{width}" height="{BOX}" fill="none" stroke="#555555"{dashes}/>'
@@ -191,4 +187,4 @@ def _cut(y: int, width: int, above: str, below: str) -> str:
 
 
 def _text(x: int, y: int, text: str) -> str:
-    return f'<text x="{x}" y="{y + 13}">{escape(_printable(text))}</text>' if text else ""
+    return f'<text x="{x}" y="{y + 13}">{escape(printable(text))}</text>' if text else ""

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from torch import fx, nn
 
-from lightning_zipit._common.messages import printable
+from lightning_zipit._common.text import printable
 from lightning_zipit.graph.spaces import FeatureSpace
 from lightning_zipit.graph.table import AxisRef
 
@@ -75,4 +75,4 @@ def _list(names: list[str]) -> str:
 
 def read_barriers(barriers: Mapping[str, str]) -> dict[str, str]:
     """Nodes that cannot be merged, and the reasons, as a file holds them; control characters become spaces."""
-    return {str(node): printable(str(reason)) for node, reason in barriers.items()}
+    return {str(node): printable(str(reason), " ") for node, reason in barriers.items()}

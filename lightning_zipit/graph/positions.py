@@ -1,4 +1,4 @@
-"""Parameters and buffers that are not merged by features: they are alike in all sources, or not shared."""
+"""Finds parameters and buffers that have no features and differ between sources, so that they cannot be shared."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from torch import Tensor, fx, nn
 
 from lightning_zipit.graph.notes import reached
 from lightning_zipit.graph.prove import SAMPLES, Failure
-from lightning_zipit.graph.replay import agree, run_nodes, swapped, tensors_in
+from lightning_zipit.graph.replay import agree, returned, swapped
+from lightning_zipit.graph.run import Run
 from lightning_zipit.graph.spaces import MergeGraph
 from lightning_zipit.graph.table import bind, named_tensors
 
@@ -60,26 +61,34 @@ def find_unlike(
             own, graph, x = named_tensors(networks[task]), graphs[task], inputs[task][:SAMPLES].detach()
             values = {name: known[name].to(own[name]) for name in names}
             unlike = {name: value for name, value in values.items() if not torch.equal(own[name], value)}
-            if not unlike or _serve(networks[task], graph, unlike, x):
+            if not unlike:
                 continue
-            alone = [name for name, value in unlike.items() if not _serve(networks[task], graph, {name: value}, x)]
+            served = _Served(networks[task], graph, x)
+            if served.by(unlike):
+                continue
+            alone = [name for name, value in unlike.items() if not served.by({name: value})]
             for name in alone or unlike:
                 why = f"tasks {first!r} and {task!r} have different values of `{name}`, which is not merged by features"
                 failures[name] = Failure(name, _users(graphs[first], name), why)
     return list(failures.values())
 
 
-def _serve(network: nn.Module, graph: MergeGraph, values: Mapping[str, Tensor], x: Tensor) -> bool:
-    """Whether a network computes nearly the same with other values of some tensors."""
-    nodes = list(graph.fx_graph.nodes)
-    inputs = {node: x for node in nodes if node.op == "placeholder"}
-    expected = tensors_in(list(run_nodes(network, nodes, inputs, nodes[-1:]).values()))
-    try:
-        with swapped(network, values):
-            found = tensors_in(list(run_nodes(network, nodes, inputs, nodes[-1:]).values()))
-    except Exception:  # indices of one network may lie outside of what another has
-        return False
-    return all(agree(tensor, other, ALIKE) for tensor, other in zip(expected, found, strict=True))
+class _Served:
+    """A network whose outputs are compared with those that it has with other values of some tensors."""
+
+    def __init__(self, network: nn.Module, graph: MergeGraph, x: Tensor) -> None:
+        self.network, self.x = network, x
+        self.run = Run(network, graph.fx_graph)
+        self.expected = returned(self.run, x)
+
+    def by(self, values: Mapping[str, Tensor]) -> bool:
+        """Whether the network computes nearly the same with these values."""
+        try:
+            with swapped(self.network, values):
+                found = returned(self.run, self.x)
+        except Exception:  # indices of one network may lie outside of what another has
+            return False
+        return all(agree(tensor, other, ALIKE) for tensor, other in zip(self.expected, found, strict=True))
 
 
 def _users(graph: MergeGraph, name: str) -> tuple[str, ...]:

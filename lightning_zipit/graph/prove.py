@@ -11,7 +11,8 @@ from torch import Tensor, fx, nn
 
 from lightning_zipit._common.copying import copy_module
 from lightning_zipit.errors import ConfigurationError, VerificationError
-from lightning_zipit.graph.replay import agree, run_nodes, swapped, tensors_in
+from lightning_zipit.graph.replay import agree, swapped, tensors_in
+from lightning_zipit.graph.run import Run, Values
 from lightning_zipit.graph.spaces import Crossing, MergeGraph, unit_members, units_around, units_first
 from lightning_zipit.graph.table import AxisRef, Row, Table, bind, named_tensors, row_of
 
@@ -241,14 +242,22 @@ class _Proof:
         self.inputs = {node: _cast(x, dtype) for node in nodes.values() if node.op == "placeholder"}
         passing = [node for node in self.crossings if node.name in graph.stem_nodes]
         self.seen: set[torch.dtype] = set()
-        of_stem = self._run(graph.stem_graph(), self.inputs, [*self.entries, *passing], self.tensors)
+        made = [node for node in self.crossings if node not in passing]
+        self.stem, self.trunk, self.head = (
+            Run(network, graph.fx_graph, part, wanted, watch=self._note_type)
+            for part, wanted in (
+                (graph.stem_graph(), [*self.entries, *passing]),
+                (graph.trunk_graph(), made),
+                (graph.head_graph(), [self.output]),
+            )
+        )
+        of_stem = self._run(self.stem, self.inputs, self.tensors)
         self.entering = {node: of_stem[node] for node in self.entries}
         self.passing = {node: of_stem[node] for node in passing}
         if handed is None:
             self.made = self._trunk(self.entering, self.tensors)
         else:
-            of_trunk = [node for node in self.crossings if node not in self.passing]
-            self.made = {node: _cast(value, dtype) for node, value in zip(of_trunk, handed, strict=True)}
+            self.made = {node: _cast(value, dtype) for node, value in zip(made, handed, strict=True)}
         self.crossing = {**self.made, **self.passing}
         self.returned = self._head(self.crossing, self.tensors)
         self.finite = all(value.isfinite().all() for value in tensors_in(list(self.crossing.values())))
@@ -316,20 +325,19 @@ class _Proof:
             for name, tensor in self.tensors.items()
         }
 
-    def _trunk(self, entering: Mapping[fx.Node, Any], tensors: Mapping[str, Tensor]) -> dict[fx.Node, Any]:
-        known = entering if self.graph.stem_nodes else self.inputs
-        made = [node for node in self.crossings if node not in self.passing]
-        found = self._run(self.graph.trunk_graph(), known, made, tensors)
-        return {node: found[node] for node in made}
+    def _trunk(self, entering: Values, tensors: Mapping[str, Tensor]) -> Values:
+        return self._run(self.trunk, entering if self.graph.stem_nodes else self.inputs, tensors)
 
-    def _head(self, crossing: Mapping[fx.Node, Any], tensors: Mapping[str, Tensor]) -> Any:
-        return self._run(self.graph.head_graph(), {**self.inputs, **crossing}, [self.output], tensors)
+    def _head(self, crossing: Values, tensors: Mapping[str, Tensor]) -> Values:
+        return self._run(self.head, {**self.inputs, **crossing}, tensors)
 
-    def _run(
-        self, nodes: Iterator[fx.Node], known: Mapping[fx.Node, Any], wanted: Any, tensors: Mapping[str, Tensor]
-    ) -> dict[fx.Node, Any]:
+    def _run(self, part: Run, known: Values, tensors: Mapping[str, Tensor]) -> Values:
         with swapped(self.network, tensors):
-            return run_nodes(self.network, nodes, known, wanted, self.seen)
+            return part.results(known)
+
+    def _note_type(self, node: fx.Node, value: Any) -> None:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            self.seen.add(value.dtype)
 
     def _agree(self, expected: Any, found: Any) -> bool:
         pairs = zip(tensors_in(list(expected.values())), tensors_in(list(found.values())), strict=True)

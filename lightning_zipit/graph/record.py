@@ -15,9 +15,7 @@ from lightning_zipit.graph.joined import Joined
 from lightning_zipit.graph.naming import describe
 from lightning_zipit.graph.registry import has_own_forward, operator_of_module
 from lightning_zipit.graph.replay import working_copy
-
-IN_PLACE = "in_place"
-"""Marks an addition that the forward does in place, which torch.fx records as any other."""
+from lightning_zipit.graph.run import IN_PLACE
 
 
 class _Value(fx.Proxy):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_zipit._common.copying import copy_module
 from lightning_zipit.errors import CalibrationError, TraceError
+from lightning_zipit.graph.run import Run
 from lightning_zipit.graph.shapes import evaluating
 
 CAPTURE_TOLERANCE = 1e-3
@@ -59,36 +60,9 @@ def swapped(network: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]
             registry[attribute] = tensor
 
 
-def run_nodes(
-    network: nn.Module,
-    nodes: Iterable[fx.Node],
-    known: Mapping[fx.Node, Any],
-    wanted: Iterable[fx.Node],
-    seen: set[torch.dtype] | None = None,
-) -> dict[fx.Node, Any]:
-    """The values of some nodes of a graph.
-
-    Args:
-        network: the network that the graph is of.
-        nodes: the nodes to run, in order.
-        known: values of nodes that were run before, or of inputs; they are left as they are.
-        wanted: the nodes whose values are returned.
-        seen: filled with the types of all floating-point values.
-    """
-    nodes, wanted = [node for node in nodes if node not in known], set(wanted)
-    kept = {node: known[node] for node in wanted if node in known}
-    if nodes:
-        interpreter = fx.Interpreter(network, graph=nodes[0].graph)
-        interpreter.env = {node: _cloned(value) for node, value in known.items()}
-        for node in nodes:
-            value = interpreter.env[node] = interpreter.run_node(node)
-            if seen is not None and isinstance(value, Tensor) and value.is_floating_point():
-                seen.add(value.dtype)
-            if node in wanted:
-                kept[node] = _cloned(value)
-            for finished in interpreter.user_to_last_uses.get(node, ()):
-                interpreter.env.pop(finished, None)
-    return kept
+def returned(run: Run, x: Tensor) -> list[Tensor]:
+    """The tensors that a whole graph returns for an input."""
+    return tensors_in(list(run.results({node: x for node in run.nodes if node.op == "placeholder"}).values()))
 
 
 def tensors_in(value: Any) -> list[Tensor]:
@@ -129,7 +103,6 @@ def check_capture(network: nn.Module, graph: fx.Graph, x: Tensor, name: str = ""
         CalibrationError: if the network cannot take the input.
     """
     who = f"{type(network).__name__}{f' of task {name!r}' if name else ''}"
-    nodes = list(graph.nodes)
     with evaluating(network), torch.inference_mode(False), torch.no_grad():
         try:
             expected = tensors_in(network(x.clone()))
@@ -137,8 +110,7 @@ def check_capture(network: nn.Module, graph: fx.Graph, x: Tensor, name: str = ""
             raise CalibrationError(
                 f"The backbone {who} cannot take an input of shape {tuple(x.shape)} ({x.dtype}): {error}"
             ) from error
-        inputs = {node: x for node in nodes if node.op == "placeholder"}
-        found = tensors_in(list(run_nodes(network, nodes, inputs, nodes[-1:]).values()))
+        found = returned(Run(network, graph), x)
         if len(expected) == len(found) and all(map(_close, expected, found)):
             return
         again = tensors_in(network(x.clone()))
@@ -157,7 +129,3 @@ def check_capture(network: nn.Module, graph: fx.Graph, x: Tensor, name: str = ""
 
 def _close(expected: Tensor, found: Tensor) -> bool:
     return agree(expected, found, CAPTURE_TOLERANCE)
-
-
-def _cloned(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from lightning_zipit._common.copying import copy_module
 from lightning_zipit.errors import TraceError, UnknownShapeError
 from lightning_zipit.graph.registry import Trait, traits_of
+from lightning_zipit.graph.run import Run
 
 BATCH = 3
 """Samples of the input that is run: few, and a number that is seldom that of anything else."""
@@ -67,15 +68,14 @@ def shapes_of(backbone: nn.Module, graph: fx.Graph, example: Tensor | None) -> d
 def _record(backbone: nn.Module, graph: fx.Graph, x: Tensor) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
 
-    class Recorder(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> Any:
-            value = super().run_node(n)
-            if isinstance(value, Tensor):
-                shapes[n.name] = tuple(value.shape)
-            return value
+    def note(node: fx.Node, value: Any) -> None:
+        if isinstance(value, Tensor):
+            shapes[node.name] = tuple(value.shape)
 
+    inputs = {node: x for node in graph.nodes if node.op == "placeholder"}
+    shapes.update({node.name: tuple(x.shape) for node in inputs})
     with evaluating(backbone), torch.no_grad():
-        Recorder(backbone, graph=graph).run(x)
+        Run(backbone, graph, watch=note).results(inputs)
     return shapes
 
 

@@ -2,35 +2,95 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_zipit._common.collectives import all_reduce_sums
+from lightning_zipit._common.collectives import all_reduce_sums, share
+from lightning_zipit._common.views import Inputs
 from lightning_zipit.errors import CalibrationError
 from lightning_zipit.refine.finite import WAY_OUT
 from lightning_zipit.refine.moments import FeatureMoments
+from lightning_zipit.refine.refinement import Changes, MergedNetworks, NormShift, Refinement, Refining
+
+
+@dataclass(frozen=True)
+class BatchNorm(Refinement):
+    """Re-estimates the running statistics of batch norm: the trunk's on all data, a head's on the data of its task.
+
+    Args:
+        per_task: give the trunk a batch norm for each task, with the statistics of that task's data. The trunk then
+            runs once for each task that is asked for.
+    """
+
+    per_task: bool = False
+
+    def needs_data(self, networks: Iterable[nn.Module]) -> bool:
+        return any(map(has_batch_norm, networks))
+
+    def start(self, merged: MergedNetworks) -> Refining:
+        return ReEstimation(merged)
+
+
+class ReEstimation(Refining):
+    """Re-estimates the running statistics of the batch norms in trunk and heads; see :class:`BatchNorm`.
+
+    Stems are the sources' own, and keep their statistics.
+
+    Args:
+        merged: working copies of the merged networks, and their sources.
+    """
+
+    def __init__(self, merged: MergedNetworks) -> None:
+        super().__init__(merged)
+        self._before = statistics_of(merged.parts)
+        self._estimator = BatchNormEstimator(merged.parts)
+        self._suspects: set[str] = set()  # the tasks whose batches gave NaN or Inf
+
+    def add(self, inputs: Inputs, tasks: Iterable[str]) -> None:
+        if isinstance(inputs, Tensor) and not self.merged.runs_per_task:
+            crossing = self._collect(self.merged.trunk, inputs.clone())
+            for task in tasks:
+                self._collect_head(task, crossing)
+            return
+        for task in tasks:
+            self._collect_head(task, self._collect(self.merged.trunk, *self.merged.enter_trunk(inputs, task)))
+
+    def finish(self) -> Changes:
+        self._estimator.finish(sorted(set().union(*share(lambda: self._suspects))))
+        return Changes(shifts=measure_shifts(self._before, statistics_of(self.merged.parts)))
+
+    def _collect_head(self, task: str, crossing: Sequence[Any]) -> None:
+        tensors = [each for each in crossing if isinstance(each, Tensor) and each.is_floating_point()]
+        if not all(bool(each.isfinite().all()) for each in tensors):
+            self._suspects.add(task)
+        self._collect(self.merged.heads[task], *crossing)
+
+    def _collect(self, part: nn.Module, *inputs: Any) -> Any:
+        """Run a part of the merged network, and add the inputs of its norms to their statistics."""
+        with self._estimator.collecting(part):
+            return part(*inputs)
 
 
 class BatchNormEstimator:
     """Mean and variance of all samples that reach the batch norms of some modules.
 
     Every position of every sample counts once, in whichever batch, process or call of the norm. The statistics are
-    known after the last batch only. Until then a norm normalises each batch by that batch's own mean and variance, as
-    in training mode; a batch with one value per feature, which has no variance, by the statistics that the norm had.
+    known only after the last batch. Until then a norm normalises each batch by the batch's own mean and variance, as
+    in training mode. A batch with one value per feature has no variance; the norm's old statistics normalise it.
 
     Args:
-        modules: the modules whose running statistics shall be estimated, in eval mode, by the name that an error gives
-            them.
+        modules: the modules, in eval mode, by their names in errors.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         self.norms: dict[str, Estimate] = {}
-        self._estimates: dict[int, Estimate] = {}  # by the statistics that they are of, which norms may share
+        self._estimates: dict[int, Estimate] = {}  # by the identity of the running mean, which norms may share
         for prefix, module in modules.items():
             for name, norm in running_norms(module):
                 mean = norm.get_buffer("running_mean")
@@ -53,7 +113,7 @@ class BatchNormEstimator:
         """Sum over the samples of all processes: a few collectives, the same on every rank.
 
         Args:
-            suspects: for errors, the tasks in whose batches there was NaN or Inf.
+            suspects: the tasks whose batches gave NaN or Inf, for the error.
 
         Raises:
             CalibrationError: naming the norms that fewer than two samples have reached, or NaN or Inf.
@@ -75,13 +135,13 @@ class BatchNormEstimator:
 
 
 class Estimate:
-    """The statistics of one batch norm on their way.
+    """The statistics of one batch norm while batches are added.
 
     Args:
         norm: the norm.
 
     Attributes:
-        moments: those of all samples so far.
+        moments: the moments of all samples so far.
         calls: how often the norm was called, ``(1,)``.
     """
 
@@ -93,7 +153,7 @@ class Estimate:
         self.calls = self.moments.sums.new_zeros(1)
 
     def add(self, norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Add what a norm is about to be given, and let it normalise that by its own mean and variance."""
+        """Add the input of a norm, and let the norm normalise it by the input's own mean and variance."""
         x: Tensor = args[0] if args else kwargs["input"]
         count = x.numel() // x.shape[1]
         if not count:
@@ -106,7 +166,7 @@ class Estimate:
         self._set(*((mean, variance) if count > 1 else self._before))
 
     def finish(self) -> None:
-        """Let the norm have the statistics of all samples."""
+        """Give the norm the statistics of all samples."""
         self._set(self.moments.mean, self.moments.variance)
         self.batches.copy_(self.calls[0])
 
@@ -124,3 +184,27 @@ def running_norms(module: nn.Module) -> list[tuple[str, _BatchNorm]]:
 def has_batch_norm(module: nn.Module) -> bool:
     """Whether a network has batch norm with running statistics."""
     return bool(running_norms(module))
+
+
+def statistics_of(parts: Mapping[str, nn.Module]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Running mean and variance (plus ε) of each batch norm by its full name, float64 on the CPU."""
+    return {
+        f"{prefix}.{name}".rstrip("."): (
+            norm.get_buffer("running_mean").detach().double().cpu().clone(),
+            norm.get_buffer("running_var").detach().double().cpu() + norm.eps,
+        )
+        for prefix, module in parts.items()
+        for name, norm in running_norms(module)
+    }
+
+
+def measure_shifts(
+    before: Mapping[str, tuple[Tensor, Tensor]], after: Mapping[str, tuple[Tensor, Tensor]]
+) -> dict[str, NormShift]:
+    """Compare the running statistics of batch norms before and after re-estimation; see :func:`statistics_of`."""
+    shifts = {}
+    for name, (mean, variance) in before.items():
+        new_mean, new_variance = after[name]
+        apart = (new_mean - mean).abs() / variance.sqrt()
+        shifts[name] = NormShift(float(apart.mean()), float((new_variance / variance).log().mean().exp()))
+    return shifts

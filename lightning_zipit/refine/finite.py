@@ -1,4 +1,4 @@
-"""A refinement that meets NaN or Inf ends with an error that says where, and in which network."""
+"""Checks of what a refinement computes: NaN and Inf are errors that name the place and the network."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from lightning_zipit.errors import CalibrationError
+from lightning_zipit.errors import CalibrationError, ConfigurationError
 
 MERGED = "the merged network"
 
@@ -17,17 +17,17 @@ WAY_OUT = (
 
 
 def source_of(tasks: list[str]) -> str:
-    """For errors: the source model of some tasks."""
+    """Name the source model of some tasks in an error."""
     return f"the source of task {', '.join(map(repr, tasks))}"
 
 
 def check_values(place: str, sums: Mapping[str, Tensor]) -> None:
-    """Look for NaN and Inf in sums over what networks compute at one place.
+    """Look for NaN and Inf in sums over the values of networks at one place.
 
     Args:
         place: the layer or norm, by its full name.
-        sums: per network, for people, of all processes. The merged network is blamed only if no source is: it is fed
-            and fitted with what sources compute.
+        sums: sums over all processes by the name of the network. The merged network is named only if no source is,
+            because its inputs and targets come from the sources.
 
     Raises:
         CalibrationError: naming the place and the networks.
@@ -37,12 +37,33 @@ def check_values(place: str, sums: Mapping[str, Tensor]) -> None:
         raise CalibrationError(f"NaN or Inf at `{place}` in what {' and '.join(bad)} computes. {WAY_OUT}")
 
 
-def check_results(before: Mapping[str, nn.Module], after: Mapping[str, nn.Module]) -> None:
-    """Look for NaN and Inf that a refinement has written.
+def check_structure(before: Mapping[str, nn.Module], after: Mapping[str, nn.Module], refinement: str) -> None:
+    """Compare the names and shapes of parameters and buffers before and after a refinement.
 
     Args:
         before: modules by name.
-        after: the same modules, refined. What is not finite in both, such as a mask, is left out of account.
+        after: the same modules, refined.
+        refinement: the name of the refinement, for the error.
+
+    Raises:
+        ConfigurationError: if they differ.
+    """
+    for name, module in before.items():
+        had, has = ({key: tensor.shape for key, tensor in each.state_dict().items()} for each in (module, after[name]))
+        if had != has:
+            keys = ", ".join(f"`{name}.{key}`" for key in {**had, **has} if had.get(key) != has.get(key))
+            raise ConfigurationError(
+                f"Refinement {refinement} added, removed or reshaped {keys}. A refinement may change the values of "
+                "parameters and buffers only: write to them in place, such as with `tensor.copy_(…)`."
+            )
+
+
+def check_results(before: Mapping[str, nn.Module], after: Mapping[str, nn.Module]) -> None:
+    """Look for NaN and Inf in the results of a refinement.
+
+    Args:
+        before: modules by name.
+        after: the same modules, refined. Entries that are not finite in both, such as those of a mask, are ignored.
 
     Raises:
         CalibrationError: naming parameters and buffers.

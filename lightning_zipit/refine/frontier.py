@@ -1,61 +1,26 @@
-"""Runs the merged network and its sources over all batches, layer after layer."""
+"""Runs several networks over all batches, from layer to layer."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
-Values: TypeAlias = "dict[fx.Node, Any]"
-
-
-class Run:
-    """One network on its way through some nodes of a graph.
-
-    Args:
-        network: the network.
-        nodes: the nodes, in order.
-        kept: nodes whose values are not dropped after their last use.
-    """
-
-    def __init__(self, network: nn.Module, nodes: Sequence[fx.Node], kept: Iterable[fx.Node] = ()) -> None:
-        self.network = network
-        self.nodes = list(nodes)
-        self._interpreter = fx.Interpreter(network, graph=self.nodes[0].graph)
-        last = {source: node for node in self.nodes for source in (node, *node.all_input_nodes)}
-        self._finished: dict[fx.Node, list[fx.Node]] = {}
-        for source in set(last).difference(kept):
-            if last[source] is not source:  # else it is a result
-                self._finished.setdefault(last[source], []).append(source)
-
-    def advance(self, values: Values, start: int, end: int) -> None:
-        """Run some of the nodes on the values so far; values that have served are dropped.
-
-        Args:
-            values: per node its value; that of the network's input is there from the beginning.
-            start: the first node.
-            end: the node before which to stop.
-        """
-        self._interpreter.env = values
-        for node in self.nodes[start:end]:
-            if node not in values:
-                values[node] = self._interpreter.run_node(node)
-            for source in self._finished.get(node, ()):
-                values.pop(source, None)
+from lightning_zipit.graph.run import Run, Values
 
 
 class Frontier:
-    """What some networks have computed of every batch, as far as they have come.
+    """The values of several networks on every batch, up to the node that each network has reached.
 
-    Values are kept where those of all batches fit into memory, and elsewhere computed from where they last did: of a
-    network whose activations become smaller on the way, only the first layers are run anew for every stop.
+    Values are kept if those of all batches fit into memory. Otherwise they are computed again, from the last node where
+    they did fit: in a network whose activations shrink, only the first layers run again for every layer.
 
     Args:
         runs: the networks.
         count: the number of batches.
-        begin: from the number of a batch to the values that each network starts from, for it to change.
+        begin: from the number of a batch to the values from which each network starts; they are changed.
         limit: bytes that may be kept.
     """
 
@@ -64,11 +29,11 @@ class Frontier:
         self.count = count
         self._begin = begin
         self._limit = limit
-        self._kept: list[list[Values]] = []  # per batch; nothing where all start from the beginning
-        self._reached = [0] * len(self.runs)  # by what is kept
+        self._kept: list[list[Values]] = []  # per batch; empty if all start from the beginning
+        self._reached = [0] * len(self.runs)  # by the values that are kept
 
     def visit(self, ends: Sequence[int]) -> Iterator[list[Values]]:
-        """Take all batches to a stop.
+        """Run all batches to a node.
 
         Args:
             ends: per network, the node before which to stop, none of them before that of the last time.
@@ -90,14 +55,14 @@ class Frontier:
             self._kept, self._reached = ahead, list(ends)
 
     def complete(self) -> None:
-        """Take all batches to the end of the networks, where that can be kept."""
+        """Run all batches to the end of the networks, if their values there can be kept."""
         ends = [len(run.nodes) for run in self.runs]
         for batch in self.visit(ends):
             if not self._fits(batch):
                 break
 
     def finish(self, batch: int, numbers: Sequence[int]) -> list[Values]:
-        """The values that some networks have at their end, for the caller to change.
+        """The values of some networks at their end; the caller may change them.
 
         Args:
             batch: the number of a batch.
@@ -113,11 +78,11 @@ class Frontier:
         return sum(map(count_bytes, batch)) * self.count <= self._limit
 
     def _copy(self, batch: int, numbers: Sequence[int]) -> list[Values]:
-        """What a batch goes on from in some networks, for them to change."""
+        """The values from which some networks continue on a batch; the caller may change them."""
         if not self._kept:
             values = self._begin(batch)
             return [values[number] for number in numbers]
-        memo: dict[int, Any] = {}  # what shares memory goes on to share it
+        memo: dict[int, Any] = {}  # copies of views of one tensor are views of one copy
         return [
             {node: copy.deepcopy(value, memo) for node, value in self._kept[batch][number].items()}
             for number in numbers

@@ -1,4 +1,4 @@
-"""Reads values behind a layer as if they were its outputs."""
+"""Converts values after a layer to the shape of its outputs."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_zipit.graph.layers import Fitted, Layer, layer_of, outputs_axis
-from lightning_zipit.refine.least_squares import samples
+from lightning_zipit.refine.patches import samples
 
 
 class Outputs:
-    """The outputs of a layer of one network, as what comes of them tells.
+    """Converts the values at the end of a layer's branch to the layout of the layer's outputs.
 
     Args:
         stop: the layer.
@@ -25,7 +25,7 @@ class Outputs:
         self._known: dict[tuple[int, ...], tuple[Tensor, torch.Size]] = {}
 
     def __call__(self, value: Tensor, like: Sequence[int]) -> Tensor:
-        """What lies behind the branch of the layer, or broadcasts with it, in the shape of the layer's outputs.
+        """A value at the end of the branch, or one that broadcasts with it, in the shape of the layer's outputs.
 
         Args:
             value: the value.
@@ -40,7 +40,7 @@ class Outputs:
         return value.expand(moved).flatten()[places]
 
     def scale(self) -> Tensor | None:
-        """What the branch multiplies each output by, ``(outputs,)``; ``None`` for nothing."""
+        """The factor of the branch for each output, ``(outputs,)``; ``None`` if it multiplies by nothing."""
         if not self.branch.products:
             return None
         return samples(self.layer, self.branch.scales(self.network, self._own(self.branch.shape)))[0]
@@ -52,5 +52,5 @@ class Outputs:
 
 
 def outputs_shape(layer: Fitted, x: Tensor) -> tuple[int, ...]:
-    """The shape of what a layer gives."""
+    """The shape of a layer's output."""
     return (len(x), *layer(x[:1]).shape[1:])

@@ -9,7 +9,7 @@ from lightning_zipit import MergeSettings, merge_backbones
 from lightning_zipit.errors import CalibrationError
 from lightning_zipit.refine import LeastSquares
 from lightning_zipit.refine.finite import check_results
-from lightning_zipit.refine.least_squares import NormalEquations
+from lightning_zipit.refine.normal_equations import NormalEquations
 
 REFINEMENTS = ("batch_norm", "repair", "least_squares")
 

@@ -29,7 +29,8 @@ from lightning_zipit.matchers import Average, GreedyZip
 from lightning_zipit.paths import AllHeads
 from lightning_zipit.refine import LeastSquares, Repair
 from lightning_zipit.refine.frontier import Frontier
-from lightning_zipit.refine.least_squares import NormalEquations, patches, samples
+from lightning_zipit.refine.normal_equations import NormalEquations
+from lightning_zipit.refine.patches import patches, samples
 
 EVERYTHING = {"positions": None}
 

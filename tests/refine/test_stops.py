@@ -15,7 +15,7 @@ from lightning_zipit import MergeSettings, merge_backbones, trace
 from lightning_zipit.graph.layers import Layer, find_stops
 from lightning_zipit.matchers import Average
 from lightning_zipit.paths import AllHeads
-from lightning_zipit.refine import LeastSquares, Repair, walk
+from lightning_zipit.refine import LeastSquares, Repair, least_squares
 
 REFINEMENTS = (Repair(positions=None), LeastSquares(positions=None))
 
@@ -169,7 +169,7 @@ def test_what_cannot_be_fitted_keeps_its_weights_and_is_said(make, how):
 
 
 def test_layers_with_too_many_inputs_are_said(monkeypatch):
-    monkeypatch.setattr(walk, "MOST_INPUTS", 9)
+    monkeypatch.setattr(least_squares, "MOST_INPUTS", 9)
     nets, x = pair(Mixer, (9, 6))
     notes = merge_backbones(nets, [x], MergeSettings()).report.notes
     own = ", ".join(f"`heads.{task}.{name}`" for task in "ab" for name in ("t2", "c1", "c2", "out"))

@@ -1,0 +1,88 @@
+"""Runs the trunks of several networks side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+
+from torch import Tensor, nn
+
+from lightning_zipit._calibration.folding import Folds
+from lightning_zipit.graph import MergeGraph
+from lightning_zipit.graph.run import Run, Values
+
+
+class Lockstep:
+    """Runs the trunks of N networks of one architecture side by side, one node of the graph at a time.
+
+    Every activation is dropped after its last use, so that the peak memory is that of N plain forwards. Batch norm is
+    computed with the convolution in front of it.
+
+    Args:
+        graph: the merge graph of the networks.
+        networks: the networks, each in the mode and on the device that it shall run in.
+        graphs: the merge graph of each, where they have stems of their own.
+        observed: the names of the nodes that are observed.
+    """
+
+    def __init__(
+        self,
+        graph: MergeGraph,
+        networks: Sequence[nn.Module],
+        graphs: Sequence[MergeGraph] | None = None,
+        observed: Collection[str] = (),
+    ) -> None:
+        self.nodes = list(graph.trunk_graph())
+        by_name = {node.name: node for node in graph.fx_graph.nodes}
+        self.entries = [by_name[entry.node] for entry in graph.entries]
+        self.inputs = [node for node in self.nodes if node.op == "placeholder"]
+        pairs = zip(graphs or [graph] * len(networks), networks, strict=True)
+        self.stems = [run_of_stem(own, network) for own, network in pairs] if graph.stem_nodes else []
+        self.runs = [Run(network, graph.fx_graph, self.nodes, kept=(), in_place=True) for network in networks]
+        self.folds = Folds(networks, self.nodes, observed)
+
+    def run(self, views: Sequence[Tensor], observe: Callable[[str, list[Tensor]], None]) -> None:
+        """Run all networks on one batch.
+
+        Args:
+            views: the input of each.
+            observe: called after each node with its name and its value in every network; a layer whose batch norm is
+                computed with it has the value of its norm.
+        """
+        try:
+            for number, (run, x) in enumerate(zip(self.runs, views, strict=True)):
+                run.enter(self._start(number, x))
+            for node in self.entries:
+                observe(node.name, [run.env[node] for run in self.runs])
+            for node in self.nodes:
+                for run in self.runs:
+                    if not self.folds.run(run, node):
+                        run.compute(node)
+                observe(node.name, [run.env[node] for run in self.runs])
+                for run in self.runs:
+                    run.drop(node)
+        finally:
+            for run in self.runs:
+                run.leave()
+
+    def _start(self, number: int, x: Tensor) -> Values:
+        """The values from which the trunk of a network starts."""
+        if self.stems:
+            return dict(zip(self.entries, run_stem(self.stems[number], x), strict=True))
+        return {node: x.clone() for node in self.inputs}  # what one network changes in place, the next must not see
+
+
+def run_of_stem(graph: MergeGraph, network: nn.Module) -> Run:
+    """The run of what a network computes before the trunk; see :func:`run_stem`.
+
+    Args:
+        graph: the merge graph of the network.
+        network: the network.
+    """
+    by_name = {node.name: node for node in graph.fx_graph.nodes}
+    entries = [by_name[entry.node] for entry in graph.entries]
+    return Run(network, graph.fx_graph, graph.stem_graph(), entries, in_place=True)
+
+
+def run_stem(run: Run, x: Tensor) -> list[Tensor]:
+    """The values that a stem passes to the trunk, in the order of the graph's entries."""
+    return list(run.results({node: x for node in run.nodes if node.op == "placeholder"}).values())

@@ -1,0 +1,119 @@
+"""Runs nodes of a captured graph on a network."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeAlias
+
+from torch import Tensor, fx, nn
+
+IN_PLACE = "in_place"
+"""Marks an addition that the forward does in place, which torch.fx records as any other."""
+
+Values: TypeAlias = "dict[fx.Node, Any]"
+"""Values of nodes."""
+
+
+class Run(fx.Interpreter):
+    """Runs some nodes of a graph on a network, and drops each value after its last use.
+
+    A run starts from the values of any nodes, stops in front of any node, and can continue later.
+
+    Args:
+        network: the network.
+        graph: its graph.
+        nodes: the nodes to run, in order; by default all nodes of the graph.
+        kept: the nodes whose values are not dropped; by default those that no node of the run reads.
+        in_place: do an addition in place where the forward does. This saves memory and gives the same values wherever
+            :func:`~lightning_zipit.graph.replay.check_capture` finds no difference.
+        watch: called with each node and its value right after it was computed.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        graph: fx.Graph,
+        nodes: Iterable[fx.Node] | None = None,
+        kept: Iterable[fx.Node] | None = None,
+        in_place: bool = False,
+        watch: Callable[[fx.Node, Any], None] | None = None,
+    ) -> None:
+        super().__init__(network, garbage_collect_values=False, graph=graph)
+        self.network = network
+        self.nodes = list(graph.nodes if nodes is None else nodes)
+        self.in_place = in_place
+        self._watch = watch
+        last = {source: node for node in self.nodes for source in (node, *node.all_input_nodes)}
+        self.kept = list(kept) if kept is not None else [node for node in self.nodes if last[node] is node]
+        self._finished: dict[fx.Node, list[fx.Node]] = {}
+        for source in set(last).difference(self.kept):
+            self._finished.setdefault(last[source], []).append(source)
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Compute one node from the values of those that it reads."""
+        if self.in_place and n.meta.get(IN_PLACE):
+            return operator.iadd(*fx.node.map_arg(n.args, self.env.__getitem__))
+        return super().run_node(n)
+
+    def enter(self, values: Values) -> None:
+        """Start, or continue, from values of nodes; they are changed from here on."""
+        self.env = values
+
+    def leave(self) -> None:
+        """Hold no values any more."""
+        self.env = {}
+
+    def compute(self, node: fx.Node) -> None:
+        """Compute a node whose value is not known."""
+        if node not in self.env:
+            self.env[node] = self.run_node(node)
+            if self._watch is not None:
+                self._watch(node, self.env[node])
+
+    def drop(self, node: fx.Node) -> None:
+        """Drop the values that this node was the last to read."""
+        for source in self._finished.get(node, ()):
+            self.env.pop(source, None)
+
+    def advance(self, values: Values, start: int = 0, end: int | None = None) -> None:
+        """Run the nodes between two positions.
+
+        Args:
+            values: the values so far; they are changed.
+            start: the position of the first node.
+            end: the position of the node before which to stop; by default the end.
+        """
+        self.enter(values)
+        try:
+            for node in self.nodes[start:end]:
+                self.compute(node)
+                self.drop(node)
+        finally:
+            self.leave()
+
+    def results(self, known: Mapping[fx.Node, Any]) -> Values:
+        """Run all nodes.
+
+        Args:
+            known: values of inputs, or of other nodes; they stay as they are, whatever is computed in place.
+
+        Returns:
+            The values of the kept nodes, as they were when each was computed.
+        """
+        found = {node: known[node] for node in self.kept if node in known}
+        self.enter({node: cloned(value) for node, value in known.items()})
+        try:
+            for node in self.nodes:
+                self.compute(node)
+                if node in self.kept and node not in found:
+                    found[node] = cloned(self.env[node])
+                self.drop(node)
+        finally:
+            self.leave()
+        return {node: found[node] for node in self.kept}
+
+
+def cloned(value: Any) -> Any:
+    """A copy of a tensor; any other value itself."""
+    return value.clone() if isinstance(value, Tensor) else value

@@ -1,0 +1,264 @@
+"""Refinements that go through the layers of a merged network in order."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import fx
+
+from lightning_zipit._calibration.lockstep import run_of_stem, run_stem
+from lightning_zipit._calibration.positions import marks
+from lightning_zipit._common.collectives import rank_and_size, share
+from lightning_zipit._common.views import Inputs, any_view, view_of
+from lightning_zipit._matching.maps import model_shares
+from lightning_zipit.graph import MergeGraph
+from lightning_zipit.graph.joined import UNMERGE, Joined
+from lightning_zipit.graph.layers import Fitted, Layer, Norm, Stops, find_stops, layer_of
+from lightning_zipit.graph.run import Run, Values, cloned
+from lightning_zipit.refine.finite import source_of
+from lightning_zipit.refine.frontier import Frontier
+from lightning_zipit.refine.part import Part
+from lightning_zipit.refine.refinement import Changes, MergedNetworks, Refinement, Refining
+from lightning_zipit.refine.zip import Zip
+
+
+@dataclass(frozen=True)
+class LayerByLayer(Refinement):
+    """A refinement that adapts the layers of trunk and heads one by one, in the order of the network.
+
+    A subclass has the method :meth:`adapt`. Batch norms that follow no adapted layer get the statistics of their input.
+
+    Args:
+        positions: how many positions of each image or sequence a layer is adapted on, at random; ``None`` for all.
+        cache_bytes: memory for the activations of all batches between two layers. If they need more, they are computed
+            again for each layer, from the last layer where they fitted.
+
+    Raises:
+        ValueError: if a number is out of range.
+    """
+
+    positions: int | None = 64
+    cache_bytes: float = 4 * 2**30
+
+    def __post_init__(self) -> None:
+        if self.positions is not None and self.positions < 1:
+            raise ValueError(f"`positions` must be at least 1, or None for all, got {self.positions}.")
+        if self.cache_bytes < 0:
+            raise ValueError(f"`cache_bytes` must not be negative, got {self.cache_bytes}.")
+
+    def start(self, merged: MergedNetworks) -> Refining:
+        return _Collecting(merged, self)
+
+    @abstractmethod
+    def adapt(self, part: Part, stop: Layer) -> float | None:
+        """Change the weights of one layer of the merged network.
+
+        Args:
+            part: the trunk or head, with the values that reach the layer.
+            stop: the layer.
+
+        Returns:
+            The share of the variance of its target that the layer explains, for the report.
+        """
+
+    def obstacle(self, layer: Fitted) -> str:
+        """Why a layer keeps the weights that merging gave it; empty if it is adapted."""
+        return ""
+
+
+class _Collecting(Refining):
+    """Keeps all batches, and goes through the layers in the end."""
+
+    def __init__(self, merged: MergedNetworks, how: LayerByLayer) -> None:
+        super().__init__(merged)
+        self.how = how
+        self.batches: list[Inputs] = []
+
+    def add(self, inputs: Inputs, tasks: Iterable[str]) -> None:
+        self.batches.append(inputs)
+
+    def finish(self) -> Changes:
+        with torch.autocast(self.merged.device.type, enabled=False):
+            return Walk(self.merged, self.how, self.batches).run()
+
+
+class _Planned(NamedTuple):
+    """A part of the merged network, its layers, and what sets it on its way; ``None`` for a part without nodes."""
+
+    name: str
+    found: Stops
+    start: Callable[[], Part | None]
+
+
+class Walk:
+    """Adapts merged networks, layer by layer, on the calibration data of all processes.
+
+    With stems, or an input of each task, the merged trunk runs on every batch once for each task.
+
+    Args:
+        merged: the merged networks, which are changed, and their sources.
+        how: what to do with each layer.
+        batches: the inputs of this process.
+    """
+
+    def __init__(self, merged: MergedNetworks, how: LayerByLayer, batches: Sequence[Inputs]) -> None:
+        self.merged, self.how, self.batches = merged, how, batches
+        self.marks = [marks(any_view(x)) for x in batches]
+        self.images = sum(share(lambda: sum(map(len, self.marks))))
+        self.graph = next(iter(merged.graphs.values()))
+        nodes, by_name = list(self.graph.trunk_graph()), {node.name: node for node in self.graph.fx_graph.nodes}
+        self.crossings = [node for node in nodes if node.name in {crossing.node for crossing in self.graph.crossings}]
+        self.entries = [by_name[entry.node] for entry in self.graph.entries]
+        tasks = list(merged.sources)
+        self.of_models = [
+            [task for task in tasks if merged.models[task] == number] for number in sorted(set(merged.models.values()))
+        ]
+        self.leads = [of_model[0] for of_model in self.of_models]
+        # The tasks on whose inputs the merged trunk runs: one stands for all where they have the same.
+        separate = merged.stems or any(isinstance(batch, Mapping) for batch in batches)
+        self.paths = tasks if separate else self.leads[:1]
+        own = [merged.sources[task] for task in self.leads]
+        kept = [*self.crossings, *(node for node in nodes if set(nodes).isdisjoint(node.users))]
+        runs = [Run(network, self.graph.fx_graph, nodes, kept) for network in (*[merged.trunk] * len(self.paths), *own)]
+        self.trunk = Frontier(runs, len(batches), self._begin_trunk, int(how.cache_bytes))
+
+    def run(self) -> Changes:
+        """Go through the trunk, then through every head.
+
+        Returns:
+            How well each layer fits, where the refinement says so, and which layers were left.
+
+        Raises:
+            CalibrationError: if a network computes NaN or Inf.
+        """
+        planned = [self._plan_trunk(), *map(self._plan_head, self.merged.heads)]
+        fits: dict[str, float] = {}
+        left: dict[str, str] = {}
+        with progress_over(sum(len(found.stops) for _, found, _ in planned)) as advance:
+            for name, found, start in planned:
+                left |= {f"{name}.{layer}": why for layer, why in found.left.items()}
+                part = start()
+                for stop in found.stops if part is not None else ():
+                    assert part is not None
+                    fit, why = self._visit(part, stop)
+                    if fit is not None:
+                        fits[f"{name}.{stop.name}"] = fit
+                    if why:
+                        left[f"{name}.{stop.name}"] = why
+                    advance()
+                if name == "trunk":
+                    self.trunk.complete()
+        return Changes(fits=fits, notes=note_of(left))
+
+    def _visit(self, part: Part, stop: Layer | Norm) -> tuple[float | None, str]:
+        """Adapt a layer or norm: how well it fits, or why it was left."""
+        if isinstance(stop, Norm):
+            part.renew(stop)
+            return None, ""
+        if why := self.how.obstacle(layer_of(part.merged, stop)[0]):
+            return None, why
+        return self.how.adapt(part, stop), ""
+
+    def _plan_trunk(self) -> _Planned:
+        run = self.trunk.runs[0]
+
+        def zip_of(name: str) -> Zip:
+            shares = model_shares(len(self.leads), self.merged.weights)
+            return Zip(shares, self.graph.axes.get(f"{name}.weight", (None,))[0], self.merged.maps)
+
+        def start() -> Part:
+            return self._part("trunk", self.trunk, zip_of, self.of_models, len(self.paths))
+
+        return _Planned("trunk", find_stops(self.graph, run.network, run.nodes, self.entries), start)
+
+    def _plan_head(self, task: str) -> _Planned:
+        graph, head, name = self.merged.graphs[task], self.merged.heads[task], f"heads.{task}"
+        nodes = [node for node in graph.head_graph() if node.op != "output"]
+
+        def start() -> Part | None:
+            if not nodes:
+                return None
+            runs = [Run(network, graph.fx_graph, nodes) for network in (head, self.merged.sources[task])]
+            limit = int(self.how.cache_bytes)
+            frontier = Frontier(runs, len(self.batches), lambda batch: self._begin_head(task, batch), limit)
+            return self._part(name, frontier, lambda _: Zip(torch.ones(1)), [[task]])
+
+        return _Planned(name, find_stops(graph, head, nodes, [*graph.stem_graph(), *graph.trunk_graph()]), start)
+
+    def _part(
+        self,
+        name: str,
+        frontier: Frontier,
+        zip_of: Callable[[str], Zip],
+        sources: Sequence[list[str]],
+        paths: int = 1,
+    ) -> Part:
+        named = [source_of(tasks) for tasks in sources]
+        return Part(name, frontier, zip_of, self.marks, named, self.how.positions, self.images, paths)
+
+    def _begin_trunk(self, batch: int) -> list[Values]:
+        """The values from which the merged trunk starts for each path, and then each source."""
+        x, stems = self.batches[batch], self.merged.stems
+        if not stems:
+            inputs = next(node for node in self.trunk.runs[0].nodes if node.op == "placeholder")
+            return [{inputs: view_of(x, task).clone()} for task in (*self.paths, *self.leads)]
+        merged = [stems[task](view_of(x, task).clone()) for task in self.paths]
+        own = [run_stem(self._stem_of(task), view_of(x, task)) for task in self.leads]
+        return [dict(zip(self.entries, values, strict=False)) for values in (*merged, *own)]
+
+    def _stem_of(self, task: str) -> Run:
+        return run_of_stem(self.merged.graphs[task], self.merged.sources[task])
+
+    def _begin_head(self, task: str, batch: int) -> list[Values]:
+        """The values from which a head starts: those of the merged trunk, and those of its source."""
+        path = self.paths.index(task) if task in self.paths else 0
+        merged, own = self.trunk.finish(batch, (path, len(self.paths) + self.merged.models[task]))
+        graph = self.merged.graphs[task]
+        by_name = {node.name: node for node in graph.fx_graph.nodes}
+        values: list[Values] = [{by_name[node.name]: known[node] for node in self.crossings} for known in (merged, own)]
+        head, source = self.merged.heads[task], self.merged.sources[task]
+        for crossing in graph.crossings:
+            if crossing.ref is not None and not crossing.absorbed:
+                node = by_name[crossing.node]
+                for known, network in zip(values, (head, source), strict=True):
+                    if network is head or isinstance(network, Joined):
+                        known[node] = network.get_submodule(f"{UNMERGE}.{crossing.node}")(known[node])
+        self._pass_by(graph, task, batch, values)
+        return values
+
+    def _pass_by(self, graph: MergeGraph, task: str, batch: int, values: Sequence[Values]) -> None:
+        """Add the values that the stem of a task passes to its head."""
+        by_name = {node.name: node for node in graph.fx_graph.nodes}
+        passed: list[fx.Node] = [
+            by_name[crossing.node] for crossing in graph.crossings if crossing.node in graph.stem_nodes
+        ]
+        if passed:
+            stem = self.merged.stems[task]
+            made = stem(view_of(self.batches[batch], task).clone())[len(self.entries) :]
+            for known in values:
+                known |= {node: cloned(value) for node, value in zip(passed, made, strict=True)}
+
+
+@contextmanager
+def progress_over(total: int) -> Iterator[Callable[[], None]]:
+    """A progress bar on the terminal of the first process; inside, call the function once per layer."""
+    silent = rank_and_size()[0] != 0 or not Console().is_terminal
+    with Progress(transient=True, disable=silent) as progress:
+        bar = progress.add_task("refining layers", total=total)
+        yield lambda: progress.advance(bar)
+
+
+def note_of(left: Mapping[str, str]) -> tuple[str, ...]:
+    """A note that lists the layers that keep the weights of the merge, and the reasons; empty if there are none."""
+    named: dict[str, list[str]] = {}
+    for name, why in left.items():
+        named.setdefault(why, []).append(f"`{name}`")
+    listed = "; ".join(f"{', '.join(names)} ({why})" for why, names in named.items())
+    return (f"Kept the weights that merging gave them: {listed}.",) * bool(listed)
