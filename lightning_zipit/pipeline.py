@@ -16,7 +16,7 @@ from lightning_zipit._calibration.calibration import Calibration, check_counts
 from lightning_zipit._calibration.fingerprint import digest_operators
 from lightning_zipit._calibration.layout import Layout
 from lightning_zipit._calibration.statistics_file import CalibrationStatistics, StatisticsRecord
-from lightning_zipit._common.collectives import is_distributed, rank_and_size, share
+from lightning_zipit._common.collectives import exchange, is_distributed, rank_and_size
 from lightning_zipit._common.views import (
     Inputs,
     any_view,
@@ -312,7 +312,7 @@ class MergeSession:
                     unused.free()
             else:
                 self._complete_statistics()
-            share(self._save)
+            exchange(self._save)
             assert self._calibration is not None
             self._matchings.add(self._graph, self._families(), self._calibration, self._choices)
         if self._record is not None:
@@ -323,12 +323,12 @@ class MergeSession:
 
     def _complete_statistics(self) -> None:
         """Look at what was gathered, and sum it over all processes."""
-        if not any(share(lambda: self._calibration is not None)):
+        if not any(exchange(lambda: self._calibration is not None)):
             raise CalibrationError(
                 "No calibration batch was seen: the dataloaders are empty. Merging needs a few hundred samples."
             )
-        share(self._check)
-        check_counts(share(lambda: self._seen), self.expected)
+        exchange(self._check)
+        check_counts(exchange(lambda: self._seen), self.expected)
         assert self._calibration is not None
         if is_distributed():
             self._calibration.sum_over_processes()

@@ -54,7 +54,7 @@ def _all_reduce(bucket: Sequence[Tensor], group: Any) -> None:
         held.copy_(total.view_as(held))
 
 
-def share(work: Callable[[], Result]) -> list[Result]:
+def exchange(work: Callable[[], Result]) -> list[Result]:
     """Do something on every process, and give every process what all have made of it.
 
     An error on one is raised on all, so that none waits for a process that has given up.

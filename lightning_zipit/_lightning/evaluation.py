@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from torch import Tensor
 
-from lightning_zipit._common.collectives import share
+from lightning_zipit._common.collectives import exchange
 from lightning_zipit._common.views import Inputs
 from lightning_zipit._lightning.multitask import MultiTaskModule
 from lightning_zipit.errors import ConfigurationError
@@ -147,7 +147,7 @@ class Evaluation:
             callbacks[:] = [callback for callback in callbacks if callback not in joint]
             self.trainer.datamodule = None  # type: ignore[attr-defined]  # else its hooks run with the next merge
         # What is logged without sync_dist is that of one process.
-        everyone = share(lambda: {name: float(value) for name, value in self.trainer.callback_metrics.items()})
+        everyone = exchange(lambda: {name: float(value) for name, value in self.trainer.callback_metrics.items()})
         logged = {name: sum(each[name] for each in everyone) / len(everyone) for name in everyone[0]}
         if self.metric:
             missing = [task for task in self.tasks if f"{task}/{self.metric}" not in logged]

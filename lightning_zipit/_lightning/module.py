@@ -13,7 +13,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from torch import nn
 from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
-from lightning_zipit._common.collectives import share
+from lightning_zipit._common.collectives import exchange
 from lightning_zipit._common.copying import copy_module
 from lightning_zipit._common.files import replacing
 from lightning_zipit._common.views import Inputs, any_view, check_views
@@ -281,7 +281,7 @@ class ZipItModule(DelegatedTransfers, LightningModule):
         if not started:
             self.session.merge()
         if self.session.passes > self.session.calibration_passes:
-            if not any(share(lambda: started)):
+            if not any(exchange(lambda: started)):
                 raise CalibrationError(
                     "The last pass over the calibration data saw no batch: give loaders that can be gone through "
                     "several times, or refine=None and a larger statistics_memory, which take one pass."

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_zipit import functional as F
 from lightning_zipit._calibration.calibration import Calibration
-from lightning_zipit._common.collectives import rank_and_size, share
+from lightning_zipit._common.collectives import exchange, rank_and_size
 from lightning_zipit._matching.by_weights import match_by_weights
 from lightning_zipit._matching.families import match, similarity_from
 from lightning_zipit._merging.dense import find_rigid
@@ -95,7 +95,7 @@ class Matchings:
                 if (similarity := similarity_of(name)) is not None:
                     self._similarities[name] = similarity.cpu()
             return
-        for part in share(lambda: self._match_share(graph, families, similarity_of, choices)):
+        for part in exchange(lambda: self._match_share(graph, families, similarity_of, choices)):
             self.found.update(part)
 
     def finish(self, graph: MergeGraph, networks: Sequence[nn.Module], choices: Choices) -> None:

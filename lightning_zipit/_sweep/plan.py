@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from lightning_zipit._common.collectives import rank_and_size, share
+from lightning_zipit._common.collectives import exchange, rank_and_size
 from lightning_zipit._report.announce import quiet
 from lightning_zipit._sweep.results import Mode, SweepRow, describe, to_text
 from lightning_zipit.errors import ConfigurationError
@@ -185,10 +185,10 @@ class Search(Plan):
         return self.trials
 
     def run(self, evaluate: Evaluate) -> list[SweepRow]:
-        rows = [evaluate(self._to_settings(params)) for params in share(self._known)[0][: self.trials]]
+        rows = [evaluate(self._to_settings(params)) for params in exchange(self._known)[0][: self.trials]]
         while len(rows) < self.trials:
             asked: list[Trial] = []  # by process zero alone
-            settings = self._to_settings(share(partial(self._ask, asked))[0])
+            settings = self._to_settings(exchange(partial(self._ask, asked))[0])
             rows.append(evaluate(settings))
             for trial in asked:
                 self._tell(trial, rows[-1])

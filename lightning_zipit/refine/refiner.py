@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_zipit._common.collectives import share
+from lightning_zipit._common.collectives import exchange
 from lightning_zipit._common.copying import copy_module
 from lightning_zipit._common.views import Inputs, view_of
 from lightning_zipit._merging.maps import Maps
@@ -112,7 +112,7 @@ class Refiner:
                     report = replace(report, fits=walk.run())
                 report = replace(report, notes=(*report.notes, *_kept(walk.left)))
             else:
-                self.estimator.finish(sorted(set().union(*share(lambda: self._suspects))))
+                self.estimator.finish(sorted(set().union(*exchange(lambda: self._suspects))))
                 report = replace(report, shifts=measure_shifts(parts, working))
             check_results(parts, working)
             for name, module in parts.items():

@@ -12,7 +12,7 @@ from rich.progress import Progress
 from torch import Tensor, fx, nn
 
 from lightning_zipit._calibration.calibration import Beginning, choose_positions, marks
-from lightning_zipit._common.collectives import all_reduce_sums, rank_and_size, share
+from lightning_zipit._common.collectives import all_reduce_sums, exchange, rank_and_size
 from lightning_zipit._common.views import Inputs, any_view, view_of
 from lightning_zipit._merging.maps import DenseMap, Maps, along_axis, model_shares
 from lightning_zipit.graph import AxisRef, MergeGraph
@@ -128,7 +128,7 @@ class Walk:
             CalibrationError: if a network computes NaN or Inf.
         """
         if isinstance(self.how, LeastSquares):  # what merging gave counts as one image more
-            images = sum(share(lambda: sum(map(len, self.marks))))
+            images = sum(exchange(lambda: sum(map(len, self.marks))))
             self.how = replace(self.how, ridge=self.how.ridge + 1 / images)
         fits: dict[str, float] = {}
         found = {"trunk": find_stops(self.graph, self.runs[0].network, self.nodes, self.entries)}
