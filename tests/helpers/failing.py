@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningDataModule
 
-from helpers.nets import Lit, images, settle, trainer
+from helpers.nets import LitSplit, images, settle, trainer
 from lightning_zipit import ZipIt, ZipItCallback, ZipItModule
 from lightning_zipit._common import ending
 from lightning_zipit._common.collectives import decide, exchange
@@ -34,7 +34,7 @@ class AwkwardError(Exception):
         self.code = code
 
 
-class UserLit(Lit):
+class UserLit(LitSplit):
     """A source whose validation may fail."""
 
     fails = False
@@ -60,7 +60,7 @@ class Loader:
         self.passes += 1
         generator = torch.Generator().manual_seed(self.rank)
         for number in range(3):
-            x = torch.randn(8, 3, 16, 16, generator=generator)
+            x = torch.randn(8, 3, 8, 8, generator=generator)
             if self.fails_in and self.passes == PASSES[self.fails_in] and number == self.fails_at:
                 if self.error is not None:
                     raise self.error
@@ -70,9 +70,9 @@ class Loader:
 
 def models(fails=False):
     torch.manual_seed(0)
-    sources = {"a": UserLit(5), "b": UserLit(7)}
+    sources = {"a": UserLit(num_classes=5), "b": UserLit(num_classes=7)}
     for model in sources.values():
-        settle(model.net, torch.randn(16, 3, 16, 16))
+        settle(model.net, torch.randn(16, 3, 8, 8))
         model.fails = fails
     return sources
 
@@ -90,8 +90,8 @@ def sweep(rank, folder, loader=None, fails=False, val_dataloaders=None, **settin
     return ZipIt(run()).sweep(
         models(fails),
         loader or Loader(rank),
-        val_dataloaders=val_dataloaders or [images(64), images(64)],
-        **{"backbone": "net", "metric": "val_acc", "refine": None, "verify": False, "alpha": [0.1, 0.5]} | settings,
+        val_dataloaders=val_dataloaders or [images(64, 8), images(64, 8)],
+        **{"backbone": "net", "metric": "acc", "refine": None, "verify": False, "alpha": 0.1} | settings,
         results=folder / "sweep.csv",
     )
 
@@ -231,7 +231,7 @@ def sweep_validation_loader(rank, folder):
                 raise UserError("in the validation loader")
             yield self[1]
 
-    batches = Failing(images(32))
+    batches = Failing(images(32, 8))
     sweep(rank, folder, val_dataloaders=[batches, batches])
 
 
@@ -314,7 +314,7 @@ def decide_with_an_error(rank, folder):
 def run_cases(rank, names, ports):
     """Run cases one after the other, and print how each has ended."""
     torch.set_num_threads(1)
-    ending.GRACE = 1.0
+    ending.GRACE = 0.5
     for name, port in zip(names, ports, strict=True):
         os.environ["MASTER_PORT"] = port
         folder, start = Path(name), time.monotonic()
