@@ -1,12 +1,13 @@
 """Errors of one rank end all ranks with the same error: two gloo processes run all cases one after the other."""
 
 import json
-import socket
-from contextlib import ExitStack
+import subprocess
+import sys
 
 import pytest
 from helpers import failing
-from helpers.processes import run
+from helpers.ddp import ENVIRONMENT, TESTS
+from helpers.processes import free_ports, run
 
 LOADER = "UserError: in the loader"
 CASES = {
@@ -45,14 +46,6 @@ AWKWARD = {  # on the rank that has the error, and on the other
 }
 
 
-def free_ports(count):
-    with ExitStack() as stack:
-        listeners = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for listener in listeners:
-            listener.bind(("127.0.0.1", 0))
-        return [str(listener.getsockname()[1]) for listener in listeners]
-
-
 @pytest.fixture(scope="module")
 def endings(tmp_path_factory):
     """Of each case, how it has ended on each rank."""
@@ -86,3 +79,22 @@ def test_an_error_that_cannot_be_sent_arrives_as_text(endings, name):
     other, own = endings[name]
     assert own["error"] == AWKWARD[name][0]
     assert other["error"].startswith("RankError: Rank 1 ended with ") and other["error"].endswith(AWKWARD[name][1])
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("case", ["merge", "sweep", "predict"])
+def test_both_processes_of_a_script_end_with_the_error_of_one(case, tmp_path):
+    errors = run_failing_script(case, "ddp", tmp_path)
+    assert "rank 0 raised UserError" in errors and "rank 1 raised UserError" in errors
+
+
+@pytest.mark.nightly
+def test_spawned_processes_end_with_the_error_of_one(tmp_path):
+    assert "UserError: in the loader" in run_failing_script("merge", "ddp_spawn", tmp_path)
+
+
+def run_failing_script(case, strategy, folder):
+    command = [sys.executable, str(TESTS / "helpers" / "failing_script.py"), case, strategy]
+    result = subprocess.run(command, env=ENVIRONMENT, cwd=folder, capture_output=True, text=True, timeout=300)
+    assert result.returncode != 0 and [path.name for path in folder.iterdir()] == []
+    return result.stderr
