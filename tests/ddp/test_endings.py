@@ -32,7 +32,7 @@ CASES = {
     "sweep_validation_step_of_rank_0": "UserError: in validation_step",
     "sweep_validation_loader": "UserError: in the validation loader",
     "sweep_all_ranks": "UserError: UserError: in the matcher; ok",
-    "sweep_metric_of_rank_0": "UserError: ",
+    "sweep_metric_of_rank_0": "UserError: 2.5",
     "exchange_errors_of_both": "UserError: of rank 0",
     "exchange_result_that_cannot_be_pickled": "TypeError: A result of type builtins.function cannot be sent",
     "exchange_results": "UserError: [0, 10]",
