@@ -59,3 +59,10 @@ class CheckpointError(ZipItError, RuntimeError):
 
 class UntrustedError(CheckpointError):
     """A file names classes or functions that the user has not vouched for; nothing of them was imported or called."""
+
+
+class RankError(ZipItError, RuntimeError):
+    """An error of another process that cannot be raised here as it is.
+
+    It carries the type, the message and the traceback of the original as text.
+    """

@@ -7,7 +7,7 @@ from torch import nn
 
 from lightning_zipit import MergeSettings, merge_backbones, trace
 from lightning_zipit._calibration.calibration import Calibration
-from lightning_zipit._calibration.layout import Layout, channels_last
+from lightning_zipit._calibration.layout import Layout, channels_last, prefer_channels_last
 
 IMAGES = torch.randn(40, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
@@ -77,3 +77,11 @@ def test_a_network_that_takes_no_other_layout_merges_as_its_twin_that_does(refin
         merged = merge_backbones(networks, IMAGES.split(10), MergeSettings(refine=refine))
         twins.append(merged.heads["b"](*merged.trunk(IMAGES)))
     torch.testing.assert_close(*twins, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "x", [torch.zeros_like(IMAGES), IMAGES * float("nan"), IMAGES * 1e30], ids=["0", "NaN", "large"]
+)
+def test_the_values_of_a_batch_do_not_decide_on_the_layout(x):
+    assert prefer_channels_last(x, {"a": Viewing(flatten=True)})
+    assert not prefer_channels_last(x, {"a": Viewing(flatten=False)})

@@ -1,4 +1,4 @@
-"""How images lie in memory while networks run: convolutions on CPUs are faster with the channels last."""
+"""Memory layout of images: convolutions on CPUs are faster with the channels last."""
 
 from __future__ import annotations
 
@@ -11,26 +11,38 @@ from lightning_zipit._common.views import Inputs, each_view, view_of
 
 
 class Layout:
-    """Lays batches of images out with the channels last where networks on a CPU are then faster.
+    """Converts batches of images to channels-last memory format if the networks are then faster.
 
-    Networks are asked once, by running them on a sample both ways: those that rely on the layout of what they are
-    given, such as by ``x.view(-1, 400)``, are given what came.
+    The first batch decides for all; see :func:`prefer_channels_last`.
     """
 
     def __init__(self) -> None:
         self._change: bool | None = None
 
     def __call__(self, x: Inputs, networks: Mapping[str, nn.Module]) -> Inputs:
-        """The same batch, laid out.
+        """Convert a batch.
 
         Args:
             x: an input of the networks, or one of each by task.
             networks: by task, of one architecture, where ``x`` is.
         """
         if self._change is None:
-            asked = list(networks.items())[: 1 if isinstance(x, Tensor) else None]
-            self._change = all(gains(network) and agrees(network, view_of(x, task)[:1]) for task, network in asked)
+            self._change = prefer_channels_last(x, networks)
         return each_view(x, channels_last) if self._change else x
+
+
+def prefer_channels_last(x: Inputs, networks: Mapping[str, nn.Module]) -> bool:
+    """Tell whether networks are faster with channels-last images, and compute the same.
+
+    A network that relies on the layout of its input, such as by ``x.view(-1, 400)``, is given contiguous images.
+    The networks run on fixed noise of the shape of ``x``, so that every rank decides alike whatever its batch holds.
+
+    Args:
+        x: an input of the networks, or one of each by task.
+        networks: by task, of one architecture, where ``x`` is.
+    """
+    asked = list(networks.items())[: 1 if isinstance(x, Tensor) else None]
+    return all(gains(network) and agrees(network, view_of(x, task)) for task, network in asked)
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -39,7 +51,7 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 def gains(network: nn.Module) -> bool:
-    """Whether a network is one that is faster so, as far as was measured: groups of convolutions are not."""
+    """Tell whether a network is faster with channels-last images; grouped convolutions were measured to be slower."""
     layers = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
     types = {parameter.dtype for layer in layers for parameter in layer.parameters()}
     grouped = any(1 < layer.groups < layer.in_channels for layer in layers)
@@ -47,14 +59,15 @@ def gains(network: nn.Module) -> bool:
 
 
 def agrees(network: nn.Module, x: Tensor) -> bool:
-    """Whether a network takes images with the channels last, on a CPU, and says the same about them."""
+    """Tell whether a network on a CPU computes the same from channels-last images of the shape of ``x``."""
     if x.ndim != 4 or x.device.type != "cpu" or not x.is_floating_point():
         return False
-    expected = network(x.clone())
+    noise = torch.randn((1, *x.shape[1:]), generator=torch.Generator().manual_seed(0)).to(x.dtype)
+    expected = network(noise.clone())
     if not isinstance(expected, Tensor):
         return False
     try:
-        found = network(channels_last(x.clone()))
-    except RuntimeError:  # of torch, that a tensor has no such view
+        found = network(channels_last(noise))
+    except RuntimeError:  # of torch: `view` cannot take channels-last images
         return False
     return bool((found - expected).abs().max() <= 1e-2 * expected.abs().max())

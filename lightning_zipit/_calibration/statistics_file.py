@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_zipit._calibration.fingerprint import digest_operators, digest_tensors, fingerprint
 from lightning_zipit._calibration.statistics import STATES, FeatureStatistics
-from lightning_zipit._common.collectives import rank_and_size, share
+from lightning_zipit._common.collectives import exchange, rank_and_size
 from lightning_zipit._common.files import find_output_problem, replacing
 from lightning_zipit._common.messages import inform_on_rank_zero
 from lightning_zipit._common.views import Inputs, Sample, zeros_like_sample
@@ -252,7 +252,7 @@ class StatisticsRecord:
         self._own = self.path.with_name(f"{self.path.stem}.part-{rank}-of-{processes}{self.path.suffix}")
         others = [found for found in self.path.parent.glob(f"{self.path.stem}.part-*-of-*{self.path.suffix}")]
         strangers = [found.name for found in others if not found.stem.endswith(f"-of-{processes}")]
-        there = share(self.path.is_file)
+        there = exchange(self.path.is_file)
         if len(set(there)) > 1:
             raise ConfigurationError(
                 f"Only some of the processes see {self.path}: put `statistics` on a file system that all nodes share."

@@ -1,13 +1,17 @@
-"""What processes tell each other: sums of tensors, and the results or errors of shared work."""
+"""Collectives: sums of tensors, results and errors of all ranks, decisions of rank 0."""
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from lightning_zipit._common.portable import PackedError, pack_result
 
 BUCKET_BYTES = 2**26
 
@@ -54,47 +58,74 @@ def _all_reduce(bucket: Sequence[Tensor], group: Any) -> None:
         held.copy_(total.view_as(held))
 
 
-def share(work: Callable[[], Result]) -> list[Result]:
-    """Do something on every process, and give every process what all have made of it.
+def exchange(work: Callable[[], Result]) -> list[Result]:
+    """Call a function on every rank, and give every rank the results of all.
 
-    An error on one is raised on all, so that none waits for a process that has given up.
+    An error on one rank is raised on all ranks, so that no rank waits for one that has given up.
 
     Args:
-        work: returns something that can be pickled.
+        work: the function; its result must be picklable.
 
     Returns:
-        The results by rank; a list of one where there is no process group.
+        The results by rank; one result without a process group.
 
     Raises:
-        Exception: the error of the lowest rank that has one.
+        Exception: the error of the lowest rank that has one. On that rank it is the original, on the others a copy.
+        TypeError: if a result cannot be pickled.
     """
     if not is_distributed():
         return [work()]
-    own: tuple[Result | None, Exception | None]
-    try:
-        own = work(), None
-    except Exception as error:
-        own = None, error
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, own)
-    for _, raised in everyone:
-        if raised is not None:
-            raise own[1] or raised
-    return [result for result, _ in everyone]
-
-
-exchange = share
+    rank, size = rank_and_size()
+    own = _Outcome.of(work, rank)
+    everyone: list[Any] = [None] * size
+    dist.all_gather_object(everyone, own.packed)
+    for packed in everyone:
+        if isinstance(packed, PackedError):
+            raise own.error if packed.rank == rank and own.error else packed.unpack()
+    return [own.result if number == rank else pickle.loads(packed) for number, packed in enumerate(everyone)]
 
 
 def decide(work: Callable[[], Result]) -> Result:
-    """Do something on rank 0, and give every rank the result.
+    """Call a function on rank 0, and give every rank its result.
+
+    Every rank must call this function at the same point. Ranks other than 0 wait there.
 
     Args:
-        work: returns something that can be pickled.
+        work: the function; its result must be picklable.
 
     Raises:
-        Exception: the error of rank 0.
+        Exception: the error of rank 0. On rank 0 it is the original, on the others a copy.
+        TypeError: if the result cannot be pickled.
     """
     if not is_distributed():
         return work()
-    return share(lambda: work() if dist.get_rank() == 0 else None)[0]  # type: ignore[return-value]
+    own = _Outcome.of(work, 0) if dist.get_rank() == 0 else None
+    sent: list[Any] = [own and own.packed]
+    dist.broadcast_object_list(sent, src=0)
+    (packed,) = sent
+    if isinstance(packed, PackedError):
+        raise own.error if own and own.error else packed.unpack()
+    return cast(Result, own.result if own else pickle.loads(packed))
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What a function of this rank has returned or raised.
+
+    Args:
+        packed: the result or the error, as it is sent to the other ranks.
+        result: the result itself.
+        error: the error itself.
+    """
+
+    packed: bytes | PackedError
+    result: Any = None
+    error: Exception | None = None
+
+    @classmethod
+    def of(cls, work: Callable[[], Any], rank: int) -> _Outcome:
+        try:
+            result = work()
+            return cls(pack_result(result), result)
+        except Exception as error:
+            return cls(PackedError.of(error, rank), error=error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,9 +14,10 @@ from tempfile import TemporaryDirectory
 def replacing(output: Path) -> Iterator[Path]:
     """The name of a file to write, which takes the place of ``output`` once it is complete.
 
-    Where an error ends the block, or nothing was written, ``output`` stays as it was.
+    Where an error ends the block, or nothing was written, ``output`` stays as it was. The name is unique, also among
+    containers that have the same process ids.
     """
-    temporary = output.with_name(f".{output.stem}.{os.getpid()}.part{output.suffix}")
+    temporary = output.with_name(f".{output.stem}.{uuid.uuid4().hex}.part{output.suffix}")
     try:
         yield temporary
         if temporary.exists():

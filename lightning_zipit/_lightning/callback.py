@@ -8,6 +8,7 @@ from pathlib import Path
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 
+from lightning_zipit._common.ending import end_together, is_ending_together
 from lightning_zipit._lightning.announce import announce
 from lightning_zipit._lightning.internals import unsupported_strategy
 from lightning_zipit._lightning.module import ZipItModule
@@ -117,3 +118,5 @@ class ZipItCallback(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._undo.close()
+        if isinstance(pl_module, ZipItModule) and not is_ending_together():
+            end_together(exception)

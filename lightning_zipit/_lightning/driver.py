@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
+from lightning_zipit._common.ending import ending_together
 from lightning_zipit._common.views import Inputs
 from lightning_zipit._lightning.callback import ZipItCallback
 from lightning_zipit._lightning.evaluation import Evaluation
@@ -133,7 +134,8 @@ class ZipIt:
             weights,
             start_at,
         )
-        return self._run(module, callback)
+        with ending_together():
+            return self._run(module, callback)
 
     def _run(self, module: ZipItModule, callback: ZipItCallback) -> MultiHeadModule:
         callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
@@ -265,7 +267,8 @@ class ZipIt:
         evaluation = Evaluation(self.trainer, tasks, val_dataloaders, datamodule, metric, classes, get_input)
         file = Path(statistics) if statistics else Path(results).with_suffix(".safetensors")
         plan = make_plan(choices, fixed, trials, study, evaluation.decides, mode, share)
-        result = Sweep(self.trainer, make_module, merge, plan, evaluation, file, mode).run(results)
+        with ending_together():
+            result = Sweep(self.trainer, make_module, merge, plan, evaluation, file, mode).run(results)
         if self.trainer.is_global_zero:
             print(result)
         return result

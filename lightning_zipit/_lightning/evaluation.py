@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from torch import Tensor
 
-from lightning_zipit._common.collectives import share
+from lightning_zipit._common.collectives import exchange
 from lightning_zipit._common.views import Inputs
 from lightning_zipit._lightning.multitask import MultiTaskModule
 from lightning_zipit.errors import ConfigurationError
@@ -70,6 +70,21 @@ class JointEvaluation(Callback):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         pl_module.log_dict(self.metric.compute(), sync_dist=True)
+
+
+def mean_by_name(logged: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Average each metric over the ranks that have logged it: with ``rank_zero_only=True``, only rank 0 has.
+
+    Args:
+        logged: the metrics of each rank.
+
+    Example:
+        >>> mean_by_name([{"acc": 0.5, "loss": 2.0}, {"acc": 1.0}])
+        {'acc': 0.75, 'loss': 2.0}
+    """
+    names = dict.fromkeys(name for own in logged for name in own)
+    values = {name: [own[name] for own in logged if name in own] for name in names}
+    return {name: sum(found) / len(found) for name, found in values.items()}
 
 
 @dataclass(frozen=True)
@@ -146,9 +161,9 @@ class Evaluation:
         finally:
             callbacks[:] = [callback for callback in callbacks if callback not in joint]
             self.trainer.datamodule = None  # type: ignore[attr-defined]  # else its hooks run with the next merge
-        # What is logged without sync_dist is that of one process.
-        everyone = share(lambda: {name: float(value) for name, value in self.trainer.callback_metrics.items()})
-        logged = {name: sum(each[name] for each in everyone) / len(everyone) for name in everyone[0]}
+        # A metric that is logged without sync_dist has another value on each rank.
+        everyone = exchange(lambda: {name: float(value) for name, value in self.trainer.callback_metrics.items()})
+        logged = mean_by_name(everyone)
         if self.metric:
             missing = [task for task in self.tasks if f"{task}/{self.metric}" not in logged]
             if missing:

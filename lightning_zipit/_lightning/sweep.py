@@ -17,6 +17,8 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lightning_zipit._calibration.fingerprint import fingerprint
+from lightning_zipit._common.collectives import decide
+from lightning_zipit._common.ending import attempt_together
 from lightning_zipit._common.files import find_output_problem, held
 from lightning_zipit._common.messages import quiet
 from lightning_zipit._lightning.evaluation import Evaluation
@@ -132,19 +134,25 @@ class Sweep:
         return held(file.with_name(f".{file.name}.lock")) if alone else nullcontext()
 
     def _attempt(self, settings: MergeSettings) -> tuple[SweepRow, MergeReport | Exception]:
-        """The row of one setting, and the report of its merge or what stood in its way."""
-        try:
-            with self._gathering(settings):
-                merged = self._merge_alone(settings)
-            report, row = merged.report, SweepRow(settings, self._evaluate(merged))
-        except StatisticsError:
-            raise
-        except Exception as error:
-            if isinstance(error, CalibrationError) and not self._file_of(settings).is_file():
-                raise  # the next setting would go through the same data
-            return SweepRow(settings, error=f"{type(error).__name__}: {error}"), error
-        assert report is not None
-        return _with_costs(row, report.merged, report), report
+        """Merge and evaluate one setting.
+
+        Returns:
+            Its row, and the report of its merge or the error that all ranks have.
+        """
+        outcome = attempt_together(lambda: self._merge_and_evaluate(settings))
+        if isinstance(outcome, Exception):
+            no_statistics = isinstance(outcome, CalibrationError) and not decide(self._file_of(settings).is_file)
+            if no_statistics or isinstance(outcome, StatisticsError):
+                raise outcome  # the next setting would go through the same data
+            return SweepRow(settings, error=f"{type(outcome).__name__}: {outcome}"), outcome
+        metrics, report = outcome
+        return _with_costs(SweepRow(settings, metrics), report.merged, report), report
+
+    def _merge_and_evaluate(self, settings: MergeSettings) -> tuple[dict[str, float], MergeReport]:
+        with self._gathering(settings):
+            merged = self._merge_alone(settings)
+        assert merged.report is not None
+        return self._evaluate(merged), merged.report
 
     def _evaluate(self, module: MultiTaskModule) -> dict[str, float]:
         with isolate_rng():

@@ -9,7 +9,7 @@ from functools import cache
 from torch import Tensor, nn
 
 from lightning_zipit._calibration.calibration import Calibration
-from lightning_zipit._common.collectives import rank_and_size, share
+from lightning_zipit._common.collectives import exchange, rank_and_size
 from lightning_zipit._matching.answers import maps_from
 from lightning_zipit._matching.families import Match, families
 from lightning_zipit._matching.maps import FeatureMap
@@ -83,7 +83,7 @@ class Matchings:
             return
         networks = list(calibration.networks.values())
         spaces = Spaces(graph, networks, turn, {}, similarity_of, cache(lambda: find_rigid(graph)))
-        for part in share(lambda: self._match_part(spaces, choices)):
+        for part in exchange(lambda: self._match_part(spaces, choices)):
             self.found.update(part)
 
     def finish(self, graph: MergeGraph, networks: Sequence[nn.Module], choices: Choices) -> None:

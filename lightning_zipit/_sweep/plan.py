@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from lightning_zipit._common.collectives import rank_and_size, share
+from lightning_zipit._common.collectives import decide
 from lightning_zipit._common.messages import quiet
 from lightning_zipit._sweep.results import Mode, SweepRow, describe, to_text
 from lightning_zipit.errors import ConfigurationError
@@ -185,10 +185,10 @@ class Search(Plan):
         return self.trials
 
     def run(self, evaluate: Evaluate) -> list[SweepRow]:
-        rows = [evaluate(self._to_settings(params)) for params in share(self._known)[0][: self.trials]]
+        rows = [evaluate(self._to_settings(params)) for params in decide(self._known)[: self.trials]]
         while len(rows) < self.trials:
-            asked: list[Trial] = []  # by process zero alone
-            settings = self._to_settings(share(partial(self._ask, asked))[0])
+            asked: list[Trial] = []  # filled on rank 0 only
+            settings = self._to_settings(decide(partial(self._ask, asked)))
             rows.append(evaluate(settings))
             for trial in asked:
                 self._tell(trial, rows[-1])
@@ -198,8 +198,6 @@ class Search(Plan):
         return [trial.params for trial in self.study.trials if trial.state.is_finished()]
 
     def _ask(self, asked: list[Trial]) -> dict[str, Any]:
-        if rank_and_size()[0] != 0:
-            return {}
         with quiet("optuna"):
             asked.append(self.study.ask(self.distributions))
         return asked[0].params

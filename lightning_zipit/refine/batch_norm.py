@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_zipit._common.collectives import all_reduce_sums, share
+from lightning_zipit._common.collectives import all_reduce_sums, exchange
 from lightning_zipit._common.views import Inputs
 from lightning_zipit.errors import CalibrationError
 from lightning_zipit.refine.finite import WAY_OUT
@@ -62,7 +62,7 @@ class ReEstimation(Refining):
             self._collect_head(task, self._collect(self.merged.trunk, *self.merged.enter_trunk(inputs, task)))
 
     def finish(self) -> Changes:
-        self._estimator.finish(sorted(set().union(*share(lambda: self._suspects))))
+        self._estimator.finish(sorted(set().union(*exchange(lambda: self._suspects))))
         return Changes(shifts=measure_shifts(self._before, statistics_of(self.merged.parts)))
 
     def _collect_head(self, task: str, crossing: Sequence[Any]) -> None:

@@ -15,7 +15,7 @@ from torch import fx
 
 from lightning_zipit._calibration.lockstep import run_of_stem, run_stem
 from lightning_zipit._calibration.positions import marks
-from lightning_zipit._common.collectives import rank_and_size, share
+from lightning_zipit._common.collectives import exchange, rank_and_size
 from lightning_zipit._common.views import Inputs, any_view, view_of
 from lightning_zipit._matching.maps import model_shares
 from lightning_zipit.graph import MergeGraph
@@ -111,7 +111,7 @@ class Walk:
     def __init__(self, merged: MergedNetworks, how: LayerByLayer, batches: Sequence[Inputs]) -> None:
         self.merged, self.how, self.batches = merged, how, batches
         self.marks = [marks(any_view(x)) for x in batches]
-        self.images = sum(share(lambda: sum(map(len, self.marks))))
+        self.images = sum(exchange(lambda: sum(map(len, self.marks))))
         self.graph = next(iter(merged.graphs.values()))
         nodes, by_name = list(self.graph.trunk_graph()), {node.name: node for node in self.graph.fx_graph.nodes}
         self.crossings = [node for node in nodes if node.name in {crossing.node for crossing in self.graph.crossings}]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import socket
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -82,3 +84,12 @@ def _call(target: Callable[..., Any], arguments: Sequence[Any], folder: str, env
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def free_ports(count: int) -> list[str]:
+    """Ports of this machine that nobody listens to."""
+    with ExitStack() as stack:
+        listeners = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for listener in listeners:
+            listener.bind(("127.0.0.1", 0))
+        return [str(listener.getsockname()[1]) for listener in listeners]
