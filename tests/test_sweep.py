@@ -228,7 +228,7 @@ def test_shares_of_a_sweep_make_one_file_from_one_calibration(models, seen):
     matchers = [GreedyZip(0.1), Failing(), Permute()]
     first = sweep(models, matcher=matchers, refine=None, share="1/2")
     assert [row.settings.matcher for row in first.rows] == [matchers[0], matchers[2]] and first.missing == 1
-    assert "1 are not done yet" in str(first) and not Path("sweep.csv").exists()
+    assert "1 are not done yet" in str(first) and len(records()) == 3
     calibrated = seen["calibrated"]
     second = sweep(models, matcher=matchers, refine=None, share="2/2", results=Path("sweep.csv"))
     assert seen["calibrated"] == calibrated and second.missing == 0

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lightning_zipit._calibration.calibration import statistics_bytes
 from lightning_zipit._calibration.fingerprint import fingerprint
-from lightning_zipit._common.files import find_output_problem, held
+from lightning_zipit._common.files import find_output_problem, locked
 from lightning_zipit._lightning.evaluation import Evaluation
 from lightning_zipit._lightning.internals import unsupported_strategy
 from lightning_zipit._lightning.module import ZipItModule
@@ -72,9 +72,7 @@ class Sweep:
         module = self.make_module()
         with quiet():
             self._check(module, results)
-        file = ResultsFile(results, self._digest(module), self.evaluation.names, self.plan.share)
-        if self.plan.share is None and self.trainer.is_global_zero:
-            file.collect()
+        file = ResultsFile(results, self._digest(module), self.evaluation.names)
         ensemble, errors = file.find(None), list[Exception]()
         datamodule, attached = module.datamodule, self.trainer.datamodule  # type: ignore[attr-defined]
 
@@ -106,8 +104,6 @@ class Sweep:
             file.read()
             rows, ensemble = [row for each in self.plan.settings if (row := file.find(each))], file.find(None)
             missing = len(self.plan.settings) - len(rows)
-            if not missing:
-                file.collect()
         if errors and not missing and all(row.error for row in rows):
             raise errors[0]
         return SweepResult(tuple(rows), self.evaluation.decides, self.mode, ensemble, missing, self._merge_alone)
@@ -131,7 +127,7 @@ class Sweep:
         """Inside, this share alone gathers the statistics for all."""
         file = self._file_of(settings)
         alone = self.plan.share and not file.is_file()
-        return held(file.with_name(f".{file.name}.lock")) if alone else nullcontext()
+        return locked(file) if alone else nullcontext()
 
     def _attempt(self, settings: MergeSettings) -> tuple[SweepRow, MergeReport | Exception]:
         """The row of one setting, and the report of its merge or what stood in its way."""

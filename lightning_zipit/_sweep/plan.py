@@ -10,11 +10,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_zipit._common.collectives import rank_and_size, share
+from lightning_zipit._common.options import Spelled, fits, options_of, spell_out, spelled_options, unknown_names
 from lightning_zipit._report.announce import quiet
 from lightning_zipit._sweep.results import Mode, SweepRow, describe, to_text
 from lightning_zipit.errors import ConfigurationError
 from lightning_zipit.matchers import GreedyZip
-from lightning_zipit.settings import MergeSettings, default_matcher
+from lightning_zipit.settings import MergeSettings, Target
 
 if TYPE_CHECKING:
     from optuna import Study, Trial
@@ -49,6 +50,53 @@ class Range:
     def rounded(self, value: float) -> float:
         """A number inside, to four digits: what is kept in a table can be read, and typed again."""
         return min(max(float(f"{value:.4g}"), self.low), self.high)
+
+
+SHORTHANDS = {
+    "alpha": Spelled(Range | list[float] | float | None, None, "``alpha`` of ``GreedyZip``, instead of ``matcher``."),
+    "beta": Spelled(Range | list[float] | float | None, None, "``beta`` of ``GreedyZip``, instead of ``matcher``."),
+}
+"""Arguments of a sweep that stand for an option of a merge."""
+
+
+def with_choices(target: Target) -> Target:
+    """Show what a sweep may try as keyword arguments of a function that takes ``**choices``.
+
+    Signature and docstring come from :class:`~lightning_zipit.MergeSettings`; the docstring needs an entry ``choices``.
+    """
+    return spell_out(target, _spelled_choices())
+
+
+def _spelled_choices() -> dict[str, Spelled]:
+    declared, spelled = options_of(MergeSettings), spelled_options(MergeSettings)
+    several: dict[str, Spelled] = {}
+    for name in (name for name in spelled if declared[name].swept):
+        several[name] = _several(spelled[name])
+        several |= SHORTHANDS if name == "matcher" else {}
+    return {**several, **{name: each for name, each in spelled.items() if name not in several}}
+
+
+def _several(one: Spelled) -> Spelled:
+    """The argument of a sweep for an option: a value, a list of values or, for numbers, a range."""
+    hint = list[one.hint] | one.hint  # type: ignore[name-defined]
+    return one._replace(hint=Range | hint if fits(0.5, one.hint) else hint)
+
+
+def split_choices(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Split the keyword arguments of a sweep.
+
+    Returns:
+        What is chosen from, by name and in the order of the declaration; and what all settings have in common.
+
+    Raises:
+        ConfigurationError: if there is no such option.
+    """
+    known = _spelled_choices()
+    if problems := unknown_names(given, known):
+        raise ConfigurationError.collect(problems)
+    swept = {name for name, declared in options_of(MergeSettings).items() if declared.swept} | {*SHORTHANDS}
+    choices = {name: given[name] for name in known if name in given and name in swept}
+    return choices, {name: value for name, value in given.items() if name not in swept}
 
 
 class Plan(ABC):
@@ -294,7 +342,7 @@ def grid(choices: Mapping[str, Any], **fixed: Any) -> list[MergeSettings]:
     problems = [
         f"`{name}` lists nothing to try: give one value at least." for name, tried in listed.items() if not tried
     ]
-    greedy = {name: listed.pop(name, [None]) for name in ("alpha", "beta")}
+    greedy = {name: listed.pop(name, [None]) for name in SHORTHANDS}
     greedy = {name: tried for name, tried in greedy.items() if tried != [None]}
     if greedy and listed.get("matcher", [None]) != [None]:
         problems.append("`alpha` and `beta` are those of GreedyZip: give them, or `matcher`, not both.")
@@ -302,7 +350,6 @@ def grid(choices: Mapping[str, Any], **fixed: Any) -> list[MergeSettings]:
         listed["matcher"] = [matcher for chosen in _product(greedy) for matcher in made(GreedyZip, chosen, problems)]
     settings: list[MergeSettings] = []
     for chosen in _product(listed) if not problems else ():
-        chosen["matcher"] = chosen.get("matcher") or default_matcher(chosen.get("combine"))
         settings += made(MergeSettings, chosen | fixed, problems)
     if problems:
         raise ConfigurationError.collect(list(dict.fromkeys(problems)))
