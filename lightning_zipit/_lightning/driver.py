@@ -19,6 +19,7 @@ from lightning_zipit._lightning.sources import find_input
 from lightning_zipit._lightning.sweep import Sweep
 from lightning_zipit._sweep.plan import make_plan, split_choices, with_choices
 from lightning_zipit._sweep.results import Mode, SweepResult
+from lightning_zipit._sweep.statistics import StatisticsFiles
 from lightning_zipit.errors import ConfigurationError
 from lightning_zipit.settings import MergeOptions, MergeSettings, with_options
 
@@ -167,9 +168,9 @@ class ZipIt:
 
         tasks = tuple(make_module().models)
         evaluation = Evaluation(self.trainer, tasks, val_dataloaders, datamodule, metric, classes, get_input)
-        file = Path(statistics) if statistics else Path(results).with_suffix(".safetensors")
+        files = StatisticsFiles(Path(statistics or Path(results).with_suffix(".safetensors")))
         plan = make_plan(several, fixed, trials, study, evaluation.decides, mode, share)
-        result = Sweep(self.trainer, make_module, merge, plan, evaluation, file, mode).run(results)
+        result = Sweep(self.trainer, make_module, merge, plan, evaluation, files, mode).run(results)
         if self.trainer.is_global_zero:
             print(result)
         return result
