@@ -200,6 +200,8 @@ def test_two_processes_that_write_results_keep_the_rows_of_both(results):
     one.keep(SweepRow(MergeSettings("a"), {"acc": 2.0}, 5, 1.0, 3))
     other.keep(SweepRow(MergeSettings("b"), {"acc": 3.0}, 5, 1.0, 3))
     assert [row["stop_at"] for row in rows_of(path)] == ["layer1", "layer1", "a", "b"]
+    assert other.find(MergeSettings("a")) is None
+    other.read()
     assert other.find(MergeSettings("a")).metrics == {"acc": 2.0}
     assert [file.name for file in path.parent.iterdir()] == ["sweep.csv"]
 

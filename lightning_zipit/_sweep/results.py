@@ -231,9 +231,12 @@ class ResultsFile:
         self.read()
 
     def read(self) -> None:
-        """Read the rows that the file has by now, also those of other processes."""
+        """Take in the rows that the file has by now, also those of other processes."""
+        self._records |= self._in_file()
+
+    def _in_file(self) -> dict[tuple[str, ...], dict[str, str]]:
         if not self.path.exists():
-            return
+            return {}
         try:
             with self.path.open(newline="", encoding="utf-8") as file:
                 reader = csv.DictReader(file, strict=True)
@@ -244,13 +247,10 @@ class ResultsFile:
             ) from error
         self._check(header, records)
         self._unknown = tuple(name for name in header if name not in self.columns)
-        complete = [self._with_defaults(record) for record in records]
-        keys = Counter(map(self._key, complete))
-        for record in complete:
-            key = self._key(record)
-            # Rows that differ in unknown columns only are not known to be of these settings.
-            if keys[key] == 1 and (key not in self._records or self._records[key]["error"]):
-                self._records[key] = record
+        keyed = [(self._key(complete), complete) for complete in map(self._with_defaults, records)]
+        times = Counter(key for key, _ in keyed)
+        # Rows that differ in unknown columns only are not known to be of these settings.
+        return {key: record for key, record in keyed if times[key] == 1}
 
     def _check(self, header: Sequence[str], records: Sequence[Mapping[str, str]]) -> None:
         if missing := [name for name in self.columns if name not in header and name not in SETTINGS]:
@@ -265,6 +265,8 @@ class ResultsFile:
             )
         for number, record in enumerate(records, 2):
             try:
+                if None in record:
+                    raise ValueError("it has more cells than there are columns")
                 self._to_row(record, None)
             except (TypeError, ValueError) as error:
                 raise ConfigurationError(f"{self.path}, line {number}, cannot be read: {error}. {WAY_OUT}") from error
@@ -309,16 +311,16 @@ class ResultsFile:
             write: write the file too. One process of a group does.
         """
         record = self._record(row)
+        self._records[self._key(record)] = record
         if write:
             with locked(self.path):
-                self.read()
-                self._records[self._key(record)] = record
-                self._write()
-        self._records[self._key(record)] = record
+                # Rows of other processes are not added to `_records`: all ranks of a sweep must find the same rows.
+                stored = self._in_file()
+                self._write([*{**stored, **self._records, **stored, self._key(record): record}.values()])
 
-    def _write(self) -> None:
+    def _write(self, records: Sequence[Mapping[str, str]]) -> None:
         columns = [*self.columns[:-1], *self._unknown, "error"]
         with replacing(self.path) as part, part.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, columns, restval="")
             writer.writeheader()
-            writer.writerows(self._records.values())
+            writer.writerows(records)
