@@ -61,10 +61,10 @@ class Sweep:
             results: the CSV file.
 
         Raises:
-            ConfigurationError: with all that is wrong with settings, models, loaders and files, before any data is
-                touched; or with the error of the first setting, where all fail.
+            ConfigurationError: with every problem of settings, models, loaders and files, before any data is read; or
+                with the error of the first setting, if all fail.
             CalibrationError: if the calibration data cannot be used.
-            StatisticsError: if the statistics are those of other models or settings.
+            StatisticsError: if the statistics are those of other models.
         """
         module = self.make_module()
         with quiet():
@@ -163,7 +163,7 @@ class Sweep:
         if problem := unsupported_strategy(self.trainer):
             problems.append(problem)
         if self.plan.share and self.trainer.world_size > 1:
-            problems.append("`share` is for processes that know nothing of each other: use a Trainer with devices=1.")
+            problems.append("`share` is for processes without a process group: use a Trainer with devices=1.")
         no_data = module.dataloaders is None and module.datamodule is None
         if no_data and not all(self.statistics.of(each).is_file() for each in self.plan.settings):
             problems.append("There is no calibration data: pass `dataloaders` or `datamodule`.")

@@ -21,20 +21,20 @@ if TYPE_CHECKING:
     from optuna import Study, Trial
 
 Evaluate = Callable[[MergeSettings], SweepRow]
-"""Merges and validates; what was done before is not done again."""
+"""Merges and validates one setting, or returns its row if it is done."""
 
 
 @dataclass(frozen=True)
 class Range:
-    """All numbers between two, for a search to choose from.
+    """A range of numbers that a search chooses from.
 
     Args:
-        low: the lowest.
-        high: the highest.
-        log: whether small numbers are told apart as finely as large ones.
+        low: the lowest number.
+        high: the highest number.
+        log: choose on a logarithmic scale.
 
     Raises:
-        ConfigurationError: if there are no such numbers.
+        ConfigurationError: if the range is empty, or logarithmic and not above 0.
     """
 
     low: float
@@ -48,7 +48,7 @@ class Range:
             raise ConfigurationError(f"A logarithmic range is one of numbers above 0, got {self}.")
 
     def rounded(self, value: float) -> float:
-        """A number inside, to four digits: what is kept in a table can be read, and typed again."""
+        """Round a number to four digits, within the range, so that a table shows the exact value."""
         return min(max(float(f"{value:.4g}"), self.low), self.high)
 
 
@@ -100,12 +100,12 @@ def split_choices(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, A
 
 
 class Plan(ABC):
-    """What a sweep tries.
+    """The settings that a sweep tries.
 
     Attributes:
-        settings: those that are checked before, and that the statistics serve.
-        asks: whether what is tried next depends on what came out before.
-        share: which of how many processes this is that share the settings; ``None`` where it tries all.
+        settings: the settings that are checked in advance, and that the statistics serve.
+        asks: whether the next setting depends on earlier results.
+        share: the number of this process and how many share the settings; ``None`` if it tries all.
     """
 
     settings: list[MergeSettings]
@@ -130,7 +130,7 @@ class Grid(Plan):
 
     Args:
         settings: the list.
-        share: number ``k`` of ``n`` takes every n-th of them, from the k-th on.
+        share: ``(k, n)`` takes every n-th setting, from the k-th on.
     """
 
     asks = False
@@ -148,15 +148,15 @@ class Grid(Plan):
 
 
 class Search(Plan):
-    """What an Optuna study asks for.
+    """The settings that an Optuna study asks for.
 
-    A study that is not given is made anew, always with the same seed: it asks for the same settings again, whose rows
-    are there after an interruption, and goes on from there. Process zero asks for all.
+    Without a given study, a new one is made with a fixed seed. After an interruption, it asks for the same settings
+    again, finds their rows, and continues. Rank zero asks for all ranks.
 
     Args:
         choices: as for :func:`grid`; a :class:`Range` stands for all numbers in it.
         fixed: what all settings have in common.
-        trials: how many are tried, with those that the study has tried before.
+        trials: the number of settings, including those that the study has tried before.
         study: an Optuna study of the metric, or of the metric and FLOPs.
         metric: the name of the metric.
         mode: whether it is to be high or low.
@@ -288,8 +288,8 @@ def make_plan(
     """
     if trials is not None and share is not None:
         raise ConfigurationError(
-            "A search (`trials`) has no shares, as one setting follows from others: give every process a `study` with "
-            "the same storage, and `results` of its own."
+            "`share` cannot be combined with `trials`: each trial depends on earlier ones. Give each process a `study` "
+            "on the same storage, and `results` of its own."
         )
     if trials is not None:
         return Search(choices, fixed, trials, study, metric, mode)
@@ -304,10 +304,10 @@ def make_plan(
 
 
 def parse_share(text: str) -> tuple[int, int]:
-    """Which share of how many.
+    """Parse a share: its number, and the number of shares.
 
     Raises:
-        ConfigurationError: if it is none.
+        ConfigurationError: if the text is not a share.
 
     Example:
         >>> parse_share("2/8")

@@ -29,7 +29,7 @@ WAY_OUT = "Delete it, or name another file as `results`."
 
 @dataclass(frozen=True)
 class SweepRow:
-    """What came out for one setting.
+    """The result of one setting.
 
     Attributes:
         settings: the merge; ``None`` for the ensemble of the sources.
@@ -37,7 +37,7 @@ class SweepRow:
         flops: of one sample, for all tasks together.
         relative_flops: the same as a ratio to one source.
         parameters: their number.
-        error: why there is no result, else empty.
+        error: the error of a merge that failed, otherwise empty.
     """
 
     settings: MergeSettings | None
@@ -49,14 +49,14 @@ class SweepRow:
 
 
 def pareto_front(costs: Sequence[float], values: Sequence[float]) -> list[int]:
-    """The points that no other beats, which would cost less and be worth as much, or cost as much and be worth more.
+    """Indices of the Pareto-optimal points (lower cost, higher value).
 
     Args:
-        costs: of each point, the lower the better.
-        values: of each point, the higher the better; NaN stands for no result.
+        costs: the cost of each point.
+        values: the value of each point; NaN for no result.
 
     Returns:
-        Their numbers in the order of cost; of equal points, the first.
+        The indices in the order of cost; of equal points, the first.
 
     Example:
         >>> pareto_front([3.0, 1.0, 2.0, 2.0], [0.9, 0.5, 0.4, 0.8])
@@ -125,7 +125,7 @@ class SweepResult:
         return self._merge(settings)
 
     def to_table(self, rows: Sequence[SweepRow] | None = None) -> Table:
-        """Rows for people, with the settings that differ between them; by default the Pareto front and the ensemble."""
+        """Table of rows, with the options that differ between them; by default the Pareto front and the ensemble."""
         if rows is None:
             rows = [*self.pareto, *([self.ensemble] if self.ensemble is not None else [])]
         table = Table()
