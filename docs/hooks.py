@@ -1,6 +1,8 @@
 """What the documentation site does beside mkdocs: pages from files outside ``docs/``, and links in docstrings."""
 
+import inspect
 import os
+import pkgutil
 import re
 from pathlib import Path
 
@@ -53,12 +55,32 @@ def on_post_page(output, page, config):
         raise PluginError(f"{page.file.src_uri} loads something from elsewhere: {found[0]}")
 
 
+SPELLED_OUT = {"with_options", "with_choices"}
+"""Decorators that show each of the keyword arguments of ``**kwargs``."""
+
+
+def spell_out(obj):
+    """Show the signature and docstring that a decorated function or class has when it is imported."""
+    runtime = pkgutil.resolve_name(obj.path)
+    obj.docstring.value = inspect.getdoc(runtime)
+    parameters = (obj.members["__init__"] if obj.is_class else obj).parameters
+    (taken,) = (each.name for each in parameters if each.kind is griffe.ParameterKind.var_keyword)
+    del parameters[taken]
+    for name, parameter in inspect.signature(runtime).parameters.items():
+        if name not in parameters and name != "self":
+            hint = re.sub(r"\b(?:\w+\.)+(\w+)", r"\1", inspect.formatannotation(parameter.annotation))
+            kind = griffe.ParameterKind.keyword_only
+            parameters.add(griffe.Parameter(name, annotation=hint, kind=kind, default=repr(parameter.default)))
+
+
 class Docstrings(griffe.Extension):
     """What docstrings name in Sphinx's manner becomes a link, where there is a page for it; examples become code."""
 
     def on_object(self, *, obj, **kwargs):
         if obj.docstring is None:
             return
+        if any(str(each.value) in SPELLED_OUT for each in getattr(obj, "decorators", ())):
+            spell_out(obj)
 
         def link(match):
             short, path = match[1] == "~", match[2]

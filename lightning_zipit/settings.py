@@ -1,116 +1,168 @@
-"""What a merge is asked to do."""
+"""The options of a merge: each is declared, documented and checked here, and nowhere else."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, TypedDict, TypeVar, get_args
 
+from typing_extensions import Unpack
+
+from lightning_zipit._common.options import keywords_of, option, spell_out, spelled_options, unknown_names, wrong_values
 from lightning_zipit._merging.widths import Width, changes_size
 from lightning_zipit.errors import ConfigurationError
 from lightning_zipit.functional.matrices import check_weights
-from lightning_zipit.matchers import AnyWidthMatcher, Average, DualSpace, GreedyZip, Matcher, SimilarityKind
-from lightning_zipit.refine import NAMED, BatchNorm, LeastSquares, Refinement
+from lightning_zipit.matchers import Average, GreedyZip, Matcher, SimilarityKind
+from lightning_zipit.refine import NAMED, Refinement
 from lightning_zipit.task_vectors import Combination
 
+Target = TypeVar("Target", bound=Callable[..., Any])
+
 ModelWeights: TypeAlias = Mapping[str, float] | Sequence[float]
-"""How much each model counts: by task, or in the order of the tasks."""
+"""The weight of each model in an average: by task, or in the order of the tasks."""
 
 Refine = Literal["batch_norm", "repair", "least_squares"] | Refinement
-"""What follows merging: a refinement, or the name of one with its default settings."""
+"""A refinement, or the name of one with its default settings."""
+
+SIMILARITIES = ", ".join(map(repr, get_args(SimilarityKind)))
+REFINEMENTS = ", ".join(map(repr, NAMED))
+REFINEMENT_CLASSES = ", ".join(type(known).__name__ for known in NAMED.values())
+
+
+class MergeOptions(TypedDict, total=False):
+    """The options of a merge as keyword arguments, for editors and type checkers.
+
+    :class:`MergeSettings` documents them. A test keeps names and types the same as there.
+    """
+
+    stop_at: str | None
+    matcher: Matcher | None
+    refine: Refine | None
+    merge_heads: bool
+    verify: bool
+    statistics_memory: float
+    statistics: str | Path | None
+    similarity: SimilarityKind
+    width: Width
+    flops: float | None
+    combine: Combination | None
+    positions: int | None
+    weights: ModelWeights | None
+    start_at: str | None
 
 
 @dataclass(frozen=True)
 class MergeSettings:
-    """What a merge is asked to do.
+    """The options of a merge.
+
+    Every merge takes them: :class:`~lightning_zipit.ZipIt` and :class:`~lightning_zipit.ZipItCallback` as keyword
+    arguments, the command line as flags, a sweep as values or lists of values.
 
     Attributes:
-        stop_at: dotted name inside the backbone of the trunk's last module; ``None`` zips everything down to the last
-            layer, which stays a head per task. With ``width="auto"``, ``"auto"`` chooses it within ``flops`` too.
-        matcher: similarity → labels, or dense maps.
-        similarity: how alike features are: ``"correlation"``, ``"absolute"`` (its absolute value), ``"cosine"``, or
-            ``"covariance"`` of their activations.
-        refine: what follows merging: ``"least_squares"`` fits every layer to the sources, ``"batch_norm"`` re-estimates
-            running statistics, ``"repair"`` gives layers the sources' means and deviations, ``None`` does nothing.
-            Settings other than the default come with an instance, such as ``LeastSquares(positions=None)``.
-        merge_heads: merge the last layer too, for models that share one output space.
+        stop_at: dotted name, inside the backbone, of the trunk's last module. ``None`` merges everything up to the last
+            layer, which stays a head per task. ``"auto"`` chooses the module within ``flops``, and needs
+            ``width="auto"``.
+        matcher: the matcher of features; ``None`` for ``GreedyZip()``, or for ``Average()`` with ``combine``.
+        refine: the refinement of the merged weights, on the calibration data: ``"least_squares"`` fits every layer to
+            the sources, ``"batch_norm"`` re-estimates running statistics, ``"repair"`` gives every layer the means and
+            standard deviations of the sources, ``None`` does nothing. A refinement has settings of its own:
+            ``LeastSquares(positions=256)``, or ``--refine LeastSquares --refine.positions 256``.
+        merge_heads: merge the last layer too. The models must share one output space.
         verify: prove the table of axes on the first calibration batch.
-        statistics_memory: GiB that the statistics may take; where they need more, the calibration data is gone through
-            several times, with the statistics of some spaces each time.
-        statistics: a safetensors file for the statistics. One that is there stands for the calibration; else it is
-            written, and an interrupted calibration goes on from what it had gathered.
-        width: how many features the merged network has, as a ratio to one source's (1): above 1 it is more accurate and
-            costs more, up to N, where no two features are merged; for all spaces, or by the name of the space.
-            ``"auto"`` chooses them within ``flops``. A single model can be folded with a width below 1.
-        flops: for ``width="auto"``, what the merged network may cost, as a ratio to one source's FLOPs.
-        positions: how many positions of each image or sequence the statistics are taken from, at random; ``None`` for
-            all. A few give nearly the same matching in less time.
-        combine: for sources that were trained from one base and are matched by number: how their changes to it are
-            combined, such as ``Ties()``, instead of averaging weights.
-        weights: how much each model counts where features become one, by task or in the order of the tasks; all the
-            same by default.
-        start_at: dotted name inside the backbone of the trunk's first module: all that does not depend on it stays a
-            stem per task, so that inputs and first layers may differ from model to model. ``None`` zips from the input
-            on.
-        also: other merges of the same models that a calibration for ``statistics`` shall serve too.
+        statistics_memory: memory for the statistics, in GiB. If the statistics need more, the calibration data is read
+            several times, each time for some of the feature spaces.
+        statistics: a safetensors file for the statistics. If the file exists, it replaces calibration. Otherwise the
+            statistics are saved to it, and an interrupted calibration resumes.
+        similarity: the similarity of features, from their activations: ``"correlation"``, ``"absolute"`` (its absolute
+            value), ``"cosine"`` or ``"covariance"``.
+        width: the number of features of the merged network, as a ratio to one source: for all feature spaces, or by the
+            name of the space. Above 1, the merged network is more accurate and costs more; below 1 the opposite. N
+            merges no two features. ``"auto"`` chooses the widths within ``flops``. A width below 1 folds a single
+            model.
+        flops: the budget of ``width="auto"``: the FLOPs of the merged network as a ratio to those of one source.
+        combine: for sources that were trained from one base: the rule that combines their changes to the base, instead
+            of an average: ``TaskArithmetic()``, ``Ties()`` or ``Dare()``. Features are then matched by index.
+        positions: the number of positions of each image or sequence that the statistics are taken from, at random;
+            ``None`` for all. A few give nearly the same matching in less time.
+        weights: the weight of each model where features are averaged, by task or in the order of the tasks; ``None``
+            for equal weights.
+        start_at: dotted name, inside the backbone, of the trunk's first module. Modules that do not depend on it stay a
+            stem per task. Inputs and first layers may then differ from model to model. ``None`` starts the trunk at the
+            input.
+        also: other merges of the same models that the ``statistics`` must also serve.
 
     Raises:
-        ConfigurationError: if an argument is not one of those there are.
+        ConfigurationError: with every problem, if options are not allowed, or not allowed together.
     """
 
-    stop_at: str | None = None
-    matcher: Matcher = field(default_factory=GreedyZip)
-    refine: Refine | None = "least_squares"
-    merge_heads: bool = False
-    verify: bool = True
-    statistics_memory: float = 8.0
-    statistics: str | Path | None = None
-    similarity: SimilarityKind = "correlation"
-    width: Width = 1.0
-    flops: float | None = None
-    combine: Combination | None = None
-    positions: int | None = None
-    weights: ModelWeights | None = None
-    start_at: str | None = None
-    also: tuple[MergeSettings, ...] = ()
+    stop_at: str | None = field(
+        default=None, metadata=option("the dotted name of a module, 'auto', or None", swept=True)
+    )
+    matcher: Matcher = field(  # type: ignore[assignment]  # None becomes the default matcher
+        default=None, metadata=option("an instance of Matcher, such as GreedyZip(), or None", swept=True)
+    )
+    refine: Refine | None = field(
+        default="least_squares",
+        metadata=option(f"one of {REFINEMENTS}, an instance of {REFINEMENT_CLASSES}, or None", swept=True),
+    )
+    merge_heads: bool = field(default=False, metadata=option("True or False"))
+    verify: bool = field(default=True, metadata=option("True or False", column=False))
+    statistics_memory: float = field(
+        default=8.0, metadata=option("above 0 (a number of GiB)", lambda size: size > 0, column=False)
+    )
+    statistics: str | Path | None = field(default=None, metadata=option("the path of a file, or None", column=False))
+    similarity: SimilarityKind = field(default="correlation", metadata=option(f"one of {SIMILARITIES}", swept=True))
+    width: Width = field(
+        default=1.0,
+        metadata=option(
+            'a ratio, a dict of ratios by the name of the feature space, or "auto"',
+            lambda width: not isinstance(width, str) or width == "auto",
+            swept=True,
+        ),
+    )
+    flops: float | None = field(
+        default=None,
+        metadata=option("above 0 (a ratio to the FLOPs of one source), or None", lambda budget: budget > 0, swept=True),
+    )
+    combine: Combination | None = field(
+        default=None, metadata=option("an instance of Combination, such as Ties(), or None", swept=True)
+    )
+    positions: int | None = field(
+        default=None, metadata=option("a whole number of at least 1, or None for all", lambda count: count >= 1)
+    )
+    weights: ModelWeights | None = field(
+        default=None, metadata=option("a dict of numbers by task, a list of numbers in the order of the tasks, or None")
+    )
+    start_at: str | None = field(default=None, metadata=option("the dotted name of a module, or None", swept=True))
+    also: tuple[MergeSettings, ...] = field(
+        default=(), metadata=option("a tuple of MergeSettings", column=False, keyword=False)
+    )
 
     def __post_init__(self) -> None:
-        self._check_width()
-        if self.similarity not in get_args(SimilarityKind):
-            raise ConfigurationError(
-                f"`similarity` must be one of {get_args(SimilarityKind)}, got {self.similarity!r}."
-            )
-        if self.positions is not None and self.positions < 1:
-            raise ConfigurationError(f"`positions` must be at least 1, or None for all, got {self.positions}.")
-        if not self.statistics_memory > 0:
-            raise ConfigurationError(f"`statistics_memory` must be above 0 GiB, got {self.statistics_memory}.")
-        if self.refine is not None and not isinstance(self.refine, Refinement) and self.refine not in NAMED:
-            raise ConfigurationError(
-                f"`refine` must be None, one of {list(NAMED)}, or an instance of one of "
-                f"{[type(known).__name__ for known in NAMED.values()]}, got {self.refine!r}."
-            )
-        if not isinstance(self.matcher, Matcher):
-            raise ConfigurationError(f"`matcher` must be a Matcher such as GreedyZip(), got {self.matcher!r}.")
-        if self.matcher.similarity is not None and self.similarity not in ("correlation", self.matcher.similarity):
-            raise ConfigurationError(
-                f"{type(self.matcher).__name__} looks at the {self.matcher.similarity} of features whatever is said: "
-                f"leave `similarity` out, got {self.similarity!r}."
-            )
-        if self.combine is not None and not isinstance(self.combine, Combination):
-            raise ConfigurationError(f"`combine` must be a Combination such as Ties(), got {self.combine!r}.")
-        if self.combine is not None and not isinstance(self.matcher, Average):
-            raise ConfigurationError(
-                f"`combine` adds up changes of weights by their number: use matcher=Average(), got {self.matcher!r}."
-            )
-        if self.combine is not None and self.weights is not None:
-            raise ConfigurationError("`weights` are for averaging, and `combine` takes its place: give one of them.")
+        if self.matcher is None:
+            object.__setattr__(self, "matcher", GreedyZip() if self.combine is None else Average())
+        wrong = wrong_values(self)
+        together = (problem_of(self) for names, problem_of in TOGETHER if wrong.keys().isdisjoint(names))
+        if problems := [*wrong.values(), *filter(None, together)]:
+            raise ConfigurationError.collect(problems)
 
-    def weights_of(self, tasks: Sequence[str]) -> tuple[float, ...] | None:
-        """How much the model of each task counts, in the order of the tasks; ``None`` where all count the same.
+    @classmethod
+    def of(cls, **options: Unpack[MergeOptions]) -> MergeSettings:
+        """Make settings from keyword arguments, and name the options if one is unknown.
 
         Raises:
-            ConfigurationError: if they are not one per task, none negative and one positive.
+            ConfigurationError: if there is no such option, or a value is not allowed.
+        """
+        if problems := unknown_names(options, keywords_of(cls)):
+            raise ConfigurationError.collect(problems)
+        return cls(**options)  # type: ignore[arg-type]  # None is the default matcher
+
+    def weights_of(self, tasks: Sequence[str]) -> tuple[float, ...] | None:
+        """The weight of the model of each task, in the order of the tasks; ``None`` if all are equal.
+
+        Raises:
+            ConfigurationError: unless there is one weight per task, none negative and one positive.
         """
         if self.weights is None:
             return None
@@ -123,64 +175,107 @@ class MergeSettings:
             raise ConfigurationError(str(error)) from error
         return tuple(map(float, in_order))
 
-    def _check_width(self) -> None:
-        if (self.width == "auto") != (self.flops is not None):
-            raise ConfigurationError(
-                '`flops` is the budget of width="auto": give both or neither, got '
-                f"width={self.width!r} and flops={self.flops}."
-            )
-        if self.stop_at == "auto" and (self.width != "auto" or self.merge_heads):
-            raise ConfigurationError(
-                'stop_at="auto" shares out a budget of FLOPs: give width="auto" and `flops` with it, and no '
-                f"`merge_heads`, got width={self.width!r} and merge_heads={self.merge_heads}."
-            )
-        if self.flops is not None and not self.flops > 0:
-            raise ConfigurationError(f"`flops` must be above 0, got {self.flops}.")
-        if isinstance(self.width, str) and self.width != "auto":
-            raise ConfigurationError(
-                f'`width` must be a ratio, ratios by the name of the space, or "auto", got {self.width!r}.'
-            )
-        inner = self.matcher.matcher if isinstance(self.matcher, DualSpace) else self.matcher
-        if changes_size(self.width) and isinstance(inner, Matcher) and not isinstance(inner, AnyWidthMatcher):
-            raise ConfigurationError(
-                f"{type(inner).__name__} leaves as many features as one model has: width={self.width!r} needs another "
-                "matcher, such as GreedyZip, KMeans or Agglomerative."
-            )
-        if self.width == "auto" and isinstance(self.matcher, DualSpace):
-            raise ConfigurationError(
-                f'width="auto" matches every space several times, and {type(self.matcher).__name__} all spaces '
-                "together: give ratios, or another matcher."
-            )
-
     @property
     def measured_similarity(self) -> SimilarityKind:
-        """What the matcher is given."""
+        """The similarity that the matcher is given."""
         return self.matcher.similarity or self.similarity
 
     @property
     def last_module(self) -> str | None:
-        """The trunk's last module as far as that is known before matching: with ``"auto"``, it may be any."""
+        """The trunk's last module as far as it is known before matching; ``None`` for ``"auto"``, as it may be any."""
         return None if self.stop_at == "auto" else self.stop_at
 
     @property
     def refinement(self) -> Refinement | None:
-        """What follows merging, with its settings."""
+        """The refinement with its settings."""
         return NAMED[self.refine] if isinstance(self.refine, str) else self.refine
 
     @property
     def before_activations(self) -> bool:
-        """Whether features are measured in front of their activation functions, as layers are fitted there."""
-        # They are often linear functions of fewer others there: linear maps between them are then not unique, and mix
-        # what the activation function makes of them in any way.
+        """Whether features are measured in front of their activation functions, where least squares fit layers."""
+        # There, features are often linear functions of fewer others. Linear maps between them are then not unique, and
+        # mix in any way the features behind the activation function.
         how = self.refinement
-        return isinstance(how, LeastSquares) and how.pre_activations and self.matcher.similarity != "covariance"
+        return how is not None and how.pre_activations and self.matcher.similarity != "covariance"
 
     @property
     def norms_per_task(self) -> bool:
         """Whether the trunk has a batch norm for each task."""
-        return isinstance(self.refinement, BatchNorm) and self.refinement.per_task
+        return self.refinement is not None and self.refinement.per_task
 
 
-def default_matcher(combine: Combination | None) -> Matcher:
-    """What matches where nothing is said: changes to a base go by the number of the feature."""
-    return Average() if combine is not None else GreedyZip()
+def with_options(target: Target) -> Target:
+    """Show the options of a merge as keyword arguments of a function or class that takes ``**options``.
+
+    Signature and docstring come from :class:`MergeSettings`; the docstring needs an entry ``options``.
+    """
+    return spell_out(target, spelled_options(MergeSettings))
+
+
+def _budget_problem(settings: MergeSettings) -> str | None:
+    if (settings.width == "auto") != (settings.flops is not None):
+        return (
+            '`flops` is the budget of width="auto": give both or neither, got '
+            f"width={settings.width!r} and flops={settings.flops}."
+        )
+    return None
+
+
+def _cut_problem(settings: MergeSettings) -> str | None:
+    if settings.stop_at == "auto" and (settings.width != "auto" or settings.merge_heads):
+        return (
+            'stop_at="auto" shares out a budget of FLOPs: give width="auto" and `flops` with it, and no '
+            f"`merge_heads`, got width={settings.width!r} and merge_heads={settings.merge_heads}."
+        )
+    return None
+
+
+def _width_problem(settings: MergeSettings) -> str | None:
+    matcher = settings.matcher
+    inner = matcher.per_space
+    if changes_size(settings.width) and not inner.any_width:
+        return (
+            f"{type(inner).__name__} leaves as many features as one model has: width={settings.width!r} needs another "
+            "matcher, such as GreedyZip, KMeans or Agglomerative."
+        )
+    if settings.width == "auto" and matcher.joint:
+        return (
+            f'width="auto" matches every space several times, and {type(matcher).__name__} all spaces '
+            "together: give ratios, or another matcher."
+        )
+    return None
+
+
+def _similarity_problem(settings: MergeSettings) -> str | None:
+    if settings.matcher.similarity is None or settings.similarity in ("correlation", settings.matcher.similarity):
+        return None
+    return (
+        f"{type(settings.matcher).__name__} looks at the {settings.matcher.similarity} of features: leave "
+        f"`similarity` out, got {settings.similarity!r}."
+    )
+
+
+def _combine_problem(settings: MergeSettings) -> str | None:
+    if settings.combine is not None and not settings.matcher.by_index:
+        return (
+            "`combine` adds up the changes of features with the same index: use matcher=Average(), got "
+            f"{settings.matcher!r}."
+        )
+    return None
+
+
+def _weights_problem(settings: MergeSettings) -> str | None:
+    if settings.combine is not None and settings.weights is not None:
+        return "`weights` are for averaging, and `combine` replaces the average: give one of them."
+    return None
+
+
+TOGETHER: tuple[tuple[tuple[str, ...], Callable[[MergeSettings], str | None]], ...] = (
+    (("width", "flops"), _budget_problem),
+    (("stop_at", "width", "merge_heads"), _cut_problem),
+    (("width", "matcher"), _width_problem),
+    (("similarity", "matcher"), _similarity_problem),
+    (("combine", "matcher"), _combine_problem),
+    (("combine", "weights"), _weights_problem),
+)
+"""Options that depend on each other, and a function that returns what is wrong with them together."""

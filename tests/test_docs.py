@@ -7,10 +7,12 @@ from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
+import griffe
 import pytest
 from mkdocs.exceptions import PluginError
 
 import lightning_zipit
+from lightning_zipit._common.options import keywords_of
 
 hooks = runpy.run_path(str(Path(__file__).parent.parent / "docs" / "hooks.py"))
 DOCS = Path(__file__).parent.parent / "docs"
@@ -59,3 +61,12 @@ def test_pages_load_nothing_from_elsewhere(html, refused):
     page = SimpleNamespace(file=SimpleNamespace(src_uri="index.md"))
     with pytest.raises(PluginError, match="loads something from elsewhere") if refused else nullcontext():
         hooks["on_post_page"](html, page, None)
+
+
+def test_the_reference_shows_every_option_of_a_merge():
+    extensions = griffe.load_extensions(str(DOCS / "hooks.py"))
+    package = griffe.load("lightning_zipit", extensions=extensions)
+    for path in ("driver.ZipIt.merge", "driver.ZipIt.sweep", "callback.ZipItCallback"):
+        loaded = package[f"_lightning.{path}"]
+        for option in keywords_of(lightning_zipit.MergeSettings):
+            assert option in loaded.parameters and f"\n    {option}: " in loaded.docstring.value

@@ -14,7 +14,7 @@ from lightning_zipit import JointAccuracy, MergeSettings, ZipIt
 from lightning_zipit._phases.calibrate import Gathering
 from lightning_zipit._sweep.plan import grid
 from lightning_zipit._sweep.results import SweepResult, SweepRow, pareto_front
-from lightning_zipit.errors import CalibrationError, ConfigurationError, StatisticsError
+from lightning_zipit.errors import CalibrationError, ConfigurationError
 from lightning_zipit.matchers import Average, GreedyZip, Matcher, Permute
 from lightning_zipit.pipeline import Pipeline
 from lightning_zipit.refine import LeastSquares
@@ -107,8 +107,25 @@ def test_a_sweep_goes_on_where_it_was_interrupted(models, seen, monkeypatch):
     again = sweep(models, alpha=[0.1, 0.5, 1.0], refine=None)
     assert seen["validated"] - before["validated"] == 2 * len(VALIDATION)
     assert again.rows == result.rows and again.ensemble == result.ensemble
-    with pytest.raises(StatisticsError, match="stop_at"):
-        sweep(models, stop_at="layer1.0", refine=None)
+
+
+def test_a_finished_sweep_gathers_the_statistics_of_new_settings_only(models, seen):
+    first = sweep(models, stop_at=["layer1.0"], refine=None)
+    assert seen["calibrated"] == len(DATA)
+    more = {"stop_at": ["layer1.0", "layer1"], "refine": [None, "least_squares"]}
+    with pytest.raises(ConfigurationError, match="no calibration data"):
+        sweep(models, None, **more)
+    result = sweep(models, **more)
+    assert seen["calibrated"] == 2 * len(DATA) and not any(row.error for row in result.rows)
+    assert result.rows[0] == first.rows[0] and len(records()) == 5
+    assert sorted(path.name for path in Path().iterdir()) == ["sweep.2.safetensors", "sweep.csv", "sweep.safetensors"]
+    for row in result.rows:  # from either file
+        settings = row.settings
+        alone = ZipIt(trainer()).merge(models, DATA, backbone="net", stop_at=settings.stop_at, refine=settings.refine)
+        assert same(alone, result.merge(row))
+    before = dict(seen)
+    assert sweep(models, **more, alpha=[0.1, 0.5]).rows[0] == first.rows[0]
+    assert seen["calibrated"] == before["calibrated"]
 
 
 def test_a_file_of_other_models_or_columns_is_refused(models, seen):
@@ -229,7 +246,7 @@ def test_shares_of_a_sweep_make_one_file_from_one_calibration(models, seen):
     matchers = [GreedyZip(0.1), Failing(), Permute()]
     first = sweep(models, matcher=matchers, refine=None, share="1/2")
     assert [row.settings.matcher for row in first.rows] == [matchers[0], matchers[2]] and first.missing == 1
-    assert "1 are not done yet" in str(first) and not Path("sweep.csv").exists()
+    assert "1 are not done yet" in str(first) and len(records()) == 3
     calibrated = seen["calibrated"]
     second = sweep(models, matcher=matchers, refine=None, share="2/2", results=Path("sweep.csv"))
     assert seen["calibrated"] == calibrated and second.missing == 0

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Atomic file writes, and locks."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
+
+from filelock import FileLock
 
 
 @contextmanager
@@ -39,24 +41,18 @@ def replacing_with_companions(output: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def held(lock: Path) -> Iterator[None]:
-    """Inside, no other process holds the lock; the system takes it from one that has ended.
+def locked(path: Path) -> Iterator[None]:
+    """Lock a file: other processes that lock it wait until the block ends.
 
-    Where the file system has no locks, nobody waits.
-
-    Args:
-        lock: a file, which is made, and deleted by whoever lets it go.
+    The lock of a process that has ended is free. The lock is a hidden file beside ``path``, and is deleted.
     """
-    with lock.open("w") as file:
-        with suppress(ImportError, OSError):
-            import fcntl  # not on Windows
-
-            fcntl.flock(file, fcntl.LOCK_EX)
+    lock = path.with_name(f".{path.name}.lock")
+    with FileLock(lock):
         try:
             yield
         finally:
-            with suppress(OSError):
-                lock.unlink()
+            with suppress(OSError):  # an open file cannot be deleted on Windows, where filelock does it later
+                lock.unlink()  # before it is released: filelock ignores the lock of a file that was deleted meanwhile
 
 
 def find_output_problem(output: str | Path, argument: str = "output") -> str | None:

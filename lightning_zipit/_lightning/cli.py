@@ -23,8 +23,9 @@ from lightning_zipit._lightning.internals import (
     add_trust,
     ignore_others,
     make_optional,
-    make_switch,
+    make_switches,
     show_first,
+    strip_markup,
     subcommand_parsers,
 )
 from lightning_zipit._lightning.multihead import MultiHeadModule
@@ -122,9 +123,9 @@ class ZipItCLI(LightningCLI):
         self.parser.set_defaults({"merge.matcher": {"class_path": "lightning_zipit.matchers.GreedyZip"}})
         self.parser.add_instantiator(self._make_matcher, Matcher, subclasses=True)
         parsers = subcommand_parsers(self)
-        for switch in ("merge_heads", "test"):
-            make_switch(parsers["merge"], switch)
-        make_switch(parsers["sweep"], "merge_heads")
+        for name in MERGING:
+            make_switches(parsers[name])
+            strip_markup(parsers[name])
         for name, parser in parsers.items():
             parser.usage = parser.usage or USAGES.get(name)
             titles = {

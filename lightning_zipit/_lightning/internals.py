@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from argparse import SUPPRESS
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +18,8 @@ SHARDING = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
 
 INSTANTIATORS = ("lightning.pytorch.cli.instantiate_module", "pytorch_lightning.cli.instantiate_module")
 """The functions that Lightning names in checkpoints to make the hyperparameters of a command line again."""
+
+MARKUP = re.compile(r"(?::\w+:`~?([\w.]+)`)|``([^`]*)``")
 
 
 @contextmanager
@@ -108,10 +111,18 @@ def ignore_others(parser: LightningArgumentParser, other: LightningArgumentParse
             parser.add_argument(f"--{name}", help=SUPPRESS)
 
 
-def make_switch(parser: LightningArgumentParser, name: str) -> None:
-    """Let a yes-or-no option stand without a value, for yes."""
-    (action,) = (action for action in parser._actions if action.dest == name)
-    action.nargs, action.const = "?", True
+def make_switches(parser: LightningArgumentParser) -> None:
+    """Let yes-or-no options stand without a value, for yes."""
+    for action in parser._actions:
+        if getattr(action, "_typehint", None) is bool and "." not in action.dest:
+            action.nargs, action.const = "?", True
+
+
+def strip_markup(parser: LightningArgumentParser) -> None:
+    """Remove the markup of docstrings from the help texts of a parser, where ``None`` is ``null``."""
+    for action in parser._actions:
+        if isinstance(action.help, str):
+            action.help = MARKUP.sub(r"\1\2", action.help.replace("``None``", "null"))
 
 
 def add_trust(parser: LightningArgumentParser) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -19,17 +18,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from lightning_zipit._calibration.fingerprint import fingerprint
 from lightning_zipit._common.collectives import decide
 from lightning_zipit._common.ending import attempt_together
-from lightning_zipit._common.files import find_output_problem, held
+from lightning_zipit._common.files import find_output_problem, locked
 from lightning_zipit._common.messages import quiet
 from lightning_zipit._lightning.evaluation import Evaluation
 from lightning_zipit._lightning.internals import unsupported_strategy
 from lightning_zipit._lightning.module import ZipItModule
 from lightning_zipit._lightning.multihead import MultiHeadModule
 from lightning_zipit._lightning.multitask import Ensemble, MultiTaskModule
-from lightning_zipit._phases.calibrate import memory_of
 from lightning_zipit._report.report import Cost, MergeReport
 from lightning_zipit._sweep.plan import Plan
 from lightning_zipit._sweep.results import Mode, ResultsFile, SweepResult, SweepRow, describe
+from lightning_zipit._sweep.statistics import StatisticsFiles
 from lightning_zipit.errors import CalibrationError, ConfigurationError, StatisticsError, ZipItError
 from lightning_zipit.graph import MergeGraph
 from lightning_zipit.settings import MergeSettings
@@ -45,7 +44,7 @@ class Sweep:
         merge: merges it.
         plan: the settings to try.
         evaluation: what is measured.
-        statistics: the file of the statistics.
+        statistics: the files of the statistics.
         mode: whether the metric is to be high or low.
     """
 
@@ -54,7 +53,7 @@ class Sweep:
     merge: Callable[[ZipItModule, MergeSettings], MultiHeadModule]
     plan: Plan
     evaluation: Evaluation
-    statistics: Path
+    statistics: StatisticsFiles
     mode: Mode
 
     def run(self, results: str | Path) -> SweepResult:
@@ -64,17 +63,15 @@ class Sweep:
             results: the CSV file.
 
         Raises:
-            ConfigurationError: with all that is wrong with settings, models, loaders and files, before any data is
-                touched; or with the error of the first setting, where all fail.
+            ConfigurationError: with every problem of settings, models, loaders and files, before any data is read; or
+                with the error of the first setting, if all fail.
             CalibrationError: if the calibration data cannot be used.
-            StatisticsError: if the statistics are those of other models or settings.
+            StatisticsError: if the statistics are those of other models.
         """
         module = self.make_module()
         with quiet():
             self._check(module, results)
-        file = ResultsFile(results, self._digest(module), self.evaluation.names, self.plan.share)
-        if self.plan.share is None and self.trainer.is_global_zero:
-            file.collect()
+        file = ResultsFile(results, self._digest(module), self.evaluation.names)
         ensemble, errors = file.find(None), list[Exception]()
         datamodule, attached = module.datamodule, self.trainer.datamodule  # type: ignore[attr-defined]
 
@@ -106,8 +103,6 @@ class Sweep:
             file.read()
             rows, ensemble = [row for each in self.plan.settings if (row := file.find(each))], file.find(None)
             missing = len(self.plan.settings) - len(rows)
-            if not missing:
-                file.collect()
         if errors and not missing and all(row.error for row in rows):
             raise errors[0]
         return SweepResult(tuple(rows), self.evaluation.decides, self.mode, ensemble, missing, self._merge_alone)
@@ -117,21 +112,15 @@ class Sweep:
         return SweepRow(None, self._evaluate(Ensemble(module.models, module.backbone)))
 
     def _merge_alone(self, settings: MergeSettings) -> MultiHeadModule:
-        also = tuple(each for each in self.plan.settings if each.start_at == settings.start_at)
-        return self.merge(self.make_module(), replace(settings, statistics=self._file_of(settings), also=also))
-
-    def _file_of(self, settings: MergeSettings) -> Path:
-        """The statistics file: each start of the trunk has its own, as it is measured from there on."""
-        if settings.start_at is None:
-            return self.statistics
-        start = re.sub(r"[^\w.]", "_", settings.start_at)
-        return self.statistics.with_name(f"{self.statistics.stem}.from-{start}{self.statistics.suffix}")
+        file = self.statistics.of(settings)
+        also = tuple(each for each in self.plan.settings if self.statistics.of(each) == file)
+        return self.merge(self.make_module(), replace(settings, statistics=file, also=also))
 
     def _gathering(self, settings: MergeSettings) -> AbstractContextManager[None]:
         """Inside, this share alone gathers the statistics for all."""
-        file = self._file_of(settings)
+        file = self.statistics.of(settings)
         alone = self.plan.share and not file.is_file()
-        return held(file.with_name(f".{file.name}.lock")) if alone else nullcontext()
+        return locked(file) if alone else nullcontext()
 
     def _attempt(self, settings: MergeSettings) -> tuple[SweepRow, MergeReport | Exception]:
         """Merge and evaluate one setting.
@@ -141,7 +130,7 @@ class Sweep:
         """
         outcome = attempt_together(lambda: self._merge_and_evaluate(settings))
         if isinstance(outcome, Exception):
-            no_statistics = isinstance(outcome, CalibrationError) and not decide(self._file_of(settings).is_file)
+            no_statistics = isinstance(outcome, CalibrationError) and not decide(self.statistics.of(settings).is_file)
             if no_statistics or isinstance(outcome, StatisticsError):
                 raise outcome  # the next setting would go through the same data
             return SweepRow(settings, error=f"{type(outcome).__name__}: {outcome}"), outcome
@@ -159,38 +148,12 @@ class Sweep:
             return self.evaluation(module)
 
     def _check(self, module: ZipItModule, results: str | Path) -> None:
-        """Look for everything that is wrong before any data is touched."""
+        """Look for everything that is wrong before any data is read."""
         problems = self.evaluation.problems()
-        errors: list[Exception] = []
-        # Processes that are not there yet have files of their own.
-        reads = self.trainer.world_size == 1 and not problems
-        module.trainer = self.trainer
-        if problem := unsupported_strategy(self.trainer):
-            problems.append(problem)
-        if self.plan.share and self.trainer.world_size > 1:
-            problems.append("`share` is for processes that know nothing of each other: use a Trainer with devices=1.")
-        no_data = module.dataloaders is None and module.datamodule is None
-        if no_data and not all(self._file_of(each).is_file() for each in self.plan.settings):
-            problems.append("There is no calibration data: pass `dataloaders` or `datamodule`.")
-        for path, argument in ((results, "results"), (self.statistics, "statistics")):
-            problems += [problem] if (problem := find_output_problem(path, argument)) else []
-        graphs: dict[tuple[str | None, str | None], MergeGraph] = {}
-        for cut in dict.fromkeys((each.start_at, each.stop_at) for each in self.plan.settings):
-            each = next(each for each in self.plan.settings if (each.start_at, each.stop_at) == cut)
-            known = self._file_of(each) if reads else None
-            try:
-                module.prepare(replace(each, statistics_memory=float("inf"), statistics=known))
-                if module.pipeline is not None and module.pipeline.graphs:
-                    graphs[cut] = next(iter(module.pipeline.graphs.values()))
-            except ZipItError as error:
-                problems.append(str(error))
-                errors.append(error)
-            finally:
-                module.release()
-        for start_at in dict.fromkeys(start for start, _ in graphs) if not problems else ():
-            cuts = {stop_at: graph for (start, stop_at), graph in graphs.items() if start == start_at}
-            own = [each for each in self.plan.settings if each.start_at == start_at and each.stop_at in cuts]
-            needed = memory_of([(cuts[each.stop_at], each) for each in own], len(module.models)) / 2**30
+        errors = self._assign_statistics(module, not problems)
+        problems += [*self._argument_problems(module, results), *map(str, errors)]
+        if not problems:
+            needed = self.statistics.bytes_to_gather(self.plan.settings, len(module.models)) / 2**30
             limit = self.plan.settings[0].statistics_memory
             if needed > limit:
                 problems.append(
@@ -202,6 +165,49 @@ class Sweep:
             raise errors[0]
         if problems:
             raise ConfigurationError.collect(problems)
+
+    def _argument_problems(self, module: ZipItModule, results: str | Path) -> list[str]:
+        problems = []
+        if problem := unsupported_strategy(self.trainer):
+            problems.append(problem)
+        if self.plan.share and self.trainer.world_size > 1:
+            problems.append("`share` is for processes without a process group: use a Trainer with devices=1.")
+        no_data = module.dataloaders is None and module.datamodule is None
+        if no_data and not all(self.statistics.of(each).is_file() for each in self.plan.settings):
+            problems.append("There is no calibration data: pass `dataloaders` or `datamodule`.")
+        for path, argument in ((results, "results"), (self.statistics.path, "statistics")):
+            problems += [problem] if (problem := find_output_problem(path, argument)) else []
+        return problems
+
+    def _assign_statistics(self, module: ZipItModule, reads: bool) -> list[ZipItError]:
+        """Trace every cut, and decide which statistics file serves which setting.
+
+        Returns:
+            The errors of cuts that cannot be merged.
+        """
+        errors: list[ZipItError] = []
+        module.trainer = self.trainer
+        for cut in dict.fromkeys((each.start_at, each.stop_at) for each in self.plan.settings):
+            own = [each for each in self.plan.settings if (each.start_at, each.stop_at) == cut]
+            try:
+                graph = self._trace(module, own[0], reads)
+                for each in own:
+                    self.statistics.assign(each, graph)
+            except ZipItError as error:
+                errors.append(error)
+        return errors
+
+    def _trace(self, module: ZipItModule, settings: MergeSettings, reads: bool) -> MergeGraph | None:
+        """The merge graph of a setting, if it can be known before data is read."""
+        known = self.statistics.candidate(settings) if reads else None
+        if known is not None and self.trainer.world_size > 1 and not known.is_file():
+            known = None  # what processes gather goes to files of their own first
+        try:
+            module.prepare(replace(settings, statistics_memory=float("inf"), statistics=known))
+            graphs = module.pipeline.graphs if module.pipeline is not None else {}
+            return next(iter(graphs.values()), None)
+        finally:
+            module.release()
 
     def _digest(self, module: ZipItModule) -> str:
         """Of all that rows depend on beside their settings."""

@@ -11,29 +11,30 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_zipit._common.collectives import decide
 from lightning_zipit._common.messages import quiet
+from lightning_zipit._common.options import Spelled, fits, options_of, spell_out, spelled_options, unknown_names
 from lightning_zipit._sweep.results import Mode, SweepRow, describe, to_text
 from lightning_zipit.errors import ConfigurationError
 from lightning_zipit.matchers import GreedyZip
-from lightning_zipit.settings import MergeSettings, default_matcher
+from lightning_zipit.settings import MergeSettings, Target
 
 if TYPE_CHECKING:
     from optuna import Study, Trial
 
 Evaluate = Callable[[MergeSettings], SweepRow]
-"""Merges and validates; what was done before is not done again."""
+"""Merges and validates one setting, or returns its row if it is done."""
 
 
 @dataclass(frozen=True)
 class Range:
-    """All numbers between two, for a search to choose from.
+    """A range of numbers that a search chooses from.
 
     Args:
-        low: the lowest.
-        high: the highest.
-        log: whether small numbers are told apart as finely as large ones.
+        low: the lowest number.
+        high: the highest number.
+        log: choose on a logarithmic scale.
 
     Raises:
-        ConfigurationError: if there are no such numbers.
+        ConfigurationError: if the range is empty, or logarithmic and not above 0.
     """
 
     low: float
@@ -47,17 +48,64 @@ class Range:
             raise ConfigurationError(f"A logarithmic range is one of numbers above 0, got {self}.")
 
     def rounded(self, value: float) -> float:
-        """A number inside, to four digits: what is kept in a table can be read, and typed again."""
+        """Round a number to four digits, within the range, so that a table shows the exact value."""
         return min(max(float(f"{value:.4g}"), self.low), self.high)
 
 
+SHORTHANDS = {
+    "alpha": Spelled(Range | list[float] | float | None, None, "``alpha`` of ``GreedyZip``, instead of ``matcher``."),
+    "beta": Spelled(Range | list[float] | float | None, None, "``beta`` of ``GreedyZip``, instead of ``matcher``."),
+}
+"""Arguments of a sweep that stand for an option of a merge."""
+
+
+def with_choices(target: Target) -> Target:
+    """Show what a sweep may try as keyword arguments of a function that takes ``**choices``.
+
+    Signature and docstring come from :class:`~lightning_zipit.MergeSettings`; the docstring needs an entry ``choices``.
+    """
+    return spell_out(target, _spelled_choices())
+
+
+def _spelled_choices() -> dict[str, Spelled]:
+    declared, spelled = options_of(MergeSettings), spelled_options(MergeSettings)
+    several: dict[str, Spelled] = {}
+    for name in (name for name in spelled if declared[name].swept):
+        several[name] = _several(spelled[name])
+        several |= SHORTHANDS if name == "matcher" else {}
+    return {**several, **{name: each for name, each in spelled.items() if name not in several}}
+
+
+def _several(one: Spelled) -> Spelled:
+    """The argument of a sweep for an option: a value, a list of values or, for numbers, a range."""
+    hint = list[one.hint] | one.hint  # type: ignore[name-defined]
+    return one._replace(hint=Range | hint if fits(0.5, one.hint) else hint)
+
+
+def split_choices(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Split the keyword arguments of a sweep.
+
+    Returns:
+        What is chosen from, by name and in the order of the declaration; and what all settings have in common.
+
+    Raises:
+        ConfigurationError: if there is no such option.
+    """
+    known = _spelled_choices()
+    if problems := unknown_names(given, known):
+        raise ConfigurationError.collect(problems)
+    swept = {name for name, declared in options_of(MergeSettings).items() if declared.swept} | {*SHORTHANDS}
+    choices = {name: given[name] for name in known if name in given and name in swept}
+    return choices, {name: value for name, value in given.items() if name not in swept}
+
+
 class Plan(ABC):
-    """What a sweep tries.
+    """The settings that a sweep tries.
 
     Attributes:
-        settings: those that are checked before, and that the statistics serve.
-        asks: whether what is tried next depends on what came out before.
-        share: which of how many processes this is that share the settings; ``None`` where it tries all.
+        settings: the settings that are checked in advance, and that the statistics serve.
+        asks: whether the next setting depends on earlier results.
+        share: the number of this process and how many share the settings; ``None`` if it tries all.
     """
 
     settings: list[MergeSettings]
@@ -82,7 +130,7 @@ class Grid(Plan):
 
     Args:
         settings: the list.
-        share: number ``k`` of ``n`` takes every n-th of them, from the k-th on.
+        share: ``(k, n)`` takes every n-th setting, from the k-th on.
     """
 
     asks = False
@@ -100,15 +148,15 @@ class Grid(Plan):
 
 
 class Search(Plan):
-    """What an Optuna study asks for.
+    """The settings that an Optuna study asks for.
 
-    A study that is not given is made anew, always with the same seed: it asks for the same settings again, whose rows
-    are there after an interruption, and goes on from there. Process zero asks for all.
+    Without a given study, a new one is made with a fixed seed. After an interruption, it asks for the same settings
+    again, finds their rows, and continues. Rank zero asks for all ranks.
 
     Args:
         choices: as for :func:`grid`; a :class:`Range` stands for all numbers in it.
         fixed: what all settings have in common.
-        trials: how many are tried, with those that the study has tried before.
+        trials: the number of settings, including those that the study has tried before.
         study: an Optuna study of the metric, or of the metric and FLOPs.
         metric: the name of the metric.
         mode: whether it is to be high or low.
@@ -238,8 +286,8 @@ def make_plan(
     """
     if trials is not None and share is not None:
         raise ConfigurationError(
-            "A search (`trials`) has no shares, as one setting follows from others: give every process a `study` with "
-            "the same storage, and `results` of its own."
+            "`share` cannot be combined with `trials`: each trial depends on earlier ones. Give each process a `study` "
+            "on the same storage, and `results` of its own."
         )
     if trials is not None:
         return Search(choices, fixed, trials, study, metric, mode)
@@ -254,10 +302,10 @@ def make_plan(
 
 
 def parse_share(text: str) -> tuple[int, int]:
-    """Which share of how many.
+    """Parse a share: its number, and the number of shares.
 
     Raises:
-        ConfigurationError: if it is none.
+        ConfigurationError: if the text is not a share.
 
     Example:
         >>> parse_share("2/8")
@@ -292,7 +340,7 @@ def grid(choices: Mapping[str, Any], **fixed: Any) -> list[MergeSettings]:
     problems = [
         f"`{name}` lists nothing to try: give one value at least." for name, tried in listed.items() if not tried
     ]
-    greedy = {name: listed.pop(name, [None]) for name in ("alpha", "beta")}
+    greedy = {name: listed.pop(name, [None]) for name in SHORTHANDS}
     greedy = {name: tried for name, tried in greedy.items() if tried != [None]}
     if greedy and listed.get("matcher", [None]) != [None]:
         problems.append("`alpha` and `beta` are those of GreedyZip: give them, or `matcher`, not both.")
@@ -300,7 +348,6 @@ def grid(choices: Mapping[str, Any], **fixed: Any) -> list[MergeSettings]:
         listed["matcher"] = [matcher for chosen in _product(greedy) for matcher in made(GreedyZip, chosen, problems)]
     settings: list[MergeSettings] = []
     for chosen in _product(listed) if not problems else ():
-        chosen["matcher"] = chosen.get("matcher") or default_matcher(chosen.get("combine"))
         settings += made(MergeSettings, chosen | fixed, problems)
     if problems:
         raise ConfigurationError.collect(list(dict.fromkeys(problems)))

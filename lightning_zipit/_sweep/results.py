@@ -5,31 +5,33 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field, fields
-from glob import escape as escape_glob
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lightning_zipit._common.files import replacing
-from lightning_zipit._lightning.multihead import MultiHeadModule
+from lightning_zipit._common.files import locked, replacing
+from lightning_zipit._common.options import options_of
 from lightning_zipit.errors import ConfigurationError
 from lightning_zipit.settings import MergeSettings
 
+if TYPE_CHECKING:
+    from lightning_zipit._lightning.multihead import MultiHeadModule
+
 Mode = Literal["max", "min"]
-NOT_SWEPT = {"verify", "statistics_memory", "statistics", "also"}
-SETTINGS = tuple(column.name for column in fields(MergeSettings) if column.name not in NOT_SWEPT)
+SETTINGS = tuple(name for name, declared in options_of(MergeSettings).items() if declared.column)
 COSTS = ("total_flops", "relative_flops", "total_parameters")
+WAY_OUT = "Delete it, or name another file as `results`."
 
 
 @dataclass(frozen=True)
 class SweepRow:
-    """What came out for one setting.
+    """The result of one setting.
 
     Attributes:
         settings: the merge; ``None`` for the ensemble of the sources.
@@ -37,7 +39,7 @@ class SweepRow:
         flops: of one sample, for all tasks together.
         relative_flops: the same as a ratio to one source.
         parameters: their number.
-        error: why there is no result, else empty.
+        error: the error of a merge that failed, otherwise empty.
     """
 
     settings: MergeSettings | None
@@ -49,14 +51,14 @@ class SweepRow:
 
 
 def pareto_front(costs: Sequence[float], values: Sequence[float]) -> list[int]:
-    """The points that no other beats, which would cost less and be worth as much, or cost as much and be worth more.
+    """Indices of the Pareto-optimal points (lower cost, higher value).
 
     Args:
-        costs: of each point, the lower the better.
-        values: of each point, the higher the better; NaN stands for no result.
+        costs: the cost of each point.
+        values: the value of each point; NaN for no result.
 
     Returns:
-        Their numbers in the order of cost; of equal points, the first.
+        The indices in the order of cost; of equal points, the first.
 
     Example:
         >>> pareto_front([3.0, 1.0, 2.0, 2.0], [0.9, 0.5, 0.4, 0.8])
@@ -79,7 +81,7 @@ class SweepResult:
         metric: the name of the metric that decides.
         mode: whether it is to be high (``"max"``) or low.
         ensemble: the sources side by side, to compare with.
-        missing: how many settings other processes, with other shares, have not done yet.
+        missing: the number of settings that other processes, with other shares, have not done yet.
     """
 
     rows: tuple[SweepRow, ...]
@@ -125,7 +127,7 @@ class SweepResult:
         return self._merge(settings)
 
     def to_table(self, rows: Sequence[SweepRow] | None = None) -> Table:
-        """Rows for people, with the settings that differ between them; by default the Pareto front and the ensemble."""
+        """Table of rows, with the options that differ between them; by default the Pareto front and the ensemble."""
         if rows is None:
             rows = [*self.pareto, *([self.ensemble] if self.ensemble is not None else [])]
         table = Table()
@@ -208,79 +210,79 @@ def to_text(value: Any) -> str:
 
 
 class ResultsFile:
-    """Keeps rows in a CSV file, which is whole after each.
+    """Keeps rows in a CSV file. Several processes may write it, and it is complete after each row.
+
+    Columns are read by name. An option without a column counts as its default. Columns that are unknown, as those of
+    another version, are kept.
 
     Args:
         path: the file.
         models: a digest of all that the rows depend on beside their settings.
         metrics: the names of the metrics.
-        share: which of how many processes this is that share the settings. Each writes a part of its own beside the
-            file, and reads those of the others.
 
     Raises:
-        ConfigurationError: if a file that is there cannot be read, or belongs to another sweep.
+        ConfigurationError: if the file exists and cannot be read, has no column for a metric, or belongs to other
+            models.
     """
 
-    def __init__(
-        self, path: str | Path, models: str, metrics: Sequence[str], share: tuple[int, int] | None = None
-    ) -> None:
+    def __init__(self, path: str | Path, models: str, metrics: Sequence[str]) -> None:
         self.path, self.models, self.metrics = Path(path), models, tuple(metrics)
-        part = "" if share is None else ".part-{}-of-{}".format(*share)
-        self._own = self.path.with_name(f"{self.path.stem}{part}{self.path.suffix}")
         self.columns = ("models", "network", *SETTINGS, *self.metrics, *COSTS, "error")
+        self._unknown: tuple[str, ...] = ()  # columns
         self._records: dict[tuple[str, ...], dict[str, str]] = {}
         self.read()
 
-    def _parts(self) -> list[Path]:
-        return sorted(self.path.parent.glob(f"{escape_glob(self.path.stem)}.part-*-of-*{self.path.suffix}"))
-
     def read(self) -> None:
-        """Take in the rows that are there, and those that other processes have written by now."""
-        for path in (*self._parts(), self.path):  # a part that is gone by now is in the file
-            with suppress(FileNotFoundError):
-                self._read(path)
+        """Take in the rows that the file has by now, also those of other processes."""
+        self._records |= self._in_file()
 
-    def collect(self) -> None:
-        """Put the rows of all parts into the one file."""
-        parts = self._parts()
-        if parts:
-            self._write(self.path)
-        for part in parts:
-            part.unlink(missing_ok=True)
-
-    def _read(self, path: Path) -> None:
-        way_out = "Delete it, or name another file as `results`."
+    def _in_file(self) -> dict[tuple[str, ...], dict[str, str]]:
+        if not self.path.exists():
+            return {}
         try:
-            with path.open(newline="", encoding="utf-8") as file:
+            with self.path.open(newline="", encoding="utf-8") as file:
                 reader = csv.DictReader(file, strict=True)
                 records, header = list(reader), tuple(reader.fieldnames or ())
         except (csv.Error, UnicodeDecodeError) as error:
-            raise ConfigurationError(f"{path} cannot be read as the rows of a sweep: {error}. {way_out}") from error
-        if header != self.columns:
-            differing = [name for name in (*header, *self.columns) if (name in header) != (name in self.columns)]
             raise ConfigurationError(
-                f"{path} holds other columns than this sweep writes: they differ in "
-                f"{', '.join(map(repr, differing)) or 'their order'}. {way_out}"
+                f"{self.path} cannot be read as the rows of a sweep: {error}. {WAY_OUT}"
+            ) from error
+        self._check(header, records)
+        self._unknown = tuple(name for name in header if name not in self.columns)
+        keyed = [(self._key(complete), complete) for complete in map(self._with_defaults, records)]
+        times = Counter(key for key, _ in keyed)
+        # Rows that differ in unknown columns only are not known to be of these settings.
+        return {key: record for key, record in keyed if times[key] == 1}
+
+    def _check(self, header: Sequence[str], records: Sequence[Mapping[str, str]]) -> None:
+        if missing := [name for name in self.columns if name not in header and name not in SETTINGS]:
+            raise ConfigurationError(
+                f"{self.path} holds other columns than this sweep writes: it has no "
+                f"{', '.join(map(repr, missing))}. {WAY_OUT}"
             )
         if any(record["models"] != self.models for record in records):
             raise ConfigurationError(
-                f"{path} holds the sweep of other models: their weights, tasks, `backbone`, `base` or `classes` "
-                f"are not those given now. {way_out}"
+                f"{self.path} holds the sweep of other models: their weights, tasks, `backbone`, `base` or `classes` "
+                f"are not those given now. {WAY_OUT}"
             )
         for number, record in enumerate(records, 2):
             try:
+                if None in record:
+                    raise ValueError("it has more cells than there are columns")
                 self._to_row(record, None)
             except (TypeError, ValueError) as error:
-                raise ConfigurationError(f"{path}, line {number}, cannot be read: {error}. {way_out}") from error
-            known = self._records.get(self._key(record))
-            if known is None or known["error"]:
-                self._records[self._key(record)] = record
+                raise ConfigurationError(f"{self.path}, line {number}, cannot be read: {error}. {WAY_OUT}") from error
+
+    def _with_defaults(self, record: Mapping[str, str]) -> dict[str, str]:
+        """A row with a value for every option."""
+        defaults = describe(MergeSettings()) if record["network"] == "merged" else dict.fromkeys(SETTINGS, "")
+        return {**defaults, **record}
 
     def _key(self, record: Mapping[str, str]) -> tuple[str, ...]:
         return tuple(record[name] for name in ("network", *SETTINGS))
 
     def _record(self, row: SweepRow) -> dict[str, str]:
-        settings = {name: "" for name in SETTINGS} if row.settings is None else describe(row.settings)
+        settings = dict.fromkeys(SETTINGS, "") if row.settings is None else describe(row.settings)
         numbers = (row.flops, row.relative_flops, row.parameters)
         return {
             "models": self.models,
@@ -299,24 +301,28 @@ class ResultsFile:
         return SweepRow(settings, metrics, int(flops), float(relative), int(parameters))
 
     def find(self, settings: MergeSettings | None) -> SweepRow | None:
-        """The row of a setting, or of the ensemble; ``None`` where there is none yet."""
+        """The row of a setting, or of the ensemble; ``None`` if there is none yet."""
         record = self._records.get(self._key(self._record(SweepRow(settings))))
         return None if record is None else self._to_row(record, settings)
 
     def keep(self, row: SweepRow, write: bool = True) -> None:
-        """Add a row, or put it in the place of the one with the same settings.
+        """Add a row, or replace the row with the same settings.
 
         Args:
             row: the row.
-            write: write the file too, as one process does.
+            write: write the file too. One process of a group does.
         """
         record = self._record(row)
         self._records[self._key(record)] = record
         if write:
-            self._write(self._own)
+            with locked(self.path):
+                # Rows of other processes are not added to `_records`: all ranks of a sweep must find the same rows.
+                stored = self._in_file()
+                self._write([*{**stored, **self._records, **stored, self._key(record): record}.values()])
 
-    def _write(self, path: Path) -> None:
-        with replacing(path) as part, part.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, self.columns)
+    def _write(self, records: Sequence[Mapping[str, str]]) -> None:
+        columns = [*self.columns[:-1], *self._unknown, "error"]
+        with replacing(self.path) as part, part.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, columns, restval="")
             writer.writeheader()
-            writer.writerows(self._records.values())
+            writer.writerows(records)
