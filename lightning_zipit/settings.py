@@ -134,7 +134,9 @@ class MergeSettings:
     weights: ModelWeights | None = field(
         default=None, metadata=option("a dict of numbers by task, a list of numbers in the order of the tasks, or None")
     )
-    start_at: str | None = field(default=None, metadata=option("the dotted name of a module, or None", swept=True))
+    start_at: str | None = field(
+        default=None, metadata=option("the dotted name of a module, or None", swept=True, slowest=True)
+    )
     also: tuple[MergeSettings, ...] = field(
         default=(), metadata=option("a tuple of MergeSettings", column=False, keyword=False)
     )

@@ -26,6 +26,7 @@ class Option:
         allowed: the allowed values, in words that complete "must be …".
         valid: returns whether a value of the right type is allowed.
         swept: whether a sweep takes several values.
+        slowest: whether a sweep changes the option less often than the others, as each value needs its own statistics.
         column: whether the results of a sweep depend on the option.
         keyword: whether functions take the option as a keyword argument.
     """
@@ -33,6 +34,7 @@ class Option:
     allowed: str
     valid: Callable[[Any], bool] | None = None
     swept: bool = False
+    slowest: bool = False
     column: bool = True
     keyword: bool = True
 

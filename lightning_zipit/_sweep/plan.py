@@ -70,9 +70,10 @@ def with_choices(target: Target) -> Target:
 def _spelled_choices() -> dict[str, Spelled]:
     declared, spelled = options_of(MergeSettings), spelled_options(MergeSettings)
     several: dict[str, Spelled] = {}
-    for name in (name for name in spelled if declared[name].swept):
-        several[name] = _several(spelled[name])
-        several |= SHORTHANDS if name == "matcher" else {}
+    for name in sorted(spelled, key=lambda name: not declared[name].slowest):
+        if declared[name].swept:
+            several[name] = _several(spelled[name])
+            several |= SHORTHANDS if name == "matcher" else {}
     return {**several, **{name: each for name, each in spelled.items() if name not in several}}
 
 
