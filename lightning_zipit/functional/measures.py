@@ -174,7 +174,7 @@ def loss_barrier(losses: Sequence[float]) -> float:
         1.4
     """
     if len(losses) < 2:
-        raise ValueError(f"`losses` must hold at least the losses of both ends, got {len(losses)} values.")
+        raise ValueError(f"`losses` must hold at least the losses of the two ends, got {len(losses)} values.")
     return max(losses) - (losses[0] + losses[-1]) / 2
 
 

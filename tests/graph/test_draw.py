@@ -70,7 +70,7 @@ def test_notes_and_pinned_spaces_are_written_below():
     graph = trace(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3)), merge_heads=True)
     texts = [text.text for text in ElementTree.fromstring(graph.to_svg()).iter(f"{SVG}text")]
     assert graph.notes and all(note in " ".join(texts) for note in graph.notes)
-    assert "2: 3 features, matched by number" in texts
+    assert "2: 3 features, matched by index" in texts
     assert rows(graph.to_svg())["2 · Linear"] == ("trunk", [GREY])
     assert graph._repr_svg_() == graph.to_svg()
 

@@ -262,7 +262,7 @@ def test_a_chain_of_residual_blocks_is_walked_once():
 
 
 def test_a_trunk_that_starts_with_an_unexplained_parameter_is_refused():
-    with pytest.raises(TraceError, match=r"nothing says in which order the entries of `0\.weight_ih_l0`"):
+    with pytest.raises(TraceError, match=r"the order of entries is unknown in `0\.weight_ih_l0`"):
         trace(nn.Sequential(nn.GRU(4, 8)), merge_heads=True, example_input=torch.randn(2, 3, 4))
 
 

@@ -33,15 +33,15 @@ class Noisy(nn.Module):
 
 
 def test_a_capture_that_took_another_branch_is_refused():
-    with pytest.raises(TraceError, match="does not compute what its forward does"):
+    with pytest.raises(TraceError, match="does not compute the same as its forward"):
         trace(Branching(), verify=torch.randn(4, 5))
-    with pytest.raises(TraceError, match="does not compute what its forward does"):
+    with pytest.raises(TraceError, match="does not compute the same as its forward"):
         nets = {"a": Branching(), "b": Branching()}
         merge_backbones(nets, [torch.randn(16, 5)], MergeSettings(refine=None, verify=False))
 
 
 def test_a_forward_that_is_random_in_eval_mode_is_refused_as_that():
-    with pytest.raises(TraceError, match="another result each time"):
+    with pytest.raises(TraceError, match="random in eval mode"):
         trace(Noisy(), verify=torch.randn(4, 5))
 
 

@@ -241,7 +241,7 @@ def test_a_registered_rule_is_used_and_proven():
     net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), *net)
     net[2] = nn.Conv2d(6, 4, 3)
     graph = trace(net, verify=torch.randn(4, 3, 10, 10))
-    assert list(graph.spaces) == ["0"] and "would change what it computes" in graph.notes[0]
+    assert list(graph.spaces) == ["0"] and "would change what the trunk computes" in graph.notes[0]
 
 
 class Gain(nn.Conv2d):
@@ -296,4 +296,4 @@ def test_a_block_behind_a_leaf_module_says_its_axes_itself():
     net = nn.Sequential(nn.Conv2d(3, 4, 3), Gated(4, 6), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 2))
     graph = trace(net, verify=X)
     assert graph.axes["1.expand.weight"][0].spaces == ("1.expand",)
-    assert "`1.expand` (6 features) is matched by number: nothing measures it" in graph.notes[0]
+    assert "`1.expand` (6 features) is matched by index: its activations cannot be measured" in graph.notes[0]

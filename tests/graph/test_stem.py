@@ -63,8 +63,8 @@ def test_a_weight_that_is_used_on_both_sides_belongs_to_both():
 @pytest.mark.parametrize(
     ("start_at", "stop_at", "message"),
     [
-        ("layer9", None, r"start_at='layer9' is no module of the backbone \(SmallResNet\)\. Did you mean"),
-        ("conv1", None, "start_at='conv1' cuts nothing: no other module comes before it"),
+        ("layer9", None, r"start_at='layer9' is not a module of the backbone \(SmallResNet\)\. Did you mean"),
+        ("conv1", None, "start_at='conv1' leaves no stem: no other module comes before it"),
         ("linear", None, "start_at='linear' comes after the trunk's end"),
         ("layer2", "layer1", "start_at='layer2' comes after the trunk's end"),
     ],
@@ -100,11 +100,11 @@ def test_networks_agree_whatever_their_stems_are():
 
 def test_what_stems_hand_over_must_be_the_same():
     pair = {"a": SplitNet(3), "b": SplitNet(3, deep=True)}
-    with pytest.raises(ArchitectureMismatchError, match=r"\(8, 16, 16\) for a sample in the first and \(8, 8, 8\)"):
+    with pytest.raises(ArchitectureMismatchError, match=r"\(8, 16, 16\) in the first and \(8, 8, 8\)"):
         trace_all(pair, None, example=X, start_at="body")
     other = PlainNet()
     other.features = nn.Sequential(nn.Flatten(), nn.Linear(3 * 256, 432))
-    with pytest.raises(ArchitectureMismatchError, match=r"other features: 12 on axis 1.* in the first and 432"):
+    with pytest.raises(ArchitectureMismatchError, match=r"different features: 12 on axis 1.* in the first and 432"):
         trace_all({"a": PlainNet(), "b": other}, None, example=X, start_at="classifier")
 
 
