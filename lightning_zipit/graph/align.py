@@ -139,23 +139,23 @@ def broadcast(ctx: Context, x: Features, other: Any) -> None:
         raise ctx.error("it combines features with several concatenated parameters")
     elif isinstance(other, Plain):
         if other.shape is None:
-            ctx.pin(x, f"{_where(ctx)} combines them with a tensor without features")
+            ctx.pin(x, f"{_node_name(ctx)} combines them with a tensor without features")
             return
-        _fix(ctx, x, other)
+        _pin_order(ctx, x, other)
 
 
-def _fix(ctx: Context, x: Features, other: Plain | Parameter) -> None:
+def _pin_order(ctx: Context, x: Features, other: Plain | Parameter) -> None:
     """Pin the order of features along the axes where another operand has several entries."""
     varying = tuple(axis for axis in x.axes if _size(other, axis - x.rank) != 1)
     if varying:
-        fix_inner(ctx, x, varying, f"{_where(ctx)} combines them with a tensor without features")
+        fix_inner(ctx, x, varying, f"{_node_name(ctx)} combines them with a tensor without features")
 
 
 def _tie(ctx: Context, first: Features, second: Features) -> None:
     axes = {axis - first.rank for axis in first.axes}
     others = {axis - second.rank for axis in second.axes}
     if second.ids.size == 1 and first.ids.size > 1:
-        ctx.pin(second, f"{_where(ctx)} broadcasts it over several features")  # even if it is on another axis
+        ctx.pin(second, f"{_node_name(ctx)} broadcasts it over several features")  # even if it is on another axis
         return
     if not others <= axes:
         raise ctx.error("the features of its two inputs are on different axes")
@@ -168,7 +168,7 @@ def _tie(ctx: Context, first: Features, second: Features) -> None:
 def _write(ctx: Context, x: Features, parameter: Parameter) -> None:
     """Align a parameter with features: it writes one entry per feature, or one entry per head."""
     if not parameter.counts:
-        return _fix(ctx, x, parameter)
+        return _pin_order(ctx, x, parameter)
     own = [axis - x.rank for axis in range(x.rank) if axis not in x.axes]
     if any(_size(parameter, axis) not in (1, x.shape[axis]) for axis in own) or len(parameter.shape) > x.rank:
         raise ctx.error(f"`{parameter.name}` has entries along an axis that its other input does not have")
@@ -179,7 +179,7 @@ def _write(ctx: Context, x: Features, parameter: Parameter) -> None:
     if varying[1:] or varying[0] != x.axes[0]:
         if not parameter.constant:
             raise ctx.error(f"it combines `{parameter.name}` with the features of several heads")
-        return _fix(ctx, x, parameter)
+        return _pin_order(ctx, x, parameter)
     axis = varying[0] - x.rank + len(parameter.shape)
     ctx.write(parameter, axis, x if len(x.axes) == 1 else units_along(ctx, x, varying))
     return None
@@ -191,5 +191,5 @@ def _size(value: Value, axis: int) -> int:
     return value.shape[axis] if -axis <= len(value.shape) else 1
 
 
-def _where(ctx: Context) -> str:
+def _node_name(ctx: Context) -> str:
     return f"`{ctx.node.name}`"

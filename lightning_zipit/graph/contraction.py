@@ -26,7 +26,7 @@ def contract(ctx: Context, letters: tuple[str, str], output: str, operands: tupl
         raise ctx.error("it takes a diagonal")
     if isinstance(first, Joined) or isinstance(second, Joined):
         raise ctx.error("it multiplies by several concatenated parameters")
-    if _held(second) > _held(first):
+    if _sort_key(second) > _sort_key(first):
         first, second, letters = second, first, letters[::-1]
     sizes = _sizes(letters, (first, second))
     if isinstance(second, Parameter) and second.counts and not isinstance(first, Parameter):
@@ -39,7 +39,7 @@ def contract(ctx: Context, letters: tuple[str, str], output: str, operands: tupl
     return _multiply(ctx, letters, output, first, second, sizes)
 
 
-def _held(value: Value) -> tuple[int, int]:
+def _sort_key(value: Value) -> tuple[int, int]:
     """Sort key of operands: tensors with more features come first, parameters last."""
     return (1, value.ids.size) if isinstance(value, Features) else (0, -int(isinstance(value, Parameter)))
 

@@ -187,7 +187,7 @@ class _Search:
         absorbed = {crossing.node for crossing in self.graph.crossings if crossing.absorbed}
         found = {node for node in self.order if node.name in absorbed}.difference(self.own)
         for node in self.nodes:
-            if found.isdisjoint(node.all_input_nodes) or self._asks(node):
+            if found.isdisjoint(node.all_input_nodes) or self._returns_size(node):
                 continue
             weights = [str(source.target) for source in node.all_input_nodes if source.op == "get_attr"]
             if node.op == "call_module":
@@ -197,7 +197,7 @@ class _Search:
                 found.add(node)
         return found
 
-    def _asks(self, node: fx.Node) -> bool:
+    def _returns_size(self, node: fx.Node) -> bool:
         """Whether a node returns a size or a type. Nodes that return a tensor have a shape."""
         return Trait.SHAPE in self._traits(node) and node.name not in self.graph.shapes
 
@@ -215,7 +215,7 @@ class _Search:
                 uses.update({id(tensor) for tensor in (*called.parameters(), *called.buffers())})
             elif node.op == "get_attr":
                 tensor = attrgetter(str(node.target))(self.module)
-                uses[id(tensor)] += sum(not self._asks(user) for user in node.users)
+                uses[id(tensor)] += sum(not self._returns_size(user) for user in node.users)
         return uses
 
     def _is_used_again(self, module: nn.Module) -> bool:

@@ -64,11 +64,11 @@ def find_unlike(
             unlike = {name: value for name, value in values.items() if not torch.equal(own[name], value)}
             if not unlike:
                 continue
-            served = _Served(networks[task], graph, x)
-            if served.by(unlike):
+            substitution = _Substitution(networks[task], graph, x)
+            if substitution.works_with(unlike):
                 continue
-            alone = [name for name, value in unlike.items() if not served.by({name: value})]
-            for name in alone or unlike:
+            separately = [name for name, value in unlike.items() if not substitution.works_with({name: value})]
+            for name in separately or unlike:
                 why = (
                     f"tasks {first!r} and {task!r} have different values of `{name}`, which holds no features to match"
                 )
@@ -76,7 +76,7 @@ def find_unlike(
     return list(failures.values())
 
 
-class _Served:
+class _Substitution:
     """A network whose outputs are compared before and after some of its tensors are replaced."""
 
     def __init__(self, network: nn.Module, graph: MergeGraph, x: Tensor) -> None:
@@ -84,7 +84,7 @@ class _Served:
         self.run = Run(network, graph.fx_graph)
         self.expected = returned(self.run, x)
 
-    def by(self, values: Mapping[str, Tensor]) -> bool:
+    def works_with(self, values: Mapping[str, Tensor]) -> bool:
         """Whether the outputs stay nearly the same with these values."""
         try:
             with swapped(self.network, values):

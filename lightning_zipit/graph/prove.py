@@ -280,8 +280,8 @@ class _Proof:
         together = broken()
         if together is None:
             return
-        alone = {name: part for name in self.graph.spaces if (part := broken([name])) is not None}
-        for name, part in (alone or dict.fromkeys(self.graph.spaces, together)).items():
+        separately = {name: part for name in self.graph.spaces if (part := broken([name])) is not None}
+        for name, part in (separately or dict.fromkeys(self.graph.spaces, together)).items():
             yield self._failure(name, in_head=part == "head")
 
     def _failure(self, space: str, in_head: bool) -> Failure:

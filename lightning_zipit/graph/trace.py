@@ -123,9 +123,9 @@ class _Capture:
         trunk = find_trunk(backbone, nodes, stop_at, shapes, merge_heads)
         self.stem: set[fx.Node] = set()
         if start_at is not None:
-            behind = find_after_start(backbone, nodes, start_at)
-            self.stem = find_stem(nodes, start_at, trunk, behind, shapes)
-            trunk, shapes = trunk - self.stem, name_apart(graph, behind, shapes)
+            after_start = find_after_start(backbone, nodes, start_at)
+            self.stem = find_stem(nodes, start_at, trunk, after_start, shapes)
+            trunk, shapes = trunk - self.stem, name_apart(graph, after_start, shapes)
         self.trunk, self.shapes = trunk, shapes
 
     def analyse(self, barriers: Mapping[str, str]) -> MergeGraph:
@@ -137,8 +137,8 @@ class _Capture:
         """
         known, last = dict(barriers), None
         while True:
-            behind = descendants({node for node in self.nodes if node.name in known}, self.nodes)
-            trunk = with_constants(self.trunk - behind, self.nodes)
+            blocked = descendants({node for node in self.nodes if node.name in known}, self.nodes)
+            trunk = with_constants(self.trunk - blocked, self.nodes)
             try:
                 graph = Analysis(
                     self.backbone, self.graph, self.shapes, trunk, self.stop_at, known, self.stem, self.start_at
@@ -156,8 +156,8 @@ class _Capture:
 def _check_mergeable(graph: MergeGraph, stop_at: str | None) -> None:
     if not any(space.tap for space in graph.spaces.values()):
         raise ConfigurationError(
-            f"start_at={graph.start_at!r} leaves no layer with weights in the trunk, so the trunk has nothing to merge. "
-            "Choose an earlier module, or a later `stop_at`."
+            f"start_at={graph.start_at!r} leaves no layer with weights in the trunk, so the trunk has nothing to "
+            "merge. Choose an earlier module, or a later `stop_at`."
             if graph.start_at
             else f"stop_at={stop_at!r} leaves no layer with weights in the trunk, so the trunk has nothing to merge. "
             "Choose a later module."
