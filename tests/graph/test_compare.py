@@ -23,7 +23,7 @@ def merge(*nets, x=X):
 
 
 @pytest.mark.parametrize("other", [{"momentum": 0.01}, {"momentum": None}, {"inplace": True}, {"p": 0.2}, {"p": 0.0}])
-def test_what_changes_nothing_in_eval_mode_may_differ(other):
+def test_attributes_without_effect_in_eval_mode_may_differ(other):
     merge(convnet(), convnet(**other))
 
 
@@ -36,7 +36,7 @@ def test_what_changes_nothing_in_eval_mode_may_differ(other):
         ({"padding_mode": "circular"}, "padding_mode=zeros in the first and circular"),
     ],
 )
-def test_what_changes_the_function_is_refused_in_words(other, said):
+def test_architecture_differences_are_refused_with_the_reason(other, said):
     with pytest.raises(ArchitectureMismatchError, match=said):
         merge(convnet(), convnet(**other))
 

@@ -41,7 +41,7 @@ class Named(nn.Module):
         return self.last(x)
 
 
-def test_one_space_has_one_colour_and_others_have_others():
+def test_svg_nodes_of_one_space_share_one_colour():
     drawn = rows(trace(SmallResNet(), "layer1").to_svg())
     stage = drawn["conv1 · Conv2d"]
     assert stage == drawn["layer1.0.conv2 · Conv2d"] and stage[0] == "trunk" and len(stage[1]) == 1
@@ -66,7 +66,7 @@ def test_all_spaces_have_different_colours():
     assert len(set(fills)) == len(fills) and GREY not in fills
 
 
-def test_notes_and_pinned_spaces_are_written_below():
+def test_svg_lists_notes_and_pinned_spaces():
     graph = trace(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3)), merge_heads=True)
     texts = [text.text for text in ElementTree.fromstring(graph.to_svg()).iter(f"{SVG}text")]
     assert graph.notes and all(note in " ".join(texts) for note in graph.notes)
@@ -82,7 +82,7 @@ def test_long_notes_are_wrapped():
 
 
 @pytest.mark.parametrize("network", [SmallResNet, HandWrittenViT])
-def test_dot_declares_every_node_once_and_those_that_an_edge_names(network):
+def test_dot_declares_every_node_of_an_edge_once(network):
     graph = trace(network())
     text = graph.to_dot()
     declared = [name for name, _, _ in NODE.findall(text) if not name.startswith("legend ")]

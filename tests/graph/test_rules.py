@@ -160,7 +160,7 @@ def test_features_tied_to_the_input_are_pinned():
         (lambda net, y, x: y.mean((0, 1), keepdim=True) + y, "`mean`"),
     ],
 )
-def test_what_no_rule_knows_is_a_barrier_that_is_named(between, operator):
+def test_operator_without_a_rule_is_a_named_barrier(between, operator):
     net = Net(between)
     x = torch.randn(2, 3, 6, 8)
     graph = trace(nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), net), verify=x)
@@ -187,19 +187,19 @@ def test_a_barrier_that_leaves_nothing_to_merge_is_an_error():
         trace(net, stop_at="1", merge_heads=True)
 
 
-def test_unknown_operators_in_the_heads_do_no_harm():
+def test_operators_without_a_rule_are_allowed_in_heads():
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 4), nn.Softmax(dim=1))
     assert trace(net, verify=X).crossings[0].absorbed
 
 
-def test_an_input_that_cannot_be_guessed_is_asked_for():
+def test_error_asks_for_an_example_input():
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(4 * 3 * 7, 2))
     with pytest.raises(UnknownShapeError, match="example_input"):
         trace(net)
     assert trace(net, example_input=torch.randn(1, 3, 7, 11)).crossings[0].absorbed
 
 
-def test_a_forward_that_torch_fx_cannot_follow_shows_the_line():
+def test_error_shows_the_line_that_torch_fx_cannot_trace():
     class Branching(nn.Module):
         def __init__(self):
             super().__init__()
@@ -281,7 +281,7 @@ class Gated(nn.Module):
         return x + self.project(values * gates.sigmoid()) if x.shape[0] > 0 else x
 
 
-def test_a_block_behind_a_leaf_module_says_its_axes_itself():
+def test_rule_of_a_leaf_module_defines_the_axes_of_a_block():
     def rule(ctx, module, x):
         hidden = ctx.fresh(module.project.in_channels)
         ctx.read(ctx.parameter("expand.weight"), 1, x)

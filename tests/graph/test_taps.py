@@ -81,7 +81,7 @@ def test_a_layer_that_is_applied_twice_is_measured_both_times():
     assert queries and all(len(nodes_of(tap)) == 2 for tap in queries)
 
 
-def test_taps_that_measure_at_other_places_have_another_key():
+def test_taps_at_different_places_have_different_keys():
     tap = trace(Twice()).spaces["first"].tap
     assert len({tap.key, tap.also[0].key, measured_at_first(tap).key}) == 3
 
@@ -92,7 +92,7 @@ def measured_at_first(tap):
 
 @torch.no_grad()
 @pytest.mark.parametrize("positions", [None, 7])
-def test_samples_of_all_places_count_alike(positions):
+def test_samples_of_all_taps_count_equally(positions):
     torch.manual_seed(0)
     nets, x = {task: BothSides().eval() for task in "ab"}, torch.randn(20, 3, 12, 12)
     graph = trace(nets["a"], example_input=x[:1])
