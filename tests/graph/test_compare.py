@@ -1,4 +1,4 @@
-"""Two networks are of one architecture if they compute the same, not if they print alike."""
+"""Comparison of architectures: by what networks compute, not by how they print."""
 
 import pytest
 import torch
@@ -61,7 +61,7 @@ def test_dropout_of_attention_may_differ():
 
 
 class Scaled(nn.Module):
-    """Its factor is a number that it prints nothing of."""
+    """Has a factor that its `repr` does not show."""
 
     def __init__(self, factor):
         super().__init__()

@@ -1,4 +1,4 @@
-"""What is drawn: every node, its spaces in colour, where the trunk ends, and what is not merged."""
+"""Drawings of a merge graph: nodes, colours of spaces, the trunk's end, and notes."""
 
 import re
 from dataclasses import replace
@@ -17,7 +17,7 @@ EDGE = re.compile(r'^ +"([^"]+)" -> "([^"]+)";$', re.MULTILINE)
 
 
 def rows(svg):
-    """Kind and colours of every node in a picture, by its text."""
+    """Return the kind and colours of every node in an SVG, by its text."""
     drawn = {}
     for group in ElementTree.fromstring(svg).iter(f"{SVG}g"):
         fills = [rect.get("fill") for rect in group.iter(f"{SVG}rect") if rect.get("class") != "box"]
@@ -26,7 +26,7 @@ def rows(svg):
 
 
 class Named(nn.Module):
-    """Three layers, the first two under names of choice."""
+    """Build three layers, the first two with the given names."""
 
     def __init__(self, first, second="second"):
         super().__init__()

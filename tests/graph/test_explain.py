@@ -1,4 +1,4 @@
-"""Every use of every parameter is explained, or the trunk ends before it."""
+"""Unexplained parameters: every use of a parameter is explained, or the trunk ends before it."""
 
 import copy
 import time
@@ -16,7 +16,7 @@ WIDTH = 8
 
 
 class First(nn.Module):
-    """A first operator that has no class of its own, and what reads it."""
+    """A network whose first operator is a function."""
 
     def __init__(self, make, forward):
         super().__init__()
@@ -177,7 +177,7 @@ class Attending(nn.MultiheadAttention):
 
 
 class Named(nn.Conv1d):
-    """Computes what its base does."""
+    """Computes the same as its base class."""
 
     def __init__(self, *args, label="", **kwargs):
         super().__init__(*args, **kwargs)
@@ -188,7 +188,7 @@ class Named(nn.Conv1d):
 
 
 class Spare(nn.Conv1d):
-    """Has a parameter that no rule knows, and its base's forward."""
+    """Has a parameter that no rule explains, and the forward of its base class."""
 
     def __init__(self, *args):
         super().__init__(*args)
@@ -267,7 +267,7 @@ def test_trunk_that_starts_with_an_unexplained_parameter_is_refused():
 
 
 class Apart(nn.Module):
-    """Parts with features along two axes, of which each is a barrier."""
+    """Unbinds parts with features along two axes. Each part is a barrier."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The proof finds every wrong rule, in trunk and heads, in small spaces, and in any type of numbers."""
+"""The proof finds wrong rules in trunk and heads, in small spaces, and in any dtype."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def test_a_cycle_has_no_fixed_point(size):
 
 
 def _generated(generators):
-    """Every permutation that some permutations generate, by brute force."""
+    """Return the group that some permutations generate, by brute force."""
     found, new = set(), {tuple(range(len(generators[0])))}
     while new:
         found |= new
@@ -42,7 +42,7 @@ def test_permutations_of_heads_and_their_features_have_no_fixed_point():
 
 
 def takes_for_positions(name):
-    """A wrong rule: it says of a parameter with features along it that it holds positions."""
+    """Wrong rule, which records a parameter of features as positional."""
 
     def rule(ctx, module, x):
         ctx.positional(ctx.parameter(name))
@@ -52,7 +52,7 @@ def takes_for_positions(name):
 
 
 class PerGroup(nn.Module):
-    """A factor for each group of channels."""
+    """Multiplies each group of channels by a factor."""
 
     def __init__(self, channels, groups):
         super().__init__()
@@ -90,7 +90,7 @@ def test_proof_finds_a_rule_that_ignores_a_cyclic_shift(size):
 
 
 class Ordered(nn.Module):
-    """Adds to each feature its number."""
+    """Adds to each feature its index."""
 
     def forward(self, x):
         return x + torch.arange(x.shape[-1])

@@ -1,4 +1,4 @@
-"""The table of operators: what it says of each, and that the manual says the same."""
+"""Registry of operators, and its table in the manual."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A capture is compared with the forward that it was captured from, and a network is left as it was."""
+"""Check of a capture against the network's forward, which leaves the network unchanged."""
 
 import copy
 
@@ -12,7 +12,7 @@ from lightning_zipit.graph.replay import agree, swapped, working_copy
 
 
 class Branching(nn.Module):
-    """Takes another branch for what passes through it when it is recorded."""
+    """Takes another branch while torch.fx traces it."""
 
     def __init__(self):
         super().__init__()
@@ -88,7 +88,7 @@ def test_agreement_of_tensors(first, second, same):
 
 
 class Keeps(nn.Module):
-    """A network that keeps something of every forward."""
+    """Stores values of every forward."""
 
     def __init__(self, how):
         super().__init__()
@@ -127,7 +127,7 @@ def test_tracing_stores_nothing_in_the_users_network(how):
 
 
 class KeepsByHook(nn.Module):
-    """Keeps features of its last forward, with the history that gradients take."""
+    """Stores features of its last forward, with their autograd graph."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""One operator at a time: what it ties, and what it refuses."""
+"""Rules of operators: ties, barriers and errors."""
 
 import re
 from dataclasses import replace
@@ -17,7 +17,7 @@ X = torch.randn(4, 3, 8, 8)
 
 
 class Net(nn.Module):
-    """Two convolutions with something between, and a linear layer."""
+    """Two convolutions with an operator between them, and a linear layer."""
 
     def __init__(self, between, channels=6, into=None, final=None):
         super().__init__()
@@ -224,7 +224,7 @@ def test_a_result_in_place_that_is_not_used_is_an_error():
 
 
 class Shuffle(nn.Module):
-    """Reverses the order of the channels in a way that no rule knows."""
+    """Reverses the order of the channels by an operator without a rule."""
 
     def forward(self, x):
         return torch.fliplr(x)
@@ -245,7 +245,7 @@ def test_a_registered_rule_is_used_and_proven():
 
 
 class Gain(nn.Conv2d):
-    """A convolution with a gain for each of its channels, as some that standardise their weights have."""
+    """A convolution with a gain per channel, such as weight-standardized convolutions have."""
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
@@ -269,7 +269,7 @@ def test_a_subclass_with_a_forward_of_its_own_has_no_rule_and_is_traced_into():
 
 
 class Gated(nn.Module):
-    """A block that torch.fx cannot follow: half of its hidden features gate the other half."""
+    """A block that torch.fx cannot trace: half of its hidden features gate the other half."""
 
     def __init__(self, channels, hidden):
         super().__init__()

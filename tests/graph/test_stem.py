@@ -1,4 +1,4 @@
-"""Where the trunk starts: stems that stay per task."""
+"""Stems: the parts before the trunk's start, which stay per task."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def test_positions_of_a_flattened_feature_stay_together():
 
 
 class Tied(nn.Module):
-    """One weight, before the trunk and in it."""
+    """Uses one weight both in the stem and in the trunk."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Where features are measured: at their last reader, and at all of them where a layer is applied several times."""
+"""Taps: at the last reader of a space, or at all readers if a layer is applied several times."""
 
 import copy
 
@@ -13,7 +13,7 @@ from lightning_zipit.paths import AllHeads
 
 
 class Twice(nn.Module):
-    """A layer that is applied twice; most of what it gives the second time is silent."""
+    """Applies a layer twice. Most of its outputs are 0 the second time."""
 
     def __init__(self):
         super().__init__()
@@ -32,7 +32,7 @@ class Twice(nn.Module):
 
 
 class BothSides(nn.Module):
-    """One layer makes the features of two images, of different sizes; two layers read those of one each."""
+    """One layer writes the features of two images of different sizes. Each image has its own reader."""
 
     def __init__(self):
         super().__init__()
@@ -52,7 +52,7 @@ class BothSides(nn.Module):
 
 
 class Attending(nn.Module):
-    """One attention that is applied twice."""
+    """Applies one attention twice."""
 
     def __init__(self):
         super().__init__()

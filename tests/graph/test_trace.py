@@ -1,4 +1,4 @@
-"""Whole networks: the table, the cut, and that tracing leaves them alone."""
+"""Tracing of whole networks: the table of axes, the cut, and errors."""
 
 import pytest
 import torch
@@ -82,7 +82,7 @@ def test_merged_heads_keep_the_order_of_their_outputs():
 
 
 class Masked(nn.Module):
-    """Makes a tensor of its own, reads a buffer, and takes an argument that nobody passes."""
+    """Creates a tensor, reads a buffer, and has an unused optional argument."""
 
     def __init__(self):
         super().__init__()
