@@ -51,7 +51,9 @@ def merge_matrices(
 
 
 def merge_shares(labels: Tensor, num_models: int, weights: Sequence[float] | None = None) -> Tensor:
-    """Compute the weight of each feature in the average of its cluster: the nonzero entries of ``[M_1 … M_N]``.
+    """Compute the weight of each feature in the average of its cluster.
+
+    The weight is the entry of ``[M_1 … M_N]`` in the row of the cluster and the column of the feature.
 
     Args:
         labels: int64 ``(n,)``, the merged feature that each source feature becomes.

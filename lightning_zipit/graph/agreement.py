@@ -40,6 +40,7 @@ def trace_all(
 
     Raises:
         ArchitectureMismatchError: if trunks differ; the message lists all differences.
+        ConfigurationError: if ``stop_at`` or ``start_at`` does not exist or leaves nothing to merge.
         TraceError: if a network cannot be traced.
     """
     graphs: dict[str, MergeGraph] = {}

@@ -193,7 +193,7 @@ def _compare_tables(first: MergeGraph, second: MergeGraph) -> str | None:
     for name in _trunk_shapes(first):
         rows = [[str(ref) for ref in graph.axes[name]] for graph in (first, second)]
         if rows[0] != rows[1]:
-            return f"the axes of parameter `{name}` belong to {_pair(*map(', '.join, rows))}"
+            return f"parameter `{name}` has axes {_pair(*map(', '.join, rows))}"
     return None
 
 

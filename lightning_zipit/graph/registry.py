@@ -81,7 +81,7 @@ def register_rule(op_or_module: Any, rule: Rule, traits: Trait = NOTHING, ignore
     Args:
         op_or_module: a module class, a function, the dotted name of either, or the name of a tensor method. A dotted
             name, such as ``"package.module.Block"``, needs no import. Tracing does not enter a module class with a
-            rule. A subclass inherits the rule, unless it overrides ``forward``.
+            rule. A subclass inherits the rule, unless it overrides ``forward`` or a method that ``forward`` calls.
         rule: ``rule(ctx, *args, **kwargs)`` for functions and methods, ``rule(ctx, module, *args, **kwargs)`` for
             modules. A tensor argument is passed as :class:`Features`, or as :class:`Plain` if it holds no features. A
             parameter is passed as :class:`Parameter`. All other arguments are passed unchanged. The rule returns the
