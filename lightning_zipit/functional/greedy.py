@@ -138,9 +138,8 @@ class _GreedyZip:
         np.fill_diagonal(pairs, -np.inf)
         self.pairs = pairs
         self.gone = np.where(self.alive, 0, -np.inf).astype(pairs.dtype)
-        self.bound = np.empty(
-            self.size, dtype=pairs.dtype
-        )  # upper bound of each row's highest similarity to a later row
+        # `bound`: an upper bound of each row's highest similarity to a later row
+        self.bound = np.empty(self.size, dtype=pairs.dtype)
         self.best = np.empty(self.size, dtype=np.int64)  # column of that similarity, -1 if the row must be searched
         earlier = np.tri(ROWS_AT_ONCE, dtype=bool)
         for first in range(0, self.size, ROWS_AT_ONCE):
@@ -170,9 +169,7 @@ class _GreedyZip:
                 self._search(row)
 
     def _search(self, row: int) -> None:
-        later = (
-            self.pairs[row, row + 1 :] + self.gone[row + 1 :]
-        )  # never called for the last row, which has no later one
+        later = self.pairs[row, row + 1 :] + self.gone[row + 1 :]  # not empty: the last row is never searched
         column = int(later.argmax())
         self.bound[row], self.best[row] = later[column], row + 1 + column
 

@@ -86,9 +86,7 @@ def zip_losses(similarity: Tensor, labels: Tensor, num_models: int) -> Tensor:
     labels = labels.to(similarity.device)
     sizes = labels.bincount().to(similarity.dtype)
     of_cluster = similarity.new_zeros(len(sizes), len(labels)).index_add_(0, labels, similarity)
-    with_mean = (
-        of_cluster.gather(0, labels[None])[0] / sizes[labels]
-    )  # covariance of each feature with its cluster's mean
+    with_mean = of_cluster.gather(0, labels[None])[0] / sizes[labels]  # similarity to the mean of its cluster
     of_means = with_mean.new_zeros(len(sizes)).index_add_(0, labels, with_mean) / sizes
     variance = similarity.diagonal()
     lost = (variance - 2 * with_mean + of_means[labels]).view(num_models, -1).sum(1)

@@ -155,7 +155,7 @@ def _tie(ctx: Context, first: Features, second: Features) -> None:
     axes = {axis - first.rank for axis in first.axes}
     others = {axis - second.rank for axis in second.axes}
     if second.ids.size == 1 and first.ids.size > 1:
-        ctx.pin(second, f"{_node_name(ctx)} broadcasts it over several features")  # even if it is on another axis
+        ctx.pin(second, f"{_node_name(ctx)} broadcasts one feature over several")  # even if it is on another axis
         return
     if not others <= axes:
         raise ctx.error("the features of its two inputs are on different axes")

@@ -73,9 +73,7 @@ def _obstacle(node: fx.Node, graph: MergeGraph, folded: set[str]) -> str:
             return f"`{name}` is depthwise or grouped"
         if name in folded or (linear and any(graph.axes.get(f"{name}.weight", ()))):
             return ""
-    bounded = (
-        Trait.POINTWISE in traits and len(node.all_input_nodes) > 1
-    )  # such as a product with a parameter per feature
+    bounded = Trait.POINTWISE in traits and len(node.all_input_nodes) > 1  # such as a bound per feature
     if traits & PASSING and Trait.PER_FEATURE not in traits and not bounded:
         return ""
     return f"`{name}` acts on each feature separately, or on all features"

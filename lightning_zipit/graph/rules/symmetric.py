@@ -58,7 +58,7 @@ def spread(
     correction: float | None = None,
 ) -> Value:
     """Reduce positions of each feature. A reduction over the features of a head leaves one feature per head."""
-    # `x.std(False)` passes `unbiased` in the place of `dim`
+    # `x.std(False)` passes `unbiased` in place of `dim`.
     return reduced(ctx, input, None if isinstance(dim, bool) else dim, keepdim)
 
 
