@@ -61,7 +61,7 @@ def test_greedy_zip_equals_the_plain_version_on_a_wide_space(num_models):
 
 
 @pytest.mark.parametrize("kind", SIMILARITIES)
-def test_greedy_zip_leaves_as_many_clusters_as_asked_numbered_by_their_lowest_feature(kind):
+def test_greedy_zip_returns_width_clusters_numbered_by_their_lowest_feature(kind):
     similarity = SIMILARITIES[kind](12, seed=1)
     before = similarity.clone()
     for width in range(1, 13):
@@ -115,7 +115,7 @@ def test_permute_is_optimal(seed):
 
 
 @pytest.mark.parametrize("num_models", [1, 2, 3])
-def test_average_matches_by_number(num_models):
+def test_average_matches_by_index(num_models):
     labels = F.average(num_models * 5, num_models)
     assert labels.dtype == torch.int64
     assert labels.tolist() == list(range(5)) * num_models
@@ -154,7 +154,7 @@ def test_merge_and_unmerge_matrices_of_a_permutation_undo_each_other(num_models)
 
 @pytest.mark.parametrize("dtype, digits", [(torch.float32, 1e-6), (torch.float64, 1e-14)], ids=str)
 @pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])
-def test_correlation_is_that_of_torch(dtype, digits, scale):
+def test_correlation_equals_the_correlation_of_torch(dtype, digits, scale):
     features = mixed_features(40, 12).to(dtype)
     features[:, [2, 7]] = 3.0
     covariance = features.T.cov() * scale
@@ -205,7 +205,7 @@ def test_correlation_of_collinear_features_stays_between_minus_one_and_one(dtype
         ("num_models", lambda: F.merge_matrices(torch.zeros(4, dtype=torch.int64), 0)),
     ],
 )
-def test_a_bad_argument_is_named(name, call):
+def test_error_names_the_bad_argument(name, call):
     with pytest.raises(ValueError, match=f"\\b{name}\\b"):
         call()
 

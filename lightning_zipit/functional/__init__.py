@@ -1,6 +1,6 @@
-"""The mathematics of merging, as pure functions: tensor in, tensor out.
+"""The mathematics of merging as pure functions of tensors.
 
-Features of N models with C features each are numbered side by side: feature ``c`` of model ``m`` is ``m * C + c``.
+The features of N models with C features each are concatenated: feature ``c`` of model ``m`` has index ``m * C + c``.
 """
 
 from lightning_zipit.functional.alignment import align, canonical_correlations, mixed_similarity

@@ -12,20 +12,25 @@ from lightning_zipit.functional.matching import permute
 from lightning_zipit.functional.measures import correlation
 
 TIE = 1e-9
-"""Weight of the assignment next to canonical correlations (1 at best): it decides if all correlations are 0."""
+"""Weight of the one-to-one assignment relative to canonical correlations, which are at most 1.
+
+The assignment decides only if all correlations are 0.
+"""
 CONVERGED = 1e-12
-"""Rounds stop when the total correlation grows by less than this ratio."""
+"""Iteration stops when the total correlation grows by less than this ratio."""
 
 
 def canonical_correlations(covariance: Tensor, gamma: float = 0.0) -> Tensor:
-    """The correlations of the best pairs of linear combinations of two models' features.
+    """Compute the canonical correlations of two models' features.
+
+    These are the correlations of the best pairs of linear combinations.
 
     Args:
-        covariance: of the features, models side by side, ``(2·C, 2·C)``.
+        covariance: the covariance of the features of both models, ``(2·C, 2·C)``.
         gamma: ridge on the diagonal of each model's covariance, as a ratio to the mean variance.
 
     Returns:
-        float64 ``(C,)``, the highest first: the singular values of Σ_A^(-1/2) Σ_AB Σ_B^(-1/2).
+        float64 ``(C,)`` in descending order: the singular values of Σ_A^(-1/2) Σ_AB Σ_B^(-1/2).
 
     Raises:
         ValueError: if ``covariance`` is not square or not finite, or its size is odd.
@@ -41,25 +46,27 @@ def canonical_correlations(covariance: Tensor, gamma: float = 0.0) -> Tensor:
 
 
 def align(covariance: Tensor, num_models: int, gamma: float, rounds: int = 100) -> tuple[list[Tensor], list[Tensor]]:
-    """Maps of the features of N models onto those of the first, by canonical correlations.
+    """Compute linear maps from the features of N models to the features of the first, by canonical correlations.
 
     With Σ_A^(-1/2) Σ_AB Σ_B^(-1/2) = U S Vᵀ, canonical projections P_A = Σ_A^(-1/2) U and P_B = Σ_B^(-1/2) V, the map
-    of model B is T = (P_B P_A⁻¹)ᵀ = Σ_A^(1/2) U Vᵀ Σ_B^(-1/2) (CCA Merge): whitened features of B are turned to agree
-    best with those of A, and get the covariance of A. Three models or more are turned in rounds, each to agree best
-    with all others. The paper turns each model to the first; for two models the result is the same. Directions without
-    any correlation follow :func:`~lightning_zipit.functional.permute`.
+    of model B is T = (P_B P_A⁻¹)ᵀ = Σ_A^(1/2) U Vᵀ Σ_B^(-1/2) (CCA Merge). The map whitens the features of B, rotates
+    them to agree best with the features of A, and gives them the covariance of A.
+
+    With three or more models, each round rotates every model to agree best with all others. The paper rotates each
+    model to agree with the first; for two models the result is the same. Directions without any correlation follow
+    :func:`~lightning_zipit.functional.permute`.
 
     Args:
-        covariance: of the features, models side by side, ``(N·C, N·C)``.
+        covariance: the covariance of the features of all models, ``(N·C, N·C)``.
         num_models: N.
         gamma: ridge on the diagonal of each model's covariance, as a ratio to the mean variance; above 0.
-        rounds: the highest number of rounds over all models.
+        rounds: the maximum number of rounds over all models.
 
     Returns:
-        The maps T_i and their inverses, float64 ``(C, C)`` each, on the CPU; the first are the identity.
+        The maps T_i and their inverses, float64 ``(C, C)`` each, on the CPU. Those of the first model are the identity.
 
     Raises:
-        ValueError: if ``covariance`` is not square or not finite, or its size not a multiple of ``num_models``.
+        ValueError: if ``covariance`` is not square or not finite, or its size is not a multiple of ``num_models``.
 
     Example:
         >>> covariance = torch.tensor([[4.0, 0.0, 0.0, 2.0], [0.0, 1.0, 1.0, 0.0], [0.0, 1.0, 1.0, 0.0],
@@ -92,17 +99,17 @@ def align(covariance: Tensor, num_models: int, gamma: float, rounds: int = 100) 
 
 
 def mixed_similarity(covariance: Tensor, merge: Sequence[Tensor], unmerge: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Similarity of what the models contribute to each merged feature, and the variance that each model loses.
+    """Compute the correlation of the models' contributions to merged features, and each model's lost variance.
 
     Args:
-        covariance: of the features, models side by side, ``(N·C, N·C)``.
+        covariance: the covariance of the features of all models, ``(N·C, N·C)``.
         merge: M_i ``(W, C)`` of each model.
         unmerge: U_i ``(C, W)`` of each model.
 
     Returns:
-        float64: the correlations of M_i x_i and M_j x_j, feature by feature, over all pairs of models and all features
-        that are not constant; and ``(N,)``, the mean share of its features' variances that each model loses when
-        x_i becomes U_i Σ_j M_j x_j.
+        Two float64 vectors. The first holds the correlation of M_i x_i with M_j x_j for every pair of models and every
+        merged feature that is not constant. The second, ``(N,)``, holds the mean ratio of a feature's variance that
+        each model loses when x_i becomes U_i Σ_j M_j x_j.
 
     Example:
         >>> covariance = torch.tensor([[1.0, 0.6], [0.6, 1.0]])
@@ -137,10 +144,10 @@ def mixed_similarity(covariance: Tensor, merge: Sequence[Tensor], unmerge: Seque
 
 
 def _whiten(covariance: Tensor, num_models: int, gamma: float) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Covariances of whitened features ``(N, N, C, C)``; the roots of each model's covariance, and their inverses."""
+    """Compute covariances of whitened features ``(N, N, C, C)``, and each model's root and inverse root covariance."""
     check_matching(covariance, num_models)
     if not covariance.isfinite().all():
-        raise ValueError("`covariance` holds NaN or Inf; covariances must be finite.")
+        raise ValueError("`covariance` contains NaN or Inf. Pass a finite covariance matrix.")
     size = len(covariance) // num_models
     blocks = covariance.detach().double().cpu().unflatten(0, (num_models, size)).unflatten(2, (num_models, size))
     roots, inverse_roots = [], []
@@ -162,6 +169,6 @@ def _whiten(covariance: Tensor, num_models: int, gamma: float) -> tuple[Tensor, 
 
 
 def _nearest_rotation(matrix: Tensor) -> Tensor:
-    """The orthogonal matrix Q with the highest tr(Qᵀ matrix): U Vᵀ of its singular vectors."""
+    """Return the orthogonal matrix Q that maximizes tr(Qᵀ matrix): U Vᵀ of its singular vectors."""
     left, _, right = torch.linalg.svd(matrix)
     return left @ right

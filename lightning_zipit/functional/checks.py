@@ -1,4 +1,4 @@
-"""Checks of similarity matrices."""
+"""Validation of similarity matrices."""
 
 from __future__ import annotations
 
@@ -12,18 +12,26 @@ def check_square(matrix: Tensor, name: str) -> None:
 
 
 def check_finite(similarity: Tensor) -> None:
-    if not torch.stack(torch.aminmax(similarity)).isfinite().all():  # NaN is both the lowest and the highest
-        raise ValueError("`similarity` holds NaN or Inf; similarities must be finite.")
+    if not torch.stack(torch.aminmax(similarity)).isfinite().all():  # aminmax returns NaN twice if there is any
+        raise ValueError("`similarity` contains NaN or Inf. Pass a finite similarity matrix.")
 
 
 def width_of(similarity: Tensor, num_models: int, width: int | None) -> int:
-    """The number of clusters: the given width, or the number of features of one model; see :func:`check_matching`."""
+    """Return the number of clusters: ``width``, or by default the number of features of one model.
+
+    Raises:
+        ValueError: see :func:`check_matching`.
+    """
     check_matching(similarity, num_models, 1 if width is None else width)
     return len(similarity) // num_models if width is None else width
 
 
 def check_matching(similarity: Tensor, num_models: int, width: int = 1) -> None:
-    """Raise ValueError unless a similarity matrix fits a number of models and a width."""
+    """Check that a similarity matrix is square, and that ``num_models`` and ``width`` fit its size.
+
+    Raises:
+        ValueError: if they do not.
+    """
     check_square(similarity, "similarity")
     if num_models < 1 or len(similarity) % num_models:
         raise ValueError(f"`num_models` must divide the {len(similarity)} features, got {num_models}.")

@@ -1,4 +1,4 @@
-"""The greedy search of ZipIt!."""
+"""The greedy matching of ZipIt!."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from torch import Tensor
 from lightning_zipit.functional.checks import check_finite, check_matching, width_of
 
 ROWS_AT_ONCE = 64
-"""Rows of a matrix of similarities that stay in the processor's cache."""
+"""Number of rows of a similarity matrix that fit into the processor's cache."""
 
 OWN_MODEL_HANDICAP = 1e-6
-"""Ratio by which similarities within a model are lowered, so that ties go to a partner in another model."""
+"""Ratio by which similarities within a model are lowered, so that ties favor a partner in another model."""
 
 
 def zip_features(
     similarity: Tensor, num_models: int, width: int | None = None, alpha: float = 0.1, beta: float = 1.0
 ) -> Tensor:
-    """Zip features by :func:`greedy_zip`, with dead features set aside and ties decided for other models.
+    """Match features by :func:`greedy_zip`, with dead features paired first and ties broken across models.
 
     Dead features have similarity 0 to all others, so a greedy search would keep them and merge live features instead.
-    They are paired first, one of each model to a cluster, as far as every model has some. With a free width, all of
-    them share one cluster if that is possible. Similarities are compared in float32, and those within a model are
-    lowered by a millionth.
+    Therefore each cluster of dead features takes one dead feature of every model, as long as every model has one left.
+    If ``width`` differs from the number of features of one model, all these dead features share one cluster if
+    possible. Similarities are compared in float32. Similarities within a model are lowered by a millionth.
 
     Args:
-        similarity: symmetric and finite, ``(n, n)``; the diagonal of a dead feature is 0.
-        num_models: how many models the features come from.
-        width: how many clusters to leave, 1 to n; by default the number of features of one model.
+        similarity: symmetric and finite similarity matrix, ``(n, n)``; the diagonal entry of a dead feature is 0.
+        num_models: the number of models that the features come from.
+        width: the number of clusters to return, 1 to n; by default the number of features of one model.
         alpha: see :func:`greedy_zip`.
         beta: see :func:`greedy_zip`.
 
@@ -52,7 +52,7 @@ def zip_features(
     paired = int(dead.sum(1).min())
     aside = dead & (dead.cumsum(1) <= paired)
     live = (~aside).flatten().nonzero().flatten()
-    # With a free width, dead features share one cluster if possible, and live features get the others.
+    # With a width of its own, dead features share one cluster if possible, and live features get the other clusters.
     spare = paired if width == size else max(width - len(live), min(paired, 1, width - 1))
     labels = torch.empty(len(similarity), dtype=torch.int64)
     if len(live):
@@ -70,26 +70,28 @@ def zip_features(
 def greedy_zip(similarity: Tensor, num_models: int, width: int, alpha: float = 0.1, beta: float = 1.0) -> Tensor:
     """Match features within and across models, the most similar pair first (ZipIt!, section 4.1 and appendix).
 
-    Starts with one cluster per feature and merges the most similar allowed pair until ``width`` clusters are left.
-    Ties go to the lowest (row, column). A merged cluster's similarity to any other is ``alpha`` times the smaller of
-    its two parts', and the two may merge only where both parts might have. A cluster originates in the model of its
-    lowest-numbered feature. Model m has ``floor((n - width) // num_models * beta)`` merges of two clusters that both
-    originate in m, after which no two clusters of origin m may merge. Where no allowed pair is left before ``width``
-    is reached, every remaining pair is allowed from then on.
+    The search starts with one cluster per feature. It merges the most similar allowed pair of clusters until ``width``
+    clusters are left. Ties go to the lowest (row, column). The similarity of a merged cluster to any other cluster is
+    ``alpha`` times the smaller similarity of its two parts. A merged cluster may merge with another only if both of its
+    parts might have. The origin of a cluster is the model of its lowest feature.
 
-    Each row remembers an upper bound of its best similarity to a later row, and is searched again only when that
-    bound is the highest of all and out of date: O(n²) operations in typical use, against O(n³) for a search of the
-    whole matrix at each merge.
+    At most ``floor((n - width) // num_models * beta)`` merges may join two clusters of origin m. After that, no two
+    clusters of origin m may merge. If no allowed pair is left before ``width`` is reached, every remaining pair is
+    allowed from then on.
+
+    Each row stores an upper bound of its highest similarity to a later row. A row is searched again only if its bound
+    is the highest of all and out of date. This takes O(n²) operations in typical use; a search of the whole matrix at
+    each merge would take O(n³).
 
     Args:
         similarity: symmetric and finite, ``(n, n)`` with ``n`` a multiple of ``num_models``; the diagonal is ignored.
-        num_models: how many models the features come from.
-        width: how many clusters to leave, 1 to n.
-        alpha: factor of the similarity of a merged cluster, 0 to 1; low values favour pairs over large clusters.
-        beta: ratio of each model's merges that may happen inside the model, 0 to 1.
+        num_models: the number of models that the features come from.
+        width: the number of clusters to return, 1 to n.
+        alpha: factor of the similarity of a merged cluster, 0 to 1; low values favor pairs over large clusters.
+        beta: ratio of each model's merges that may happen within the model, 0 to 1.
 
     Returns:
-        int64 labels ``(n,)`` on the CPU: the cluster of each feature, clusters numbered by their lowest feature.
+        int64 labels ``(n,)`` on the CPU: the cluster of each feature. Clusters are numbered by their lowest feature.
 
     Raises:
         ValueError: if an argument is out of range, or ``similarity`` is not square or not finite.
@@ -116,7 +118,7 @@ def greedy_zip(similarity: Tensor, num_models: int, width: int, alpha: float = 0
 
 
 class _GreedyZip:
-    """The state of one greedy matching; a cluster is known by its lowest feature, its row in ``pairs``."""
+    """The state of one greedy matching. The lowest feature of a cluster identifies it, and is its row in ``pairs``."""
 
     def __init__(self, similarity: np.ndarray, num_models: int, alpha: float, budget: np.ndarray) -> None:
         self.similarity = similarity
@@ -126,18 +128,19 @@ class _GreedyZip:
         self.budget = budget
         self.alive = np.ones(self.size, dtype=bool)
         self.merges: list[tuple[int, int]] = []
-        self.limited = True  # while budgets and forbidden pairs hold
+        self.limited = True  # whether budgets and forbidden pairs apply
         self._start(similarity.copy())
         for model in np.flatnonzero(budget <= 0):
             self._forbid(int(model))
 
     def _start(self, pairs: np.ndarray) -> None:
-        """Take ``pairs`` as the similarities; a pair that may not merge is -inf."""
+        """Set the similarities. Pairs that may not merge have similarity -inf."""
         np.fill_diagonal(pairs, -np.inf)
         self.pairs = pairs
         self.gone = np.where(self.alive, 0, -np.inf).astype(pairs.dtype)
-        self.bound = np.empty(self.size, dtype=pairs.dtype)  # of each row's best similarity to a later row
-        self.best = np.empty(self.size, dtype=np.int64)  # the column that gives it, -1 where a search is due
+        # `bound`: an upper bound of each row's highest similarity to a later row
+        self.bound = np.empty(self.size, dtype=pairs.dtype)
+        self.best = np.empty(self.size, dtype=np.int64)  # column of that similarity, -1 if the row must be searched
         earlier = np.tri(ROWS_AT_ONCE, dtype=bool)
         for first in range(0, self.size, ROWS_AT_ONCE):
             rows = slice(first, first + ROWS_AT_ONCE)
@@ -166,7 +169,7 @@ class _GreedyZip:
                 self._search(row)
 
     def _search(self, row: int) -> None:
-        later = self.pairs[row, row + 1 :] + self.gone[row + 1 :]  # never of the last row, which has no later one
+        later = self.pairs[row, row + 1 :] + self.gone[row + 1 :]  # not empty: the last row is never searched
         column = int(later.argmax())
         self.bound[row], self.best[row] = later[column], row + 1 + column
 
@@ -180,7 +183,7 @@ class _GreedyZip:
         self.gone[column] = self.bound[column] = -np.inf
         self.best[(self.best == row) | (self.best == column)] = -1
         self.best[row], self.bound[row] = -1, np.inf
-        # A negative similarity grows when alpha scales it, so that earlier rows may find a better partner in `row`.
+        # `alpha` raises a negative similarity, so `row` may become the best partner of an earlier row.
         earlier = np.flatnonzero((merged[:row] >= self.bound[:row]) & self.alive[:row])
         self.bound[earlier], self.best[earlier] = merged[earlier], -1
         if self.limited and self.origin[row] == self.origin[column]:
@@ -190,13 +193,13 @@ class _GreedyZip:
                 self._forbid(model)
 
     def _forbid(self, model: int) -> None:
-        """No two clusters that originate in ``model`` may merge any more."""
+        """Forbid further merges of two clusters of origin ``model``."""
         members = np.flatnonzero(self.alive & (self.origin == model))
         self.pairs[np.ix_(members, members)] = -np.inf
         self.best[members] = -1
 
     def _allow_all(self) -> None:
-        """Every remaining pair is allowed: the similarities as they would be had nothing been forbidden."""
+        """Allow every remaining pair: recompute the similarities without forbidden pairs."""
         self.limited = False
         pairs = self.similarity.copy()
         for row, column in self.merges:
@@ -206,13 +209,13 @@ class _GreedyZip:
 
     def _labels(self) -> np.ndarray:
         parent = np.arange(self.size)
-        for row, column in reversed(self.merges):  # the last merges first: a row's own parent is then final
+        for row, column in reversed(self.merges):  # in reverse, so that the parent of a row is already final
             parent[column] = parent[row]
         return np.unique(parent, return_inverse=True)[1].astype(np.int64)
 
 
 def _join(row: np.ndarray, other: np.ndarray, alpha: np.floating) -> None:
-    """The similarities of two merged clusters, in place of the first's; alpha = 0 keeps -inf forbidden."""
+    """Write the similarities of two merged clusters into ``row``. -inf stays -inf, even with alpha = 0."""
     np.minimum(row, other, out=row)
     if alpha:
         np.multiply(row, alpha, out=row)

@@ -1,4 +1,4 @@
-"""Labels from similarities: assignment, clustering, averaging."""
+"""Matchings of features from similarities: assignment, clustering, averaging."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ Linkage = Literal["average", "complete", "single"]
 
 
 def average(num_features: int, num_models: int) -> Tensor:
-    """Match feature ``c`` of every model to feature ``c`` of the first: merging is then plain weight averaging.
+    """Match features by index, so that merging averages the weights.
 
     Args:
-        num_features: of all models together, a multiple of ``num_models``.
-        num_models: how many models the features come from.
+        num_features: the number of features of all models together, a multiple of ``num_models``.
+        num_models: the number of models that the features come from.
 
     Returns:
         int64 labels ``(num_features,)``.
@@ -40,19 +40,19 @@ def average(num_features: int, num_models: int) -> Tensor:
 
 
 def permute(similarity: Tensor, num_models: int) -> Tensor:
-    """Match each model to the first, one feature to one, so that the total similarity is the highest.
+    """Match each model to the first, one to one, so that the total similarity is maximal.
 
-    The assignment problem of Git Re-Basin (arXiv 2209.04836, section 3.1), solved exactly by scipy.
+    This is the assignment problem of Git Re-Basin (arXiv 2209.04836, section 3.1). Scipy solves it exactly.
 
     Args:
         similarity: symmetric and finite, ``(n, n)`` with ``n`` a multiple of ``num_models``.
-        num_models: how many models the features come from.
+        num_models: the number of models that the features come from.
 
     Returns:
         int64 labels ``(n,)`` on the CPU, with ``n / num_models`` clusters.
 
     Raises:
-        ValueError: if ``similarity`` is not square, or its size not a multiple of ``num_models``.
+        ValueError: if ``similarity`` is not square or not finite, or its size is not a multiple of ``num_models``.
 
     Example:
         >>> permute(torch.tensor([[1.0, 0.1, 0.2, 0.9], [0.1, 1.0, 0.8, 0.3], [0.2, 0.8, 1.0, 0.0],
@@ -73,22 +73,23 @@ def permute(similarity: Tensor, num_models: int) -> Tensor:
 
 
 def cycle_consistent(similarity: Tensor, num_models: int, rounds: int = 100) -> Tensor:
-    """Match all models to each other, one feature to one, so that the total similarity over all pairs is high.
+    """Match all models to each other, one to one, so that the total similarity over all pairs is high.
 
-    Every model is matched to a common order, so that going from model to model and back ends where it began (C²M³,
-    arXiv 2405.17897, section 3). Starting from :func:`permute`, each model in turn is matched to the sum of all others
-    in that order, exactly, until nothing changes: the total grows with every step, up to a local maximum.
+    Every model is matched to a common order. The composition of the matchings along any cycle of models is therefore
+    the identity (C²M³, arXiv 2405.17897, section 3). The search starts from :func:`permute`. It matches each model in
+    turn to the sum of all others in the common order, exactly, until nothing changes. The total similarity grows with
+    every step, up to a local maximum.
 
     Args:
         similarity: symmetric and finite, ``(n, n)`` with ``n`` a multiple of ``num_models``.
-        num_models: how many models the features come from.
-        rounds: the highest number of rounds over all models.
+        num_models: the number of models that the features come from.
+        rounds: the maximum number of rounds over all models.
 
     Returns:
-        int64 labels ``(n,)`` on the CPU, with ``n / num_models`` clusters; the first model's features are in order.
+        int64 labels ``(n,)`` on the CPU, with ``n / num_models`` clusters. The first model's features are in order.
 
     Raises:
-        ValueError: if ``similarity`` is not square or not finite, or its size not a multiple of ``num_models``.
+        ValueError: if ``similarity`` is not square or not finite, or its size is not a multiple of ``num_models``.
 
     Example:
         >>> cycle_consistent(torch.tensor([[1.0, 0.1, 0.2, 0.9], [0.1, 1.0, 0.8, 0.3], [0.2, 0.8, 1.0, 0.0],
@@ -112,20 +113,20 @@ def cycle_consistent(similarity: Tensor, num_models: int, rounds: int = 100) -> 
 
 
 def optimal(similarity: Tensor, num_models: int) -> Tensor:
-    """Pair the features of two models, within or across models, so that the total similarity is the highest.
+    """Pair the features of two models, within or across models, so that the total similarity is maximal.
 
-    The matching that greedy zipping approximates (ZipIt!, appendix), by Edmonds' blossom algorithm in networkx: O(n³)
-    operations in Python, which take minutes from n = 512 on.
+    Greedy zipping approximates this matching (ZipIt!, appendix). Edmonds' blossom algorithm in networkx computes it. It
+    takes O(n³) operations in Python, which is minutes for n ≥ 512.
 
     Args:
         similarity: symmetric and finite, ``(n, n)`` with ``n`` even; the diagonal is ignored.
-        num_models: how many models the features come from, 2.
+        num_models: the number of models that the features come from; must be 2.
 
     Returns:
         int64 labels ``(n,)`` on the CPU, with n / 2 clusters of two features, numbered by their lowest feature.
 
     Raises:
-        ValueError: if there are more or fewer models than 2, or ``similarity`` is not square or not finite.
+        ValueError: if ``num_models`` is not 2, or ``similarity`` is not square or not finite.
 
     Example:
         >>> optimal(torch.tensor([[1.0, 0.9, 0.8, 0.0], [0.9, 1.0, 0.0, 0.7], [0.8, 0.0, 1.0, 0.1],
@@ -134,10 +135,13 @@ def optimal(similarity: Tensor, num_models: int) -> Tensor:
     """
     check_matching(similarity, num_models)
     if num_models != 2:
-        raise ValueError(f"Pairs are for 2 models, got {num_models}: use greedy_zip, which makes larger clusters.")
+        raise ValueError(
+            f"`optimal` pairs the features of 2 models, got num_models={num_models}. Use `greedy_zip`, which makes "
+            "larger clusters."
+        )
     check_finite(similarity)
     weights = similarity.detach().double().cpu().numpy()
-    weights = weights - weights.min() + 1  # networkx takes 0 for no edge; all pairings grow by the same
+    weights = weights - weights.min() + 1  # networkx reads 0 as no edge; the shift adds the same to all pairings
     np.fill_diagonal(weights, 0)
     graph = nx.from_numpy_array(weights)
     partner = np.arange(len(similarity))
@@ -150,20 +154,20 @@ def optimal(similarity: Tensor, num_models: int) -> Tensor:
 def agglomerative(
     similarity: Tensor, num_models: int, linkage: Linkage = "average", width: int | None = None
 ) -> Tensor:
-    """Cluster features bottom up, the most similar clusters first.
+    """Cluster features by agglomerative clustering, the most similar clusters first.
 
     Args:
         similarity: symmetric and finite, ``(n, n)`` with ``n`` a multiple of ``num_models``; the diagonal is ignored.
-        num_models: how many models the features come from.
-        linkage: the similarity of two clusters: the mean over their pairs, the lowest (``"complete"``) or the highest
-            (``"single"``).
-        width: how many clusters to leave, 1 to n; as many as one model has features by default.
+        num_models: the number of models that the features come from.
+        linkage: the similarity of two clusters: the mean over their pairs of features (``"average"``), the lowest
+            (``"complete"``) or the highest (``"single"``).
+        width: the number of clusters to return, 1 to n; by default the number of features of one model.
 
     Returns:
         int64 labels ``(n,)`` on the CPU, with ``width`` clusters, numbered by their lowest feature.
 
     Raises:
-        ValueError: if ``similarity`` is not square or not finite, or its size not a multiple of ``num_models``.
+        ValueError: if ``similarity`` is not square or not finite, or its size is not a multiple of ``num_models``.
 
     Example:
         >>> agglomerative(torch.tensor([[1.0, 0.1, 0.2, 0.9], [0.1, 1.0, 0.8, 0.3], [0.2, 0.8, 1.0, 0.0],
@@ -184,22 +188,22 @@ def agglomerative(
 def kmeans(similarity: Tensor, num_models: int, rounds: int = 100, seed: int = 0, width: int | None = None) -> Tensor:
     """Cluster features by k-means (ZipIt!, appendix).
 
-    Features are points whose inner products are the similarities: the square root of the matrix, its negative
-    eigenvalues left out. An empty cluster takes the point farthest from its own centre, so that there
-    are always ``width`` clusters. (``scipy.cluster.vq.kmeans2`` leaves clusters empty if points coincide.)
+    Features are points whose inner products are the similarities: the rows of the square root of the matrix, without
+    its negative eigenvalues. An empty cluster takes the point that is farthest from its own center, so that the result
+    always has ``width`` clusters. (``scipy.cluster.vq.kmeans2`` leaves clusters empty if points coincide.)
 
     Args:
         similarity: symmetric and finite, ``(n, n)`` with ``n`` a multiple of ``num_models``.
-        num_models: how many models the features come from.
-        rounds: the highest number of rounds of assigning points and moving centres.
-        seed: of the first centres (k-means++).
-        width: how many clusters to make, 1 to n; as many as one model has features by default.
+        num_models: the number of models that the features come from.
+        rounds: the maximum number of iterations.
+        seed: random seed of the initial centers (k-means++).
+        width: the number of clusters to return, 1 to n; by default the number of features of one model.
 
     Returns:
         int64 labels ``(n,)`` on the CPU, with ``width`` clusters, numbered by their lowest feature.
 
     Raises:
-        ValueError: if ``similarity`` is not square or not finite, or its size not a multiple of ``num_models``.
+        ValueError: if ``similarity`` is not square or not finite, or its size is not a multiple of ``num_models``.
 
     Example:
         >>> kmeans(torch.tensor([[1.0, 0.1, 0.2, 0.9], [0.1, 1.0, 0.8, 0.3], [0.2, 0.8, 1.0, 0.0],
@@ -227,13 +231,13 @@ def kmeans(similarity: Tensor, num_models: int, rounds: int = 100, seed: int = 0
 
 
 def _spread(points: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Indices of points far from each other, drawn by k-means++ (Arthur and Vassilvitskii 2007)."""
+    """Draw indices of initial centers by k-means++ (Arthur and Vassilvitskii 2007)."""
     chosen = [int(torch.randint(len(points), (), generator=generator))]
     nearest = (points - points[chosen[0]]).square().sum(1)
     for _ in range(count - 1):
         chances = nearest.clone()
         chances[chosen] = 0
-        if not chances.any():  # all other points are copies of the chosen ones
+        if not chances.any():  # all other points coincide with chosen ones
             chances = torch.ones_like(nearest)
             chances[chosen] = 0
         chosen.append(int(chances.multinomial(1, generator=generator)))
@@ -242,17 +246,19 @@ def _spread(points: Tensor, count: int, generator: torch.Generator) -> Tensor:
 
 
 def by_lowest(labels: Tensor) -> Tensor:
-    """The same clusters, numbered by their lowest feature."""
+    """Renumber clusters by their lowest feature."""
     count = int(labels.max()) + 1
     first = torch.full((count,), len(labels)).scatter_reduce_(0, labels, torch.arange(len(labels)), "amin")
     return first.argsort().argsort()[labels]
 
 
 def unit_similarity(similarity: Tensor, members: Tensor, num_models: int) -> Tensor:
-    """Similarity of units of features, such as attention heads: the mean similarity of their best matching.
+    """Compute the similarity of units of features, such as attention heads.
+
+    The similarity of two units is the mean similarity of the best one-to-one matching of their features.
 
     Args:
-        similarity: of the features of a space, models side by side, ``(N·C, N·C)``.
+        similarity: the similarity of the features of all models in one space, ``(N·C, N·C)``.
         members: the features of each unit of one model, ``(G, d)`` with G·d = C.
         num_models: N.
 
@@ -273,7 +279,8 @@ def unit_similarity(similarity: Tensor, members: Tensor, num_models: int) -> Ten
     units, size = members.shape
     if num_models * units * size != len(similarity):
         raise ValueError(
-            f"`members` are {units}·{size} features, but `similarity` holds {len(similarity) // num_models} a model."
+            f"`members` lists {units}·{size} features, but `similarity` has {len(similarity) // num_models} features "
+            "per model. Pass the features of one model."
         )
     order = torch.cat([members.flatten() + model * units * size for model in range(num_models)])
     ordered = similarity.detach().double().cpu()[order][:, order].numpy()

@@ -1,4 +1,4 @@
-"""Merge and unmerge matrices from labels, and the combination of weight changes."""
+"""Merge and unmerge matrices of a matching, and TIES-Merging of weight changes."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from torch import Tensor
 def merge_matrices(
     labels: Tensor, num_models: int, weights: Sequence[float] | None = None
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The merge and unmerge matrices of a matching (ZipIt!, section 4).
+    """Compute the merge and unmerge matrices of a matching (ZipIt!, section 4).
 
     Args:
         labels: int64 ``(n,)``, the merged feature that each source feature becomes.
-        num_models: how many models the features come from.
-        weights: how much each model counts in its clusters; see :func:`merge_shares`.
+        num_models: the number of models that the features come from.
+        weights: the weight of each model in the average of a cluster; see :func:`merge_shares`.
 
     Returns:
-        The merge matrices M_i ``(W, C)``, which average each cluster: the rows of ``[M_1 … M_N]`` sum to 1; and the
-        unmerge matrices U_i ``(C, W)``, which copy it back.
+        The merge matrices M_i ``(W, C)`` and the unmerge matrices U_i ``(C, W)``. A merge matrix averages each cluster:
+        the rows of ``[M_1 … M_N]`` sum to 1. An unmerge matrix copies a merged feature back.
 
     Raises:
-        ValueError: if ``labels`` is not an int64 vector whose length is a multiple of ``num_models``, or leaves out a
-            number; or ``weights`` are not one per model, none negative and one positive.
+        ValueError: if ``labels`` is not an int64 vector whose length is a multiple of ``num_models``, or skips a
+            number. Also if ``weights`` does not hold one non-negative number per model, at least one of them positive.
 
     Example:
         >>> merge, unmerge = merge_matrices(torch.tensor([0, 1, 1, 0]), num_models=2)
@@ -44,25 +44,27 @@ def merge_matrices(
     if labels.dtype != torch.int64 or not torch.equal(
         labels.unique(), torch.arange(int(labels.max()) + 1, device=labels.device)
     ):
-        raise ValueError("`labels` must be int64, and use every number from 0 to their highest.")
+        raise ValueError("`labels` must be int64 and contain every number from 0 to the highest label.")
     one_hot = torch.nn.functional.one_hot(labels).to(torch.get_default_dtype())  # (n, W)
     averaging = one_hot.T * merge_shares(labels, num_models, weights).to(one_hot)  # (W, n)
     return list(averaging.chunk(num_models, dim=1)), list(one_hot.chunk(num_models, dim=0))
 
 
 def merge_shares(labels: Tensor, num_models: int, weights: Sequence[float] | None = None) -> Tensor:
-    """The contribution of each feature to the average of its cluster: the entries of ``[M_1 … M_N]``.
+    """Compute the weight of each feature in the average of its cluster.
+
+    The weight is the entry of ``[M_1 … M_N]`` in the row of the cluster and the column of the feature.
 
     Args:
         labels: int64 ``(n,)``, the merged feature that each source feature becomes.
-        num_models: how many models the features come from.
-        weights: how much each model counts; all the same by default, and in clusters in which no model counts.
+        num_models: the number of models that the features come from.
+        weights: the weight of each model; equal by default, and in clusters whose models all have weight 0.
 
     Returns:
-        float64 ``(n,)``; those of a cluster sum to 1.
+        float64 ``(n,)``. The weights within a cluster sum to 1.
 
     Raises:
-        ValueError: if ``weights`` are not one per model, none negative and one positive.
+        ValueError: if ``weights`` does not hold one non-negative number per model, at least one of them positive.
 
     Example:
         >>> merge_shares(torch.tensor([0, 1, 1, 0]), num_models=2, weights=(3, 1))
@@ -79,27 +81,31 @@ def merge_shares(labels: Tensor, num_models: int, weights: Sequence[float] | Non
 
 
 def check_weights(weights: Sequence[float], num_models: int) -> None:
-    """Raise a ``ValueError`` unless weights are one per model, none negative and one positive."""
+    """Check the weights of models.
+
+    Raises:
+        ValueError: if ``weights`` does not hold one non-negative number per model, at least one of them positive.
+    """
     numbers = all(isinstance(weight, (int, float)) and 0 <= weight < math.inf for weight in weights)
     if len(weights) != num_models or not numbers or not any(weights):
         raise ValueError(
-            f"`weights` must be {num_models} numbers, one per model, none negative and at least one above 0; got "
+            f"`weights` must hold {num_models} numbers, one per model, none negative and at least one above 0; got "
             f"{list(weights)}."
         )
 
 
 def ties(vectors: Tensor, density: float) -> Tensor:
-    """Combine changes of weights: trim, elect a sign, average those that have it (TIES-Merging, arXiv 2306.01708).
+    """Combine weight changes: trim, elect a sign, average the changes of that sign (TIES-Merging, arXiv 2306.01708).
 
     Args:
         vectors: ``(N, P)``, the changes of P weights in each of N models.
-        density: the ratio of each model's changes that is kept, the largest first; above 0 and at most 1.
+        density: the ratio of each model's changes to keep, the largest first; above 0 and at most 1.
 
     Returns:
         ``(P,)``; 0 where all changes are trimmed or cancel.
 
     Raises:
-        ValueError: if ``density`` is out of range, or ``vectors`` is no matrix.
+        ValueError: if ``density`` is out of range, or ``vectors`` is not a matrix.
 
     Example:
         >>> ties(torch.tensor([[3.0, -2.0, 0.1], [1.0, 4.0, -0.2]]), density=0.6)
@@ -108,7 +114,7 @@ def ties(vectors: Tensor, density: float) -> Tensor:
     if vectors.ndim != 2:
         raise ValueError(f"`vectors` must be a matrix, got shape {tuple(vectors.shape)}.")
     if not 0.0 < density <= 1.0:
-        raise ValueError(f"`density` must lie above 0 and not above 1, got {density}.")
+        raise ValueError(f"`density` must be above 0 and at most 1, got {density}.")
     size = vectors.shape[1]
     trimmed = max(size - math.ceil(density * size), 0)
     kept = vectors.clone()

@@ -1,4 +1,4 @@
-"""Similarity of features and networks, and the losses of merging."""
+"""Similarity measures of features, merge losses, and temperatures of heads."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from lightning_zipit.functional.checks import check_square
 
 
 def correlation(covariance: Tensor) -> Tensor:
-    """Pearson correlation from a covariance matrix.
+    """Compute the Pearson correlation from a covariance matrix.
 
-    A dead feature (variance zero) has no correlation: its row and column, diagonal included, are 0.
+    The row and column of a dead feature (variance zero) are 0, including the diagonal.
 
     Args:
-        covariance: symmetric, ``(n, n)``.
+        covariance: symmetric covariance matrix, ``(n, n)``.
 
     Returns:
         Correlations in [-1, 1], ``(n, n)``, of the dtype of ``covariance``.
@@ -42,17 +42,17 @@ def correlation(covariance: Tensor) -> Tensor:
 
 
 def zip_loss(similarity: Tensor, labels: Tensor) -> float:
-    """Ratio of the features' variance that is lost when every feature becomes the mean of its cluster.
+    """Compute the ratio of variance that is lost when the mean of its cluster replaces every feature.
 
-    Features count as scaled to variance 1. The variance that is kept is Σ over clusters of the mean of their
-    similarities, times their size: the objective of k-means.
+    Features are scaled to variance 1. The remaining variance is the sum over clusters of the mean similarity within
+    the cluster times its size. This is the objective of k-means.
 
     Args:
-        similarity: of the features, ``(n, n)``.
-        labels: int64 ``(n,)``, the cluster of each.
+        similarity: the similarity of the features, ``(n, n)``.
+        labels: int64 ``(n,)``, the cluster of each feature.
 
     Returns:
-        From 0, if only equal features are merged, to 1.
+        A number from 0 (only equal features are merged) to 1.
 
     Example:
         >>> similarity = torch.tensor([[1.0, 0.0, 0.8], [0.0, 1.0, 0.0], [0.8, 0.0, 1.0]])
@@ -63,19 +63,19 @@ def zip_loss(similarity: Tensor, labels: Tensor) -> float:
 
 
 def zip_losses(similarity: Tensor, labels: Tensor, num_models: int) -> Tensor:
-    """Ratio of the features' variance that each model loses when every feature becomes the mean of its cluster.
+    """Compute the ratio of variance that each model loses when the mean of its cluster replaces every feature.
 
-    Σ_i E(x_i - z_i)² / Σ_i E x_i² over the features of one model, with z_i the mean of the cluster of feature i. It is
-    above 1 if the clusters vary more than the features. Weighted by the models' variances, the losses add up to
-    :func:`zip_loss`.
+    The loss of a model is Σ_i E(x_i - z_i)² / Σ_i E x_i² over its features, where z_i is the mean of the cluster of
+    feature i. It is above 1 if the clusters vary more than the features. The mean of the losses, weighted by the
+    variances of the models, is :func:`zip_loss`.
 
     Args:
-        similarity: of the features, ``(N·C, N·C)``.
-        labels: int64 ``(N·C,)``, the cluster of each.
+        similarity: the similarity of the features of all models, ``(N·C, N·C)``.
+        labels: int64 ``(N·C,)``, the cluster of each feature.
         num_models: N.
 
     Returns:
-        Of the type of ``similarity``, ``(N,)``; 0 for a model without variance.
+        ``(N,)``, of the dtype of ``similarity``; 0 for a model without variance.
 
     Example:
         >>> similarity = torch.tensor([[1.0, 0.9, 0.0, 0.0], [0.9, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0],
@@ -86,7 +86,7 @@ def zip_losses(similarity: Tensor, labels: Tensor, num_models: int) -> Tensor:
     labels = labels.to(similarity.device)
     sizes = labels.bincount().to(similarity.dtype)
     of_cluster = similarity.new_zeros(len(sizes), len(labels)).index_add_(0, labels, similarity)
-    with_mean = of_cluster.gather(0, labels[None])[0] / sizes[labels]  # of each feature with its cluster's mean
+    with_mean = of_cluster.gather(0, labels[None])[0] / sizes[labels]  # similarity to the mean of its cluster
     of_means = with_mean.new_zeros(len(sizes)).index_add_(0, labels, with_mean) / sizes
     variance = similarity.diagonal()
     lost = (variance - 2 * with_mean + of_means[labels]).view(num_models, -1).sum(1)
@@ -95,14 +95,14 @@ def zip_losses(similarity: Tensor, labels: Tensor, num_models: int) -> Tensor:
 
 
 def agreement(features: Tensor, merged: Tensor) -> Tensor:
-    """Correlation of each feature of a source with each feature of the merged network, on the same samples.
+    """Compute the correlation of each source feature with each merged feature, on the same samples.
 
     Args:
-        features: of the source, ``(samples, C)``; or ``(samples, C, …)`` with positions, each of which counts.
-        merged: of the merged network, ``(samples, W)`` or ``(samples, W, …)``.
+        features: features of a source model, ``(samples, C)`` or ``(samples, C, …)``. Each position is a sample.
+        merged: features of the merged network, ``(samples, W)`` or ``(samples, W, …)``.
 
     Returns:
-        float64 ``(C, W)``; 0 for features that are constant.
+        float64 ``(C, W)``; 0 for constant features.
 
     Raises:
         ValueError: if the numbers of samples differ.
@@ -115,23 +115,25 @@ def agreement(features: Tensor, merged: Tensor) -> Tensor:
     """
     own, other = (each.double().movedim(1, -1).flatten(0, -2) for each in (features, merged))
     if len(own) != len(other):
-        raise ValueError(f"`features` have {len(own)} samples and `merged` {len(other)}: give those of the same input.")
+        raise ValueError(
+            f"`features` has {len(own)} samples and `merged` has {len(other)}. Pass features of the same input."
+        )
     joint = torch.cat([own, other], 1)
     centred = joint - joint.mean(0)
     return correlation(centred.T @ centred)[: own.shape[1], own.shape[1] :]
 
 
 def by_chance(similarity: Tensor, labels: Tensor, num_models: int) -> tuple[float, float]:
-    """Mean similarity inside clusters if each model's features were dealt out to the clusters at random.
+    """Compute the mean similarity within clusters under random assignment of each model's features to the clusters.
 
     Args:
-        similarity: of the features, ``(N·C, N·C)``.
-        labels: int64 ``(N·C,)``, the cluster of each.
+        similarity: the similarity of the features of all models, ``(N·C, N·C)``.
+        labels: int64 ``(N·C,)``, the cluster of each feature.
         num_models: N.
 
     Returns:
-        Its expectation and its standard deviation over deals, with pairs taken as independent; NaN if no two features
-        share a cluster.
+        The expectation and the standard deviation of that mean, under the assumption that pairs are independent. NaN if
+        no two features share a cluster.
 
     Example:
         >>> similarity = torch.tensor([[1.0, 0.0, 0.8, 0.2], [0.0, 1.0, 0.2, 0.8], [0.8, 0.2, 1.0, 0.0],
@@ -147,53 +149,53 @@ def by_chance(similarity: Tensor, labels: Tensor, num_models: int) -> tuple[floa
     square = torch.stack([torch.linalg.vector_norm(block, dim=(0, 2)).square() for block in blocks])
     variance = ((square - own.square().sum(1).diag()) / count - mean.square()).clamp(min=0)
     labels = labels.to(similarity.device)
-    members = similarity.new_zeros(num_models, int(labels.max()) + 1)  # how many features of a model a cluster has
+    members = similarity.new_zeros(num_models, int(labels.max()) + 1)  # number of features of a model in a cluster
     members.scatter_add_(1, labels.view(num_models, size), torch.ones_like(own))
     pairs = members @ members.T - size * torch.eye(num_models).to(similarity)  # (N, N), each pair twice
     return float((pairs * mean).sum() / pairs.sum()), float((2 * (pairs * variance).sum()).sqrt() / pairs.sum())
 
 
 def loss_barrier(losses: Sequence[float]) -> float:
-    """Rise of the loss on the path between two networks above the mean of the two ends (Git Re-Basin, section 2).
+    """Compute the loss barrier between two networks (Git Re-Basin, section 2).
 
     Args:
-        losses: along the path, with its two ends.
+        losses: the losses along the path between the networks, including both ends.
 
     Returns:
-        The highest loss minus the mean of the first and the last.
+        The highest loss minus the mean of the first and the last loss.
 
     Raises:
-        ValueError: if there are fewer than two.
+        ValueError: if there are fewer than two losses.
 
     Example:
         >>> loss_barrier([0.5, 2.0, 0.7])
         1.4
     """
     if len(losses) < 2:
-        raise ValueError(f"`losses` must hold those of the two ends at least, got {len(losses)}.")
+        raise ValueError(f"`losses` must hold at least the losses of the two ends, got {len(losses)} values.")
     return max(losses) - (losses[0] + losses[-1]) / 2
 
 
 def fit_temperatures(
     logits: Mapping[str, Tensor], weights: Tensor | None = None, bounds: tuple[float, float] = (1e-3, 1e3)
 ) -> dict[str, float]:
-    """Per head, a temperature T with which softmax(logits / T) can be compared with that of other heads.
+    """Fit a temperature T per head, so that softmax(logits / T) is comparable between heads.
 
-    Every head is made equally confident on average, over samples to which N tasks contribute equally: as confident as a
-    head of K classes would be that is certain of its own samples and undecided about all others, 1/N + (1 - 1/N) / K
-    for the smallest K. Confidence, the highest probability, falls as T rises, so that T is found by halving.
+    Every head gets the same mean confidence (highest probability) over samples to which N tasks contribute equally. It
+    is the confidence of a head of K classes that is certain of its own samples and undecided about all others:
+    1/N + (1 - 1/N) / K for the smallest K. Confidence falls as T rises, so bisection finds T.
 
     Args:
-        logits: of each head on the same samples, ``(samples, classes)``; heads may have different numbers of classes.
-        weights: how much each sample counts, ``(samples,)``, for tasks that are not equally frequent; all the same by
-            default.
+        logits: the logits of each head on the same samples, ``(samples, classes)``. Heads may have different numbers of
+            classes.
+        weights: sample weights ``(samples,)`` for tasks that are not equally frequent; equal by default.
         bounds: the lowest and the highest temperature.
 
     Returns:
-        A temperature by head; 1 for a head on which it has no influence.
+        The temperature of each head; 1 for a head whose confidence does not depend on it.
 
     Raises:
-        ValueError: if logits are not of that shape, there are no samples, or NaN or Inf is in them.
+        ValueError: if logits have another shape, no samples, or NaN or Inf.
 
     Example:
         >>> logits = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
@@ -203,10 +205,13 @@ def fit_temperatures(
     """
     for task, output in logits.items():
         if output.ndim != 2 or not output.numel():
-            raise ValueError(f"Head {task!r} needs logits (samples, classes) of some samples: got {(*output.shape,)}.")
+            raise ValueError(
+                f"The logits of head {task!r} must have shape (samples, classes) with at least one sample, got shape "
+                f"{(*output.shape,)}."
+            )
         if not output.isfinite().all():
-            raise ValueError(f"There is NaN or Inf in the logits of head {task!r}.")
-    # A head of one class is certain whatever T is, and one head alone is compared with none.
+            raise ValueError(f"The logits of head {task!r} contain NaN or Inf. Pass finite logits.")
+    # The confidence of a head of one class does not depend on T. A single head has no other to be compared with.
     fitted = {task: output.double() for task, output in logits.items() if output.shape[1] > 1 and len(logits) > 1}
     share = 1 / len(logits) if logits else 1.0
     confidence = max((share + (1 - share) / output.shape[1] for output in fitted.values()), default=1.0)

@@ -1,4 +1,4 @@
-"""What is tied to what: from a network to its feature spaces."""
+"""Tracing: from a network to its feature spaces and table of axes."""
 
 import lightning_zipit.graph.rules  # noqa: F401  (fills the registry)
 from lightning_zipit.graph.interpret import Context

@@ -1,4 +1,4 @@
-"""Traces several networks whose trunks shall become one."""
+"""Tracing of all source networks, with a check that they have one architecture."""
 
 from __future__ import annotations
 
@@ -24,21 +24,23 @@ def trace_all(
     barriers: Mapping[str, str] | None = None,
     start_at: str | None = None,
 ) -> dict[str, MergeGraph]:
-    """Trace all source networks and make sure that their trunks are the same network.
+    """Trace all source networks and check that their trunks have one architecture.
 
     Args:
         backbones: the source networks by task.
         stop_at: the trunk's last module.
         merge_heads: merge the last layer too.
-        example: an input of the networks, or one of each by task, where their reshapes need one.
-        barriers: nodes that shall stay in the heads, and why.
+        example: an input of the networks, or one input per task. Needed if a network reshapes by sizes that cannot be
+            guessed.
+        barriers: nodes that must stay in the heads, and the reasons.
         start_at: the trunk's first module.
 
     Returns:
-        The merge graph of each.
+        The merge graph of each network, by task.
 
     Raises:
-        ConfigurationError: with all differences.
+        ArchitectureMismatchError: if trunks differ; the message lists all differences.
+        ConfigurationError: if ``stop_at`` or ``start_at`` does not exist or leaves nothing to merge.
         TraceError: if a network cannot be traced.
     """
     graphs: dict[str, MergeGraph] = {}
@@ -70,7 +72,7 @@ def trace_all(
     return graphs
 
 
-STEMS = " Where they differ in their first layers alone, let the trunk start behind those (`start_at`)."
+STEMS = " If only their first layers differ, start the trunk after those layers with `start_at`."
 
 
 def settle(
@@ -81,22 +83,22 @@ def settle(
     verify: bool = True,
     merge_heads: bool = False,
 ) -> dict[str, MergeGraph]:
-    """Compare graphs with the networks that they were captured from, and make a barrier of what would merge wrongly.
+    """Check captured graphs against their networks, and add a barrier for every part that would merge wrongly.
 
     Args:
         networks: the networks, or working copies of them, by task.
-        graphs: the merge graph of each.
-        inputs: an input of each.
-        trace_again: traces all networks with other barriers.
-        verify: prove the trunk in the first network, and the heads of all.
-        merge_heads: whether there are no heads that could take over what fails.
+        graphs: the merge graph of each network.
+        inputs: an input of each network.
+        trace_again: function that traces all networks with the given barriers.
+        verify: prove the trunk in the first network, and the heads of all networks.
+        merge_heads: whether the heads are merged. If so, a failing part cannot stay per task.
 
     Returns:
-        Graphs of which nothing fails any more.
+        Merge graphs that pass all checks.
 
     Raises:
-        TraceError: if a graph does not compute what its network does.
-        CalibrationError: if a network cannot take its input.
+        TraceError: if a graph does not compute the same as its network.
+        CalibrationError: if a network fails on its input.
         VerificationError: if nothing is left that can be merged.
     """
     for task, network in networks.items():

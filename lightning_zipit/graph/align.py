@@ -1,4 +1,4 @@
-"""What broadcasting ties: operands that meet entry by entry, at their last axes."""
+"""Ties of elementwise operators: operands broadcast at their last axes."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from lightning_zipit.graph.values import Features, Ids, Joined, Parameter, Plain
 
 
 def units_along(ctx: Context, x: Features, kept: tuple[int, ...], kind: str = "heads") -> Ids:
-    """Features that stand for the entries of some of the feature axes, each with all that the others hold.
+    """Make units of the entries along some of the feature axes.
 
     Args:
         ctx: the context.
         x: features along several axes.
-        kept: which of ``x.axes``, in their order.
-        kind: for people: what a unit is.
+        kept: the axes of the units, a part of ``x.axes`` in the same order.
+        kind: plural name of the units for messages.
 
     Returns:
-        One feature for each entry along ``kept``, of their sizes.
+        One feature for each entry along ``kept``, with the sizes of these axes.
     """
     if kept == x.axes:
         return x.ids
@@ -29,17 +29,17 @@ def units_along(ctx: Context, x: Features, kept: tuple[int, ...], kind: str = "h
 
 
 def _kept_first(x: Features, kept: tuple[int, ...]) -> Ids:
-    """The features with some of their axes in front, and the others as one axis behind those."""
+    """Move the kept axes of the features to the front, and flatten all others into one last axis."""
     order = [*(x.axes.index(axis) for axis in kept), *(i for i, axis in enumerate(x.axes) if axis not in kept)]
     ids = x.ids.transpose(order)
     return ids.reshape(*ids.shape[: len(kept)], -1)
 
 
 def mix(ctx: Context, x: Features, axes: set[int]) -> Ids | None:
-    """The operator treats all entries along some axes alike, as a sum, a norm or a softmax does.
+    """Record an operator that is permutation-invariant along some axes, such as a sum, a norm or a softmax.
 
     Returns:
-        One feature for each entry along the feature axes that are left; ``None`` where none is.
+        One feature for each entry along the remaining feature axes; ``None`` if none remains.
     """
     kept = tuple(axis for axis in x.axes if axis not in axes)
     if kept == x.axes:
@@ -49,7 +49,7 @@ def mix(ctx: Context, x: Features, axes: set[int]) -> Ids | None:
 
 
 def fix_inner(ctx: Context, x: Features, axes: tuple[int, ...], why: str) -> None:
-    """Entries along some of the feature axes keep their order; units along the others can still be reordered."""
+    """Pin the order of entries along some of the feature axes. Units along the other axes can still be reordered."""
     kept = tuple(axis for axis in x.axes if axis not in axes)
     if not kept:
         ctx.pin(x, why)
@@ -60,15 +60,15 @@ def fix_inner(ctx: Context, x: Features, axes: tuple[int, ...], why: str) -> Non
 
 
 def entrywise(ctx: Context, *operands: Any) -> Any:
-    """The operator computes each entry from the entries of its operands at the same place.
+    """Record an elementwise operator, which computes each entry from the corresponding entries of its operands.
 
     Args:
         ctx: the context.
         operands: tensors that are broadcast, and numbers.
 
     Returns:
-        The value of the result. Parameters that no features meet hold positions where they lie along those of a
-        tensor, and make new features along one more axis.
+        The value of the result. If no operand has features, a parameter holds positions along the axes of a tensor, and
+        writes new features along one additional axis.
     """
     values = [value for value in leaves(operands) if isinstance(value, (Features, Parameter, Plain, Joined))]
     if any(isinstance(value, Features) for value in values):
@@ -78,14 +78,14 @@ def entrywise(ctx: Context, *operands: Any) -> Any:
     parameters = [value for value in values if isinstance(value, Parameter) and value.counts]
     ranks = [len(value.shape) for value in values if isinstance(value, Parameter)]
     if len(parameters) == 1 and len(ranks) == len(values) and max(ranks) == len(parameters[0].shape):
-        return parameters[0]  # the others are single numbers
+        return parameters[0]  # all others are scalars
     if all(parameter.constant for parameter in parameters):
         return ctx.constant(list(leaves(operands)))
     return _make(ctx, parameters, [value.shape for value in values if isinstance(value, Plain)])
 
 
 def _make(ctx: Context, parameters: Sequence[Parameter], positions: Sequence[Shape | None]) -> Value:
-    """Parameters that meet positions: along an axis that has none, their entries are new features."""
+    """Combine parameters with positions. Along an axis that only parameters have, their entries are new features."""
     if any(shape is None for shape in positions):
         raise ctx.error("it combines parameters with a tensor of unknown size")
     known = [shape for shape in positions if shape is not None]
@@ -93,7 +93,7 @@ def _make(ctx: Context, parameters: Sequence[Parameter], positions: Sequence[Sha
     covered = broadcast_shape([*known, (1,) * len(full)])
     free = [axis for axis, size in enumerate(full) if covered[axis] != size]
     if len(free) > 1:
-        raise ctx.error("its parameters have entries along several axes that the input has not")
+        raise ctx.error("its parameters have entries along several axes that the input does not have")
     ctx.positional(parameters)
     if not free:
         return Plain(full)
@@ -104,17 +104,17 @@ def _make(ctx: Context, parameters: Sequence[Parameter], positions: Sequence[Sha
 
 
 def broadcast_shape(shapes: Sequence[Shape]) -> Shape:
-    """The sizes that tensors have together, aligned at their last axes."""
+    """Return the broadcast shape of several shapes, aligned at their last axes."""
     rank = max(map(len, shapes), default=0)
     padded = [(1,) * (rank - len(shape)) + tuple(shape) for shape in shapes]
     return tuple(max(sizes, key=lambda size: (size != 1, size)) for sizes in zip(*padded, strict=True))
 
 
 def broadcast_all(ctx: Context, operands: Sequence[Any]) -> Features:
-    """Align all operands with the one that has the most features.
+    """Align all operands with the operand that has the most features.
 
     Returns:
-        The features of all, on the axes of the result.
+        The features of the result.
     """
     features = [value for value in operands if isinstance(value, Features)]
     largest = max(features, key=lambda value: (value.ids.size, value.rank))
@@ -130,66 +130,66 @@ def broadcast_all(ctx: Context, operands: Sequence[Any]) -> Features:
 
 
 def broadcast(ctx: Context, x: Features, other: Any) -> None:
-    """Another operand is aligned with ``x`` at their last axes; it has no more features than ``x``."""
+    """Align another operand with ``x`` at their last axes. It must not have more features than ``x``."""
     if isinstance(other, Features):
         _tie(ctx, x, other)
     elif isinstance(other, Parameter):
         _write(ctx, x, other)
     elif isinstance(other, Joined):
-        raise ctx.error("it combines them with several parameters end to end")
+        raise ctx.error("it combines features with several concatenated parameters")
     elif isinstance(other, Plain):
         if other.shape is None:
-            ctx.pin(x, f"{_where(ctx)} combines them with a tensor that holds no features")
+            ctx.pin(x, f"{_node_name(ctx)} combines them with a tensor without features")
             return
-        _fix(ctx, x, other)
+        _pin_order(ctx, x, other)
 
 
-def _fix(ctx: Context, x: Features, other: Plain | Parameter) -> None:
-    """The features keep the order in which those of another operand come."""
+def _pin_order(ctx: Context, x: Features, other: Plain | Parameter) -> None:
+    """Pin the order of features along the axes where another operand has several entries."""
     varying = tuple(axis for axis in x.axes if _size(other, axis - x.rank) != 1)
     if varying:
-        fix_inner(ctx, x, varying, f"{_where(ctx)} combines them with a tensor that holds no features")
+        fix_inner(ctx, x, varying, f"{_node_name(ctx)} combines them with a tensor without features")
 
 
 def _tie(ctx: Context, first: Features, second: Features) -> None:
     axes = {axis - first.rank for axis in first.axes}
     others = {axis - second.rank for axis in second.axes}
     if second.ids.size == 1 and first.ids.size > 1:
-        ctx.pin(second, f"{_where(ctx)} spreads it over several features")  # wherever that one was taken from
+        ctx.pin(second, f"{_node_name(ctx)} broadcasts one feature over several")  # even if it is on another axis
         return
     if not others <= axes:
-        raise ctx.error("the features of its two inputs are not on the same axis")
+        raise ctx.error("the features of its two inputs are on different axes")
     if any(_size(second, axis) != 1 for axis in axes - others):
-        raise ctx.error("the features of one of its inputs meet positions of the other")
+        raise ctx.error("one of its inputs has features on an axis where the other has positions")
     kept = tuple(axis for axis in first.axes if axis - first.rank in others)
     ctx.tie(units_along(ctx, first, kept), second.ids)
 
 
 def _write(ctx: Context, x: Features, parameter: Parameter) -> None:
-    """The parameter's axis under a feature axis has one entry per feature; that under heads one per head."""
+    """Align a parameter with features: it writes one entry per feature, or one entry per head."""
     if not parameter.counts:
-        return _fix(ctx, x, parameter)
+        return _pin_order(ctx, x, parameter)
     own = [axis - x.rank for axis in range(x.rank) if axis not in x.axes]
     if any(_size(parameter, axis) not in (1, x.shape[axis]) for axis in own) or len(parameter.shape) > x.rank:
-        raise ctx.error(f"`{parameter.name}` has entries along an axis that its other input has not")
+        raise ctx.error(f"`{parameter.name}` has entries along an axis that its other input does not have")
     ctx.positional(parameter)
     varying = tuple(axis for axis in x.axes if _size(parameter, axis - x.rank) != 1)
     if not varying:
         return None
     if varying[1:] or varying[0] != x.axes[0]:
         if not parameter.constant:
-            raise ctx.error(f"it gives `{parameter.name}` to the features of several heads")
-        return _fix(ctx, x, parameter)
+            raise ctx.error(f"it combines `{parameter.name}` with the features of several heads")
+        return _pin_order(ctx, x, parameter)
     axis = varying[0] - x.rank + len(parameter.shape)
     ctx.write(parameter, axis, x if len(x.axes) == 1 else units_along(ctx, x, varying))
     return None
 
 
 def _size(value: Value, axis: int) -> int:
-    """The size of an axis, counted from the back; 1 where the value has none there."""
+    """Return the size of an axis, counted from the back; 1 if the value does not have the axis."""
     assert value.shape is not None
     return value.shape[axis] if -axis <= len(value.shape) else 1
 
 
-def _where(ctx: Context) -> str:
+def _node_name(ctx: Context) -> str:
     return f"`{ctx.node.name}`"

@@ -1,4 +1,4 @@
-"""Interprets a recorded network, and groups its features into spaces."""
+"""Analysis of a captured network: interprets its graph, and groups its features into spaces."""
 
 from __future__ import annotations
 
@@ -33,7 +33,18 @@ from lightning_zipit.graph.values import Features, Opaque, leaves
 
 
 class Analysis:
-    """One traced network on its way to a :class:`MergeGraph`."""
+    """The analysis of one captured network, which results in a :class:`MergeGraph`.
+
+    Args:
+        backbone: the network.
+        graph: its captured graph.
+        shapes: shapes of tensors by node name.
+        trunk: the nodes of the trunk.
+        stop_at: the module that was requested as the trunk's last.
+        barriers: nodes that must stay in the heads, and the reasons.
+        stem: the nodes of the stem.
+        start_at: the module that was requested as the trunk's first.
+    """
 
     def __init__(
         self,
@@ -72,9 +83,9 @@ class Analysis:
         return node not in self.trunk and node not in self.stem
 
     def _enter(self) -> dict[fx.Node, Any]:
-        """Run the stem, and give the trunk features of its own for those that the stem hands over.
+        """Interpret the stem, and replace the features that it outputs by new features of the trunk.
 
-        Nothing of the stem is merged, so that nothing in it ties what the trunk takes.
+        The stem is not merged, so its operators must not tie features of the trunk.
         """
         stem = [node for node in self.nodes if node in self.stem]
         values = self.stem_values = self.ctx.run(stem, {}, tolerant=self.stem)
@@ -88,8 +99,8 @@ class Analysis:
                 self.ctx.enter(value)
             elif any(isinstance(part, (Features, Opaque)) and part.ids.size for part in leaves(value)):
                 raise ConfigurationError(
-                    f"The trunk cannot start at {self.start_at!r}: what it takes from {describe(node, self.backbone)} "
-                    "does not hold features along one axis that is known. Name another module as `start_at`, or teach "
+                    f"The trunk cannot start at {self.start_at!r}: its input from {describe(node, self.backbone)} has "
+                    "no known axis of features, or several. Choose another module as `start_at`, or register rules for "
                     "the operators before it with `lightning_zipit.graph.register_rule`."
                 )
             entering[node] = value
@@ -99,16 +110,18 @@ class Analysis:
         self.ctx.node = node
         if not isinstance(value, Features):
             if any(isinstance(part, Features) for part in leaves(value)):
-                raise self.ctx.error("the trunk would end at several tensors at once")
+                raise self.ctx.error("the trunk would end at an operator that returns several tensors")
             return
         if len(value.axes) > 1:
-            raise self.ctx.error("the trunk would end between the heads of an attention; end it at the whole block")
+            raise self.ctx.error(
+                "the trunk would end at a tensor with separate attention heads; end it after the whole block"
+            )
         self.ctx.cross(value)
         if any(user.op == "output" for user in node.users):
             self.ctx.pin(value, "they are the network's output")
 
     def _interpret_heads(self, values: dict[fx.Node, Any]) -> dict[fx.Node, Features]:
-        """Run the heads on features of their own, so that nothing in a head ties spaces of the trunk."""
+        """Interpret the heads on new features, so that operators of a head do not tie spaces of the trunk."""
         own, known = {}, dict(values)
         for node, value in self.trunk_values.items():
             if isinstance(value, Features):
@@ -168,7 +181,7 @@ class Analysis:
         )
 
     def _check_nestings(self) -> None:
-        """Two operators must not group the same features differently; the later one is a barrier."""
+        """Check that no two operators group the same features differently; if so, the later one becomes a barrier."""
         for nesting in self.nestings:
             units, members = self.component[nesting.units], np.sort(self.component[nesting.members], 1)
             first = {unit: row for row, unit in reversed(list(enumerate(units.tolist())))}
@@ -177,7 +190,7 @@ class Analysis:
                 clashing = (other.node for other in self.nestings if np.isin(self.component[other.units], units).any())
                 self.ctx.node = max(clashing, key=self.position.__getitem__)
                 raise self.ctx.error(
-                    f"it takes features in {nesting.kind} that an operator before it divides differently"
+                    f"it divides features into {nesting.kind} that differ from those of an earlier operator"
                 )
 
     def _crossing(self, node: fx.Node, head_events: list[Event]) -> Crossing:
@@ -193,7 +206,7 @@ class Analysis:
         others += [other.ids.ravel() for source, other in self.head_values.items() if source is not node]
         absorbed = len(set(own.tolist())) == len(own)
         for entries in (*(event.entries for event in head_events), *self.ctx.touched.values()):
-            # what takes a part of the features by itself cannot tell which of the merged ones
+            # an operator on a part of the features cannot read merged features, as these have no such parts
             appearances = np.isin(self.head_values[node].ids.ravel(), entries).sum()
             absorbed = absorbed and appearances in (0, len(own))
         absorbed = absorbed and not any(np.isin(own, self.component[ids]).any() for ids in others)
@@ -209,20 +222,20 @@ class Analysis:
         )
 
     def _check_roles(self) -> None:
-        """A parameter of the trunk has one role; a node that reads it in another one is a barrier."""
+        """Check that every parameter of the trunk has one role; a node that uses it in another becomes a barrier."""
         nodes = [node for node in self.nodes if node in self.trunk]
         uses = find_uses(self.backbone, nodes, self.trunk_events, self.component)
         conflicts = find_conflicts(uses, self.position)
         if conflicts:
             path, self.ctx.node = min(conflicts.items(), key=lambda item: self.position[item[1]])
-            raise self.ctx.error(f"it uses `{path}` in another role than a layer before it does")
+            raise self.ctx.error(f"it uses `{path}` in another role than an earlier layer")
 
     def _axes(self, events: list[Event], of: Mapping[int, int] | None = None) -> dict[str, Row]:
-        """The rows of the parameters that some events are about, by the names that the forward reads.
+        """Build the rows of the parameters in some events, by the names that the forward reads.
 
         Args:
-            events: of the trunk, or of the heads.
-            of: per feature of a head that reads the trunk through its weights, the feature of the trunk.
+            events: the events of the trunk or of the heads.
+            of: for heads, the trunk's feature for each feature of a head that reads the trunk through its weights.
         """
         tensors = named_tensors(self.backbone)
         table: dict[str, list[AxisRef | None]] = {}
@@ -240,7 +253,7 @@ class Analysis:
         return {name: tuple(row) for name, row in table.items()}
 
     def _read_by_heads(self, crossings: Sequence[Crossing]) -> dict[int, int]:
-        """What a head calls a feature that it reads through its weights → what the trunk calls it."""
+        """Map each feature that a head reads through its weights to the trunk's feature."""
         read: dict[int, int] = {}
         for node, crossing in zip(self.crossing_nodes, crossings, strict=True):
             if crossing.absorbed:
@@ -249,7 +262,7 @@ class Analysis:
         return read
 
     def _every_name(self, rows: Mapping[str, Row], of_heads: Mapping[str, Row]) -> dict[str, Row]:
-        """A row for every name of every tensor: the trunk's own, or that of another name of the tensor."""
+        """Return a row for every name of every tensor: its own row, or the row of another name of the tensor."""
         tensors = named_tensors(self.backbone)
         known: dict[int, Row] = {}
         for source in (rows, of_heads):
@@ -261,7 +274,7 @@ class Analysis:
         }
 
     def _pinned(self) -> dict[int, str]:
-        """The features that keep their order, and why; a unit does where one of its members does."""
+        """Return the pinned features and the reasons. A unit is pinned if one of its members is pinned."""
         why: dict[int, str] = {}
         for ids, reason in self.ctx.pinned:
             for feature in self.component[ids].tolist():
@@ -314,7 +327,7 @@ class Analysis:
         return unit_of
 
     def _projections(self) -> dict[str, Tap]:
-        """The taps of spaces whose features no node holds."""
+        """Return the taps of spaces whose features no node holds."""
         taps: dict[str, Tap] = {}
         for projected in self.projected:
             features = self.component[projected.ids].tolist()
@@ -325,14 +338,14 @@ class Analysis:
             block = Block(space, range(projected.value.ids.size))
             here = Tap(projected.value.node.name, projected.value.axes, block, place_of(projected.node))
             known = taps.get(space, here)
-            if projection in known.projections:  # applied again
+            if projection in known.projections:  # the layer is applied again
                 taps[space] = measured_once([known, *known.also, here])
-            elif known.node == here.node:  # else it was measured in another place already
+            elif known.node == here.node:  # otherwise the space is already measured at another node
                 taps[space] = replace(known, projections=(*known.projections, projection))
         return taps
 
     def _tap(self, space: str, reads: list[Event], everywhere: bool) -> Tap | None:
-        """Where a space is measured: at the cut, else at its last reader; or at all of them."""
+        """Return the tap of a space: at the cut, otherwise at its last reader; or at all readers if ``everywhere``."""
         reads = sorted(reads, key=lambda event: (event.kind != "crossing", -self.position[event.node]))
         taps = [self._tap_at(space, event) for event in (reads if everywhere else reads[:1])]
         return measured_once(taps) if taps else None
@@ -347,7 +360,7 @@ class Analysis:
         return Tap(value.node.name, value.axes, block, reader)
 
     def _before_pooling(self, value: Features) -> Features:
-        """What a global pooling reads: every position is a sample, while its average is but one per input."""
+        """Return the input of a global pooling in place of its output: each position is a sample."""
         node, found = value.node, value
         while node in self.trunk and math.prod(found.positions) == 1 and len(np.unique(found.ids)) == found.ids.size:
             inputs = [self.values[source] for source in node.all_input_nodes if source in self.values]

@@ -1,4 +1,4 @@
-"""What becomes of a layer's outputs before they are added to a residual stream."""
+"""Residual branches: the operators between a layer and the sum that adds its outputs to a residual stream."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from lightning_zipit.graph.registry import Trait, traits_of
 
 @dataclass(frozen=True)
 class Branch:
-    """Operators in a row that move entries and scale features, so that what goes in follows from what comes out.
+    """A chain of operators that only move entries and scale features, so that it can be inverted.
 
-    Layer scale is one (a product with a parameter), and so is the change between channels-last and channels-first.
+    Examples are layer scale (a product with a parameter), and a change between channels-last and channels-first.
 
     Attributes:
-        start: the node whose value goes in.
-        shape: the sizes of that, for a batch of a few samples.
-        nodes: the operators in order, each of which reads the one before it.
-        moves: those of them that move entries.
-        products: those of them that multiply by a constant.
+        start: the node whose value is the input.
+        shape: the shape of the input, for a small batch.
+        nodes: the operators in order, each of which reads the previous one.
+        moves: the operators that move entries.
+        products: the operators that multiply by a constant.
     """
 
     start: fx.Node
@@ -34,11 +34,11 @@ class Branch:
 
     @property
     def end(self) -> fx.Node:
-        """The node whose value comes out."""
+        """The node whose value is the output."""
         return self.nodes[-1] if self.nodes else self.start
 
     def extended(self, node: fx.Node, module: nn.Module, within: Container[fx.Node]) -> Branch | None:
-        """The branch with one more operator; ``None`` where that may do anything else.
+        """Append an operator; return ``None`` if it may do more than move entries or scale features.
 
         Args:
             node: the only node that reads the end of the branch.
@@ -57,16 +57,16 @@ class Branch:
     def places(
         self, network: nn.Module, shape: Sequence[int], device: torch.device | None = None
     ) -> tuple[Tensor, torch.Size]:
-        """Where each entry of what goes in comes out.
+        """Map each entry of the input to its position in the output.
 
         Args:
             network: the network.
-            shape: that of what goes in.
-            device: where to put the indices.
+            shape: the shape of the input.
+            device: the device of the indices.
 
         Returns:
-            Indices into the flattened outcome, of that shape, -1 for an entry that is lost; and the shape of the
-            outcome.
+            Indices into the flattened output, of shape ``shape``, with -1 for dropped entries; and the shape of the
+            output.
         """
         numbers = torch.arange(math.prod(shape), device=device)
         moved = self._run(network, numbers.view(*shape), self.moves)
@@ -75,14 +75,14 @@ class Branch:
         return places.view(*shape), moved.shape
 
     def scales(self, network: nn.Module, shape: Sequence[int]) -> Tensor:
-        """What each entry is multiplied by, of the shape of what goes in."""
+        """Return the factor of each entry of the input, of shape ``shape``."""
         parameter = next(network.parameters())
         ones = torch.ones(*shape, dtype=parameter.dtype, device=parameter.device)
         places, _ = self.places(network, shape, ones.device)
         return self._run(network, ones, self.moves | self.products).flatten()[places]
 
     def _run(self, network: nn.Module, value: Tensor, active: frozenset[fx.Node]) -> Tensor:
-        """Run some of the operators on a value, and leave the others out."""
+        """Run the active operators on a value, and skip the others."""
         interpreter = fx.Interpreter(network, graph=self.start.graph)
         interpreter.env = {self.start: value}
         before = self.start
@@ -103,7 +103,7 @@ def _compute_inputs(node: fx.Node, interpreter: fx.Interpreter) -> None:
 
 
 def _times_constant(product: fx.Node, factor: fx.Node, within: Container[fx.Node]) -> bool:
-    """Whether a product has a factor once, and is otherwise of parameters, buffers and numbers alone."""
+    """Whether a product contains ``factor`` exactly once, and otherwise only parameters, buffers and numbers."""
     waiting = [source for source in product.all_input_nodes if source is not factor]
     seen: set[fx.Node] = set()
     while waiting:

@@ -1,4 +1,4 @@
-"""What two captured networks do: the first difference between their trunks, in words."""
+"""Comparison of the architectures of captured networks."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from lightning_zipit.graph.spaces import Crossing, MergeGraph
 from lightning_zipit.graph.table import named_tensors
 
 INTERNAL = frozenset(vars(nn.Module()))
-"""Attributes that every module has; what it computes does not depend on them."""
+"""Attributes that every module has. They do not change what it computes."""
 
 
 def first_difference(first: MergeGraph, second: MergeGraph) -> str | None:
-    """Where the trunks of two networks differ in what they compute in eval mode, as a phrase for an error.
+    """Find the first difference between the trunks of two networks in eval mode.
 
-    Operators are compared with their arguments, modules with their attributes, and both with the sizes and the feature
-    spaces of their parameters. Stems and heads may differ: they are not merged.
+    The comparison covers operators and their arguments, modules and their attributes, and the shapes and feature spaces
+    of their parameters. Stems and heads may differ, because they are not merged.
 
     Args:
-        first: the merge graph of one network.
-        second: that of the other.
+        first: the merge graph of the first network.
+        second: the merge graph of the second network.
 
     Returns:
-        ``None`` where they are of one architecture.
+        A phrase for an error message; ``None`` if the trunks have one architecture.
     """
     comparisons: tuple[Callable[[MergeGraph, MergeGraph], str | None], ...] = (
         _compare_shapes,
@@ -75,7 +75,7 @@ def _compare_node(first: MergeGraph, node: fx.Node, second: MergeGraph, other: f
         modules = (graph.module.get_submodule(str(each.target)) for graph, each in ((first, node), (second, other)))
         if found := _compare_modules(str(node.target), *modules):
             return found
-    if node.op == "get_attr" and node.target not in named_tensors(first.module):  # a constant, which is not merged
+    if node.op == "get_attr" and node.target not in named_tensors(first.module):  # a constant; constants are not merged
         values = [attrgetter(str(node.target))(graph.module) for graph in (first, second)]
         if not _same(*values):
             return f"attribute `{node.target}` is {_pair(*values)}"
@@ -88,7 +88,7 @@ def _compare_node(first: MergeGraph, node: fx.Node, second: MergeGraph, other: f
 
 
 def _called(graph: MergeGraph, node: fx.Node) -> str:
-    """What a node calls; behind a stem, the nodes of two networks may have other names."""
+    """Return the operator of a node. With a stem, node names may differ between networks, so it includes the module."""
     if node.op == "call_module":
         where = f"`{node.target}` " if graph.entries else ""
         cls = type(graph.module.get_submodule(str(node.target)))
@@ -115,10 +115,10 @@ def _compare_modules(name: str, first: nn.Module, second: nn.Module) -> str | No
 
 
 def configuration(module: nn.Module) -> dict[str, Any]:
-    """The attributes of a module that can change what it computes in eval mode.
+    """Return the attributes of a module that can change what it computes in eval mode.
 
     Args:
-        module: a module; its parameters, buffers and submodules are not among its attributes.
+        module: a module; its parameters, buffers and submodules are not part of the result.
     """
     known = operator_of_module(module)
     if known is not None and Trait.IDENTITY in known.traits:
@@ -128,7 +128,7 @@ def configuration(module: nn.Module) -> dict[str, Any]:
 
 
 def _arguments(graph: MergeGraph, node: fx.Node, known: Operator | None) -> dict[str, Any]:
-    """The arguments of a call by name, with the names of nodes in place of tensors, less those that change nothing."""
+    """Return the arguments of a call by name, without ignored ones. Node names replace tensors."""
     entries = {entry.node: f"entry {number}" for number, entry in enumerate(graph.entries)}
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: entries.get(source.name, source.name))
     if known is not None and Trait.IDENTITY in known.traits:
@@ -140,14 +140,14 @@ def _arguments(graph: MergeGraph, node: fx.Node, known: Operator | None) -> dict
 def _by_name(node: fx.Node, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     try:
         bound = inspect.signature(node.target).bind(*args, **kwargs)  # type: ignore[arg-type]
-    except (TypeError, ValueError):  # a module, a method, or a function that is not written in Python
+    except (TypeError, ValueError):  # a module, a method, or a function without a Python signature
         return {**{f"argument {number}": value for number, value in enumerate(args)}, **kwargs}
     bound.apply_defaults()
     return dict(bound.arguments)
 
 
 def _same(first: Any, second: Any) -> bool:
-    """Whether two settings are the same; objects of one class are compared by their attributes."""
+    """Whether two settings are equal. Objects of one class are compared by their attributes."""
     if type(first) is not type(second):
         return False
     if isinstance(first, Tensor):
@@ -162,7 +162,7 @@ def _same(first: Any, second: Any) -> bool:
         return first.__code__ == second.__code__ and _same(first.__defaults__, second.__defaults__)
     try:
         return bool(first == second) or (hasattr(first, "__dict__") and _same(vars(first), vars(second)))
-    except Exception:  # objects that cannot be compared are not the same
+    except Exception:  # objects that cannot be compared are treated as different
         return False
 
 
@@ -176,7 +176,7 @@ def _compare_ties(first: MergeGraph, second: MergeGraph) -> str | None:
 
 
 def _ties(graph: MergeGraph) -> dict[str, str]:
-    """The parameters of the trunk that are tied to one before them, and to which."""
+    """Map each parameter of the trunk that is tied to an earlier one to that parameter's name."""
     tensors, nodes = named_tensors(graph.module), list(graph.trunk_graph())
     used = reached(nodes, set(nodes), tensors)
     first: dict[int, str] = {}
@@ -193,7 +193,7 @@ def _compare_tables(first: MergeGraph, second: MergeGraph) -> str | None:
     for name in _trunk_shapes(first):
         rows = [[str(ref) for ref in graph.axes[name]] for graph in (first, second)]
         if rows[0] != rows[1]:
-            return f"the axes of parameter `{name}` hold {_pair(*map(', '.join, rows))}"
+            return f"parameter `{name}` has axes {_pair(*map(', '.join, rows))}"
     return None
 
 
@@ -202,23 +202,23 @@ def _compare_ends(first: MergeGraph, second: MergeGraph) -> str | None:
         return "their heads read different values of the trunk"
     handed, others = ([_features(entry) for entry in graph.entries] for graph in (first, second))
     if handed != others:
-        return f"their stems hand over other features: {_pair(' and '.join(handed), ' and '.join(others))}"
+        return f"their stems output different features: {_pair(' and '.join(handed), ' and '.join(others))}"
     return None
 
 
 def first_difference_of_entries(first: MergeGraph, second: MergeGraph) -> str | None:
-    """Where two networks differ in the sizes of what their stems hand over, which an example alone tells for sure."""
+    """Find a difference in the shapes of the stems' outputs. These shapes are reliable only with an example input."""
     shapes, others = ([entry.shape for entry in graph.entries] for graph in (first, second))
     if shapes == others:
         return None
     return (
-        f"for their inputs, their stems hand over tensors of the shape {', '.join(map(str, shapes))} for a sample in "
-        f"the first and {', '.join(map(str, others))} in the second"
+        f"for one sample of their inputs, their stems output tensors of shape {', '.join(map(str, shapes))} in the "
+        f"first and {', '.join(map(str, others))} in the second"
     )
 
 
 def _read_by_heads(graph: MergeGraph) -> list[str]:
-    """Names of values of the trunk; what passes by it has a name of each network's own."""
+    """Return the names of the trunk values that heads read, and ``""`` for values that bypass the trunk."""
     return [crossing.node if crossing.node in graph.trunk_nodes else "" for crossing in graph.crossings]
 
 

@@ -1,4 +1,4 @@
-"""Tensors that are known before any data is, such as indices that come from buffers and sizes alone."""
+"""Tensors that do not depend on data, such as indices computed from buffers and sizes."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import Tensor, fx, nn
 from lightning_zipit.graph.values import leaves
 
 FACTORIES: frozenset[Callable[..., Any]] = frozenset({torch.arange, torch.tensor})
-"""What makes a tensor out of numbers alone, the same one each time."""
+"""Deterministic functions that create a tensor from numbers."""
 
 
 class Constants:
-    """The known tensors of a graph; each node is looked at once, in the order of execution.
+    """The data-independent tensors of a graph. Each node is evaluated once, in the order of execution.
 
     Args:
         module: the network.
@@ -27,15 +27,15 @@ class Constants:
         self._known: dict[fx.Node, Tensor] = {}
 
     def __getitem__(self, node: fx.Node) -> Tensor | None:
-        """What a node returns, where that is known."""
+        """Return the tensor of a node; ``None`` if it depends on data."""
         return self._known.get(node)
 
     def take(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> None:
-        """Find out whether a node is known from the nodes before it.
+        """Evaluate a node if it depends only on known nodes.
 
         Args:
             node: the node.
-            values: what is known of the nodes before, sizes among it.
+            values: the abstract values of earlier nodes, including sizes.
         """
         value = self._buffer(node) if node.op == "get_attr" else self._computed(node, values)
         if isinstance(value, Tensor):
@@ -45,7 +45,7 @@ class Constants:
         tensor = attrgetter(str(node.target))(self.module)
         if not isinstance(tensor, Tensor) or tensor.is_floating_point() or tensor.is_meta:
             return None
-        return tensor.detach().cpu().clone()  # it may be written in place
+        return tensor.detach().cpu().clone()  # an operator may write into it
 
     def _computed(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
         if node.op not in ("call_function", "call_method"):
@@ -60,5 +60,5 @@ class Constants:
         run = getattr(Tensor, node.target) if isinstance(node.target, str) else node.target
         try:
             return run(*args, **{name: value for name, value in kwargs.items() if name != "device"})
-        except Exception:  # whatever it raises: it is then not known
+        except Exception:  # a node that cannot be evaluated is not known
             return None

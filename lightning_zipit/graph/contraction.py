@@ -1,4 +1,4 @@
-"""What contractions tie: products of two tensors that are summed over shared axes, as in ``torch.einsum``."""
+"""Ties of contractions: products of two tensors, summed over shared axes as in ``torch.einsum``."""
 
 from __future__ import annotations
 
@@ -10,20 +10,23 @@ Sizes = dict[str, int]
 
 
 def contract(ctx: Context, letters: tuple[str, str], output: str, operands: tuple[Value, Value]) -> Value:
-    """A product of two tensors that is summed over the letters that are not in ``output``, as in ``torch.einsum``.
+    """Record a product of two tensors, summed over the letters that are not in ``output``, as in ``torch.einsum``.
 
     Args:
         ctx: the context.
-        letters: a letter for each axis of both tensors.
+        letters: for each tensor, a letter per axis.
         output: the letters of the result.
-        operands: the tensors.
+        operands: the two tensors.
+
+    Returns:
+        The value of the result.
     """
     first, second = operands
     if any(len(set(names)) < len(names) for names in (*letters, output)):
         raise ctx.error("it takes a diagonal")
     if isinstance(first, Joined) or isinstance(second, Joined):
-        raise ctx.error("it multiplies with several parameters end to end")
-    if _held(second) > _held(first):
+        raise ctx.error("it multiplies by several concatenated parameters")
+    if _sort_key(second) > _sort_key(first):
         first, second, letters = second, first, letters[::-1]
     sizes = _sizes(letters, (first, second))
     if isinstance(second, Parameter) and second.counts and not isinstance(first, Parameter):
@@ -36,26 +39,26 @@ def contract(ctx: Context, letters: tuple[str, str], output: str, operands: tupl
     return _multiply(ctx, letters, output, first, second, sizes)
 
 
-def _held(value: Value) -> tuple[int, int]:
-    """Features come first, those of more features before others, and parameters last."""
+def _sort_key(value: Value) -> tuple[int, int]:
+    """Sort key of operands: tensors with more features come first, parameters last."""
     return (1, value.ids.size) if isinstance(value, Features) else (0, -int(isinstance(value, Parameter)))
 
 
 def _multiply(
     ctx: Context, letters: tuple[str, str], output: str, first: Features, second: Value, sizes: Sizes | None
 ) -> Value:
-    """Features with features, or with a tensor that holds none."""
+    """Record a product of features with features, or with a tensor without features."""
     own, others = letters
     if not isinstance(second, Features):
         ctx.positional(second)
         meeting = tuple(axis for axis in first.axes if own[axis] in others)
         if meeting:
-            fix_inner(ctx, first, meeting, f"`{ctx.node.name}` multiplies them with a tensor that holds no features")
+            fix_inner(ctx, first, meeting, f"`{ctx.node.name}` multiplies them by a tensor without features")
     else:
         shared = [own[axis] for axis in first.axes if own[axis] in others]
         held = [others[axis] for axis in second.axes]
         if sorted(shared) != sorted(held):
-            raise ctx.error("the features of one of its inputs meet positions of the other")
+            raise ctx.error("one of its inputs has features on an axis where the other has positions")
         units = units_along(ctx, first, tuple(axis for axis in first.axes if own[axis] in others))
         ctx.tie(units, second.ids.transpose([held.index(letter) for letter in shared]))
         ctx.observe(first)
@@ -72,10 +75,10 @@ def _multiply(
 def _read(
     ctx: Context, letters: tuple[str, str], output: str, x: Features, weight: Parameter, sizes: Sizes | None
 ) -> Value:
-    """Features with a parameter: it reads them, scales them, or weights positions."""
+    """Record a product of features with a parameter, which reads or scales features, or weights positions."""
     own, others = letters
     if len(x.axes) != 1:
-        raise ctx.error("it multiplies features along several axes with a parameter")
+        raise ctx.error("it multiplies features along several axes by a parameter")
     letter = own[x.axes[0]]
     if letter not in output and letter not in others:
         raise ctx.error("it sums over the features")
@@ -85,7 +88,7 @@ def _read(
         raise ctx.error(f"it sums over an axis that only `{weight.name}` has")
     if letter in output:
         if made:
-            raise ctx.error(f"`{weight.name}` mixes positions, and what it makes of them has an order of its own")
+            raise ctx.error(f"`{weight.name}` mixes positions, and the order of its outputs differs between models")
         ctx.positional(weight)
         if letter in others:
             ctx.write(weight, others.index(letter), x)
@@ -99,7 +102,7 @@ def _read(
 def _make(
     ctx: Context, letters: tuple[str, str], output: str, x: Value, weight: Parameter, sizes: Sizes | None
 ) -> Value:
-    """Positions with a parameter: it makes new features of them."""
+    """Record a product of positions with a parameter, which writes new features."""
     own, others = letters
     made = _free(ctx, own, others, x, weight)
     if any(name not in output for name in made):
@@ -109,9 +112,9 @@ def _make(
 
 
 def _free(ctx: Context, own: str, others: str, x: Value, weight: Parameter) -> list[str]:
-    """The letters along which the parameter alone has several entries."""
+    """Return the letters along which only the parameter has several entries."""
     if x.shape is None:
-        raise ctx.error("it multiplies a parameter with a tensor of unknown size")
+        raise ctx.error("it multiplies a parameter by a tensor of unknown shape")
     spread = {name for name, size in zip(own, x.shape, strict=True) if size == 1}
     return [
         name
@@ -122,7 +125,7 @@ def _free(ctx: Context, own: str, others: str, x: Value, weight: Parameter) -> l
 
 def _new(ctx: Context, made: list[str], others: str, output: str, weight: Parameter, shape: Shape | None) -> Features:
     if len(made) != 1:
-        raise ctx.error("the parameter has no single axis of new features")
+        raise ctx.error("its parameter would write new features along several axes")
     axis = others.index(made[0])
     features = Features(ctx.fresh(weight.shape[axis]), (output.index(made[0]),), shape or ())
     ctx.write(weight, axis, features)
@@ -130,7 +133,7 @@ def _new(ctx: Context, made: list[str], others: str, output: str, weight: Parame
 
 
 def _sizes(letters: tuple[str, str], operands: tuple[Value, Value]) -> Sizes | None:
-    """The size of each letter; ``None`` where an operand's sizes are not known."""
+    """Return the size of each letter; ``None`` if the shape of an operand is unknown."""
     sizes: Sizes = {}
     for names, operand in zip(letters, operands, strict=True):
         if operand.shape is None:

@@ -1,4 +1,4 @@
-"""Where the trunk ends: at a named module, or before the last layer."""
+"""The trunk's end: at a named module, or before the last layer."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from lightning_zipit.graph.values import Features, Opaque, leaves
 def find_trunk(
     backbone: nn.Module, nodes: list[fx.Node], stop_at: str | None, shapes: dict[str, tuple[int, ...]], whole: bool
 ) -> set[fx.Node]:
-    """The nodes of the trunk: those that the last module, or the heads, are computed from.
+    """Find the nodes of the trunk: those that the last module, or the heads, depend on.
 
     Args:
         backbone: the network.
-        nodes: its graph in order.
+        nodes: the nodes of its graph in order.
         stop_at: the trunk's last module; ``None`` for everything down to the last layer.
-        shapes: sizes of tensors by node name, where they are known.
-        whole: whether the last layer belongs to the trunk too.
+        shapes: known shapes of tensors by node name.
+        whole: whether the trunk includes the last layer.
 
     Raises:
-        ConfigurationError: if ``stop_at`` does not exist or cuts nothing.
+        ConfigurationError: if ``stop_at`` does not exist, or leaves no head.
     """
     body = [node for node in nodes if node.op != "output"]
     if stop_at is None:
@@ -43,21 +43,20 @@ def find_trunk(
     trunk = with_items(ancestors(set(inside), nodes), nodes, shapes)
     if not whole and trunk & _last_layers(backbone, nodes, shapes):
         raise ConfigurationError(
-            f"stop_at={stop_at!r} cuts nothing: the last layer would be in the trunk. Use stop_at=None to zip "
-            f"everything "
-            "down to the last layer, or merge_heads=True if all models share one output space."
+            f"stop_at={stop_at!r} leaves no head: the last layer would be in the trunk. Use stop_at=None to zip "
+            "everything down to the last layer, or merge_heads=True if all models share one output space."
         )
     return with_constants(trunk, nodes)
 
 
 def find_cuts(graph: MergeGraph) -> list[str]:
-    """The modules that a shorter trunk could end at, so that one tensor alone goes from there into the heads.
+    """Find the modules where a shorter trunk could end, so that a single tensor passes to the heads.
 
     Args:
         graph: a merge graph.
 
     Returns:
-        Their names in the order of execution; of those that leave the same layers in the trunk, the last.
+        Module names in the order of execution. Of modules that leave the same layers in the trunk, only the last.
 
     Example:
         >>> from lightning_zipit import trace
@@ -74,7 +73,7 @@ def find_cuts(graph: MergeGraph) -> list[str]:
         called = [str(node.target)] if node.op == "call_module" else []
         for name in filter(None, [*modules_around(node), *called]):
             inside.setdefault(name, set()).add(node)
-    found: dict[tuple[str, ...], tuple[str, int]] = {}  # by the layers in the trunk
+    found: dict[tuple[str, ...], tuple[str, int]] = {}  # key: the layers in the trunk
     for name, last in inside.items():
         own = ancestors(last, nodes) & trunk
         layers = tuple(reached(nodes, own, weights))
@@ -86,7 +85,7 @@ def find_cuts(graph: MergeGraph) -> list[str]:
 
 
 def with_items(trunk: set[fx.Node], nodes: list[fx.Node], shapes: dict[str, tuple[int, ...]]) -> set[fx.Node]:
-    """The items of a tuple of tensors belong to where the tuple is made: heads take tensors."""
+    """Add the items of tuples that the trunk returns, because the inputs of heads must be tensors."""
     trunk = set(trunk)
     for node in nodes:
         made_of = node.args[0] if node.target is operator.getitem else None
@@ -96,7 +95,7 @@ def with_items(trunk: set[fx.Node], nodes: list[fx.Node], shapes: dict[str, tupl
 
 
 def _last_layers(backbone: nn.Module, nodes: list[fx.Node], shapes: dict[str, tuple[int, ...]]) -> set[fx.Node]:
-    """The nodes whose parameters make the features that the network returns."""
+    """Find the nodes whose parameters write the features that the network returns."""
     ctx = Context(backbone, shapes)
     values = ctx.run(nodes, {}, tolerant=set(nodes))
     output = [value.ids.ravel() for value in leaves(values[nodes[-1]]) if isinstance(value, (Features, Opaque))]
@@ -116,10 +115,13 @@ def _inputs_of(body: list[fx.Node], head: set[fx.Node]) -> set[fx.Node]:
 
 
 def no_such_module(backbone: nn.Module, nodes: list[fx.Node], argument: str, wanted: str) -> str:
-    """For errors: why an argument names no module that the trunk could start or end at."""
+    """Build the error message for a ``start_at`` or ``stop_at`` that is not a called module."""
     names = [name for name, _ in backbone.named_modules() if name]
     if wanted in names:
-        return f"{argument}={wanted!r} is a module of the backbone, but its forward does not call it."
+        return (
+            f"{argument}={wanted!r} is a module of the backbone, but the backbone's forward does not call it. Choose a "
+            "module that the forward calls."
+        )
     close = difflib.get_close_matches(wanted, names, n=3, cutoff=0.4)
     hint = f"Did you mean {' or '.join(map(repr, close))}?" if close else f"Its modules are {', '.join(names[:12])}, …"
-    return f"{argument}={wanted!r} is no module of the backbone ({type(backbone).__name__}). {hint}"
+    return f"{argument}={wanted!r} is not a module of the backbone ({type(backbone).__name__}). {hint}"

@@ -1,4 +1,4 @@
-"""Draws a merge graph: the nodes of a network in the colours of the feature spaces that they hold."""
+"""Drawings of a merge graph: the nodes of a network in the colors of their feature spaces."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from lightning_zipit.graph.naming import place_of
 from lightning_zipit.graph.spaces import MergeGraph
 
 ROW, BOX, MARGIN, LETTER = 24, 18, 10, 6.6
-"""Distance between rows, height of a node, blank around the picture, and width of a letter; all in pixels."""
+"""Distance between rows, height of a node, margin of the picture, and width of a letter; all in pixels."""
 LEFT, BAR, GAP = 150, 72, 28
-"""Room for arcs, width of the bar that shows a node's spaces, and the gap where the trunk starts or ends."""
+"""Width of the area for arcs, width of a node's color bar, and gap at the trunk's start and end; all in pixels."""
 GREY, LINE = "#d0d0d0", "#888888"
 GOLDEN = 0.6180339887
 LIGHTNESS = (0.68, 0.78, 0.58)
 KINDS = ("stem", "trunk", "head")
-KEY = "Grey: no features, or matched by number. Dashed: one per task."
+KEY = "Grey: no features, or matched by index. Dashed: one per task."
 
 
 def colours(graph: MergeGraph) -> dict[str, str]:
-    """A colour for every space, neighbours far apart; grey for those that are matched by number."""
+    """Return a color for every space, with distinct colors for neighbors. Spaces matched by index are grey."""
     index = count()
     return {name: GREY if space.pinned else _colour(next(index)) for name, space in graph.spaces.items()}
 
 
 def _colour(index: int) -> str:
-    """Hues by steps of the golden ratio, which fill the circle evenly however many there are."""
+    """Return the color of an index. Hues in steps of the golden ratio cover the circle evenly for any count."""
     parts = colorsys.hls_to_rgb(index * GOLDEN % 1.0, LIGHTNESS[index % len(LIGHTNESS)], 0.62)
     return "#" + "".join(f"{round(255 * part):02x}" for part in parts)
 
 
 def label(graph: MergeGraph, node: fx.Node) -> str:
-    """A node for people: the module that it calls and its class, or the operator and where it stands."""
+    """Return the label of a node: its module and class, or its operator and the module that contains it."""
     if node.op == "call_module":
         return f"{node.target} · {type(graph.module.get_submodule(str(node.target))).__name__}"
     if node.op in ("placeholder", "output"):
@@ -47,24 +47,24 @@ def label(graph: MergeGraph, node: fx.Node) -> str:
 
 
 def legend(graph: MergeGraph) -> list[tuple[str, str]]:
-    """Colour and description of every space."""
+    """Return the color and description of every space."""
     described = (
         f"{name}: {space.size} features"
         + (f" of {graph.spaces[space.units].size} {space.units.rpartition(' ')[2]}" if space.units else "")
-        + (", matched by number" if space.pinned else "")
+        + (", matched by index" if space.pinned else "")
         for name, space in graph.spaces.items()
     )
     return list(zip(colours(graph).values(), described, strict=True))
 
 
 def _shown(graph: MergeGraph) -> list[fx.Node]:
-    """The nodes in an order of execution: stem, trunk, head; parameters that are read by name are left out."""
+    """Return the nodes to draw in order of execution: stem, trunk, head. Parameter reads are omitted."""
     nodes = (node for node in graph.fx_graph.nodes if node.op != "get_attr")
     return sorted(nodes, key=lambda node: _part(graph, node))
 
 
 def _part(graph: MergeGraph, node: fx.Node) -> int:
-    """The number of the part that a node is in: stem, trunk or head."""
+    """Return the index of a node's part in :data:`KINDS`."""
     return 0 if node.name in graph.stem_nodes else 1 if node.name in graph.trunk_nodes else 2
 
 
@@ -74,14 +74,14 @@ def _edges(shown: list[fx.Node]) -> list[tuple[fx.Node, fx.Node]]:
 
 
 def _fills(graph: MergeGraph, node: fx.Node, colour: dict[str, str]) -> list[str]:
-    """The colours of a node: none in stem and head, grey in the trunk where it holds no features."""
+    """Return the colors of a node: none in stem and head, grey for trunk nodes without features."""
     if node.name not in graph.trunk_nodes:
         return []
     return [colour[space] for space in graph.held.get(node.name, ())] or [GREY]
 
 
 def to_dot(graph: MergeGraph) -> str:
-    """The graph in Graphviz's language: filled nodes are merged, dashed ones stay per task."""
+    """Draw the graph in Graphviz's DOT language. Filled nodes are merged; dashed nodes stay per task."""
     colour, shown = colours(graph), _shown(graph)
     lines = ["digraph merge {", '  node [shape=box, fontname="sans-serif", fontsize=10];']
     for node in shown:
@@ -100,13 +100,13 @@ def _look(fills: list[str]) -> str:
 
 
 def _quoted(text: str) -> str:
-    r"""A string of Graphviz, which reads ``\`` and ``&`` as the start of an escape."""
+    r"""Quote a string for DOT, where ``\`` and ``&`` start escape sequences."""
     escaped = printable(text).replace("\\", r"\\").replace('"', r"\"").replace("&", "&amp;")
     return f'"{escaped}"'
 
 
 def to_svg(graph: MergeGraph) -> str:
-    """The graph as a picture: nodes from top to bottom, connections that skip some as arcs, spaces in colour."""
+    """Draw the graph as SVG: nodes from top to bottom, skip connections as arcs, spaces in color."""
     colour, shown = colours(graph), _shown(graph)
     row = {node: index for index, node in enumerate(shown)}
     cuts = tuple(sum(_part(graph, node) < part for node in shown) for part in (1, 2))
@@ -139,12 +139,12 @@ def to_svg(graph: MergeGraph) -> str:
 
 
 def _top(row: int, cuts: tuple[int, ...]) -> int:
-    """Where a row starts: stems and heads are set off from the trunk."""
+    """Return the y position of a row. Gaps separate stem, trunk and head."""
     return MARGIN + row * ROW + GAP * sum(0 < cut <= row for cut in cuts)
 
 
 def _reach(rows: int) -> int:
-    """How far an arc goes to the left: further the more rows it skips, and never out of the picture."""
+    """Return the horizontal extent of an arc. It grows with the number of skipped rows, up to ``LEFT``."""
     return round(LEFT * rows / (rows + 6))
 
 
@@ -172,7 +172,7 @@ def _names(spaces: tuple[str, ...]) -> str:
 
 
 def _bar(x: int, y: int, width: int, fills: list[str]) -> str:
-    """One stripe per colour, side by side."""
+    """Draw one stripe per color."""
     stripe = width / max(len(fills), 1)
     return "".join(
         f'<rect x="{x + place * stripe:.1f}" y="{y}" width="{stripe:.1f}" height="{BOX}" fill="{fill}"/>'

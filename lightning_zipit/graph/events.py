@@ -1,4 +1,4 @@
-"""What rules say of features: who holds them in an order, which move as wholes, and which no node holds."""
+"""Records of rules: ordered uses of features, nested units, and features that no node holds."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ EventKind: TypeAlias = Literal["producer", "consumer", "reader", "crossing", "en
 
 @dataclass(frozen=True)
 class Event:
-    """Something that holds features in an order: an axis of a parameter, or a value that is read where it is.
+    """An ordered use of features: an axis of a parameter, or a value that is read without weights.
 
     Attributes:
         name: the parameter, or the node that reads.
         axis: the axis of the parameter.
         entries: the feature of every entry.
-        kind: what it does with them; a reader has no weights, a crossing passes into the heads, and an entry
-            comes from a stem.
+        kind: ``"producer"`` or ``"consumer"`` for parameters, ``"reader"`` for operators without weights,
+            ``"crossing"`` for values that pass to the heads, ``"entry"`` for values that come from a stem.
         value: the tensor that is read.
         node: the node that reads or writes.
         groups: see :attr:`AxisRef.groups`.
@@ -40,12 +40,12 @@ class Event:
 
 @dataclass(frozen=True)
 class Nesting:
-    """Features that can be reordered within their unit, and across units only as far as whole units are.
+    """Units of features. Features can be reordered within their unit, and whole units can be reordered.
 
     Attributes:
         members: the features of each unit, ``(units, features)``.
-        units: the features that stand for the units, ``(units,)``.
-        kind: for people: ``"groups"`` or ``"heads"``.
+        units: the features that represent the units, ``(units,)``.
+        kind: plural name of the units for messages, ``"groups"`` or ``"heads"``.
         node: the operator that nests them.
     """
 
@@ -57,14 +57,14 @@ class Nesting:
 
 @dataclass(frozen=True)
 class Projected:
-    """Features that no node of the graph holds, as a linear function of a value.
+    """Features that no node of the graph holds, described as a linear function of a value.
 
     Attributes:
-        ids: the features, one for each row of the weight.
-        value: what the weight is applied to.
-        weight: the parameter, ``(features, inputs)``.
-        start: the row of the first of ``ids``.
-        node: the operator that hides them.
+        ids: the features, one per row of the weight.
+        value: the value that the weight is applied to.
+        weight: the name of the weight, ``(features, inputs)``.
+        start: the row of the first feature.
+        node: the fused operator that computes them.
     """
 
     ids: Ids

@@ -1,6 +1,6 @@
-"""Every use of every parameter is explained: by an axis that holds features, or by positions that it lies along.
+"""Check that every use of every parameter is explained: by an axis of features, or by positions of the input.
 
-What is not would be averaged entry by entry, although its entries may come in another order in each model.
+An unexplained parameter would be averaged entry by entry, although the order of its entries may differ between models.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ def unexplained(
     output: Any,
     explained: set[str],
 ) -> list[str]:
-    """The parameters and buffers that a node uses, and that its rule said nothing of.
+    """Find the parameters and buffers that a node uses and its rule does not explain.
 
     Args:
         node: the node.
         module: the network.
         tensors: the name of every tensor of the network, by its ``id``.
         inputs: the values of the node's arguments.
-        output: what its rule returned. A parameter that it hands on is left to those who use that.
-        explained: the parameters that the rule has read, written or found to hold positions.
+        output: the return value of the rule. The users of a returned parameter must explain it.
+        explained: the parameters that the rule has read, written or recorded as positional.
 
     Returns:
-        Their names. Whole numbers and single entries need no explanation.
+        The names. Tensors of an integer type, and tensors with one entry, need no explanation.
     """
     if not any(isinstance(value, (Features, Plain, Opaque, Parameter, Joined)) for value in leaves(output)):
         return []
@@ -44,7 +44,7 @@ def unexplained(
 
 
 def counts(tensor: Tensor) -> bool:
-    """Whether a tensor has entries that could come in another order: more than one, and no whole numbers."""
+    """Whether the order of a tensor's entries may differ between models: several entries, not of an integer type."""
     return tensor.numel() > 1 and (tensor.is_floating_point() or tensor.is_complex())
 
 

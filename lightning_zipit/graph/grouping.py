@@ -1,4 +1,4 @@
-"""Groups features into spaces, and sorts the entries of axes into the blocks of these spaces."""
+"""Grouping of features into spaces, and of axis entries into the blocks of these spaces."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from lightning_zipit.graph.table import AxisRef, Block, as_starts
 from lightning_zipit.graph.values import Ids
 
 STEM = "stem"
-"""Name of the space that stems hand over: it must not depend on what a stem is made of."""
+"""Name of the space that stems write. It must not depend on the modules of a stem."""
 
 
 class Grouping:
     """The feature spaces of a trunk.
 
     Args:
-        component: the component of each feature id; features that operators tie have the same component.
-        events: what the operators of the trunk do with features.
-        touched: features that an operator takes apart from the others of its input.
-        nestings: features that lie in groups or heads.
+        component: the component of each feature id; tied features have the same component.
+        events: how the operators of the trunk use features.
+        touched: sets of features that are the input of an operator.
+        nestings: features in groups or heads.
 
     Attributes:
         space_of: the space of each feature.
-        rank_of: the number of each feature in its space.
+        rank_of: the index of each feature in its space.
         members: the features of each space, in order.
     """
 
@@ -43,13 +43,13 @@ class Grouping:
         self._group(touched)
 
     def _group(self, touched: Sequence[Ids]) -> None:
-        """Features that appear on the same axes, equally often, form one space (the coarsest such partition)."""
+        """Form spaces of features that appear on the same axes, equally often (the coarsest such partition)."""
         where: dict[int, list[Any]] = defaultdict(list)
         for index, event in enumerate(self.events):
             for feature, times in Counter(self.component[event.entries].tolist()).items():
                 where[feature].append((index, times))
         parts = {ids.tobytes(): ids for ids in map(self.component.__getitem__, touched)}
-        for index, ids in enumerate(parts.values()):  # a part of the features that an operator takes by itself
+        for index, ids in enumerate(parts.values()):  # features that an operator reads without the others
             for feature, times in Counter(ids.tolist()).items():
                 if feature in where:
                     where[feature].append((("part", index), times))
@@ -61,7 +61,7 @@ class Grouping:
                 where[feature].append(("unit", index))
         kinds = {feature: tuple(places) for feature, places in where.items()}  # in the order of first appearance
         count = 0
-        while len(set(kinds.values())) > count:  # units differ where their members do, and the other way round
+        while len(set(kinds.values())) > count:  # units differ if their members differ, and vice versa
             count = len(set(kinds.values()))
             number = {kind: index for index, kind in enumerate(dict.fromkeys(kinds.values()))}
             seen: dict[int, set[Any]] = defaultdict(set)
@@ -100,13 +100,13 @@ class Grouping:
         return f"{base}#{same + 1}" if same else base
 
     def spaces_of(self, entries: Ids) -> list[str]:
-        """The spaces that some features belong to, in order."""
+        """Return the spaces that some features belong to, in order."""
         features = self.component[entries].tolist()
         return list(dict.fromkeys(self.space_of[feature] for feature in features if feature in self.space_of))
 
     def ref(self, held: Ids, role: Any, groups: int = 1) -> AxisRef:
-        """Sort the entries of an axis into blocks: the k-th appearance of each feature of a space is one block."""
-        key = held.tobytes(), role, groups  # weight, bias and statistics of a layer hold the same
+        """Sort the entries of an axis into blocks: the k-th appearance of each feature of a space forms one block."""
+        key = held.tobytes(), role, groups  # weight, bias and statistics of a layer share one result
         if key not in self._refs:
             self._refs[key] = self._sort_into_blocks(held, role, groups)
         return self._refs[key]
@@ -129,7 +129,7 @@ class Grouping:
 
 
 def _common_repeat(features: list[int]) -> int:
-    """The length of the runs of equal neighbours, where all have the same."""
+    """Return the length of runs of equal neighbors if all runs have the same length, otherwise 1."""
     array = np.array(features)
     starts = np.flatnonzero(np.r_[True, array[1:] != array[:-1]]) if len(array) else np.zeros(1)
     lengths = np.diff(np.r_[starts, len(array)])

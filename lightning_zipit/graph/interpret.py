@@ -1,4 +1,4 @@
-"""Runs a traced graph on :mod:`~lightning_zipit.graph.values` instead of tensors, and records what ties features."""
+"""Abstract interpretation of a captured graph: rules run on features instead of numbers, and record ties."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from lightning_zipit.graph.table import named_tensors
 from lightning_zipit.graph.values import Features, Ids, Joined, Opaque, Parameter, Plain, Value, leaves, parts_of
 
 UNSEEN = Trait.REARRANGE | Trait.IDENTITY | Trait.SHAPE
-"""What an operator is that does nothing to the features that it is given."""
+"""Traits of operators that leave every feature unchanged."""
 
 
 class Context:
-    """What rules talk to: makes features, ties them, and takes note of parameters that write or read them.
+    """The interface for operator rules: creates features, ties them, and records the parameters that use them.
 
     Args:
         module: the traced backbone.
-        shapes: sizes of tensors by node name.
-        barriers: names of nodes that are taken for operators without a rule.
+        shapes: shapes of tensors by node name.
+        barriers: names of nodes that are treated as operators without a rule.
     """
 
     def __init__(self, module: nn.Module, shapes: Mapping[str, tuple[int, ...]], barriers: Container[str] = ()) -> None:
@@ -50,7 +50,7 @@ class Context:
         self.shared = True
         self.values: Mapping[fx.Node, Any] = {}
         self._constants = Constants(module)
-        self._said: set[str] = set()
+        self._explained: set[str] = set()
         self._edges: list[tuple[Ids, Ids]] = []
         self._count = 0
         self._canonical: dict[int, str] = {}
@@ -58,35 +58,35 @@ class Context:
         for name, tensor in named_tensors(module).items():
             self._canonical.setdefault(id(tensor), name)
 
-    # What rules say of features
+    # Features
 
     def fresh(self, *sizes: int) -> Ids:
-        """New features, tied to nothing yet."""
+        """Create new features that are tied to no others."""
         first = self._count
         self._count += int(np.prod(sizes))
         return np.arange(first, self._count).reshape(sizes)
 
     def tie(self, first: Ids, second: Ids) -> None:
-        """Feature k of both must be merged alike."""
+        """Tie feature k of both, so that they are merged alike."""
         if first.size != second.size:
-            raise self.error(f"it ties {first.size} features to {second.size}")
+            raise self.error(f"it ties {first.size} features to {second.size} features")
         if first is not second:
             self._edges.append((first.ravel(), second.ravel()))
 
     def pin(self, features: Features | Ids, why: str) -> None:
-        """The features keep the order that they have: it means the same in all models."""
+        """Pin the order of features, because it means the same in all models. ``why`` gives the reason."""
         self.pinned.append((features.ids.ravel() if isinstance(features, Features) else features.ravel(), why))
 
     def units(self, members: Ids, kind: str, units: Ids | None = None) -> Ids:
-        """Features that stand for the rows of ``members``, which can be reordered only as wholes.
+        """Group features into units, such as heads, that can be reordered only as a whole.
 
         Args:
             members: the features of each unit, ``(units, features)``.
-            kind: for people: what a unit is.
-            units: the features that stand for them, where there are some already.
+            kind: plural name of the units for messages, such as ``"heads"``.
+            units: existing features that represent the units; new ones by default.
 
         Returns:
-            ``(units,)``.
+            The features that represent the units, ``(units,)``.
         """
         if members.shape[1] == 1:
             if units is not None:
@@ -98,20 +98,20 @@ class Context:
         return units
 
     def mix(self, features: Features) -> None:
-        """The operator mixes the features symmetrically: they can be reordered, but not unmerged behind it."""
+        """Record a permutation-invariant operator: its features can be reordered, but not unmerged after it."""
         self.mixed.append(features.ids.ravel())
 
     @property
     def rank(self) -> int:
-        """The number of axes of the tensor that the operator at hand returns."""
+        """The number of axes of the current operator's output."""
         return len(self.shapes[self.node.name])
 
     def concrete(self, node: fx.Node, unknown: int = 0) -> Any:
-        """A number or size as it is, and a tensor where it is known before any data is.
+        """Return the value of an argument: a number or size itself, or a tensor that does not depend on data.
 
         Args:
-            node: an argument of the operator at hand.
-            unknown: what stands for each entry of any other tensor.
+            node: an argument of the current operator.
+            unknown: placeholder for each entry of a tensor that depends on data.
         """
         value = self.values[node]
         if not isinstance(value, (Features, Parameter, Plain)):
@@ -120,29 +120,33 @@ class Context:
         return torch.full(value.shape or (), unknown, dtype=torch.int64) if known is None else known
 
     def known(self, node: fx.Node) -> bool:
-        """Whether a node's value is known before any data is."""
+        """Whether a node's value is independent of data."""
         return self._constants[node] is not None
 
-    # What rules say of parameters
+    # Parameters
 
     def parameter(self, name: str) -> Parameter | None:
-        """A parameter or buffer of the module at hand, by its name there; ``None`` where it has none."""
+        """Return a parameter or buffer of the current module by its name; ``None`` if the attribute is ``None``."""
         full_name = f"{self.node.target}.{name}"
         tensor = attrgetter(full_name)(self.module)
         return None if tensor is None else self._named(tensor, full_name)
 
     def weight(self, name: str = "weight") -> Parameter:
-        """A parameter that the module at hand must have."""
+        """Return a required parameter of the current module.
+
+        Raises:
+            TraceError: if the attribute is ``None``.
+        """
         parameter = self.parameter(name)
         if parameter is None:
             raise self.error(f"it has no `{name}`")
         return parameter
 
     def write(self, parameter: Parameter | None, axis: int, value: Value | Ids, groups: int = 1) -> None:
-        """Entry k of the parameter's axis belongs to entry k of the feature axis, and makes it.
+        """Record that entry k of the parameter's axis writes feature k of the value.
 
-        With ``groups``, entry k of a row in the parameter's g-th part belongs to entry k of the g-th part of the
-        features. Where the value holds no features, the axis lies along its positions.
+        With ``groups``, entry k of a row in the parameter's g-th part writes feature k of the g-th part of the
+        features. If the value holds no features, the axis corresponds to its positions.
         """
         if isinstance(value, (Plain, Parameter)):
             self.positional(parameter)
@@ -150,49 +154,49 @@ class Context:
             self._note(parameter, axis, value, "producer", groups)
 
     def positional(self, *parameters: Any) -> None:
-        """Entries of the parameters lie along positions of the input, or are not read: they keep their order."""
+        """Record parameters whose entries keep their order: they correspond to input positions, or are not read."""
         for parameter in leaves(parameters):
-            self._said.update(part.name for part in parts_of(parameter))
+            self._explained.update(part.name for part in parts_of(parameter))
 
     def read(self, parameter: Parameter, axis: int, value: Value | Ids, groups: int = 1) -> None:
-        """The parameter's axis is contracted with the feature axis; for ``groups`` see :meth:`write`."""
+        """Record that the parameter's axis is contracted with the feature axis; for ``groups`` see :meth:`write`."""
         if not isinstance(value, (Plain, Parameter)):
             self._note(parameter, axis, value, "consumer", groups)
 
     def observe(self, value: Features) -> None:
-        """The features are read here by an operator without weights, such as the product of queries and keys."""
-        if value.node is not None:  # else it is an intermediate of a fused operator
+        """Record an operator that reads features without weights, such as the product of queries and keys."""
+        if value.node is not None:  # otherwise it is an intermediate value of a fused operator
             name = f"{self.node.name} {value.node.name}"
             self._add(Event(name, 0, value.ids.ravel(), "reader", value, self.node))
 
     def project(self, ids: Ids, value: Value, weight: Parameter, start: int = 0) -> None:
-        """The features are rows of a weight applied to a value, and no node holds them: how to measure them."""
+        """Record how to measure features that no node holds: as rows of a weight applied to a value."""
         if isinstance(value, Features) and value.axes == (value.rank - 1,):
             self.projected.append(Projected(ids.ravel(), value, weight.name, start, self.node))
 
     def error(self, reason: str, fatal: bool = False) -> TraceError:
-        """An error that names the operator at hand, where it stands, and the ways out.
+        """Build an error that names the current operator, its location, and the remedies.
 
-        It makes the operator a barrier, unless it is ``fatal``.
+        The error makes the operator a barrier, unless it is ``fatal``.
         """
         error = TraceError(
-            f"{describe(self.node, self.module)} cannot be merged: {reason}. Teach it with "
-            f"`lightning_zipit.graph.register_rule({symbol(self.node, self.module)}, rule)`, hide the block behind a "
-            "leaf module with a rule of its own, or merge less: another `backbone`, or a `stop_at` before it."
+            f"{describe(self.node, self.module)} cannot be merged: {reason}. Register a rule with "
+            f"`lightning_zipit.graph.register_rule({symbol(self.node, self.module)}, rule)`, register a rule for a "
+            "module that contains the operator, or merge less: choose another `backbone`, or a `stop_at` before it."
         )
         error.node = None if fatal else self.node.name
         return error
 
     def cross(self, value: Features) -> None:
-        """Take note of a value that the heads read."""
+        """Record a value that the heads read."""
         self._add(Event(f"crossing {self.node.name}", value.axes[0], value.ids.ravel(), "crossing", value, self.node))
 
     def enter(self, value: Features) -> None:
-        """Take note of a value that a stem hands over."""
+        """Record a value that a stem passes to the trunk."""
         self._add(Event(f"entry {self.node.name}", value.axes[0], value.ids.ravel(), "entry", value, self.node))
 
     def forget(self) -> None:
-        """Forget what rules said so far; features that were tied stay tied."""
+        """Discard all records of rules. Tied features stay tied."""
         self.events, self.nestings, self.projected = {}, [], []
         self.pinned, self.mixed, self.opaque, self.touched = [], [], [], {}
 
@@ -200,13 +204,16 @@ class Context:
         known = self._canonical.get(id(tensor))
         if known is None and not isinstance(tensor, nn.UninitializedParameter):
             raise self.error(
-                f"its `{name.rpartition('.')[2]}` is computed from other parameters; take weight norm and the like off "
-                "first, with `torch.nn.utils.parametrize.remove_parametrizations(module, 'weight')` or "
-                "`torch.nn.utils.remove_weight_norm(module)`, on a copy of the trained model",
+                f"its `{name.rpartition('.')[2]}` is computed from other parameters; remove weight norm and other "
+                "parametrizations first, on a copy of the trained model, with "
+                "`torch.nn.utils.parametrize.remove_parametrizations(module, 'weight')` or "
+                "`torch.nn.utils.remove_weight_norm(module)`",
                 fatal=True,
             )
         if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)):
-            raise self.error("it has no weight yet: run a batch through the model before merging it", fatal=True)
+            raise self.error(
+                "its weight is not initialized yet; run a batch through the model before merging it", fatal=True
+            )
         constant = id(tensor) in self._buffers
         return Parameter(known or name, tuple(tensor.shape), tuple(range(tensor.ndim)), name, counts(tensor), constant)
 
@@ -222,7 +229,7 @@ class Context:
                 self._note(part, axis, held, kind, groups)
             return
         if not isinstance(parameter, Parameter):
-            raise self.error("one of its parameters is not a parameter of the network, but computed from others")
+            raise self.error("one of its parameters is computed from others and is not a parameter of the network")
         entries, tensor = (value.ids, value) if isinstance(value, Features) else (value, None)
         if entries.size != groups * parameter.shape[axis]:
             raise self.error(
@@ -230,23 +237,21 @@ class Context:
             )
         origin = parameter.axes[axis]
         if origin is None:
-            raise self.error(
-                f"`{parameter.name}` is reshaped in a way that hides which of its entries is which feature"
-            )
+            raise self.error(f"`{parameter.name}` is reshaped in a way that hides which entry belongs to which feature")
         path = parameter.path or parameter.name
         self._add(Event(parameter.name, origin, entries.ravel(), kind, tensor, self.node, groups, path))
 
     def _add(self, event: Event) -> None:
-        self._said.add(event.name)
+        self._explained.add(event.name)
         known = self.events.setdefault((event.name, event.axis), [])
-        if known:  # a parameter in two places
+        if known:  # the parameter is used twice
             self.tie(known[0].entries, event.entries)
         known.append(event)
 
-    # What is tied in the end
+    # Connected components
 
     def components(self) -> Ids:
-        """Per feature, the number of the set of features that it is tied to; units of one feature are tied too."""
+        """Return the index of the tied set that each feature belongs to. Units of one feature are tied to it."""
         while True:
             component = self._connected()
             pairs = [
@@ -262,7 +267,7 @@ class Context:
             if not several.any():
                 return component
             first = np.zeros(self._count, np.int64)
-            first[component] = np.arange(self._count)  # a feature of each component
+            first[component] = np.arange(self._count)  # one feature of each component
             self._edges.append((first[units[1:][several]], first[units[:-1][several]]))
 
     def _connected(self) -> Ids:
@@ -272,10 +277,22 @@ class Context:
         ties = coo_array((np.ones(len(first), np.int8), (first, second)), shape=(self._count, self._count))
         return connected_components(ties, directed=False)[1].astype(np.int64)
 
-    # Interpreting nodes
+    # Interpretation of nodes
 
     def run(self, nodes: list[fx.Node], values: dict[fx.Node, Any], tolerant: Container[fx.Node]) -> dict[fx.Node, Any]:
-        """Values of all nodes; those of ``tolerant`` that no rule understands become :class:`Opaque`."""
+        """Interpret nodes in order.
+
+        Args:
+            nodes: the nodes to interpret.
+            values: known values by node; they are extended.
+            tolerant: nodes that become :class:`Opaque` if no rule supports them.
+
+        Returns:
+            The values of all nodes.
+
+        Raises:
+            TraceError: if no rule supports a node outside ``tolerant``.
+        """
         self.values = values
         for node in nodes:
             if node in values:
@@ -300,7 +317,7 @@ class Context:
         if isinstance(value, Features):
             held = dict(enumerate(shape or ()))
             if value.ids.shape != tuple(held.get(axis) for axis in value.axes):
-                raise self.error("what it returns has no features on the axes where they are looked for")
+                raise self.error("its rule returns features that do not match the axes of its output")
             return replace(value, shape=shape or (), node=node)
         return Plain(shape) if isinstance(value, Plain) and shape is not None else value
 
@@ -327,19 +344,19 @@ class Context:
                 raise self.error("an operator before it has no rule")
             args = tuple(Plain() if isinstance(value, Opaque) else value for value in args)
         if known is None and any(isinstance(value, Features) for value in inputs):
-            raise self.error("no rule knows what it does to features")
-        self._said = set()
+            raise self.error("no rule is registered for it")
+        self._explained = set()
         value = self.constant(inputs) if known is None else self._follow(known, args, kwargs)
-        missing = unexplained(self.node, self.module, self._canonical, (args, kwargs), value, self._said)
+        missing = unexplained(self.node, self.module, self._canonical, (args, kwargs), value, self._explained)
         if missing and (self.shared or any(isinstance(value, Features) for value in inputs)):
             raise self.error(
-                f"nothing says in which order the entries of {', '.join(f'`{name}`' for name in missing)} come: they "
-                "belong to no features that are known, and to no positions of the input"
+                f"the order of entries is unknown in {', '.join(f'`{name}`' for name in missing)}; they belong neither "
+                "to known features nor to positions of the input"
             )
         return value
 
     def _follow(self, known: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What an operator's rule returns; whatever goes wrong in the rule makes the operator a barrier."""
+        """Apply an operator's rule. Any exception in the rule makes the operator a barrier."""
         named = spelled(known.rule, kwargs)
         if named.pop("out", None) is not None:
             raise self.error("it writes its result into another tensor (`out`)")
@@ -355,11 +372,11 @@ class Context:
         if isinstance(value, Features) and writes_in_place(self.node, self.module):
             target = [*args, *kwargs.values()][self.node.op == "call_module"]
             if not isinstance(target, Features) or target.axes != value.axes or (target.ids != value.ids).any():
-                raise self.error("it writes features into a tensor that does not hold them")
+                raise self.error("it writes features in place into a tensor that does not hold them")
         return value
 
     def constant(self, inputs: list[Any]) -> Any:
-        """Arithmetic on sizes is done; whatever else touches no features is a plain tensor or an unknown number."""
+        """Return the value of an operator without features: computed sizes, a plain tensor, or ``None`` if unknown."""
         self.positional([value for value in inputs if isinstance(value, Parameter) and value.constant])
         if self.node.name in self.shapes:
             return Plain(self.shapes[self.node.name])

@@ -1,4 +1,4 @@
-"""A trunk and a head as one network again, of the architecture that they were cut from."""
+"""Reassembly of a merged trunk and a head into one network of the source architecture."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from torch import Tensor, fx, nn
 from lightning_zipit.errors import ConfigurationError
 
 UNMERGE = "unmerge"
-"""Name of the submodule of a head that holds its explicit unmerges."""
+"""Name of the submodule of a head that holds its explicit unmerge operators."""
 
 
 class Joined(nn.Module):
-    """A merged trunk and the head of one task as a network that can be merged again; it shares their tensors.
+    """A network of a merged trunk and the head of one task, which can be merged again. It shares their tensors.
 
-    Explicit unmerges are no part of the architecture: the forward leaves them out, and a merge composes them with its
-    own.
+    Explicit unmerge operators are not part of the architecture. The forward omits them. A new merge composes them with
+    its own.
 
     Args:
         trunk: the trunk.
         head: the head of one task.
-        barriers: nodes that were kept out of the trunk, and why.
+        barriers: nodes that were kept out of the trunk, and the reasons.
 
     Raises:
-        ConfigurationError: if a module is called both in the trunk and in the head.
+        ConfigurationError: if both the trunk and the head call the same module.
 
     Attributes:
-        graph: the graph of both, as :func:`~lightning_zipit.trace` takes it.
-        unmerge: per value that passes from trunk to head, what unmerges it, where that is not done by weights.
+        graph: the graph of the network, an input of :func:`~lightning_zipit.trace`.
+        unmerge: the explicit unmerge operators of values that pass from trunk to head. Weights unmerge other values.
     """
 
     def __init__(self, trunk: fx.GraphModule, head: fx.GraphModule, barriers: Mapping[str, str]) -> None:
@@ -55,7 +55,7 @@ class Joined(nn.Module):
         self.add_module(UNMERGE, head._modules.get(UNMERGE) or nn.ModuleDict())
 
     def _take(self, part: nn.Module, graph: fx.Graph) -> None:
-        """Hold what a graph uses, under the names that it has there."""
+        """Add the modules and tensors that a graph uses, under the same names."""
         names = {str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")}
         for name in sorted(name for name in names if not name.startswith(f"{UNMERGE}.")):
             *path, attribute = name.split(".")
@@ -66,8 +66,8 @@ class Joined(nn.Module):
                 owner = owner.get_submodule(step)
             if hasattr(owner, attribute):
                 raise ConfigurationError(
-                    f"Module `{name}` is called both in the trunk and in a head of a merged module, so that the two "
-                    "cannot be merged again as one network."
+                    f"Both the trunk and a head of a merged module call module `{name}`, so the two cannot be merged "
+                    "again as one network. Choose a `stop_at` that leaves all calls of the module in one part."
                 )
             found = attrgetter(name)(part)
             if isinstance(found, Tensor) and not isinstance(found, nn.Parameter):
@@ -79,5 +79,5 @@ class Joined(nn.Module):
         return fx.Interpreter(self, graph=self.graph).run(x)
 
     def record(self) -> fx.Graph:
-        """A copy of the graph, for others to work on."""
+        """Return a copy of the graph that callers may change."""
         return copy.deepcopy(self.graph)

@@ -1,4 +1,4 @@
-"""Which layers of a network can be fitted anew, and to what."""
+"""Layers and batch norms that a refinement can fit, and their targets."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ Fitted: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Linear
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Linear)
 
 OTHER_KIND = "neither a linear layer nor a convolution of one or two dimensions"
-COMPUTED = "weights that are computed, or hooks"
+COMPUTED = "computed weights, or hooks"
 USED_AGAIN = "parameters that are used more than once"
-NOT_MATCHED = "outputs that are not features that were matched, such as positions"
-UNBATCHED = "outputs without an axis for the batch"
-NOT_AFFINE = "no scale and shift that could take up other statistics"
+NOT_MATCHED = "outputs that are not matched features, such as positions"
+UNBATCHED = "outputs without a batch axis"
+NOT_AFFINE = "no scale and shift to absorb new statistics"
 TOO_MANY_INPUTS = "too many inputs"
 
 
 @dataclass(frozen=True)
 class Stop:
-    """A place on the way through the layers.
+    """A node at which a refinement adapts weights.
 
     Attributes:
-        node: the call of its module.
+        node: the call of the module.
     """
 
     node: fx.Node
@@ -45,20 +45,21 @@ class Stop:
 
     @property
     def input(self) -> fx.Node:
-        """The node whose value the module is given."""
+        """The node whose value is the module's input."""
         return self.node.all_input_nodes[0]
 
 
 @dataclass(frozen=True)
 class Layer(Stop):
-    """A layer with weights, and what its fit is compared with.
+    """A layer with weights and its target.
 
     Attributes:
         node: the call of the layer.
-        norm: the call of the batch norm right behind it, which is fitted with it.
-        branch: what becomes of the outputs of the layer, or of its norm, before the target.
-        target: the node whose value in the sources is the target: the layer's, its norm's, or the sum that it ends.
-        beside: the other summand, where the target is a sum; it may broadcast.
+        norm: the call of the batch norm right after the layer; both are fitted together.
+        branch: the operators between the layer, or its norm, and the target.
+        target: the node whose value in the sources is the target: the layer, its norm, or the sum at the end of the
+            branch.
+        beside: the other summand if the target is a sum; it may broadcast.
     """
 
     norm: fx.Node | None
@@ -69,16 +70,15 @@ class Layer(Stop):
 
 @dataclass(frozen=True)
 class Norm(Stop):
-    """A batch norm that stands by itself: its statistics are those of what reaches it."""
+    """A batch norm without a layer right before it: its statistics become those of its input."""
 
 
 class Stops(NamedTuple):
-    """What a part of a network has to be fitted.
+    """The layers and norms of a part of a network.
 
     Attributes:
-        stops: layers and norms in the order of the graph.
-        left: the names of those that cannot be fitted, and of whatever else has a matrix among its parameters; and what
-            they have that stands in the way.
+        stops: layers and norms that can be fitted, in the order of the graph.
+        left: all other layers and norms, and other modules with matrices, by name; the values are the reasons.
     """
 
     stops: list[Layer | Norm]
@@ -86,7 +86,7 @@ class Stops(NamedTuple):
 
 
 def layer_of(network: nn.Module, stop: Layer) -> tuple[Fitted, _BatchNorm | None]:
-    """The module of a layer, and that of the norm behind it."""
+    """Return the module of a layer, and the module of its norm."""
     layer = network.get_submodule(stop.name)
     norm = network.get_submodule(str(stop.norm.target)) if stop.norm is not None else None
     assert isinstance(layer, LAYERS) and (norm is None or isinstance(norm, _BatchNorm))
@@ -94,27 +94,27 @@ def layer_of(network: nn.Module, stop: Layer) -> tuple[Fitted, _BatchNorm | None
 
 
 def groups_of(layer: Fitted) -> int:
-    """The number of groups whose weights are apart."""
+    """Return the number of groups of a layer; 1 for linear layers."""
     return 1 if isinstance(layer, nn.Linear) else layer.groups
 
 
 def outputs_axis(layer: nn.Module) -> int:
-    """The axis that holds the outputs of a layer, in what it gives."""
+    """Return the axis of a layer's output tensor that holds its features."""
     return -1 if isinstance(layer, nn.Linear) else 1
 
 
 def find_stops(graph: MergeGraph, module: nn.Module, nodes: Sequence[fx.Node], known: Sequence[fx.Node] = ()) -> Stops:
-    """The layers and norms among some nodes of a graph.
+    """Find the layers and norms among some nodes of a graph.
 
-    A layer is fitted once, along the axis of its features. So one is left alone whose parameters have a second use, by
-    whatever name; in the trunk, one whose outputs are not the features that the table of axes has for its weight; and
-    in a head, one that mixes positions of features that are merged still.
+    A layer is fitted once, along the axis of its features. Three kinds of layers are therefore not fitted: layers whose
+    parameters are used a second time, under any name; layers of the trunk whose outputs are not the features of their
+    weight in the table of axes; layers of a head that mix positions of features that are still merged.
 
     Args:
         graph: the merge graph.
         module: the network, or the part of it that has these nodes.
-        nodes: the nodes to look through.
-        known: nodes that were run before those.
+        nodes: the nodes to search.
+        known: nodes that run before these nodes.
     """
     return _Search(graph, module, nodes, known).run()
 
@@ -154,7 +154,7 @@ class _Search:
         return Stops(sorted(stops, key=lambda stop: self.order[stop.node]), left)
 
     def _owners_of_matrices(self) -> list[str]:
-        """The modules that are called and have matrices among their parameters; a matrix of none stands for itself."""
+        """Return the called modules that own matrices, and the names of matrices that no called module owns."""
         called = {str(node.target) for node in self.nodes if node.op == "call_module"}
         owners = []
         for name, parameter in self.module.named_parameters(remove_duplicate=False):
@@ -165,10 +165,10 @@ class _Search:
         return list(dict.fromkeys(owners))
 
     def _traits(self, node: fx.Node) -> Trait:
-        return traits_of(node, self.graph.module)  # the part has not what its values are used by elsewhere
+        return traits_of(node, self.graph.module)  # `self.module` may lack modules that use its values
 
     def _obstacle(self, node: fx.Node) -> str:
-        """Why a layer cannot be fitted; empty where it can."""
+        """Return the reason why a layer cannot be fitted; empty if it can."""
         layer = self.module.get_submodule(str(node.target))
         weight, rank = layer._parameters.get("weight"), len(self.graph.shapes.get(node.name, ()))
         if weight is None or layer._forward_hooks or layer._forward_pre_hooks:
@@ -183,11 +183,11 @@ class _Search:
         return ""
 
     def _find_merged(self) -> set[fx.Node]:
-        """The nodes of a head whose values hold merged features: what is absorbed, as far as the layers that do so."""
+        """Return the nodes of a head that still hold merged features: those before the layers that absorb these."""
         absorbed = {crossing.node for crossing in self.graph.crossings if crossing.absorbed}
         found = {node for node in self.order if node.name in absorbed}.difference(self.own)
         for node in self.nodes:
-            if found.isdisjoint(node.all_input_nodes) or self._asks(node):
+            if found.isdisjoint(node.all_input_nodes) or self._returns_size(node):
                 continue
             weights = [str(source.target) for source in node.all_input_nodes if source.op == "get_attr"]
             if node.op == "call_module":
@@ -197,17 +197,17 @@ class _Search:
                 found.add(node)
         return found
 
-    def _asks(self, node: fx.Node) -> bool:
-        """Whether a node asks for a size or a type: what gives a tensor has a shape here."""
+    def _returns_size(self, node: fx.Node) -> bool:
+        """Whether a node returns a size or a type. Nodes that return a tensor have a shape."""
         return Trait.SHAPE in self._traits(node) and node.name not in self.graph.shapes
 
     def _gives_features(self, node: fx.Node) -> bool:
-        """Whether the outputs of a layer are the features that the table has for the first axis of its weight."""
+        """Whether the outputs of a layer are the features of the first axis of its weight in the table of axes."""
         ref, *_ = self.graph.axes.get(f"{node.target}.weight", (None,))
         return ref is not None and set(ref.spaces) == set(self.graph.held.get(node.name, ()))
 
     def _count_uses(self) -> Counter[int]:
-        """How often tensors are used, by their identity: one may have several names. A call uses all of a module."""
+        """Count the uses of tensors by ``id``, because they may have several names. A call uses a module's tensors."""
         uses: Counter[int] = Counter()
         for node in self.nodes:
             if node.op == "call_module":
@@ -215,7 +215,7 @@ class _Search:
                 uses.update({id(tensor) for tensor in (*called.parameters(), *called.buffers())})
             elif node.op == "get_attr":
                 tensor = attrgetter(str(node.target))(self.module)
-                uses[id(tensor)] += sum(not self._asks(user) for user in node.users)
+                uses[id(tensor)] += sum(not self._returns_size(user) for user in node.users)
         return uses
 
     def _is_used_again(self, module: nn.Module) -> bool:
@@ -229,14 +229,14 @@ class _Search:
         return isinstance(norm, _BatchNorm) and norm.track_running_stats
 
     def _obstacle_of_norm(self, node: fx.Node) -> str:
-        """Why a batch norm keeps the statistics that it has; empty where they can be those of what reaches it."""
+        """Return the reason why a batch norm must keep its statistics; empty if they can be replaced."""
         norm = self.module.get_submodule(str(node.target))
         if norm._parameters.get("weight") is None or norm._parameters.get("bias") is None:
             return NOT_AFFINE
         return USED_AGAIN if self._is_used_again(norm) else ""
 
     def _describe(self, node: fx.Node, end: int) -> Layer:
-        """Follow the only use of a layer's value through its norm into a sum, as far as the next layer."""
+        """Follow the only use of a layer's output through its norm to a sum, at most up to the next layer."""
         norm, last = None, node
         following = self._only_user(node, end)
         while following is not None and Trait.IDENTITY in self._traits(following):
@@ -257,26 +257,26 @@ class _Search:
         return user if user is not None and self.order.get(user, end) < end else None
 
     def _is_folded(self, node: fx.Node, following: fx.Node) -> bool:
-        """Whether a node is a batch norm over the outputs of a layer, and over those alone."""
+        """Whether a node is a batch norm whose channels are the outputs of a layer."""
         if not self._is_norm(following) or self._obstacle_of_norm(following):
             return False
         layer, shape = self.module.get_submodule(str(node.target)), self.graph.shapes.get(node.name, ())
-        return range(len(shape))[outputs_axis(layer)] == 1  # else its channels are positions
+        return range(len(shape))[outputs_axis(layer)] == 1  # otherwise its channels are positions
 
     def _other_summand(self, node: fx.Node, branch: Branch, following: fx.Node) -> fx.Node | None:
-        """What is added to a branch; ``None`` where the sum has another shape, or it is not known before the layer."""
+        """Return the other summand; ``None`` if the sum has another shape, or the summand is not known in time."""
         shapes, inputs = self.graph.shapes, following.all_input_nodes
         if following.name not in shapes or shapes[following.name] != shapes.get(branch.end.name):
             return None
         if Trait.SUM not in self._traits(following) or len(inputs) != 2:
             return None
-        if len(following.args) > 2 or "alpha" in following.kwargs:  # a factor for one of them
+        if len(following.args) > 2 or "alpha" in following.kwargs:  # `alpha` scales one summand
             return None
         before = [source for source in inputs if self.order.get(source, len(self.order)) < self.order[node]]
         return before[0] if len(before) == 1 and before[0].name in shapes else None
 
     def _is_lossless(self, branch: Branch, node: fx.Node) -> bool:
-        """Whether a branch loses no entry of what goes in, and scales each output of a layer alike everywhere."""
+        """Whether a branch keeps every entry of its input, and scales each feature of the layer uniformly."""
         if not branch.moves and not branch.products:
             return True
         network, shape = self.graph.module, branch.shape

@@ -1,4 +1,4 @@
-"""What nodes of a traced graph are called, and where they stand, for people."""
+"""Human-readable names and locations of graph nodes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import fx, nn
 
 
 def symbol(node: fx.Node, module: nn.Module) -> str:
-    """What to register a rule for, as one writes it: a class or function, or the quoted name of a tensor method."""
+    """Return the first argument of ``register_rule`` as code: a class, a function, or the quoted name of a method."""
     if node.op == "call_module":
         return type(module.get_submodule(str(node.target))).__name__
     if node.op == "call_method":
@@ -15,23 +15,23 @@ def symbol(node: fx.Node, module: nn.Module) -> str:
 
 
 def location(node: fx.Node) -> str:
-    """The full name of the module whose forward calls the node."""
+    """Return the full name of the module whose forward calls the node."""
     inside = modules_around(node)
     return inside[-1] if inside and inside[-1] else "the backbone's own forward"
 
 
 def modules_around(node: fx.Node) -> list[str]:
-    """The full names of the modules whose forwards lead to the node, from the outermost to the innermost."""
-    return [name.partition("@")[0] for name in node.meta.get("nn_module_stack") or ()]  # torch.fx numbers the calls
+    """Return the full names of the modules whose forwards contain the node, from the outermost to the innermost."""
+    return [name.partition("@")[0] for name in node.meta.get("nn_module_stack") or ()]  # "name@2" is the second call
 
 
 def place_of(node: fx.Node) -> str:
-    """The module that a node calls, or the one whose forward it stands in."""
+    """Return the full name of the module that a node calls, or of the module whose forward contains the node."""
     return str(node.target) if node.op == "call_module" else location(node)
 
 
 def describe(node: fx.Node, module: nn.Module) -> str:
-    """A node for people: its operator and the module that it is or stands in."""
+    """Describe a node by its operator and its module."""
     name = symbol(node, module)
     if node.op == "call_module":
         return f"Module `{node.target}` ({name})"

@@ -1,4 +1,4 @@
-"""What a merge graph leaves unmerged, for people."""
+"""Human-readable notes on what is not matched by activation."""
 
 from __future__ import annotations
 
@@ -19,37 +19,37 @@ def find_notes(
     axes: Mapping[str, tuple[AxisRef | None, ...]],
     barriers: Mapping[str, str],
 ) -> Iterator[str]:
-    """What is not merged by what it does, and why: pinned spaces, positional parameters, modules that are not called.
+    """List barriers, spaces that are matched by index, positional parameters and unused modules, with reasons.
 
     Args:
         backbone: the traced network.
         nodes: the nodes of its graph.
-        trunk: those of the trunk.
-        spaces: its feature spaces.
+        trunk: the nodes of the trunk.
+        spaces: the feature spaces of the trunk.
         axes: the table of axes.
-        barriers: nodes that are kept out of the trunk, and why.
+        barriers: nodes that are kept out of the trunk, and the reasons.
     """
     for why in barriers.values():
-        yield f"Kept per task from here on: {why.partition('. Teach it')[0]}."
+        yield f"Kept per task from here on: {why.partition('. Register a rule')[0]}."
     holding = {space.units for space in spaces.values()}
     for space in spaces.values():
-        why = space.pinned or ("" if space.tap or space.name in holding else "nothing measures it")
+        why = space.pinned or ("" if space.tap or space.name in holding else "its activations cannot be measured")
         if why:
-            yield f"`{space.name}` ({space.size} features) is matched by number: {why}."
+            yield f"`{space.name}` ({space.size} features) is matched by index: {why}."
     parameters = dict(backbone.named_parameters(remove_duplicate=False))
     positional = [
         name for name in reached(nodes, trunk, parameters) if parameters[name].ndim and not any(axes.get(name, ()))
     ]
     if positional:
-        yield f"Averaged position by position, as they hold no features: {_list(positional)}."
+        yield f"Averaged position by position, because they hold no features: {_list(positional)}."
     called = set(reached(nodes, set(nodes), parameters))
     unused = dict.fromkeys(_highest(name, called) for name in parameters if name not in called)
     if unused:
-        yield f"Not called in eval mode, and left out of the merged network: {_list(list(unused))}."
+        yield f"Not called in eval mode, and omitted from the merged network: {_list(list(unused))}."
 
 
 def reached(nodes: list[fx.Node], wanted: set[fx.Node], parameters: Mapping[str, object]) -> list[str]:
-    """The parameters that some nodes of a graph use."""
+    """Return the names of the parameters that some nodes of a graph use."""
     targets = {str(node.target) for node in nodes if node in wanted and node.op in ("call_module", "get_attr")}
     return [name for name in parameters if any(part in targets for part in _prefixes(name))]
 
@@ -60,7 +60,7 @@ def _prefixes(name: str) -> list[str]:
 
 
 def _highest(name: str, called: set[str]) -> str:
-    """The outermost module around a parameter that holds none that is used."""
+    """Return the outermost module that contains a parameter and no used parameter."""
     return next(
         prefix
         for prefix in _prefixes(name)
@@ -74,5 +74,5 @@ def _list(names: list[str]) -> str:
 
 
 def read_barriers(barriers: Mapping[str, str]) -> dict[str, str]:
-    """Nodes that cannot be merged, and the reasons, as a file holds them; control characters become spaces."""
+    """Clean barriers and their reasons that were read from a file: control characters become spaces."""
     return {str(node): printable(str(reason), " ") for node, reason in barriers.items()}

@@ -1,4 +1,4 @@
-"""The table of operators for people."""
+"""The table of operators in the manual."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lightning_zipit.graph.registry import OPERATORS, Trait
 
 
 def operators_as_markdown() -> str:
-    """The operators that the package knows and what they are, as a table with a row for those that are alike.
+    """Format the registered operators as a Markdown table, with one row per rule and set of traits.
 
     Example:
         >>> "| `cumprod`, `cumsum`, `logcumsumexp` |" in operators_as_markdown()
@@ -22,7 +22,7 @@ def operators_as_markdown() -> str:
     for key, known in own.items():
         said = (inspect.getdoc(known.rule) or "").partition("\n")[0].replace("``", "`")
         rows.setdefault((known.traits, said), set()).add(_name(key))
-    lines = ["| operators | traits | what becomes of features |", "| --- | --- | --- |"]
+    lines = ["| operators | traits | effect on features |", "| --- | --- | --- |"]
     for (traits, said), names in sorted(rows.items(), key=lambda row: min(map(str.lower, row[1]))):
         listed = ", ".join(f"`{name}`" for name in sorted(names, key=lambda name: (name.lower(), name)))
         lines.append(f"| {listed} | {', '.join(_traits(traits))} | {said} |")
@@ -30,7 +30,7 @@ def operators_as_markdown() -> str:
 
 
 def _name(key: Any) -> str:
-    """As people call it: without the name of the module that torch puts in front."""
+    """Return the usual name of an operator, without torch's prefixes."""
     name = key if isinstance(key, str) else key.__name__
     return name.rpartition(".")[2].removeprefix("special_").removeprefix("linalg_")
 
@@ -40,7 +40,7 @@ def _traits(traits: Trait) -> list[str]:
 
 
 def write_into(page: Path) -> None:
-    """Bring the table on a page up to date, between its two marks."""
+    """Update the table on a page, between its two marks."""
     before, begin, rest = page.read_text().partition("<!-- operators -->\n")
     _, end, after = rest.partition("\n<!-- end of operators -->")
     page.write_text(before + begin + operators_as_markdown() + end + after)

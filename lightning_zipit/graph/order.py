@@ -1,4 +1,4 @@
-"""Which nodes of a graph depend on which: what comes before and after, and what depends on no input."""
+"""Dependencies between the nodes of a graph: ancestors, descendants and constants."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import fx
 
 
 def descendants(roots: set[fx.Node], nodes: list[fx.Node]) -> set[fx.Node]:
-    """Nodes, and all that depends on them."""
+    """Return the roots, and all nodes that depend on them."""
     found = set(roots)
     for node in nodes:
         if node in found or not found.isdisjoint(node.all_input_nodes):
@@ -17,7 +17,7 @@ def descendants(roots: set[fx.Node], nodes: list[fx.Node]) -> set[fx.Node]:
 
 
 def ancestors(leaves: set[fx.Node], nodes: list[fx.Node]) -> set[fx.Node]:
-    """Nodes, and all that they depend on."""
+    """Return the leaves, and all nodes that they depend on."""
     found = set(leaves)
     for node in reversed(nodes):
         if node in found:
@@ -26,19 +26,19 @@ def ancestors(leaves: set[fx.Node], nodes: list[fx.Node]) -> set[fx.Node]:
 
 
 def varying(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    """The nodes that depend on the input; the others are parameters, and what is computed from these alone."""
+    """Return the nodes that depend on the input. All others are parameters, or computed only from parameters."""
     nodes = list(nodes)
     return descendants({node for node in nodes if node.op == "placeholder"}, nodes)
 
 
 def with_constants(chosen: set[fx.Node], nodes: list[fx.Node]) -> set[fx.Node]:
-    """The nodes of a part that depend on the input, and those that they read which do not.
+    """Return the nodes of a part that depend on the input, and the constant nodes that they read.
 
-    A parameter that two parts read is in both: neither hands it over to the other.
+    A parameter that two parts read belongs to both, so that neither passes it to the other.
 
     Args:
-        chosen: the part; nodes that do not depend on the input are dropped where nothing of the part reads them.
-        nodes: the whole graph in order.
+        chosen: the nodes of the part. Constant nodes that no other node of the part reads are dropped.
+        nodes: all nodes of the graph in order.
     """
     depending = varying(nodes)
     found = chosen & depending

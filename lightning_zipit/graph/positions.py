@@ -1,4 +1,4 @@
-"""Finds parameters and buffers that have no features and differ between sources, so that they cannot be shared."""
+"""Check of parameters and buffers without features: they must be interchangeable between sources to be shared."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from lightning_zipit.graph.spaces import MergeGraph
 from lightning_zipit.graph.table import bind, named_tensors
 
 ALIKE = 1e-2
-"""How far outputs may be apart, relative to the largest, where a parameter is taken from another source."""
+"""Tolerance of outputs, relative to the largest output, if a parameter is taken from another source."""
 
 
 def unmerged(graph: MergeGraph) -> list[str]:
-    """The parameters and buffers of the trunk that are not merged by their features, but must be alike in all sources.
+    """Return the names of the trunk's parameters and buffers that sources share without matching.
 
-    They are those without features, and all that hold whole numbers or truth values, of which no mean can be taken.
-    A parameter of one entry is a weight like any other.
+    These are tensors without features, and tensors of an integer or boolean type, which have no mean. A parameter with
+    one entry is excluded, because it is averaged like any weight.
     """
     tensors, nodes = named_tensors(graph.module), list(graph.trunk_graph())
     used = set(reached(nodes, set(nodes), tensors))
@@ -39,19 +39,20 @@ def unmerged(graph: MergeGraph) -> list[str]:
 def find_unlike(
     networks: Mapping[str, nn.Module], graphs: Mapping[str, MergeGraph], inputs: Mapping[str, Tensor]
 ) -> list[Failure]:
-    """The parameters and buffers whose values the sources cannot share, although the trunk would have one for all.
+    """Find the parameters and buffers without features whose values cannot be shared by all sources.
 
-    Positions are averaged entry by entry, and whole numbers are those of the first source. That is right where entry k
-    means the same in all sources, as it does for position k of the input. Then the values of one source serve another:
-    each source is run with those of the first, and must return nearly the same.
+    The trunk has one value for all sources: the mean of positional parameters, and the first source's value of integer
+    tensors. This is right if entry k means the same in all sources, such as position k of the input. In that case, the
+    values of one source work in another. Therefore each source is run with the values of the first source, and its
+    outputs must be nearly the same.
 
     Args:
-        networks: by task; they are left as they are.
-        graphs: the merge graph of each.
-        inputs: an input of each; its first samples are used.
+        networks: the networks by task; they are not changed.
+        graphs: the merge graph of each network.
+        inputs: an input of each network; its first samples are used.
 
     Returns:
-        One failure for each tensor that does not serve, whose barriers are the nodes that use it.
+        One failure for each tensor that cannot be shared. Its barriers are the nodes that use the tensor.
     """
     (first, *others), failures = networks, {}
     known = named_tensors(networks[first])
@@ -63,36 +64,38 @@ def find_unlike(
             unlike = {name: value for name, value in values.items() if not torch.equal(own[name], value)}
             if not unlike:
                 continue
-            served = _Served(networks[task], graph, x)
-            if served.by(unlike):
+            substitution = _Substitution(networks[task], graph, x)
+            if substitution.works_with(unlike):
                 continue
-            alone = [name for name, value in unlike.items() if not served.by({name: value})]
-            for name in alone or unlike:
-                why = f"tasks {first!r} and {task!r} have different values of `{name}`, which is not merged by features"
+            separately = [name for name, value in unlike.items() if not substitution.works_with({name: value})]
+            for name in separately or unlike:
+                why = (
+                    f"tasks {first!r} and {task!r} have different values of `{name}`, which holds no features to match"
+                )
                 failures[name] = Failure(name, _users(graphs[first], name), why)
     return list(failures.values())
 
 
-class _Served:
-    """A network whose outputs are compared with those that it has with other values of some tensors."""
+class _Substitution:
+    """A network whose outputs are compared before and after some of its tensors are replaced."""
 
     def __init__(self, network: nn.Module, graph: MergeGraph, x: Tensor) -> None:
         self.network, self.x = network, x
         self.run = Run(network, graph.fx_graph)
         self.expected = returned(self.run, x)
 
-    def by(self, values: Mapping[str, Tensor]) -> bool:
-        """Whether the network computes nearly the same with these values."""
+    def works_with(self, values: Mapping[str, Tensor]) -> bool:
+        """Whether the outputs stay nearly the same with these values."""
         try:
             with swapped(self.network, values):
                 found = returned(self.run, self.x)
-        except Exception:  # indices of one network may lie outside of what another has
+        except Exception:  # indices of one network may be out of range in another
             return False
         return all(agree(tensor, other, ALIKE) for tensor, other in zip(self.expected, found, strict=True))
 
 
 def _users(graph: MergeGraph, name: str) -> tuple[str, ...]:
-    """The nodes of the trunk that use a parameter."""
+    """Return the names of the trunk's nodes that use a parameter."""
     found: list[fx.Node] = []
     for node in graph.trunk_graph():
         target = str(node.target)

@@ -1,4 +1,4 @@
-"""Proves a merge graph: permuting any of its spaces must not change what the network returns."""
+"""Proof of a merge graph: permuting any of its spaces must not change the network's outputs."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from lightning_zipit.graph.table import AxisRef, Row, Table, bind, named_tensors
 
 SAMPLES = 2
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""How far outputs may be apart, relative to the largest, by the least precise type of a run."""
+"""Tolerance of outputs, relative to the largest output, by the least precise dtype of a run."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A space whose permutation changes what a network computes.
+    """A space, parameter or buffer that cannot be merged.
 
     Attributes:
-        space: its name.
-        barriers: the nodes of the graph that must not be given its features as they are merged.
-        why: what is wrong, for notes and errors.
+        space: the name of the space, parameter or buffer.
+        barriers: the nodes that must become barriers, because they would be given wrongly merged features.
+        why: the reason, for notes and errors.
     """
 
     space: str
@@ -37,15 +37,17 @@ class Failure:
 
 
 def cycle(size: int, generator: torch.Generator | None = None, second: bool = False) -> Tensor:
-    """A random permutation without fixed points, ``(size,)``: one cycle c through all of them.
+    """Draw a random permutation without fixed points, ``(size,)``: one cycle c through all features.
 
-    What withstands two permutations withstands all that they generate. With a transposition t of two neighbours in the
-    cycle, c generates every permutation; the second permutation is therefore c² t, which has no fixed point either.
+    A network that is invariant under two permutations is invariant under all permutations that they generate. A cycle c
+    and a transposition t of two neighbors in it generate every permutation. The second permutation is therefore c² t,
+    which has no fixed point either.
 
     Args:
         size: the number of features.
-        generator: a generator in one state gives the two permutations that belong together.
-        second: the second of them; of three features it is t, and keeps one of them, and of two it is c again.
+        generator: generators in the same state give the two permutations of one pair.
+        second: return the second permutation of the pair. For three features it is t, which has one fixed point. For
+            two features it is c again.
     """
     order = torch.randperm(size, generator=generator)
     first = torch.empty_like(order)
@@ -63,16 +65,16 @@ def random_permutations(
     second: bool = False,
     moving: Collection[str] | None = None,
 ) -> dict[str, Tensor]:
-    """A permutation for every space of the trunk; pinned spaces keep their order.
+    """Draw a permutation for every space of the trunk. Pinned spaces keep their order.
 
-    No feature of another space keeps its place, where there is more than one: whole units change places, and the
-    features within each of them.
+    All other spaces are permuted without fixed points, if they have more than one feature. In a space with units, whole
+    units are permuted, and the features within each unit.
 
     Args:
         graph: the merge graph.
-        generator: a generator in one state gives the two permutations that belong together.
-        second: the second of them; see :func:`cycle`.
-        moving: the spaces that are permuted, all by default. Features of others move with their units alone.
+        generator: generators in the same state give the two permutations of one pair.
+        second: return the second permutation of each pair; see :func:`cycle`.
+        moving: the spaces to permute; all by default. Features of other spaces move only with their units.
     """
     permutations: dict[str, Tensor] = {}
     for name in units_first(graph):
@@ -92,21 +94,21 @@ def random_permutations(
 
 
 def permute_spaces(module: nn.Module, graph: MergeGraph, permutations: Mapping[str, Tensor]) -> nn.Module:
-    """A copy of a network whose feature spaces are in another order; it computes the same function.
+    """Copy a network with permuted feature spaces. The copy computes the same function.
 
-    Only for graphs whose every crossing into the heads is absorbed by weights, as with ``stop_at=None``; spaces that a
-    stem writes must keep their order.
+    The weights of the heads must absorb every crossing of the graph, as with ``stop_at=None``. Spaces that a stem
+    writes must keep their order.
 
     Args:
-        module: the traced network, or another of the same architecture.
+        module: the traced network, or another network of the same architecture.
         graph: its merge graph.
-        permutations: per space a permutation ``(features,)``; spaces that are left out keep their order.
+        permutations: a permutation ``(features,)`` per space. Missing spaces keep their order.
 
     Returns:
         The permuted copy.
 
     Raises:
-        ConfigurationError: if a tied parameter would need two orders.
+        ConfigurationError: if a tied parameter needs two different orders.
     """
     module = copy_module(module)
     with torch.no_grad():
@@ -116,15 +118,15 @@ def permute_spaces(module: nn.Module, graph: MergeGraph, permutations: Mapping[s
             for other in tied:
                 if not torch.equal(permuted, _permute(tensor, graph.head_axes[other], graph, permutations)):
                     raise ConfigurationError(
-                        f"`{name}` is tied to `{other}`, which reads features in another order: a copy with one tensor "
-                        "for both cannot be permuted."
+                        f"`{name}` is tied to `{other}`, which needs another order of features. A copy with one tensor "
+                        "for both cannot be permuted. Permute fewer spaces, or untie the two parameters first."
                     )
             tensor.copy_(permuted)
     return module
 
 
 def _permute(tensor: Tensor, row: Row, graph: MergeGraph, permutations: Mapping[str, Tensor]) -> Tensor:
-    """A parameter whose features are in another order: rows first, then what is grouped by them."""
+    """Permute the features of a parameter along each axis."""
     for axis, ref in enumerate(row):
         if ref is not None:
             tensor = ref.gather(tensor, axis, _tables(ref, graph, permutations))
@@ -136,7 +138,7 @@ def _tables(ref: AxisRef, graph: MergeGraph, permutations: Mapping[str, Tensor])
 
 
 def verify_graph(backbone: nn.Module, graph: MergeGraph, batch: Tensor) -> None:
-    """Permute every space at random in a copy and compare what the network returns.
+    """Prove a merge graph: permute every space at random in a copy, and compare the network's outputs.
 
     Args:
         backbone: the traced network.
@@ -144,41 +146,42 @@ def verify_graph(backbone: nn.Module, graph: MergeGraph, batch: Tensor) -> None:
         batch: an input; its first samples are used.
 
     Raises:
-        VerificationError: naming every space whose permutation changes the result.
+        VerificationError: if a permutation changes the outputs; the message names every failing space.
     """
     if failing := find_failing({"": backbone}, {"": graph}, {"": batch}):
         raise VerificationError(explain(graph, failing))
 
 
 def explain(graph: MergeGraph, failing: Sequence[Failure]) -> str:
-    """What is wrong with spaces or parameters that cannot be merged, and what to do."""
+    """Build the error message for spaces, parameters or buffers that cannot be merged."""
     reasons = []
     for failure in failing:
         space = graph.spaces.get(failure.space)
         written = f" (written by {', '.join(name for name, _ in space.producers[:3])})" if space else ""
         reasons.append(f"{failure.space}{written}: {failure.why}")
     return (
-        f"Merging would change what the networks compute: {'; '.join(reasons)}. A rule for an operator that these "
-        "features pass through is wrong, or the network uses the number of a feature: stop before it with `stop_at`, "
-        "start behind it with `start_at`, or register another rule."
+        f"Merging would change what the networks compute: {'; '.join(reasons)}. Either the rule of an operator that "
+        "reads these features is wrong, or the network uses the index of a feature. End the trunk before that operator "
+        "with `stop_at`, start the trunk after it with `start_at`, or register another rule."
     )
 
 
 def find_failing(
     networks: Mapping[str, nn.Module], graphs: Mapping[str, MergeGraph], inputs: Mapping[str, Tensor]
 ) -> list[Failure]:
-    """The spaces whose random permutation changes what the networks return.
+    """Find the spaces whose random permutation changes the outputs of the networks.
 
-    The trunk is permuted in the first network, which stands for all, and the heads of every network with it: a head
-    that reads features through its weights has them permuted, and features that a head unmerges are put back.
+    The trunk is permuted in the first network, which represents all. The heads of every network are permuted with it.
+    If a head reads features through its weights, these weights are permuted. If a head unmerges features, the features
+    are restored to their order.
 
     Args:
-        networks: by task; they are left as they are.
-        graphs: the merge graph of each.
-        inputs: an input of each; its first samples are used.
+        networks: the networks by task; they are not changed.
+        graphs: the merge graph of each network.
+        inputs: an input of each network; its first samples are used.
 
     Returns:
-        The spaces that fail; none where the inputs give NaN or Inf, which proves nothing.
+        The spaces that fail; empty if the inputs give NaN or Inf, because these prove nothing.
     """
     failing: dict[str, Failure] = {}
     handed: list[Any] | None = None
@@ -194,7 +197,7 @@ def find_failing(
 
 
 def _start(network: nn.Module, graph: MergeGraph, x: Tensor, handed: Sequence[Any] | None) -> _Proof | None:
-    """The proof in the most precise type that the network can run in; ``None`` where its values are not finite."""
+    """Return the proof in the most precise dtype that the network supports; ``None`` if values are not finite."""
     own = next((tensor.dtype for tensor in named_tensors(network).values() if tensor.is_floating_point()), x.dtype)
     dtypes = [torch.float64] * (x.device.type != "mps") + [torch.float32]
     problem: Exception | None = None
@@ -202,22 +205,23 @@ def _start(network: nn.Module, graph: MergeGraph, x: Tensor, handed: Sequence[An
         try:
             proofs = (_Proof(network, graph, x, dtype, vary, handed) for vary in (True, False))
             return next((proof for proof in proofs if proof.finite), None)
-        except Exception as error:  # whatever an operator says to a type that it does not expect
+        except Exception as error:  # operators raise various exceptions for unsupported dtypes
             problem = error
     assert problem is not None
     raise problem
 
 
 class _Proof:
-    """One network in one type of numbers: what its trunk hands over and what it returns, permuted and not.
+    """The proof for one network in one dtype: compares trunk and head with and without permutation.
 
     Args:
         network: the network.
         graph: its merge graph.
         x: an input.
-        dtype: the type.
-        vary: let the entries of constant parameters differ.
-        handed: what the trunk of another network handed over. The heads are then given that, and the trunk is not run.
+        dtype: the dtype.
+        vary: perturb parameters whose entries are all equal.
+        handed: the trunk's values from another network. If given, they are the input of the heads, and the trunk is not
+            run.
     """
 
     def __init__(
@@ -267,7 +271,7 @@ class _Proof:
         return max(TOLERANCES.get(dtype, TOLERANCES[torch.float16]) for dtype in self.seen or {torch.float64})
 
     def find(self, second: bool) -> Iterator[Failure]:
-        """The spaces that do not withstand a permutation, looked for one by one where together they do not."""
+        """Yield the spaces that fail. All are permuted at once first; only if that fails, one by one."""
 
         def broken(moving: Collection[str] | None = None) -> str | None:
             generator = torch.Generator().manual_seed(0)
@@ -276,15 +280,15 @@ class _Proof:
         together = broken()
         if together is None:
             return
-        alone = {name: part for name in self.graph.spaces if (part := broken([name])) is not None}
-        for name, part in (alone or dict.fromkeys(self.graph.spaces, together)).items():
+        separately = {name: part for name in self.graph.spaces if (part := broken([name])) is not None}
+        for name, part in (separately or dict.fromkeys(self.graph.spaces, together)).items():
             yield self._failure(name, in_head=part == "head")
 
     def _failure(self, space: str, in_head: bool) -> Failure:
         if not in_head:
             family = {space, *(name for name in self.graph.spaces if space in units_around(self.graph, name))}
             barrier = next(node for node, held in self.graph.held.items() if not family.isdisjoint(held))
-            return Failure(space, (barrier,), f"permuting `{space}` would change what it computes")
+            return Failure(space, (barrier,), f"permuting `{space}` would change what the trunk computes")
         reading = [
             user.name
             for node, crossing in zip(self.crossings, self.graph.crossings, strict=True)
@@ -292,10 +296,10 @@ class _Proof:
             for user in node.users
             if user.name not in self.graph.trunk_nodes | self.graph.stem_nodes
         ]
-        return Failure(space, tuple(reading), f"a head that reads `{space}` permuted would compute something else")
+        return Failure(space, tuple(reading), f"permuting `{space}` would change what a head that reads it computes")
 
     def _broken(self, permutations: Mapping[str, Tensor]) -> str | None:
-        """The part that does not withstand a permutation, ``"trunk"`` or ``"head"``; ``None`` where both do."""
+        """Return the part whose outputs a permutation changes, ``"trunk"`` or ``"head"``; ``None`` if none."""
         crossing = {
             node: self._moved(self.crossing[node], known, permutations)
             for node, known in zip(self.crossings, self.graph.crossings, strict=True)
@@ -309,12 +313,12 @@ class _Proof:
                 return "trunk"
         for node, known in zip(self.crossings, self.graph.crossings, strict=True):
             if not known.absorbed:
-                crossing[node] = self.crossing[node]  # the head puts the features back
+                crossing[node] = self.crossing[node]  # the head's unmerge restores the order
         returned = self._head(crossing, self._permuted(self.graph.head_axes, permutations))
         return None if self._agree(self.returned, returned) else "head"
 
     def _moved(self, value: Any, crossing: Crossing, permutations: Mapping[str, Tensor]) -> Any:
-        """What a value is in a network whose spaces are permuted."""
+        """Permute the features of a value."""
         if crossing.ref is None or crossing.axis is None:
             return value
         return crossing.ref.gather(value, crossing.axis, _tables(crossing.ref, self.graph, permutations))
@@ -351,7 +355,7 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 
 
 def _varied(tensor: Tensor) -> Tensor:
-    """A tensor whose entries differ: those of a new norm are all the same, and would prove no order."""
+    """Perturb a tensor whose entries are all equal, such as the scale of a new norm: equal entries prove no order."""
     if not tensor.is_floating_point() or tensor.numel() < 2 or not (tensor == tensor.flatten()[0]).all():
         return tensor
     noise = torch.rand(tensor.shape, generator=torch.Generator().manual_seed(tensor.numel())).to(tensor) * 0.1

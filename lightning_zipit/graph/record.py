@@ -1,4 +1,4 @@
-"""Records a network's forward with torch.fx."""
+"""Capture of a network's forward with torch.fx."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class _Value(fx.Proxy):
 
 
 class Tracer(fx.Tracer):
-    """Records modules that have a rule, and those of torch.nn, as single nodes; goes into all others."""
+    """Tracer that records modules with a rule, and modules of torch.nn, as single nodes, and traces into all others."""
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Value(node, self)
@@ -69,14 +69,14 @@ def _encoder(
 
 
 FORWARDS: dict[type[nn.Module], Any] = {nn.TransformerEncoderLayer: _encoder_layer, nn.TransformerEncoder: _encoder}
-"""Modules that are gone into by a forward without the checks that torch.fx cannot follow: the same in eval mode."""
+"""Replacement forwards without the checks that torch.fx cannot trace. They are equivalent in eval mode."""
 
 
 def record(backbone: nn.Module) -> fx.Graph:
-    """The graph of a network's forward in eval mode; the network is left as it was.
+    """Capture the graph of a network's forward in eval mode. The network is not changed.
 
     Raises:
-        TraceError: if torch.fx cannot follow, or the forward does not take one input.
+        TraceError: if torch.fx cannot trace the forward, or the forward does not take one input.
     """
     if isinstance(backbone, Joined):
         return backbone.record()
@@ -85,8 +85,8 @@ def record(backbone: nn.Module) -> fx.Graph:
     inputs = [node.name for node in graph.nodes if node.op == "placeholder" and (node.users or not node.args)]
     if len(inputs) != 1:
         raise TraceError(
-            f"{type(backbone).__name__}.forward takes {len(inputs)} inputs ({', '.join(inputs)}); a backbone "
-            "takes one. Name a submodule with one input as `backbone`."
+            f"{type(backbone).__name__}.forward takes {len(inputs)} inputs ({', '.join(inputs)}), but a backbone must "
+            "take one. Choose a submodule with one input as `backbone`."
         )
     for node in list(graph.nodes):
         if node.op == "placeholder" and node.name not in inputs:
@@ -95,9 +95,9 @@ def record(backbone: nn.Module) -> fx.Graph:
 
 
 def _follow(backbone: nn.Module) -> fx.Graph:
-    """The graph of a forward; buffers are read where it reads them, unless it decides something by their values.
+    """Trace a forward, with buffers as proxies first, and with their values if the forward branches on these.
 
-    Each attempt traces a copy: what a forward keeps in a module would be a proxy there.
+    Each attempt traces a copy, because a forward that stores values in a module would store proxies.
     """
     failures: list[Exception] = []
     for proxies in (True, False):
@@ -114,7 +114,7 @@ def _follow(backbone: nn.Module) -> fx.Graph:
 
 
 def _defaults(backbone: nn.Module) -> dict[str, Any]:
-    """The arguments of a forward that have a default keep it, such as masks that nobody passes."""
+    """Return the default arguments of a forward, such as unused masks, so that they are not traced as inputs."""
     arguments = list(inspect.signature(backbone.forward).parameters.values())
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return {
@@ -125,7 +125,7 @@ def _defaults(backbone: nn.Module) -> dict[str, Any]:
 
 
 def _write_out_constants(backbone: nn.Module, graph: fx.Graph) -> None:
-    """Tensors that the forward itself makes become part of the graph."""
+    """Replace constants that the forward creates by ``torch.tensor`` calls, so that the graph is self-contained."""
     for node in list(graph.nodes):
         if node.op == "get_attr" and str(node.target).startswith("_tensor_constant"):
             value = getattr(backbone, str(node.target))
@@ -143,8 +143,8 @@ def _drop_unused(backbone: nn.Module, graph: fx.Graph) -> None:
         module = backbone.get_submodule(target) if node.op == "call_module" else None
         if node.op.startswith("call") and (target.endswith("_") or getattr(module, "inplace", False)):
             raise TraceError(
-                f"{describe(node, backbone)} changes a tensor in place and its result is not used, so what reads the "
-                "tensor later is not in the graph. Write `x = …` with its result."
+                f"{describe(node, backbone)} changes a tensor in place and its result is not used. The graph does not "
+                "record later reads of the changed tensor. Assign the result in the forward: `x = …`."
             )
         graph.erase_node(node)
 
@@ -154,6 +154,7 @@ def _cannot_follow(backbone: nn.Module, error: Exception) -> str:
     own = [frame for frame in frames if "torch/nn" not in frame.filename and not frame.filename.startswith("<")]
     line = f' at {own[-1].filename}:{own[-1].lineno}, in {own[-1].name}: "{own[-1].line}"' if own else ""
     return (
-        f"torch.fx cannot follow {type(backbone).__name__}.forward{line}: {error}\nName a submodule without "
-        "that line as `backbone`, or hide the block behind a leaf module with `lightning_zipit.graph.register_rule`."
+        f"torch.fx cannot trace {type(backbone).__name__}.forward{line}: {error}\nChoose a submodule without that line "
+        "as `backbone`, or register a rule for the block with `lightning_zipit.graph.register_rule`, so that it "
+        "becomes a leaf module."
     )

@@ -1,4 +1,4 @@
-"""The table of operators: one record each, with the rule that follows features through it and what else is known."""
+"""Registry of operators: one record per operator, with its rule and its traits."""
 
 from __future__ import annotations
 
@@ -17,40 +17,40 @@ Rule = Callable[..., Any]
 
 
 class Trait(Flag):
-    """What is known of an operator beside its rule. Every question about operators is a question about these."""
+    """Properties of an operator. All other modules ask for these instead of listing operators."""
 
     POINTWISE = auto()
-    """Acts on each entry by itself, the same way on all, such as an activation function."""
+    """Applies one function to each entry, such as an activation function."""
     IDENTITY = auto()
-    """Returns its input in eval mode, such as dropout."""
+    """Is the identity in eval mode, such as dropout."""
     VIEW = auto()
-    """Its result can share memory with its input."""
+    """Returns a tensor that may share memory with its input."""
     IN_PLACE = auto()
-    """Writes into its first input, whatever its arguments are."""
+    """Always writes into its first input, independent of its arguments."""
     REARRANGE = auto()
-    """Moves entries, or leaves some out, and changes none."""
+    """Moves, copies or drops entries, without changing their values."""
     POOLING = auto()
     """Combines positions within each feature."""
     LINEAR = auto()
     """A contraction with a weight: linear in the features that it reads."""
     SUM = auto()
-    """Adds two tensors entry by entry."""
+    """Adds two tensors elementwise."""
     DIFFERENCE = auto()
-    """Subtracts one tensor from another entry by entry."""
+    """Subtracts two tensors elementwise."""
     PRODUCT = auto()
-    """Multiplies two tensors entry by entry."""
+    """Multiplies two tensors elementwise."""
     PER_FEATURE = auto()
-    """Has a parameter for each feature that it leaves, such as a norm's scale."""
+    """Has a parameter entry for each feature, and preserves the features, such as the scale of a norm."""
     SYMMETRIC = auto()
-    """Permutation-invariant: mixes features, and treats all of them alike."""
+    """Mixes features, and commutes with permutations of them."""
     NORM = auto()
-    """A normalisation with a scale and a shift for each feature."""
+    """A normalization with a scale and a shift for each feature."""
     LOOKUP = auto()
-    """Takes rows of its weight by whole numbers."""
+    """Looks up rows of its weight by integer indices."""
     PRODUCER = auto()
-    """The features that it returns are new, whatever it is given."""
+    """Returns new features, independent of the features of its input."""
     SHAPE = auto()
-    """Returns sizes or other numbers that are known before any data is."""
+    """Returns sizes or other values that do not depend on data."""
 
 
 NOTHING = Trait(0)
@@ -58,12 +58,12 @@ NOTHING = Trait(0)
 
 @dataclass(frozen=True)
 class Operator:
-    """What is known of an operator.
+    """The record of an operator.
 
     Attributes:
-        rule: what it does to features; see :func:`register_rule`.
-        traits: what else it is.
-        ignored: arguments, or attributes of the module, that change nothing in eval mode, such as ``momentum``.
+        rule: function that describes its effect on features; see :func:`register_rule`.
+        traits: its properties.
+        ignored: arguments, or attributes of the module, that have no effect in eval mode, such as ``momentum``.
     """
 
     rule: Rule
@@ -76,18 +76,19 @@ OPERATORS: dict[Any, Operator] = {}
 
 
 def register_rule(op_or_module: Any, rule: Rule, traits: Trait = NOTHING, ignored: Iterable[str] = ()) -> None:
-    """Teach tracing an operator.
+    """Register the rule of an operator, which describes its effect on features.
 
     Args:
-        op_or_module: a module class, a function, the dotted name of either (``"package.module.Block"``, so that
-            nothing need be imported), or the name of a tensor method. A module class with a rule is not traced into;
-            a subclass has the rule too, unless its ``forward`` is its own.
+        op_or_module: a module class, a function, the dotted name of either, or the name of a tensor method. A dotted
+            name, such as ``"package.module.Block"``, needs no import. Tracing does not enter a module class with a
+            rule. A subclass inherits the rule, unless it overrides ``forward`` or a method that ``forward`` calls.
         rule: ``rule(ctx, *args, **kwargs)`` for functions and methods, ``rule(ctx, module, *args, **kwargs)`` for
-            modules. Tensors arrive as :class:`Features` (or :class:`Plain` where they hold none), parameters that a
-            function is given as :class:`Parameter`, all else as it is. It returns the value of the output, and says
-            with ``ctx.tie``, ``ctx.units``, ``ctx.write`` and ``ctx.read`` what belongs together.
-        traits: what else the operator is.
-        ignored: arguments, or attributes of the module, that change nothing in eval mode.
+            modules. A tensor argument is passed as :class:`Features`, or as :class:`Plain` if it holds no features. A
+            parameter is passed as :class:`Parameter`. All other arguments are passed unchanged. The rule returns the
+            value of the output. It records the axes that belong together with ``ctx.tie``, ``ctx.units``,
+            ``ctx.write`` and ``ctx.read``.
+        traits: the properties of the operator.
+        ignored: arguments, or attributes of the module, that have no effect in eval mode.
 
     Example:
         >>> class Scale(nn.Module):
@@ -105,7 +106,7 @@ def register_rule(op_or_module: Any, rule: Rule, traits: Trait = NOTHING, ignore
 
 
 def rule(*operators: Any, traits: Trait = NOTHING, ignored: Iterable[str] = ()) -> Callable[[Rule], Rule]:
-    """Register a rule for functions and tensor methods, or for module classes."""
+    """Return a decorator that registers a rule for functions, tensor methods or module classes."""
 
     def register(function: Rule) -> Rule:
         for known in operators:
@@ -119,7 +120,7 @@ module_rule = rule
 
 
 def spellings(names: str) -> list[Any]:
-    """All that torch calls by some names: functions of its modules and of ``operator``, and methods of tensors."""
+    """Return all operators with the given names: functions of torch and of ``operator``, and tensor methods."""
     found: dict[Any, None] = {}
     for name in names.split():
         functions = (getattr(module, name, None) for module in (torch, torch.nn.functional, torch.special, operator))
@@ -129,25 +130,25 @@ def spellings(names: str) -> list[Any]:
 
 
 def in_place(names: str) -> list[Any]:
-    """The variants of :func:`spellings` that write into their first input."""
+    """Return the in-place variants of :func:`spellings`."""
     augmented = [getattr(operator, f"i{name.rstrip('_')}", None) for name in names.split()]
     return [*spellings(" ".join(f"{name}_" for name in names.split() if name[-1] != "_")), *filter(callable, augmented)]
 
 
 ALIASES = {"axis": "dim", "keepdims": "keepdim", "x": "input", "a": "input", "x1": "input", "x2": "other"}
-"""The names that torch takes from numpy for arguments, and its own."""
+"""NumPy's names of arguments, which torch accepts, and torch's own names."""
 FORWARDING = frozenset({"forward", "__call__", "_call_impl", "_wrapped_call_impl"})
 
 
 def spelled(rule: Rule, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Keyword arguments under the names that a rule knows them by."""
+    """Rename keyword arguments to the names that a rule uses."""
     known = _parameters(rule)
     return {name if name in known else ALIASES.get(name, name): value for name, value in kwargs.items()}
 
 
 @cache
 def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:
-    """The names of a function's parameters; none where it does not say."""
+    """Return the names of a function's parameters; empty if it has no signature."""
     try:
         return tuple(inspect.signature(function).parameters)
     except (TypeError, ValueError):
@@ -156,7 +157,7 @@ def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:
 
 @cache
 def _called_in_forward(cls: type[nn.Module]) -> frozenset[str]:
-    """The names of the methods that a module's ``forward`` can lead to."""
+    """Return the names of the methods that ``forward`` may call, directly or indirectly."""
     found, open_names = set(FORWARDING), ["forward"]
     while open_names:
         code = getattr(inspect.unwrap(getattr(cls, open_names.pop(), None) or len), "__code__", None)
@@ -167,7 +168,7 @@ def _called_in_forward(cls: type[nn.Module]) -> frozenset[str]:
 
 
 def operator_of_module(module: nn.Module) -> Operator | None:
-    """The record of a module's class, or of a base whose ``forward`` it has, with all that this calls."""
+    """Return the record of a module's class, or of a base class whose forward it does not override."""
     for cls in type(module).__mro__:
         known = OPERATORS.get(cls) or OPERATORS.get(f"{cls.__module__}.{cls.__qualname__}")
         if known is not None:
@@ -176,18 +177,18 @@ def operator_of_module(module: nn.Module) -> Operator | None:
 
 
 def has_own_forward(module: nn.Module, base: type[nn.Module]) -> bool:
-    """Whether a module computes something else than its base: its ``forward``, or what that calls, is its own."""
+    """Whether a module overrides the ``forward`` of a base class, or a method that this calls."""
     called = _called_in_forward(base)  # type: ignore[arg-type]
     own = any(getattr(type(module), name, None) is not getattr(base, name, None) for name in called)
     return own or not called.isdisjoint(module.__dict__)
 
 
 def operator_of(node: fx.Node, module: nn.Module) -> Operator | None:
-    """The record of a node's operator.
+    """Return the record of a node's operator; ``None`` if it is not registered.
 
     Args:
-        node: a node of a graph.
-        module: the network that the graph is of.
+        node: a node of the network's graph.
+        module: the network.
     """
     if node.op == "call_module":
         return operator_of_module(module.get_submodule(str(node.target)))
@@ -205,7 +206,7 @@ def operator_of(node: fx.Node, module: nn.Module) -> Operator | None:
 
 
 def traits_of(node: fx.Node, module: nn.Module) -> Trait:
-    """The traits of a node's operator; none where it is not known."""
+    """Return the traits of a node's operator; none if it is not registered."""
     known = operator_of(node, module)
     return known.traits if known is not None else NOTHING
 
@@ -220,7 +221,7 @@ def writes_in_place(node: fx.Node, module: nn.Module) -> bool:
 
 
 def _argument(node: fx.Node, name: str) -> Any:
-    """An argument of a function, wherever it stands; ``None`` where it is not given."""
+    """Return a positional or keyword argument of a function call; ``None`` if it is missing."""
     known = _parameters(node.target) if callable(node.target) else ()
     position = known.index(name) if name in known else len(node.args)
     return node.args[position] if position < len(node.args) else node.kwargs.get(name)

@@ -1,4 +1,4 @@
-"""Runs a captured graph on a network with other tensors in place of its own, and compares it with the network."""
+"""Runs of a captured graph with exchanged tensors, and its comparison with the network's forward."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from lightning_zipit.graph.run import Run
 from lightning_zipit.graph.shapes import evaluating
 
 CAPTURE_TOLERANCE = 1e-3
-"""Of a capture, relative to the largest output: both run the same kernels, which may round differently."""
+"""Tolerance of a capture, relative to the largest output. Both run the same kernels, which may round differently."""
 
 
 def working_copy(network: nn.Module) -> nn.Module:
-    """A copy of a network in eval mode to run and to trace: whatever a forward keeps, it keeps there.
+    """Copy a network in eval mode, so that running and tracing it leave the original unchanged.
 
-    Parameters share the memory of the network's and take no gradients; buffers and attributes are the copy's own.
+    Parameters share memory with the original and need no gradients. Buffers and attributes are copied.
 
     Args:
-        network: the network; it is left as it is.
+        network: the network; it is not changed.
     """
     shared: dict[int, Any] = {
         id(parameter): nn.Parameter(parameter.detach(), requires_grad=False)
@@ -40,11 +40,11 @@ def working_copy(network: nn.Module) -> nn.Module:
 
 @contextmanager
 def swapped(network: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Inside, a network has other parameters and buffers.
+    """Replace parameters and buffers of a network within the context.
 
     Args:
-        network: the network; its own are back afterwards.
-        tensors: the others by name; under two names, a tied tensor can be two.
+        network: the network; its own tensors are restored on exit.
+        tensors: the replacements by name. The names of a tied tensor may have different replacements.
     """
     before: dict[tuple[int, str], tuple[dict[str, Any], Any]] = {}
     try:
@@ -61,19 +61,19 @@ def swapped(network: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]
 
 
 def returned(run: Run, x: Tensor) -> list[Tensor]:
-    """The tensors that a whole graph returns for an input."""
+    """Run a whole graph on an input and return its output tensors."""
     return tensors_in(list(run.results({node: x for node in run.nodes if node.op == "placeholder"}).values()))
 
 
 def tensors_in(value: Any) -> list[Tensor]:
-    """All tensors in nested lists, tuples and dicts."""
+    """Return all tensors in nested lists, tuples and dicts."""
     return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 def agree(expected: Tensor, found: Tensor, tolerance: float) -> bool:
-    """Whether two tensors are the same up to a tolerance relative to the largest finite entry.
+    """Whether two tensors are equal up to a tolerance relative to the largest finite entry.
 
-    NaN and infinities must be in the same places.
+    NaN and infinities must be at the same indices.
     """
     if expected.shape != found.shape:
         return False
@@ -90,17 +90,17 @@ def agree(expected: Tensor, found: Tensor, tolerance: float) -> bool:
 
 
 def check_capture(network: nn.Module, graph: fx.Graph, x: Tensor, name: str = "") -> None:
-    """Compare a captured graph with the forward that it was captured from.
+    """Check that a captured graph computes the same as the network's forward.
 
     Args:
         network: the network, or a working copy of it.
         graph: the captured graph.
-        x: an input of another batch size than the graph was captured with.
-        name: how errors call the network.
+        x: an input whose batch size differs from the one of the capture.
+        name: the task, for error messages.
 
     Raises:
-        TraceError: if the graph computes anything else, or the forward is random in eval mode.
-        CalibrationError: if the network cannot take the input.
+        TraceError: if the graph computes something different, or the forward is random in eval mode.
+        CalibrationError: if the forward fails on the input.
     """
     who = f"{type(network).__name__}{f' of task {name!r}' if name else ''}"
     with evaluating(network), torch.inference_mode(False), torch.no_grad():
@@ -108,7 +108,7 @@ def check_capture(network: nn.Module, graph: fx.Graph, x: Tensor, name: str = ""
             expected = tensors_in(network(x.clone()))
         except Exception as error:
             raise CalibrationError(
-                f"The backbone {who} cannot take an input of shape {tuple(x.shape)} ({x.dtype}): {error}"
+                f"The forward of the backbone {who} failed on an input of shape {tuple(x.shape)} ({x.dtype}): {error}"
             ) from error
         found = returned(Run(network, graph), x)
         if len(expected) == len(found) and all(map(_close, expected, found)):
@@ -116,14 +116,14 @@ def check_capture(network: nn.Module, graph: fx.Graph, x: Tensor, name: str = ""
         again = tensors_in(network(x.clone()))
     if not all(map(_close, expected, again)):
         raise TraceError(
-            f"The forward of {who} gives another result each time in eval mode, so that a merge of it cannot be "
-            "checked. Switch off what is random in eval mode."
+            f"The forward of {who} is random in eval mode: two runs on the same input give different results. A merge "
+            "of it cannot be checked. Make the forward deterministic in eval mode."
         )
     raise TraceError(
-        f"The graph that was captured of {who} does not compute what its forward does: the forward decides something "
-        "by what it is given (such as `isinstance(x, torch.Tensor)`), or changes a tensor in place where the capture "
-        "cannot follow. Name a submodule without that line as `backbone`, or hide the block behind a leaf module with "
-        "`lightning_zipit.graph.register_rule`."
+        f"The captured graph of {who} does not compute the same as its forward. The forward branches on its input "
+        "(such as `isinstance(x, torch.Tensor)`), or changes a tensor in place where torch.fx does not record it. "
+        "Choose a submodule without that code as `backbone`, or register a rule for the block with "
+        "`lightning_zipit.graph.register_rule`, so that it becomes a leaf module."
     )
 
 

@@ -1,4 +1,4 @@
-"""Runs nodes of a captured graph on a network."""
+"""Execution of some nodes of a captured graph."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from typing import Any, TypeAlias
 from torch import Tensor, fx, nn
 
 IN_PLACE = "in_place"
-"""Marks an addition that the forward does in place, which torch.fx records as any other."""
+"""Key that marks an in-place addition of the forward, because torch.fx records it as a plain addition."""
 
 Values: TypeAlias = "dict[fx.Node, Any]"
 """Values of nodes."""
 
 
 class Run(fx.Interpreter):
-    """Runs some nodes of a graph on a network, and drops each value after its last use.
+    """Interpreter that runs some nodes of a graph on a network, and drops each value after its last use.
 
-    A run starts from the values of any nodes, stops in front of any node, and can continue later.
+    A run can start from the values of any nodes, stop before any node, and continue later.
 
     Args:
         network: the network.
         graph: its graph.
         nodes: the nodes to run, in order; by default all nodes of the graph.
         kept: the nodes whose values are not dropped; by default those that no node of the run reads.
-        in_place: do an addition in place where the forward does. This saves memory and gives the same values wherever
+        in_place: add in place if the forward does. This saves memory. The values are the same if
             :func:`~lightning_zipit.graph.replay.check_capture` finds no difference.
-        watch: called with each node and its value right after it was computed.
+        watch: function that is called with each node and its value, right after the value is computed.
     """
 
     def __init__(
@@ -51,28 +51,28 @@ class Run(fx.Interpreter):
             self._finished.setdefault(last[source], []).append(source)
 
     def run_node(self, n: fx.Node) -> Any:
-        """Compute one node from the values of those that it reads."""
+        """Compute one node from the values of its inputs."""
         if self.in_place and n.meta.get(IN_PLACE):
             return operator.iadd(*fx.node.map_arg(n.args, self.env.__getitem__))
         return super().run_node(n)
 
     def enter(self, values: Values) -> None:
-        """Start, or continue, from values of nodes; they are changed from here on."""
+        """Start or continue a run from the values of nodes. The run changes the given dict."""
         self.env = values
 
     def leave(self) -> None:
-        """Hold no values any more."""
+        """Release all values."""
         self.env = {}
 
     def compute(self, node: fx.Node) -> None:
-        """Compute a node whose value is not known."""
+        """Compute a node, unless its value is known."""
         if node not in self.env:
             self.env[node] = self.run_node(node)
             if self._watch is not None:
                 self._watch(node, self.env[node])
 
     def drop(self, node: fx.Node) -> None:
-        """Drop the values that this node was the last to read."""
+        """Drop the values whose last reader is this node."""
         for source in self._finished.get(node, ()):
             self.env.pop(source, None)
 
@@ -80,9 +80,9 @@ class Run(fx.Interpreter):
         """Run the nodes between two positions.
 
         Args:
-            values: the values so far; they are changed.
+            values: the values of earlier nodes; the dict is changed.
             start: the position of the first node.
-            end: the position of the node before which to stop; by default the end.
+            end: the position after the last node; by default the end of the run.
         """
         self.enter(values)
         try:
@@ -96,10 +96,10 @@ class Run(fx.Interpreter):
         """Run all nodes.
 
         Args:
-            known: values of inputs, or of other nodes; they stay as they are, whatever is computed in place.
+            known: values of inputs or other nodes. They are not changed, even by in-place operators.
 
         Returns:
-            The values of the kept nodes, as they were when each was computed.
+            The values of the kept nodes, each copied right after its computation.
         """
         found = {node: known[node] for node in self.kept if node in known}
         self.enter({node: cloned(value) for node, value in known.items()})
@@ -115,5 +115,5 @@ class Run(fx.Interpreter):
 
 
 def cloned(value: Any) -> Any:
-    """A copy of a tensor; any other value itself."""
+    """Return a copy of a tensor, and any other value unchanged."""
     return value.clone() if isinstance(value, Tensor) else value

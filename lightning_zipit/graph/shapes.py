@@ -1,4 +1,4 @@
-"""The sizes of all tensors in a traced network, from an input or from a guess at one."""
+"""Shapes of all tensors in a captured graph, from an example input or a guessed one."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from lightning_zipit.graph.registry import Trait, traits_of
 from lightning_zipit.graph.run import Run
 
 BATCH = 3
-"""Samples of the input that is run: few, and a number that is seldom that of anything else."""
+"""Batch size of the input: small, and seldom equal to another size."""
 COMMON_SIZES = (32, 64, 224, 28, 96, 128, 256, 8, 16, 299, 384, 240, 260, 300, 336, 380, 448, 456, 512, 518, 528, 600)
 TOKENS = (16, 128, 64, 32, 256, 512)
 
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Eval mode inside, every module's own mode afterwards."""
+    """Set eval mode within the context, and restore the mode of every module on exit."""
     modes = [(child, child.training) for child in module.modules()]
     try:
         for child, _ in modes:
@@ -35,32 +35,35 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def shapes_of(backbone: nn.Module, graph: fx.Graph, example: Tensor | None) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor in a traced network, by node name.
+    """Find the shape of every tensor in a captured graph, by node name.
+
+    The network runs on the meta device, without computing values. It runs on its own device only with an example and
+    with an operator that needs values.
 
     Args:
         backbone: the network.
         graph: its graph.
-        example: an input, whose values do not matter; without it, inputs that would fit the first layer are tried. All
-            is run on the meta device, where nothing is computed, unless the network has an operator that needs values.
+        example: an input; its values do not matter. Without an example, inputs that fit the first layer are tried.
 
     Raises:
         UnknownShapeError: if no guess fits.
+        TraceError: if the network fails on the example.
     """
     meta = _on_meta(backbone)
     if example is not None:
         samples = example[:1].expand(BATCH, *example.shape[1:])
         try:
             return _record(meta, graph, torch.empty_like(samples, device="meta", memory_format=torch.contiguous_format))
-        except Exception:  # whatever an operator raises that needs values
+        except Exception:  # operators that need values raise various exceptions
             return _record_or_explain(backbone, graph, samples)
     reason: Exception | None = None
     for guess in _guesses(backbone, graph):
         try:
             return _record(meta, graph, guess)
-        except Exception as error:  # whatever a forward raises on an input that does not fit
+        except Exception as error:  # forwards raise various exceptions for a wrong input
             reason = error
     raise UnknownShapeError(
-        f"The size of {type(backbone).__name__}'s input cannot be found out from its layers alone"
+        f"The input shape of {type(backbone).__name__} cannot be inferred from its layers"
         f"{f' ({_first_line(reason)})' if reason else ''}. Pass `example_input`, a batch of at least one sample."
     )
 
@@ -84,8 +87,8 @@ def _record_or_explain(backbone: nn.Module, graph: fx.Graph, x: Tensor) -> dict[
         return _record(backbone, graph, x.clone())
     except Exception as error:
         raise TraceError(
-            f"{type(backbone).__name__} cannot be run on an input of shape {tuple(x.shape)}: {_first_line(error)}. "
-            "Give an example of what the backbone itself takes."
+            f"{type(backbone).__name__} failed on an input of shape {tuple(x.shape)}: {_first_line(error)}. Pass an "
+            "`example_input` that the backbone's own forward accepts."
         ) from error
 
 
@@ -102,7 +105,7 @@ def _on_meta(backbone: nn.Module) -> nn.Module:
 
 
 def _guesses(backbone: nn.Module, graph: fx.Graph) -> Iterator[Tensor]:
-    """Inputs that the first layer with weights could take."""
+    """Yield inputs that fit the first layer with weights."""
     weight, embeds = _first_weight(backbone, graph)
     if weight is None:
         return
@@ -118,7 +121,7 @@ def _guesses(backbone: nn.Module, graph: fx.Graph) -> Iterator[Tensor]:
 
 
 def _first_weight(backbone: nn.Module, graph: fx.Graph) -> tuple[Tensor | None, bool]:
-    """The weight of the first layer, and whether whole numbers are looked up in it."""
+    """Return the weight of the first layer, and whether integer indices look up its rows."""
     for node in graph.nodes:
         traits = traits_of(node, backbone)
         weight: Any = None

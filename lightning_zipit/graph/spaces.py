@@ -1,4 +1,4 @@
-"""What tracing produces: feature spaces, taps, crossings, and the graph that everything downstream works from."""
+"""The result of tracing: the merge graph with its feature spaces, taps and crossings."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from lightning_zipit.graph.table import AxisRef, Block, Row
 
 @dataclass(frozen=True)
 class Tap:
-    """Where the activations of a space are measured.
+    """The point where the activations of a space are measured.
 
     Attributes:
         node: name of the graph node whose output is measured.
         axes: the axes that hold the features.
-        block: the entries along them that are this space, or that its projections read.
-        reader: for people: the module that reads the tensor there.
-        projections: rows of weights that give the features, where the measured tensor is what a projection inside
-            attention reads; queries and keys are two projections of one space.
-        also: where the same features are measured, too, as a layer that makes or reads them is applied several times:
-            samples of all places count alike.
+        block: the entries along these axes that belong to the space, or that its projections read.
+        reader: human-readable name of the module that reads the tensor.
+        projections: rows of weights that compute the features from the measured tensor, for projections inside
+            attention. Queries and keys are two projections of one space.
+        also: further taps of the same features, if a layer that writes or reads them is applied several times. Samples
+            of all taps count equally.
     """
 
     node: str
@@ -40,12 +40,12 @@ class Tap:
 
     @property
     def key(self) -> str:
-        """A name for what is measured: taps that read the same entries of the same nodes have the same."""
+        """Identifier of the measurement: taps of the same entries of the same nodes have the same key."""
         measured = [(tap.node, tap.block.starts, tap.block.repeat) for tap in (self, *self.also)]
         return f"{self.node}-{hashlib.blake2b(repr(measured).encode(), digest_size=6).hexdigest()}"
 
     def features(self, value: Tensor) -> Tensor:
-        """The measured tensor as ``(features, batch, …)``; the positions of a sample follow, a view where it can be."""
+        """Return the measured tensor as ``(features, batch, …)`` followed by positions; a view if possible."""
         first = value.movedim(self.axes, tuple(range(len(self.axes)))).flatten(0, len(self.axes) - 1)
         if self.block.starts == range(len(first)) and self.block.repeat == 1:
             return first
@@ -66,16 +66,17 @@ class FeatureSpace:
     """A set of axes that must be merged together.
 
     Attributes:
-        name: the module that writes it first.
-        size: how many features it has.
+        name: the name of the first module that writes it.
+        size: the number of features.
         producers: parameter and axis of everything that writes it.
         consumers: parameter and axis of everything that reads it.
-        tap: where it is measured; ``None`` where nothing reads it, and for units, which are matched by their members.
-        pinned: why its features are matched by their number: they mean the same in all models, as those that are tied
-            to the network's input or output do. Empty where they are matched by what they do.
-        units: the space of the groups or heads that its features belong to. They are matched as wholes, and features
-            then within them; ``None`` where there are none.
-        unit_of: the unit of each feature, empty where there are none.
+        tap: the point where it is measured; ``None`` if nothing reads it, and for units, which are matched by their
+            members.
+        pinned: the reason why its features are matched by index: they mean the same in all models, such as features
+            that are tied to the network's input or output. Empty if they are matched by activation.
+        units: the space of the groups or heads that its features belong to. Units are matched first, then the features
+            within matched units. ``None`` if the space has no units.
+        unit_of: the unit of each feature; empty if the space has no units.
     """
 
     name: str
@@ -93,11 +94,12 @@ class Crossing:
     """A value that passes from the trunk to the heads, or from a stem to the trunk.
 
     Attributes:
-        node: name of the graph node that makes it.
-        axis: which of its axes holds features; ``None`` where it holds none, or they pass by the trunk.
+        node: name of the graph node that computes it.
+        axis: the axis that holds features; ``None`` if it holds none, or the value bypasses the trunk.
         ref: the spaces along that axis.
-        absorbed: whether the head's first layers read it through their weights; else the head starts by unmerging it.
-        shape: the sizes that it has for one sample, of a tensor that a stem hands over.
+        absorbed: whether the weights of the head's first layers absorb the unmerge matrices. Otherwise the head starts
+            with an explicit unmerge.
+        shape: the shape for one sample, if the value comes from a stem.
     """
 
     node: str
@@ -109,28 +111,28 @@ class Crossing:
 
 @dataclass(frozen=True)
 class MergeGraph:
-    """A traced backbone: its feature spaces, its table of axes, and where trunk ends and heads begin.
+    """A traced backbone: its feature spaces, its table of axes, and its division into stem, trunk and head.
 
     Attributes:
         spaces: the feature spaces of the trunk by name.
-        axes: for each parameter and buffer, per axis, the spaces that it writes or reads; ``None`` leaves the axis
-            alone. Parameters of heads have entries where they read a space of the trunk. A tied tensor has a row for
-            every name, and the row of the trunk where both trunk and heads use it.
-        head_axes: the rows of the parameters and buffers that the heads use, as the heads use them.
-        crossings: what the heads take from the trunk, in order; what they take from a stem comes last.
+        axes: for each parameter and buffer, per axis, the spaces that it writes or reads; ``None`` if the axis holds no
+            features. Parameters of heads have entries if they read a space of the trunk. A tied tensor has a row for
+            every name. If both trunk and heads use it, it has the row of the trunk.
+        head_axes: the rows of the parameters and buffers of the heads, according to their use in the heads.
+        crossings: the values that pass from the trunk to the heads, in order, then those from a stem to the heads.
         trunk_nodes: names of the graph nodes of the trunk.
-        stop_at: the module that was asked for as the trunk's last; ``None`` zips down to the last layer.
+        stop_at: the requested last module of the trunk; ``None`` zips down to the last layer.
         module: the traced backbone.
-        fx_graph: its graph, as torch.fx recorded it.
+        fx_graph: its graph, captured by torch.fx.
         held: per node of the trunk, the spaces that its output holds.
-        shapes: per node whose value is a tensor, the sizes of that, for a batch of a few samples.
-        barriers: nodes that, with all that depends on them, stay in the heads where the trunk would have held them,
-            and why.
-        notes: for people: what is not merged by what it does, and why.
-        input_shape: the shape of one sample of the input that the sizes come from.
-        start_at: the module that was asked for as the trunk's first; ``None`` zips from the input on.
-        stem_nodes: names of the graph nodes of the stem, which stays a part of each task's own.
-        entries: what the trunk takes from a stem, in order; none where it starts at the input.
+        shapes: per node whose value is a tensor, the shape of that tensor, for a small batch.
+        barriers: nodes that stay in the heads with all that depends on them, although they come before the cut, and the
+            reasons.
+        notes: human-readable list of what is matched by index instead of by activation, or is not merged, with reasons.
+        input_shape: the shape of one sample of the input that determined the shapes.
+        start_at: the requested first module of the trunk; ``None`` zips from the input on.
+        stem_nodes: names of the graph nodes of the stem, which stays per task.
+        entries: the values that pass from a stem to the trunk, in order; empty if the trunk starts at the input.
     """
 
     spaces: dict[str, FeatureSpace]
@@ -151,7 +153,7 @@ class MergeGraph:
     head_axes: dict[str, Row] = field(default_factory=dict, repr=False)
 
     def to_table(self) -> rich.table.Table:
-        """The table of axes for people: one row a parameter, one column an axis (``→`` writes, ``←`` reads)."""
+        """Format the table of axes: one row per parameter, one column per axis (``→`` writes, ``←`` reads)."""
         rank = max((len(refs) for refs in self.axes.values()), default=0)
         table = rich.table.Table(title=f"{len(self.spaces)} feature spaces")
         for heading in ("parameter", *(f"axis {axis}" for axis in range(rank))):
@@ -169,13 +171,13 @@ class MergeGraph:
         return buffer.getvalue()
 
     def to_dot(self) -> str:
-        """The network in Graphviz's language, in the colours of its spaces."""
+        """Draw the network in Graphviz's DOT language, in the colors of its spaces."""
         from lightning_zipit.graph.draw import to_dot
 
         return to_dot(self)
 
     def to_svg(self) -> str:
-        """The network as a picture, in the colours of its spaces; a notebook shows it by itself."""
+        """Draw the network as SVG, in the colors of its spaces. Notebooks display it automatically."""
         from lightning_zipit.graph.draw import to_svg
 
         return to_svg(self)
@@ -183,17 +185,17 @@ class MergeGraph:
     _repr_svg_ = to_svg
 
     def trunk_graph(self) -> Iterator[fx.Node]:
-        """The nodes of the trunk in order of execution."""
+        """Iterate over the nodes of the trunk in order of execution."""
         return (node for node in self.fx_graph.nodes if node.name in self.trunk_nodes)
 
     def stem_graph(self) -> Iterator[fx.Node]:
-        """The nodes of the stem in order of execution."""
+        """Iterate over the nodes of the stem in order of execution."""
         return (node for node in self.fx_graph.nodes if node.name in self.stem_nodes)
 
     def head_graph(self) -> Iterator[fx.Node]:
-        """The nodes of the head in order of execution, the last of which is the output.
+        """Iterate over the nodes of the head in order of execution. The last one is the output.
 
-        Parameters that the trunk reads too are among them: the head has its own.
+        Parameters that the trunk reads too are included, because the head has its own copies.
         """
         nodes = list(self.fx_graph.nodes)
         shared = self.trunk_nodes | self.stem_nodes
@@ -203,23 +205,23 @@ class MergeGraph:
 
 
 def unit_members(space: FeatureSpace) -> Tensor:
-    """The features of each unit, ``(units, features)``."""
+    """Return the features of each unit, ``(units, features)``."""
     order = torch.tensor(space.unit_of).argsort(stable=True)
     return order.reshape(max(space.unit_of) + 1, -1)
 
 
 def handed_over(graph: MergeGraph) -> set[str]:
-    """The spaces that stems write."""
+    """Return the names of the spaces that stems write."""
     return {space for entry in graph.entries if entry.ref is not None for space in entry.ref.spaces}
 
 
 def units_first(graph: MergeGraph) -> list[str]:
-    """The names of all spaces, those of units before those of their members."""
+    """Return the names of all spaces, with the spaces of units before the spaces of their members."""
     return sorted(graph.spaces, key=lambda name: len(units_around(graph, name)))
 
 
 def units_around(graph: MergeGraph, name: str) -> list[str]:
-    """The spaces of the units that the features of a space belong to, of the units of those, and so on."""
+    """Return the chain of unit spaces around a space: its units, the units of these, and so on."""
     around = []
     while (units := graph.spaces[name].units) is not None:
         around.append(units)

@@ -1,4 +1,4 @@
-"""What comes before the trunk: a stem per task, which may differ from model to model."""
+"""The stem: the part before the trunk, which stays per task and may differ between models."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from lightning_zipit.graph.naming import modules_around
 from lightning_zipit.graph.order import descendants, varying, with_constants
 
 
-def find_behind(backbone: nn.Module, nodes: list[fx.Node], start_at: str) -> set[fx.Node]:
-    """The nodes that depend on the trunk's first module, and the constants that they read.
+def find_after_start(backbone: nn.Module, nodes: list[fx.Node], start_at: str) -> set[fx.Node]:
+    """Find the nodes that depend on the trunk's first module, and the constants that they read.
 
     Args:
         backbone: the network.
-        nodes: its graph in order, as :func:`split_constants` leaves it.
+        nodes: the nodes of its graph in order, after :func:`split_constants`.
         start_at: the trunk's first module.
 
     Raises:
-        ConfigurationError: if there is no such module.
+        ConfigurationError: if the module does not exist, or the forward does not call it.
     """
     first = {node for node in nodes if start_at in modules_around(node) or node.target == start_at}
     if not first:
@@ -33,39 +33,39 @@ def find_stem(
     nodes: list[fx.Node],
     start_at: str,
     trunk: set[fx.Node],
-    behind: set[fx.Node],
+    after_start: set[fx.Node],
     shapes: dict[str, tuple[int, ...]],
 ) -> set[fx.Node]:
-    """The nodes that do not depend on the trunk's first module, of those before the heads.
+    """Find the nodes before the heads that do not depend on the trunk's first module.
 
     Args:
-        nodes: the graph in order.
+        nodes: the nodes of the graph in order.
         start_at: the trunk's first module.
         trunk: the nodes before the heads.
-        behind: those that depend on that module; see :func:`find_behind`.
-        shapes: sizes of tensors by node name, where they are known.
+        after_start: the nodes that depend on the trunk's first module; see :func:`find_after_start`.
+        shapes: known shapes of tensors by node name.
 
     Raises:
-        ConfigurationError: if ``start_at`` comes after the trunk or first of all.
+        ConfigurationError: if ``start_at`` comes after the trunk's end, or no module comes before it.
     """
-    if not behind & trunk & varying(nodes):
+    if not after_start & trunk & varying(nodes):
         raise ConfigurationError(
-            f"start_at={start_at!r} comes after the trunk's end, so that nothing is left to merge: name an earlier "
+            f"start_at={start_at!r} comes after the trunk's end, so nothing is left to merge. Choose an earlier "
             "module, or a later `stop_at`."
         )
-    stem = with_constants(with_items((trunk - behind) & varying(nodes), nodes, shapes), nodes)
+    stem = with_constants(with_items((trunk - after_start) & varying(nodes), nodes, shapes), nodes)
     if all(node.op == "placeholder" for node in stem):
         raise ConfigurationError(
-            f"start_at={start_at!r} cuts nothing: no other module comes before it. Use start_at=None to merge from the "
-            "input on."
+            f"start_at={start_at!r} leaves no stem: no other module comes before it. Use start_at=None to merge from "
+            "the input on."
         )
     return stem
 
 
 def split_constants(graph: fx.Graph) -> None:
-    """Let every node that depends on the input read parameters and what is computed from them alone by itself.
+    """Give every node that depends on the input its own copies of the constant nodes that it reads.
 
-    A weight that is used before the trunk and in it is then two nodes, of which each belongs to one part.
+    A weight that both stem and trunk use is then two nodes, one in each part.
     """
     depending = varying(graph.nodes)
     for node in [node for node in graph.nodes if node in depending or node.op == "output"]:
@@ -83,21 +83,23 @@ def split_constants(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
-def name_apart(graph: fx.Graph, behind: set[fx.Node], shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """Name nodes so that the names of those behind the trunk's start do not depend on what comes before it.
+def name_apart(
+    graph: fx.Graph, after_start: set[fx.Node], shapes: dict[str, tuple[int, ...]]
+) -> dict[str, tuple[int, ...]]:
+    """Rename nodes, so that names after the trunk's start do not depend on the nodes before it.
 
     Args:
         graph: the graph; it is changed.
-        behind: the nodes behind the trunk's start.
-        shapes: sizes by the names that the nodes have.
+        after_start: the nodes after the trunk's start.
+        shapes: shapes of tensors by old node name.
 
     Returns:
-        Sizes by the new names.
+        Shapes of tensors by new node name.
     """
     taken: set[str] = set()
     renamed: dict[str, tuple[int, ...]] = {}
-    for node in sorted(graph.nodes, key=lambda node: node not in behind):
-        base = _plain_name(node) if node in behind else f"stem_{node.name}"
+    for node in sorted(graph.nodes, key=lambda node: node not in after_start):
+        base = _plain_name(node) if node in after_start else f"stem_{node.name}"
         name, number = base, 0
         while name in taken:
             number += 1
@@ -110,7 +112,7 @@ def name_apart(graph: fx.Graph, behind: set[fx.Node], shapes: dict[str, tuple[in
 
 
 def _plain_name(node: fx.Node) -> str:
-    """The name of a node without the number that its namesakes before it have given it."""
+    """Return the name of a node without the suffix that torch.fx appends to repeated names."""
     if node.op in ("call_module", "get_attr"):
         name = re.sub(r"\W", "_", str(node.target))
         return f"_{name}" if name[0].isdigit() else name

@@ -1,4 +1,4 @@
-"""The table of axes: what each axis of a parameter holds, and how the table is bound to the tensors of a module."""
+"""The table of axes: the feature spaces along each axis of each parameter, and its binding to a module."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ Role = Literal["producer", "consumer"]
 
 @dataclass(frozen=True)
 class Block:
-    """The entries of an axis that hold one feature space, feature after feature.
+    """The entries of an axis that belong to one feature space, in the order of its features.
 
     Attributes:
         space: name of the feature space.
-        starts: the first entry of each feature, ``range`` where they are evenly spaced.
-        repeat: how many neighbouring entries each feature has (H·W after a flatten, else 1).
+        starts: the first entry of each feature; a ``range`` if they are evenly spaced.
+        repeat: the number of adjacent entries per feature (H·W after a flatten, otherwise 1).
     """
 
     space: str
@@ -29,16 +29,16 @@ class Block:
 
     @property
     def size(self) -> int:
-        """How many features there are."""
+        """The number of features."""
         return len(self.starts)
 
     @property
     def contiguous(self) -> bool:
-        """Whether its entries are neighbours in order, with nothing between them."""
+        """Whether its entries are adjacent and in order."""
         return isinstance(self.starts, range) and (self.size == 1 or self.starts.step == self.repeat)
 
     def entries(self) -> Tensor:
-        """Indices along the axis, ``(features, repeat)``."""
+        """Return the indices of its entries along the axis, ``(features, repeat)``."""
         return torch.as_tensor(self.starts, dtype=torch.int64)[:, None] + torch.arange(self.repeat)
 
     def __str__(self) -> str:
@@ -53,14 +53,14 @@ class Block:
 
 @dataclass(frozen=True)
 class AxisRef:
-    """What one axis of a parameter, or of a measured tensor, holds.
+    """The feature spaces along one axis of a parameter or a measured tensor.
 
     Attributes:
-        blocks: the spaces along the axis; entries outside all blocks hold no feature that is merged.
+        blocks: the spaces along the axis. Entries outside all blocks hold no merged feature.
         role: whether the axis writes the spaces or reads them.
-        size: how many entries it holds, those of all groups.
-        groups: of a grouped convolution, whose axis 1 holds in the rows of each group the entries of that group only;
-            its length is then ``size / groups``.
+        size: the number of entries, over all groups.
+        groups: the number of groups of a grouped convolution. In the rows of a group, axis 1 holds only the entries of
+            that group, so its length is ``size / groups``.
     """
 
     blocks: tuple[Block, ...]
@@ -78,55 +78,58 @@ class AxisRef:
         return tuple(dict.fromkeys(block.space for block in self.blocks))
 
     def resized(self, widths: Mapping[str, int]) -> AxisRef:
-        """The same axis of a network whose spaces have other numbers of features: the same blocks in the same order.
+        """Return the same axis with other widths of its spaces: the same blocks in the same order.
 
         Args:
-            widths: per space its number of features; spaces that are left out keep theirs. The blocks of one that is
-                resized must be contiguous.
+            widths: the number of features per space. Missing spaces keep their width. The blocks of a resized space
+                must be contiguous.
         """
         growth = [(widths.get(block.space, block.size) - block.size) * block.repeat for block in self.blocks]
         if not any(growth):
             return self
         blocks = []
         for block, extra in zip(self.blocks, growth, strict=True):
-            starts = self._behind_growth(torch.as_tensor(block.starts), growth).numpy()
+            starts = self._after_growth(torch.as_tensor(block.starts), growth).numpy()
             if extra:
                 starts = starts[0] + np.arange(widths[block.space]) * block.repeat
             blocks.append(replace(block, starts=as_starts(starts)))
         return replace(self, blocks=tuple(blocks), size=self.size + sum(growth))
 
-    def _behind_growth(self, entries: Tensor, growth: Sequence[int]) -> Tensor:
-        """Where entries lie once blocks have grown at their ends."""
+    def _after_growth(self, entries: Tensor, growth: Sequence[int]) -> Tensor:
+        """Return the positions of entries after the blocks have grown at their ends."""
         moved = entries.clone()
         for block, extra in zip(self.blocks, growth, strict=True):
             moved += extra * (entries > block.starts[0])
         return moved
 
     def index(self, tables: Mapping[str, Tensor], resized: AxisRef | None = None) -> Tensor:
-        """Per entry of the axis, the entry that a per-space index table sends it to, ``(size,)``.
+        """Map each entry of the axis to another entry, by an index table per space.
 
         Args:
-            tables: per space an int64 vector ``(features,)`` with values among the features that it leads to.
-            resized: the axis that it leads to, where that has another size.
+            tables: per space, an int64 vector ``(features,)`` of target features.
+            resized: the target axis, if it has another size.
+
+        Returns:
+            int64 ``(size,)``, the target of each entry.
         """
         index, blocks = torch.arange(self.size), self.blocks
         if resized is not None and resized is not self:
             blocks = resized.blocks
             growth = [(new.size - old.size) * old.repeat for new, old in zip(blocks, self.blocks, strict=True)]
-            index = self._behind_growth(index, growth)
+            index = self._after_growth(index, growth)
         for block, new in zip(self.blocks, blocks, strict=True):
             index[block.entries()] = new.entries()[tables[block.space]]
         return index
 
     def along(self, values: Tensor, weight: Tensor, axis: int) -> Tensor:
-        """Values per entry ``(size,)``, spread so that they broadcast with the weight whose axis this is."""
+        """Reshape values per entry ``(size,)`` so that they broadcast with a weight along this axis."""
         if self.groups == 1:
             return values.reshape(-1, *[1] * (weight.ndim - axis - 1)).to(weight.device)
         rows = values.reshape(self.groups, -1).repeat_interleave(weight.shape[0] // self.groups, 0)
         return rows.reshape(len(rows), -1, *[1] * (weight.ndim - 2)).to(weight.device)
 
     def gather(self, weight: Tensor, axis: int, tables: Mapping[str, Tensor]) -> Tensor:
-        """The weight whose entry k along the axis is entry ``index(tables)[k]`` of the given one."""
+        """Return the weight whose entry k along the axis is entry ``index(tables)[k]`` of the given weight."""
         index = self.index(tables).to(weight.device)
         if self.groups == 1:
             return weight.index_select(axis, index)
@@ -136,7 +139,7 @@ class AxisRef:
     def scatter_add(
         self, weight: Tensor, axis: int, tables: Mapping[str, Tensor], resized: AxisRef | None = None
     ) -> Tensor:
-        """The weight in which entry ``index(tables, resized)[k]`` is the sum of the entries k of the given one."""
+        """Return the weight that sums each entry k of the given weight into entry ``index(tables, resized)[k]``."""
         resized = resized or self
         index = self.index(tables, resized).to(weight.device)
         if self.groups == 1:
@@ -152,28 +155,28 @@ class AxisRef:
 
 
 Row: TypeAlias = tuple[AxisRef | None, ...]
-"""What each axis of one parameter or buffer holds; ``None`` where it holds no feature."""
+"""The spaces along each axis of one parameter or buffer; ``None`` for an axis without features."""
 
 Table: TypeAlias = Mapping[str, Row]
-"""The row of each parameter and buffer, by every name that it has."""
+"""The row of each parameter and buffer, under every name of a tied tensor."""
 
 
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """All parameters and buffers by name; a tied tensor has an entry for every name that it has."""
+    """Return all parameters and buffers by name. A tied tensor has an entry for every name."""
     parameters = module.named_parameters(remove_duplicate=False)
     return dict((*parameters, *module.named_buffers(remove_duplicate=False)))
 
 
 def bind(table: Table, module: nn.Module) -> Iterator[tuple[str, Tensor, Row]]:
-    """Walk over the tensors of a module with their rows: the one loop over the table.
+    """Iterate over the tensors of a module with their rows. All other code uses this loop.
 
     Args:
         table: the rows by name.
-        module: a network, or a part of one whose tensors have the names that they have there.
+        module: a network, or a part of one with the same names of tensors.
 
     Yields:
-        A name, the tensor and its row, each tensor once: by the first of its names that the table knows. A tensor that
-        the table does not know has a row of ``None``.
+        Name, tensor and row, once per tensor. A tied tensor has the first of its names that is in the table. A tensor
+        without a name in the table has a row of ``None``.
 
     Example:
         >>> tied = nn.ModuleDict({"encoder": nn.Linear(2, 2, bias=False), "decoder": nn.Linear(2, 2, bias=False)})
@@ -191,12 +194,12 @@ def bind(table: Table, module: nn.Module) -> Iterator[tuple[str, Tensor, Row]]:
 
 
 def row_of(table: Table, name: str, tensor: Tensor) -> Row:
-    """The row of a tensor; one of ``None`` where the table does not know it."""
+    """Return the row of a tensor; a row of ``None`` if the table does not contain it."""
     return table.get(name) or (None,) * tensor.ndim
 
 
 def untie(module: nn.Module, table: Table) -> None:
-    """Give tied parameters tensors of their own where their rows differ: such a tensor has two roles.
+    """Untie the parameters whose rows differ between names, because such a tensor has two roles.
 
     Args:
         module: a part of a merged network; it is changed.
@@ -213,7 +216,7 @@ def untie(module: nn.Module, table: Table) -> None:
 
 
 def as_starts(positions: np.ndarray) -> range | tuple[int, ...]:
-    """Positions as a range where they are evenly spaced upwards."""
+    """Return positions as a range if they increase in equal steps, otherwise as a tuple."""
     if len(positions) == 1:
         return range(int(positions[0]), int(positions[0]) + 1)
     steps = np.diff(positions)

@@ -1,4 +1,4 @@
-"""Where features are measured."""
+"""Taps: the points where features are measured."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from lightning_zipit.graph.spaces import FeatureSpace, MergeGraph, Tap
 
 
 def before_activations(graph: MergeGraph) -> MergeGraph:
-    """The same graph, whose features are measured in front of the activation functions that precede their taps.
+    """Move the taps of a graph in front of the activation functions that precede them.
 
     Args:
-        graph: a merge graph, which is left as it is.
+        graph: a merge graph; it is not changed.
 
     Returns:
-        A graph of the same spaces. A tap moves back through operators that act on each entry by itself; one behind
-        anything else, such as max pooling, a norm or a stem, stays, and so does one of what attention projects.
+        A graph of the same spaces. A tap moves back through pointwise operators. A tap after any other operator, such
+        as max pooling or a norm, or after a stem, does not move. Neither does a tap of projections inside attention.
 
     Example:
         >>> from torch import nn
@@ -40,7 +40,7 @@ def before_activations(graph: MergeGraph) -> MergeGraph:
     def in_front(tap: Tap) -> Tap:
         node: fx.Node = nodes[tap.node]
         while not tap.projections and node.name in graph.trunk_nodes:
-            # A second input is a bound or an exponent for each feature.
+            # A second input may be a bound or an exponent per feature, so the operator differs between features.
             if Trait.POINTWISE not in traits_of(node, graph.module) or len(node.all_input_nodes) > 1:
                 break
             node = node.all_input_nodes[0]
@@ -50,7 +50,7 @@ def before_activations(graph: MergeGraph) -> MergeGraph:
 
 
 def measured_once(taps: Sequence[Tap]) -> Tap:
-    """The first of several taps of a space, which measures at the others, too, and nowhere twice."""
+    """Combine several taps of a space into one, without duplicates."""
     places: dict[tuple[str, str], Tap] = {}
     for tap in taps:
         places.setdefault((tap.node, str(tap.block)), replace(tap, also=()))
@@ -59,7 +59,7 @@ def measured_once(taps: Sequence[Tap]) -> Tap:
 
 
 def find_repeated(events: Sequence[Event]) -> list[Event]:
-    """The events of parameters that make features at several nodes, or read several values: they are applied again."""
+    """Find the events of parameters that are applied several times: they write or read at several nodes."""
     places: dict[tuple[str, int, str], set[fx.Node | None]] = defaultdict(set)
     for event in events:
         reads = event.kind == "consumer" and event.value is not None
@@ -69,14 +69,14 @@ def find_repeated(events: Sequence[Event]) -> list[Event]:
 
 
 def tapped_by_all(graphs: Sequence[MergeGraph]) -> MergeGraph:
-    """The first of several graphs of one network, measured wherever any of them is.
+    """Combine the taps of several graphs of one network, so that one calibration measures all of them.
 
     Args:
-        graphs: with other ends of the trunk, or other taps; they are left as they are.
+        graphs: merge graphs with different ends of the trunk, or different taps; they are not changed.
 
     Returns:
-        A graph to measure, not to merge: the spaces of the first, those of the others that are measured elsewhere, and
-        the trunks of all.
+        A graph for calibration, not for merging. It has the spaces of the first graph, the spaces of the others with
+        other taps, and the trunk nodes of all.
 
     Example:
         >>> from torch import nn

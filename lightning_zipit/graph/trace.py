@@ -1,4 +1,4 @@
-"""From a backbone to its merge graph: record it, cut it, interpret it, and prove it."""
+"""Tracing of a backbone: capture, cut, analysis and proof."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning_zipit.graph.record import record
 from lightning_zipit.graph.replay import check_capture, working_copy
 from lightning_zipit.graph.shapes import shapes_of
 from lightning_zipit.graph.spaces import MergeGraph
-from lightning_zipit.graph.stem import find_behind, find_stem, name_apart, split_constants
+from lightning_zipit.graph.stem import find_after_start, find_stem, name_apart, split_constants
 
 
 def trace(
@@ -29,34 +29,34 @@ def trace(
     barriers: Mapping[str, str] | None = None,
     start_at: str | None = None,
 ) -> MergeGraph:
-    """Find out which axes of a network's parameters must be merged together.
+    """Find the axes of a network's parameters that must be merged together.
 
-    The network is recorded in eval mode by torch.fx and is left as it was. No data is needed where an input that fits
-    can be guessed from the first layer.
+    torch.fx records the network in eval mode. The network is not changed. No data is needed if a fitting input can be
+    guessed from the first layer.
 
-    An operator that no rule knows is a barrier: it and all that depends on it stays a part of the heads, one per task,
-    and :attr:`MergeGraph.barriers` says so.
+    An operator without a rule is a barrier: the operator, and all that depends on it, stays in the heads, one per task.
+    :attr:`MergeGraph.barriers` lists the barriers.
 
     Args:
-        backbone: a network of one input whose ``forward`` torch.fx can follow.
-        stop_at: dotted name of the trunk's last module; all that comes after it stays a head per task. ``None``
-            zips everything down to the last layer with weights.
-        example_input: an input whose sizes are used. Its values do not matter.
-        merge_heads: put the last layer into the trunk too: the models then share one output space.
-        verify: an input on which to compare the capture with the network, and to prove the table: every space is
-            permuted in a copy, by two permutations without fixed points, and the copy must return the same. Three
-            forwards of 2 samples are run, in float64 where the network can. A space that fails becomes a barrier.
-        barriers: nodes of the traced graph that shall be barriers, and why.
-        start_at: dotted name of the trunk's first module; all that does not depend on it stays a stem per task.
+        backbone: a network of one input whose ``forward`` torch.fx can trace.
+        stop_at: dotted name of the trunk's last module; everything after it stays a head per task. ``None`` zips
+            everything down to the last layer with weights.
+        example_input: an input whose shape is used. Its values do not matter.
+        merge_heads: include the last layer in the trunk; the models then share one output space.
+        verify: an input for two checks. The captured graph must compute the same as the network. Every space is
+            permuted in a copy, by two permutations without fixed points, and the copy must return the same. This takes
+            three forwards of 2 samples, in float64 if the network supports it. A space that fails becomes a barrier.
+        barriers: nodes of the traced graph that must be barriers, and the reasons.
+        start_at: dotted name of the trunk's first module; everything that does not depend on it stays a stem per task.
             ``None`` zips from the input on.
 
     Returns:
         The feature spaces and the table of axes.
 
     Raises:
-        UnknownShapeError: if no input is given and none that fits was guessed.
-        TraceError: if torch.fx cannot follow, or what it recorded is not what the network computes, or a barrier leaves
-            nothing to merge.
+        UnknownShapeError: if no input is given and no guess fits.
+        TraceError: if torch.fx cannot trace the forward, if the captured graph does not compute the same as the
+            network, or if a barrier leaves nothing to merge.
         ConfigurationError: if ``stop_at`` or ``start_at`` does not exist or leaves nothing to merge.
         VerificationError: if ``verify`` finds that nothing can be merged.
 
@@ -88,16 +88,16 @@ def analyse_again(
     merge_heads: bool,
     analyse: Callable[[dict[str, str]], Analysed],
 ) -> Analysed:
-    """Analyse a network anew, with barriers that keep failing spaces from being merged.
+    """Analyze a network again, with barriers that keep failing spaces unmerged.
 
     Args:
         graph: the merge graph whose proof failed.
         failing: the spaces that fail.
-        merge_heads: whether there are no heads that could take over what fails.
-        analyse: the analysis, given barriers.
+        merge_heads: whether the heads are merged. If so, a failing space cannot stay per task.
+        analyse: function that analyzes the network with the given barriers.
 
     Raises:
-        VerificationError: if no barrier is left to try, or nothing to merge.
+        VerificationError: if no barrier is left to try, or nothing is left to merge.
     """
     new = {node: failure.why for failure in failing for node in failure.barriers if node not in graph.barriers}
     if merge_heads or not new:
@@ -109,7 +109,7 @@ def analyse_again(
 
 
 class _Capture:
-    """A captured network: its graph, the sizes of its tensors, and its parts before anything is a barrier."""
+    """A captured network: its graph, the shapes of its tensors, and its stem and trunk without barriers."""
 
     def __init__(
         self, backbone: nn.Module, stop_at: str | None, start_at: str | None, merge_heads: bool, example: Tensor | None
@@ -123,22 +123,22 @@ class _Capture:
         trunk = find_trunk(backbone, nodes, stop_at, shapes, merge_heads)
         self.stem: set[fx.Node] = set()
         if start_at is not None:
-            behind = find_behind(backbone, nodes, start_at)
-            self.stem = find_stem(nodes, start_at, trunk, behind, shapes)
-            trunk, shapes = trunk - self.stem, name_apart(graph, behind, shapes)
+            after_start = find_after_start(backbone, nodes, start_at)
+            self.stem = find_stem(nodes, start_at, trunk, after_start, shapes)
+            trunk, shapes = trunk - self.stem, name_apart(graph, after_start, shapes)
         self.trunk, self.shapes = trunk, shapes
 
     def analyse(self, barriers: Mapping[str, str]) -> MergeGraph:
-        """The merge graph with some barriers; a node that no rule understands becomes one more.
+        """Build the merge graph with the given barriers. A node that no rule supports becomes another barrier.
 
         Raises:
             TraceError: if a barrier leaves nothing to merge.
-            ConfigurationError: if there is nothing to merge.
+            ConfigurationError: if ``start_at`` or ``stop_at`` leaves nothing to merge.
         """
         known, last = dict(barriers), None
         while True:
-            behind = descendants({node for node in self.nodes if node.name in known}, self.nodes)
-            trunk = with_constants(self.trunk - behind, self.nodes)
+            blocked = descendants({node for node in self.nodes if node.name in known}, self.nodes)
+            trunk = with_constants(self.trunk - blocked, self.nodes)
             try:
                 graph = Analysis(
                     self.backbone, self.graph, self.shapes, trunk, self.stop_at, known, self.stem, self.start_at
@@ -156,11 +156,12 @@ class _Capture:
 def _check_mergeable(graph: MergeGraph, stop_at: str | None) -> None:
     if not any(space.tap for space in graph.spaces.values()):
         raise ConfigurationError(
-            f"start_at={graph.start_at!r} leaves no layer with weights in the trunk, so there is nothing to merge: "
-            "name an earlier module, or a later `stop_at`."
+            f"start_at={graph.start_at!r} leaves no layer with weights in the trunk, so the trunk has nothing to "
+            "merge. Choose an earlier module, or a later `stop_at`."
             if graph.start_at
-            else f"stop_at={stop_at!r} leaves no layer with weights in the trunk, so there is nothing to merge: "
-            "name a later module."
+            else f"stop_at={stop_at!r} leaves no layer with weights in the trunk, so the trunk has nothing to merge. "
+            "Choose a later module."
             if stop_at
-            else "The backbone has no layer with weights before its last, so there is nothing to merge."
+            else "The backbone has no layer with weights before its last layer, so the trunk has nothing to merge. "
+            "Choose a larger `backbone`, or use merge_heads=True if all models share one output space."
         )

@@ -1,4 +1,4 @@
-"""How the nodes of a graph use each parameter: a tensor can be merged in one way, however often it is used."""
+"""Uses of parameters by the nodes of a graph, and conflicts between them: a tensor can be merged in one role only."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from lightning_zipit.graph.table import named_tensors
 from lightning_zipit.graph.values import Ids
 
 Use: TypeAlias = "dict[int, tuple[str, int, bytes]]"
-"""Per axis that holds features: the role, the number of groups, and the features."""
+"""Per axis with features: the role, the number of groups, and the features."""
 
 Uses: TypeAlias = "dict[str, dict[fx.Node, Use]]"
-"""Per parameter, by the name that the forward reads, how each node uses it."""
+"""The use of each parameter by each node. Keys are the names that the forward reads."""
 
 
 def find_uses(module: nn.Module, nodes: Iterable[fx.Node], events: Iterable[Event], component: Ids) -> Uses:
-    """Collect how nodes use parameters.
+    """Collect the uses of parameters by nodes.
 
     Args:
         module: the traced network.
         nodes: the nodes in the order of the graph.
-        events: what their rules said.
-        component: per feature, the set of features that it is tied to.
+        events: the events that their rules recorded.
+        component: the index of the tied set of each feature.
     """
     uses: Uses = {}
     for node in nodes:
-        if node.op == "call_module":  # a call whose input holds no features has no events
+        if node.op == "call_module":  # a call without features in its input has no events
             for name in named_tensors(module.get_submodule(str(node.target))):
                 uses.setdefault(f"{node.target}.{name}", {})[node] = {}
     for event in events:
@@ -40,7 +40,7 @@ def find_uses(module: nn.Module, nodes: Iterable[fx.Node], events: Iterable[Even
 
 
 def find_conflicts(uses: Uses, order: Mapping[fx.Node, int]) -> dict[str, fx.Node]:
-    """The parameters that nodes use in different roles, and the first node that differs from those before it.
+    """Find the parameters that nodes use in different roles, and the first node whose use differs from earlier ones.
 
     Args:
         uses: see :func:`find_uses`.

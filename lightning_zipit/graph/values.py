@@ -1,4 +1,4 @@
-"""What tracing knows of a value: which of a tensor's axes hold features, and which features those are."""
+"""Abstract values of tracing: the axes of a tensor that hold features, and these features."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ Shape: TypeAlias = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Plain:
-    """A tensor without features that can be merged, such as the network's input; the shape may not be known."""
+    """A tensor without features to merge, such as the network's input. The shape may be unknown."""
 
     shape: Shape | None = None
 
 
 @dataclass(frozen=True)
 class Opaque:
-    """What an operator without a rule returned; ``ids`` are the features that went into it."""
+    """The output of an operator without a rule; ``ids`` are the features of its inputs."""
 
     ids: Ids
 
@@ -33,12 +33,13 @@ class Parameter:
     """A parameter or buffer, or a view of one.
 
     Attributes:
-        name: its name in the backbone; the first one of a tied tensor.
-        shape: the sizes of the view.
-        axes: per axis of the view, the whole axis of the parameter that it is; ``None`` where it is none.
+        name: its name in the backbone; for a tied tensor, the first name.
+        shape: the shape of the view.
+        axes: for each axis of the view, the axis of the parameter that it shows in full; ``None`` if there is none.
         path: the name by which the forward reads it.
-        counts: whether its entries could come in another order: they are several, and no whole numbers.
-        constant: whether it is a buffer, whose entries the code has put in the same order in all models.
+        counts: whether the order of its entries may differ between models: it has several entries, and is not of an
+            integer type.
+        constant: whether it is a buffer. The code gives its entries the same order in all models.
     """
 
     name: str
@@ -51,7 +52,7 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Joined:
-    """Parameters end to end along their first axis, as the biases of queries, keys and values are at times."""
+    """Parameters concatenated along their first axis, such as the biases of queries, keys and values."""
 
     parts: tuple[Parameter, ...]
 
@@ -61,11 +62,11 @@ class Features:
     """A tensor with features along one axis, or along several (heads and the features of each).
 
     Attributes:
-        ids: the features, one axis for each of ``axes``; a feature may come several times, as H·W neighbours do after
-            a flatten.
-        axes: the axes that hold them, counted from the front and in order.
-        shape: the tensor's sizes; a rule may leave it out, as it is known from the graph.
-        node: the node of the traced graph that made the tensor.
+        ids: the features, one axis for each of ``axes``. A feature may occur several times, such as H·W times after a
+            flatten.
+        axes: the axes that hold the features, counted from the front and in order.
+        shape: the shape of the tensor. A rule may omit it, because the graph knows it.
+        node: the node of the traced graph that computes the tensor.
     """
 
     ids: Ids
@@ -79,7 +80,7 @@ class Features:
 
     @property
     def positions(self) -> Shape:
-        """The sizes of all axes but the first and those of the features."""
+        """The sizes of all axes except the batch axis and the feature axes."""
         return tuple(size for axis, size in enumerate(self.shape) if axis and axis not in self.axes)
 
 
@@ -87,7 +88,7 @@ Value: TypeAlias = "Features | Parameter | Plain"
 
 
 def leaves(value: Any) -> Iterator[Any]:
-    """Everything inside nested tuples, lists, dicts and slices."""
+    """Iterate over the leaves of nested tuples, lists, dicts and slices."""
     if isinstance(value, (tuple, list)):
         for item in value:
             yield from leaves(item)
@@ -100,7 +101,7 @@ def leaves(value: Any) -> Iterator[Any]:
 
 
 def parts_of(value: Any) -> tuple[Parameter, ...]:
-    """The parameters that a value is made of; none where it is none."""
+    """Return the parameters in a value; empty if the value is not a parameter."""
     if isinstance(value, Joined):
         return value.parts
     return (value,) if isinstance(value, Parameter) else ()

@@ -1,4 +1,4 @@
-"""Two networks are of one architecture if they compute the same, not if they print alike."""
+"""Comparison of architectures: by what networks compute, not by how they print."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def merge(*nets, x=X):
 
 
 @pytest.mark.parametrize("other", [{"momentum": 0.01}, {"momentum": None}, {"inplace": True}, {"p": 0.2}, {"p": 0.0}])
-def test_what_changes_nothing_in_eval_mode_may_differ(other):
+def test_attributes_without_effect_in_eval_mode_may_differ(other):
     merge(convnet(), convnet(**other))
 
 
@@ -36,7 +36,7 @@ def test_what_changes_nothing_in_eval_mode_may_differ(other):
         ({"padding_mode": "circular"}, "padding_mode=zeros in the first and circular"),
     ],
 )
-def test_what_changes_the_function_is_refused_in_words(other, said):
+def test_architecture_differences_are_refused_with_the_reason(other, said):
     with pytest.raises(ArchitectureMismatchError, match=said):
         merge(convnet(), convnet(**other))
 
@@ -61,7 +61,7 @@ def test_dropout_of_attention_may_differ():
 
 
 class Scaled(nn.Module):
-    """Its factor is a number that it prints nothing of."""
+    """Has a factor that its `repr` does not show."""
 
     def __init__(self, factor):
         super().__init__()

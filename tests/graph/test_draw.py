@@ -1,4 +1,4 @@
-"""What is drawn: every node, its spaces in colour, where the trunk ends, and what is not merged."""
+"""Drawings of a merge graph: nodes, colours of spaces, the trunk's end, and notes."""
 
 import re
 from dataclasses import replace
@@ -17,7 +17,7 @@ EDGE = re.compile(r'^ +"([^"]+)" -> "([^"]+)";$', re.MULTILINE)
 
 
 def rows(svg):
-    """Kind and colours of every node in a picture, by its text."""
+    """Return the kind and colours of every node in an SVG, by its text."""
     drawn = {}
     for group in ElementTree.fromstring(svg).iter(f"{SVG}g"):
         fills = [rect.get("fill") for rect in group.iter(f"{SVG}rect") if rect.get("class") != "box"]
@@ -26,7 +26,7 @@ def rows(svg):
 
 
 class Named(nn.Module):
-    """Three layers, the first two under names of choice."""
+    """Build three layers, the first two with the given names."""
 
     def __init__(self, first, second="second"):
         super().__init__()
@@ -41,7 +41,7 @@ class Named(nn.Module):
         return self.last(x)
 
 
-def test_one_space_has_one_colour_and_others_have_others():
+def test_svg_nodes_of_one_space_share_one_colour():
     drawn = rows(trace(SmallResNet(), "layer1").to_svg())
     stage = drawn["conv1 · Conv2d"]
     assert stage == drawn["layer1.0.conv2 · Conv2d"] and stage[0] == "trunk" and len(stage[1]) == 1
@@ -66,11 +66,11 @@ def test_all_spaces_have_different_colours():
     assert len(set(fills)) == len(fills) and GREY not in fills
 
 
-def test_notes_and_pinned_spaces_are_written_below():
+def test_svg_lists_notes_and_pinned_spaces():
     graph = trace(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3)), merge_heads=True)
     texts = [text.text for text in ElementTree.fromstring(graph.to_svg()).iter(f"{SVG}text")]
     assert graph.notes and all(note in " ".join(texts) for note in graph.notes)
-    assert "2: 3 features, matched by number" in texts
+    assert "2: 3 features, matched by index" in texts
     assert rows(graph.to_svg())["2 · Linear"] == ("trunk", [GREY])
     assert graph._repr_svg_() == graph.to_svg()
 
@@ -82,7 +82,7 @@ def test_long_notes_are_wrapped():
 
 
 @pytest.mark.parametrize("network", [SmallResNet, HandWrittenViT])
-def test_dot_declares_every_node_once_and_those_that_an_edge_names(network):
+def test_dot_declares_every_node_of_an_edge_once(network):
     graph = trace(network())
     text = graph.to_dot()
     declared = [name for name, _, _ in NODE.findall(text) if not name.startswith("legend ")]

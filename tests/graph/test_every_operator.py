@@ -17,7 +17,7 @@ WIDE = {2: (2, 8), 3: (2, 8, 8), 4: (2, 8, 8, 8), 5: (2, 4, 8, 8, 8)}
 
 
 def inputs(ranks=(2, 3, 4, 5), sizes=SHAPES, pairs=True, make=None):
-    """Tensors of several ranks with features on each axis, and on each pair of axes."""
+    """Make tensors of several ranks with features on each axis, and on each pair of axes."""
     for rank in ranks:
         singles = [(axis,) for axis in range(1, rank)]
         for axes in (*singles, *(combinations(range(1, rank), 2) if pairs else ())):
@@ -29,18 +29,18 @@ def truth(tensor):
 
 
 def without(x, axes=()):
-    """The same shape without features, or with one entry alone along some axes."""
+    """Make tensors of the same shape without features, or with size 1 along some axes."""
     return Input(tuple(1 if axis in axes else size for axis, size in enumerate(x.shape)))
 
 
 def per_feature(x, kind):
-    """One entry for each feature, and one alone along all other axes."""
+    """Make a parameter with one entry per feature, and size 1 along all other axes."""
     shape = tuple(size if axis in x.axes else 1 for axis, size in enumerate(x.shape))
     return Weight(shape) if kind is Weight else Input(shape, x.axes)
 
 
 def entrywise(x):
-    """An input with numbers, with tensors and parameters that are broadcast, and with masks."""
+    """Combine an input with numbers, broadcast tensors and parameters, and masks."""
     like, other = Input(x.shape, x.axes), Input(x.shape, (len(x.shape) - x.axes[0],))
     numbers = [(x,), (x, 2), (x, 0.3), (x, 0.1, 0.5), (0.5, x)]
     seconds = [like, other, without(x), without(x, x.axes), per_feature(x, Input), Input(x.shape[1:])]
@@ -62,7 +62,7 @@ def entrywise(x):
 
 
 def along(x):
-    """Reductions and the like: which axes, in all ways of saying so."""
+    """Make the arguments of reductions: axes in all spellings."""
     for dim in (*range(1, len(x.shape)), -1):
         yield from (((x, dim), {}), ((x,), {"dim": dim}), ((x,), {"axis": dim}), ((), {"input": x, "dim": dim}))
         yield from (
@@ -151,7 +151,7 @@ def indices(tensor):
 
 
 def rearranged(x, name):
-    """What an operator is given beside its input goes by its name."""
+    """Choose the further arguments of an operator by its name."""
     (arguments,) = [make(x) for names, make in REARRANGED.items() if name in names.split()]
     yield from (((x, *given), {}) for given in arguments)
 
@@ -261,7 +261,7 @@ def weighted(x, name):
 
 
 def modules(x, cls):
-    """Modules of a class, made in many ways, of which torch takes those that fit the input."""
+    """Build modules of a class with many arguments. Torch rejects those that do not fit the input."""
     channels, last = x.shape[1], x.shape[-1]
     if cls is nn.Bilinear:
         yield from ((cls(last, last, 5), ((x, other), {})) for other in (Input(x.shape, x.axes), without(x)))
@@ -273,7 +273,7 @@ def modules(x, cls):
 
 @cache
 def made(cls, channels, last, inner):
-    """Different modules of a class."""
+    """Return the distinct modules of a class."""
     arguments = [(), (2,), (channels,), (2, channels), (-1,), (channels, 5, 1), (channels, channels, 1), (last, 5)]
     arguments += [(inner,), (0.1, 0.5), (1, 2), (1, 2.0), ((1, 1), 0.5), (1, 0.5), (1, (2, -1)), (0.3, "row")]
     arguments += [([0, 2, 1],), (2.0, 2), (3, 1, 1)]
@@ -333,7 +333,7 @@ def base(operator):
 
 
 def calls(rule, operator, x):
-    """All calls of an operator with an input that are tried."""
+    """Return all calls of an operator with an input."""
     if isinstance(operator, type):
         yield from (Call(module, args, kwargs) for module, (args, kwargs) in modules(x, operator))
         return
@@ -352,7 +352,7 @@ def operators():
 
 
 def judged(rule, operator, rng, xs, most):
-    """What comes out for some of the calls with each input."""
+    """Yield the outcomes of a random sample of calls for each input."""
     for x in xs:
         tried = list(calls(rule, operator, x))
         rng.shuffle(tried)
@@ -369,7 +369,7 @@ def test_the_operator_permutes_its_output_as_the_rule_says(rule):
         some = rng.sample(given, min(len(given), max(2, 200 // len(found))))
         if base(operator) not in HERE:
             moved = any([moves(outcome) for outcome in judged(rule, operator, rng, some, 1)])
-            # a rule that refuses everything would be right, and of no use
+            # a rule that rejects every call would be right, but useless
             assert moved or any(map(moves, judged(rule, operator, rng, given, 100))), key
 
 

@@ -1,4 +1,4 @@
-"""Every use of every parameter is explained, or the trunk ends before it."""
+"""Unexplained parameters: every use of a parameter is explained, or the trunk ends before it."""
 
 import copy
 import time
@@ -16,7 +16,7 @@ WIDTH = 8
 
 
 class First(nn.Module):
-    """A first operator that has no class of its own, and what reads it."""
+    """A network whose first operator is a function."""
 
     def __init__(self, make, forward):
         super().__init__()
@@ -95,7 +95,7 @@ UNEXPLAINED = {
 
 
 @pytest.mark.parametrize("name", UNEXPLAINED)
-def test_a_parameter_that_nothing_explains_makes_a_barrier(name):
+def test_unexplained_parameter_is_a_barrier(name):
     shapes = {"w": (5, 3), "v": (3, WIDTH), "c": (WIDTH, 5), "queries": (3, WIDTH), "g": (WIDTH,), "d": (4,)}
     net = First(shapes, UNEXPLAINED[name])
     net.gru, net.first, net.mix = nn.GRU(5, WIDTH, batch_first=True), nn.Linear(5, WIDTH), nn.Linear(4, 6)
@@ -123,7 +123,7 @@ PARTS = {
 
 @pytest.mark.parametrize("name", PARTS)
 @pytest.mark.parametrize("stop_at", [None, "first"])
-def test_a_part_of_the_features_that_is_treated_by_itself_is_a_space_by_itself(name, stop_at):
+def test_features_that_an_operator_reads_separately_form_a_space(name, stop_at):
     net = First({}, lambda net, p, x: PARTS[name](net.first(x)))
     net.first = nn.Linear(5, WIDTH)
     graph = trace(net, stop_at, verify=torch.randn(4, 5))
@@ -177,7 +177,7 @@ class Attending(nn.MultiheadAttention):
 
 
 class Named(nn.Conv1d):
-    """Computes what its base does."""
+    """Computes the same as its base class."""
 
     def __init__(self, *args, label="", **kwargs):
         super().__init__(*args, **kwargs)
@@ -188,7 +188,7 @@ class Named(nn.Conv1d):
 
 
 class Spare(nn.Conv1d):
-    """Has a parameter that no rule knows, and its base's forward."""
+    """Has a parameter that no rule explains, and the forward of its base class."""
 
     def __init__(self, *args):
         super().__init__(*args)
@@ -204,7 +204,7 @@ def around(layer):
     [Loud(), Padded(8, 8, 3, padding=1), nn.Sequential(nn.Flatten(2), Scaled(9, 9)), Lenient(8), Noisy()],
     ids=lambda layer: type(layer).__name__,
 )
-def test_a_subclass_that_computes_something_else_is_followed_or_a_barrier(layer):
+def test_subclass_with_another_forward_is_traced_or_a_barrier(layer):
     net, x = around(layer).eval(), torch.randn(3, 3, 9)
     graph = trace(net, example_input=x)
     assert graph.barriers == trace(net, verify=x).barriers
@@ -216,7 +216,7 @@ def test_an_instance_with_a_forward_of_its_own_has_no_rule():
     assert "cumsum" in trace(around(layer), verify=torch.randn(3, 3, 9)).barriers
 
 
-def test_a_subclass_that_computes_what_its_base_does_has_its_rule():
+def test_subclass_without_overrides_inherits_the_rule():
     graph = trace(around(Named(8, 8, 3, label="middle")), verify=torch.randn(3, 3, 9))
     assert graph.axes["1.weight"][0].spaces == ("1",)
     assert any("spare" in why for why in trace(around(Spare(8, 8, 1))).barriers.values())
@@ -261,13 +261,13 @@ def test_a_chain_of_residual_blocks_is_walked_once():
     assert time.perf_counter() - start < 20  # 2^30 steps would be hours
 
 
-def test_a_trunk_that_starts_with_an_unexplained_parameter_is_refused():
-    with pytest.raises(TraceError, match=r"nothing says in which order the entries of `0\.weight_ih_l0`"):
+def test_trunk_that_starts_with_an_unexplained_parameter_is_refused():
+    with pytest.raises(TraceError, match=r"the order of entries is unknown in `0\.weight_ih_l0`"):
         trace(nn.Sequential(nn.GRU(4, 8)), merge_heads=True, example_input=torch.randn(2, 3, 4))
 
 
 class Apart(nn.Module):
-    """Parts with features along two axes, of which each is a barrier."""
+    """Unbinds parts with features along two axes. Each part is a barrier."""
 
     def __init__(self):
         super().__init__()
@@ -279,7 +279,7 @@ class Apart(nn.Module):
 
 
 @torch.no_grad()
-def test_parts_of_a_tensor_are_not_handed_over_as_they_are():
+def test_parts_of_a_tensor_are_not_crossings():
     net = Apart()
     graph = trace(net)
     assert not any("unbind" in crossing.node for crossing in graph.crossings)

@@ -1,4 +1,4 @@
-"""Tensors that are not merged by features are shared where all sources can share them, and nowhere else."""
+"""Tensors without features are shared only if their values work in all sources."""
 
 import copy
 
@@ -21,7 +21,7 @@ USES = {
 
 
 class Buffered(nn.Module):
-    """Uses a buffer of whole numbers or truth values along its hidden features."""
+    """Uses an integer or boolean buffer along its hidden features."""
 
     def __init__(self, use, buffer):
         super().__init__()
@@ -57,7 +57,7 @@ def test_buffers_that_go_with_features_are_not_shared(use, refine):
 
 
 class Normalised(nn.Module):
-    """Normalises its input by buffers, and counts its calls in another one."""
+    """Normalizes its input by buffers, and counts its calls in another buffer."""
 
     def __init__(self, mean=0.0):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The proof finds every wrong rule, in trunk and heads, in small spaces, and in any type of numbers."""
+"""The proof finds wrong rules in trunk and heads, in small spaces, and in any dtype."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def test_a_cycle_has_no_fixed_point(size):
 
 
 def _generated(generators):
-    """Every permutation that some permutations generate, by brute force."""
+    """Return the group that some permutations generate, by brute force."""
     found, new = set(), {tuple(range(len(generators[0])))}
     while new:
         found |= new
@@ -27,13 +27,13 @@ def _generated(generators):
 
 
 @pytest.mark.parametrize(("size", "count"), [(2, 2), (3, 6), (4, 24), (5, 120), (6, 720)])
-def test_the_two_permutations_of_a_proof_generate_all(size, count):
+def test_the_two_permutations_of_a_proof_generate_all_permutations(size, count):
     for seed in range(5):
         pair = [cycle(size, torch.Generator().manual_seed(seed), second).tolist() for second in (False, True)]
         assert len(_generated(pair)) == count
 
 
-def test_permutations_of_heads_and_of_what_they_hold_have_no_fixed_point():
+def test_permutations_of_heads_and_their_features_have_no_fixed_point():
     layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True)
     graph = trace(nn.Sequential(nn.Linear(3, 8), layer, nn.Linear(8, 2)), example_input=torch.randn(2, 5, 3))
     for second in (False, True):
@@ -42,7 +42,7 @@ def test_permutations_of_heads_and_of_what_they_hold_have_no_fixed_point():
 
 
 def takes_for_positions(name):
-    """A wrong rule: it says of a parameter with features along it that it holds positions."""
+    """Wrong rule, which records a parameter of features as positional."""
 
     def rule(ctx, module, x):
         ctx.positional(ctx.parameter(name))
@@ -52,7 +52,7 @@ def takes_for_positions(name):
 
 
 class PerGroup(nn.Module):
-    """A factor for each group of channels."""
+    """Multiplies each group of channels by a factor."""
 
     def __init__(self, channels, groups):
         super().__init__()
@@ -63,7 +63,7 @@ class PerGroup(nn.Module):
 
 
 @pytest.mark.parametrize("groups", [2, 3, 4])
-def test_a_rule_that_ignores_a_factor_per_group_is_found_wrong(groups):
+def test_proof_finds_a_rule_that_ignores_a_factor_per_group(groups):
     register_rule(PerGroup, takes_for_positions("factor"))
     channels = 2 * groups
     net = nn.Sequential(
@@ -82,7 +82,7 @@ class Roll(nn.Module):
 
 
 @pytest.mark.parametrize("size", [3, 4, 6])
-def test_a_rule_that_takes_a_cyclic_shift_for_nothing_is_found_wrong(size):
+def test_proof_finds_a_rule_that_ignores_a_cyclic_shift(size):
     register_rule(Roll, lambda ctx, module, x: x)
     net = nn.Sequential(nn.Linear(5, size), Roll(), nn.Linear(size, size), nn.ReLU(), nn.Linear(size, 2))
     with pytest.raises(VerificationError):
@@ -90,13 +90,13 @@ def test_a_rule_that_takes_a_cyclic_shift_for_nothing_is_found_wrong(size):
 
 
 class Ordered(nn.Module):
-    """Adds to each feature its number."""
+    """Adds to each feature its index."""
 
     def forward(self, x):
         return x + torch.arange(x.shape[-1])
 
 
-def test_a_head_whose_rule_is_wrong_unmerges_what_it_reads():
+def test_head_with_a_wrong_rule_unmerges_its_input():
     register_rule(Ordered, lambda ctx, module, x: x)
     net = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), Ordered(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2))
     assert trace(net, "1", example_input=torch.randn(4, 5)).crossings[0].absorbed
@@ -175,7 +175,7 @@ def test_a_network_that_casts_to_single_precision_is_proved_in_it():
         trace(Casts(wrong=True), verify=x)
 
 
-def test_the_order_of_parameters_that_are_all_the_same_is_proved_too():
+def test_proof_covers_parameters_with_equal_entries():
     class Scaled(nn.Module):
         def __init__(self):
             super().__init__()

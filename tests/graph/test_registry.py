@@ -1,4 +1,4 @@
-"""The table of operators: what it says of each, and that the manual says the same."""
+"""Registry of operators, and its table in the manual."""
 
 from pathlib import Path
 
@@ -31,7 +31,7 @@ def test_every_rule_is_found_by_all_spellings():
     assert operator_of(node_of("no such method"), nn.Module()) is None
 
 
-def test_what_writes_in_place_is_seen_wherever_it_is_said():
+def test_in_place_operators_are_recognized_in_all_spellings():
     network = nn.Module()
     for node in (node_of("add_", 1), node_of(F.relu, True), node_of(F.elu, 1.0, True), node_of(F.relu, inplace=True)):
         assert writes_in_place(node, network)
@@ -39,7 +39,7 @@ def test_what_writes_in_place_is_seen_wherever_it_is_said():
         assert not writes_in_place(node, network)
 
 
-def test_names_that_torch_takes_from_numpy_are_its_own():
+def test_numpy_argument_names_become_torch_names():
     rule = OPERATORS["mean"].rule
     assert spelled(rule, {"axis": 1, "keepdims": True}) == {"dim": 1, "keepdim": True}
 

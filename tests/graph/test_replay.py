@@ -1,4 +1,4 @@
-"""A capture is compared with the forward that it was captured from, and a network is left as it was."""
+"""Check of a capture against the network's forward, which leaves the network unchanged."""
 
 import copy
 
@@ -12,7 +12,7 @@ from lightning_zipit.graph.replay import agree, swapped, working_copy
 
 
 class Branching(nn.Module):
-    """Takes another branch for what passes through it when it is recorded."""
+    """Takes another branch while torch.fx traces it."""
 
     def __init__(self):
         super().__init__()
@@ -33,25 +33,25 @@ class Noisy(nn.Module):
 
 
 def test_a_capture_that_took_another_branch_is_refused():
-    with pytest.raises(TraceError, match="does not compute what its forward does"):
+    with pytest.raises(TraceError, match="does not compute the same as its forward"):
         trace(Branching(), verify=torch.randn(4, 5))
-    with pytest.raises(TraceError, match="does not compute what its forward does"):
+    with pytest.raises(TraceError, match="does not compute the same as its forward"):
         nets = {"a": Branching(), "b": Branching()}
         merge_backbones(nets, [torch.randn(16, 5)], MergeSettings(refine=None, verify=False))
 
 
-def test_a_forward_that_is_random_in_eval_mode_is_refused_as_that():
-    with pytest.raises(TraceError, match="another result each time"):
+def test_forward_that_is_random_in_eval_mode_is_refused():
+    with pytest.raises(TraceError, match="random in eval mode"):
         trace(Noisy(), verify=torch.randn(4, 5))
 
 
-def test_an_input_that_does_not_fit_is_named():
+def test_error_names_the_shape_of_a_wrong_input():
     nets = {task: nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 2)) for task in "ab"}
     with pytest.raises((CalibrationError, TraceError), match=r"\(\d, 7\)"):
         merge_backbones(nets, [torch.randn(16, 7)], MergeSettings(refine=None))
 
 
-def test_swapped_tensors_are_put_back_also_after_an_error():
+def test_swapped_tensors_are_restored_after_an_error():
     net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
     net.add_module("again", net[0])  # one module under two names
     before = {name: tensor for name, tensor in (*net.named_parameters(), *net.named_buffers())}
@@ -88,7 +88,7 @@ def test_agreement_of_tensors(first, second, same):
 
 
 class Keeps(nn.Module):
-    """A network that keeps something of every forward."""
+    """Stores values of every forward."""
 
     def __init__(self, how):
         super().__init__()
@@ -112,7 +112,7 @@ class Keeps(nn.Module):
 
 
 @pytest.mark.parametrize("how", ["attribute", "list", "dict", "buffer in place", "buffer"])
-def test_what_a_forward_keeps_is_not_kept_in_the_users_network(how):
+def test_tracing_stores_nothing_in_the_users_network(how):
     nets = {task: Keeps(how).train() for task in "ab"}
     before = {task: copy.deepcopy(net) for task, net in nets.items()}
     x = torch.randn(16, 5)
@@ -127,7 +127,7 @@ def test_what_a_forward_keeps_is_not_kept_in_the_users_network(how):
 
 
 class KeepsByHook(nn.Module):
-    """Keeps features of its last forward, with the history that gradients take."""
+    """Stores features of its last forward, with their autograd graph."""
 
     def __init__(self):
         super().__init__()
@@ -151,7 +151,7 @@ def test_a_network_that_keeps_tensors_with_a_history_is_merged():
 
 
 @pytest.mark.parametrize("norm", [torch.nn.utils.weight_norm, torch.nn.utils.parametrizations.weight_norm])
-def test_weight_norm_is_refused_with_the_way_out(norm):
+def test_weight_norm_error_says_how_to_remove_it(norm):
     nets = {task: nn.Sequential(norm(nn.Linear(5, 6)), nn.ReLU(), nn.Linear(6, 2)) for task in "ab"}
     with pytest.raises(TraceError, match="remove_"):
         merge_backbones(nets, [torch.randn(16, 5)], MergeSettings(refine=None))

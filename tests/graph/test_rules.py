@@ -1,4 +1,4 @@
-"""One operator at a time: what it ties, and what it refuses."""
+"""Rules of operators: ties, barriers and errors."""
 
 import re
 from dataclasses import replace
@@ -17,7 +17,7 @@ X = torch.randn(4, 3, 8, 8)
 
 
 class Net(nn.Module):
-    """Two convolutions with something between, and a linear layer."""
+    """Two convolutions with an operator between them, and a linear layer."""
 
     def __init__(self, between, channels=6, into=None, final=None):
         super().__init__()
@@ -160,7 +160,7 @@ def test_features_tied_to_the_input_are_pinned():
         (lambda net, y, x: y.mean((0, 1), keepdim=True) + y, "`mean`"),
     ],
 )
-def test_what_no_rule_knows_is_a_barrier_that_is_named(between, operator):
+def test_operator_without_a_rule_is_a_named_barrier(between, operator):
     net = Net(between)
     x = torch.randn(2, 3, 6, 8)
     graph = trace(nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), net), verify=x)
@@ -187,19 +187,19 @@ def test_a_barrier_that_leaves_nothing_to_merge_is_an_error():
         trace(net, stop_at="1", merge_heads=True)
 
 
-def test_unknown_operators_in_the_heads_do_no_harm():
+def test_operators_without_a_rule_are_allowed_in_heads():
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 4), nn.Softmax(dim=1))
     assert trace(net, verify=X).crossings[0].absorbed
 
 
-def test_an_input_that_cannot_be_guessed_is_asked_for():
+def test_error_asks_for_an_example_input():
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(4 * 3 * 7, 2))
     with pytest.raises(UnknownShapeError, match="example_input"):
         trace(net)
     assert trace(net, example_input=torch.randn(1, 3, 7, 11)).crossings[0].absorbed
 
 
-def test_a_forward_that_torch_fx_cannot_follow_shows_the_line():
+def test_error_shows_the_line_that_torch_fx_cannot_trace():
     class Branching(nn.Module):
         def __init__(self):
             super().__init__()
@@ -224,7 +224,7 @@ def test_a_result_in_place_that_is_not_used_is_an_error():
 
 
 class Shuffle(nn.Module):
-    """Reverses the order of the channels in a way that no rule knows."""
+    """Reverses the order of the channels by an operator without a rule."""
 
     def forward(self, x):
         return torch.fliplr(x)
@@ -241,11 +241,11 @@ def test_a_registered_rule_is_used_and_proven():
     net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), *net)
     net[2] = nn.Conv2d(6, 4, 3)
     graph = trace(net, verify=torch.randn(4, 3, 10, 10))
-    assert list(graph.spaces) == ["0"] and "would change what it computes" in graph.notes[0]
+    assert list(graph.spaces) == ["0"] and "would change what the trunk computes" in graph.notes[0]
 
 
 class Gain(nn.Conv2d):
-    """A convolution with a gain for each of its channels, as some that standardise their weights have."""
+    """A convolution with a gain per channel, such as weight-standardized convolutions have."""
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
@@ -269,7 +269,7 @@ def test_a_subclass_with_a_forward_of_its_own_has_no_rule_and_is_traced_into():
 
 
 class Gated(nn.Module):
-    """A block that torch.fx cannot follow: half of its hidden features gate the other half."""
+    """A block that torch.fx cannot trace: half of its hidden features gate the other half."""
 
     def __init__(self, channels, hidden):
         super().__init__()
@@ -281,7 +281,7 @@ class Gated(nn.Module):
         return x + self.project(values * gates.sigmoid()) if x.shape[0] > 0 else x
 
 
-def test_a_block_behind_a_leaf_module_says_its_axes_itself():
+def test_rule_of_a_leaf_module_defines_the_axes_of_a_block():
     def rule(ctx, module, x):
         hidden = ctx.fresh(module.project.in_channels)
         ctx.read(ctx.parameter("expand.weight"), 1, x)
@@ -296,4 +296,4 @@ def test_a_block_behind_a_leaf_module_says_its_axes_itself():
     net = nn.Sequential(nn.Conv2d(3, 4, 3), Gated(4, 6), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 2))
     graph = trace(net, verify=X)
     assert graph.axes["1.expand.weight"][0].spaces == ("1.expand",)
-    assert "`1.expand` (6 features) is matched by number: nothing measures it" in graph.notes[0]
+    assert "`1.expand` (6 features) is matched by index: its activations cannot be measured" in graph.notes[0]

@@ -1,4 +1,4 @@
-"""Where the trunk starts: stems that stay per task."""
+"""Stems: the parts before the trunk's start, which stay per task."""
 
 import pytest
 import torch
@@ -23,12 +23,12 @@ def test_any_module_starts_the_trunk_and_the_table_proves_right(start_at, stop_a
     assert all(not any(graph.axes[name]) for name in stem)
 
 
-def test_without_a_start_nothing_is_a_stem_and_names_are_those_of_the_forward():
+def test_without_start_at_the_stem_is_empty_and_node_names_stay():
     graph = trace(SmallResNet())
     assert not graph.stem_nodes and not graph.entries and "x" in graph.trunk_nodes
 
 
-def test_a_stem_hands_over_each_value_that_the_trunk_reads():
+def test_entries_are_all_stem_values_that_the_trunk_reads():
     graph = trace(SmallResNet(), start_at="layer1.0.conv2")  # what conv2 reads, and the shortcut around it
     assert [entry.shape[0] for entry in graph.entries] == [8, 8]
     assert graph.spaces["stem"].producers[0][0] == "layer1.0.conv2.weight"  # the stage is one space
@@ -41,7 +41,7 @@ def test_positions_of_a_flattened_feature_stay_together():
 
 
 class Tied(nn.Module):
-    """One weight, before the trunk and in it."""
+    """Uses one weight both in the stem and in the trunk."""
 
     def __init__(self):
         super().__init__()
@@ -63,13 +63,13 @@ def test_a_weight_that_is_used_on_both_sides_belongs_to_both():
 @pytest.mark.parametrize(
     ("start_at", "stop_at", "message"),
     [
-        ("layer9", None, r"start_at='layer9' is no module of the backbone \(SmallResNet\)\. Did you mean"),
-        ("conv1", None, "start_at='conv1' cuts nothing: no other module comes before it"),
+        ("layer9", None, r"start_at='layer9' is not a module of the backbone \(SmallResNet\)\. Did you mean"),
+        ("conv1", None, "start_at='conv1' leaves no stem: no other module comes before it"),
         ("linear", None, "start_at='linear' comes after the trunk's end"),
         ("layer2", "layer1", "start_at='layer2' comes after the trunk's end"),
     ],
 )
-def test_a_start_that_cuts_wrongly_is_refused(start_at, stop_at, message):
+def test_wrong_start_at_is_refused(start_at, stop_at, message):
     with pytest.raises(ConfigurationError, match=message):
         trace(SmallResNet(), stop_at, start_at=start_at)
 
@@ -91,24 +91,24 @@ def test_operators_without_a_rule_may_be_in_a_stem_but_not_at_its_end():
     assert not trace(net, start_at="2", verify=torch.randn(4, 5)).barriers
 
 
-def test_networks_agree_whatever_their_stems_are():
+def test_stems_may_differ_between_networks():
     graphs = trace_all({"a": SplitNet(3), "b": SplitNet(1, deep=True)}, None, start_at="body")
     first, second = graphs.values()
     assert first.trunk_nodes == second.trunk_nodes and first.stem_nodes != second.stem_nodes
     assert list(first.spaces) == list(second.spaces) == ["stem", "body.0", "body.3"]
 
 
-def test_what_stems_hand_over_must_be_the_same():
+def test_stems_must_output_the_same_shapes_and_features():
     pair = {"a": SplitNet(3), "b": SplitNet(3, deep=True)}
-    with pytest.raises(ArchitectureMismatchError, match=r"\(8, 16, 16\) for a sample in the first and \(8, 8, 8\)"):
+    with pytest.raises(ArchitectureMismatchError, match=r"\(8, 16, 16\) in the first and \(8, 8, 8\)"):
         trace_all(pair, None, example=X, start_at="body")
     other = PlainNet()
     other.features = nn.Sequential(nn.Flatten(), nn.Linear(3 * 256, 432))
-    with pytest.raises(ArchitectureMismatchError, match=r"other features: 12 on axis 1.* in the first and 432"):
+    with pytest.raises(ArchitectureMismatchError, match=r"different features: 12 on axis 1.* in the first and 432"):
         trace_all({"a": PlainNet(), "b": other}, None, example=X, start_at="classifier")
 
 
-def test_an_error_of_networks_that_differ_at_their_start_names_the_way_out():
+def test_error_of_different_first_layers_suggests_start_at():
     with pytest.raises(ArchitectureMismatchError, match=r"stem\.0\.weight.*`start_at`"):
         trace_all({"a": SplitNet(3), "b": SplitNet(1)}, None)
 

@@ -1,4 +1,4 @@
-"""Where features are measured: at their last reader, and at all of them where a layer is applied several times."""
+"""Taps: at the last reader of a space, or at all readers if a layer is applied several times."""
 
 import copy
 
@@ -13,7 +13,7 @@ from lightning_zipit.paths import AllHeads
 
 
 class Twice(nn.Module):
-    """A layer that is applied twice; most of what it gives the second time is silent."""
+    """Applies a layer twice. Most of its outputs are 0 the second time."""
 
     def __init__(self):
         super().__init__()
@@ -32,7 +32,7 @@ class Twice(nn.Module):
 
 
 class BothSides(nn.Module):
-    """One layer makes the features of two images, of different sizes; two layers read those of one each."""
+    """One layer writes the features of two images of different sizes. Each image has its own reader."""
 
     def __init__(self):
         super().__init__()
@@ -52,7 +52,7 @@ class BothSides(nn.Module):
 
 
 class Attending(nn.Module):
-    """One attention that is applied twice."""
+    """Applies one attention twice."""
 
     def __init__(self):
         super().__init__()
@@ -81,7 +81,7 @@ def test_a_layer_that_is_applied_twice_is_measured_both_times():
     assert queries and all(len(nodes_of(tap)) == 2 for tap in queries)
 
 
-def test_taps_that_measure_at_other_places_have_another_key():
+def test_taps_at_different_places_have_different_keys():
     tap = trace(Twice()).spaces["first"].tap
     assert len({tap.key, tap.also[0].key, measured_at_first(tap).key}) == 3
 
@@ -92,7 +92,7 @@ def measured_at_first(tap):
 
 @torch.no_grad()
 @pytest.mark.parametrize("positions", [None, 7])
-def test_samples_of_all_places_count_alike(positions):
+def test_samples_of_all_taps_count_equally(positions):
     torch.manual_seed(0)
     nets, x = {task: BothSides().eval() for task in "ab"}, torch.randn(20, 3, 12, 12)
     graph = trace(nets["a"], example_input=x[:1])

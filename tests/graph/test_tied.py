@@ -1,4 +1,4 @@
-"""Tied tensors: every name has a row, one tensor has one role, and a tensor with two roles becomes two."""
+"""Tied tensors: every name has a row, and a tensor with two roles is untied."""
 
 import copy
 
@@ -24,7 +24,7 @@ def columns(module, order):
 
 
 def assert_merges_exactly(net, other, x, refine, **settings):
-    """The two networks are one function, written in two orders."""
+    """Check that two permuted copies of one function merge exactly."""
     torch.testing.assert_close(other(x), net(x), rtol=1e-4, atol=1e-5)
     merged = merge_backbones({"a": net, "b": other}, [x], MergeSettings(refine=refine, **settings))
     for head in merged.heads.values():
@@ -51,7 +51,7 @@ class LanguageModel(nn.Module):
 
 
 class Functional(LanguageModel):
-    """The same with the embedding's weight given to a function."""
+    """Like `LanguageModel`, but the output layer is `F.linear` with the weight of the embedding."""
 
     def forward(self, ids):
         x = self.tok(ids)
@@ -59,7 +59,7 @@ class Functional(LanguageModel):
 
 
 class Product(LanguageModel):
-    """The same with a product with the transposed weight."""
+    """Like `LanguageModel`, but the output layer is a product with the transposed weight."""
 
     def forward(self, ids):
         x = self.tok(ids)
@@ -89,7 +89,7 @@ def test_every_name_of_a_tied_tensor_has_its_row():
 
 
 class Tied(nn.Module):
-    """Two tied layers that are called in another order than they are defined in."""
+    """Two tied layers whose call order differs from their definition order."""
 
     def __init__(self):
         super().__init__()
@@ -114,7 +114,7 @@ def test_two_tied_layers_merge_exactly_in_any_order(refine, stop_at):
 
 
 class TiedAutoencoder(nn.Module):
-    """A decoder that uses the encoder's weight the other way round."""
+    """A decoder that uses the transposed weight of the encoder."""
 
     def __init__(self):
         super().__init__()
@@ -135,7 +135,7 @@ def test_a_decoder_that_uses_the_encoders_weight_merges_exactly(refine):
 
 
 class TwoRoles(nn.Module):
-    """A layer inside the trunk that uses the weight of another one transposed."""
+    """A layer of the trunk that uses the transposed weight of another layer."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Whole networks: the table, the cut, and that tracing leaves them alone."""
+"""Tracing of whole networks: the table of axes, the cut, and errors."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def test_a_cut_inside_a_residual_stage_needs_an_explicit_unmerge():
     assert [crossing.absorbed for crossing in inside.crossings] == [False]
 
 
-def test_a_cut_inside_a_block_hands_over_the_stream_too():
+def test_cut_inside_a_block_passes_the_residual_stream_too():
     assert len(trace(SmallResNet(), "layer1.1.conv1").crossings) == 2
 
 
@@ -44,14 +44,14 @@ def test_spaces_of_the_heads_are_not_in_the_table(stop_at):
     assert all(space.tap is not None for space in graph.spaces.values())
 
 
-def test_a_misspelt_stop_at_is_told_what_is_close():
+def test_misspelt_stop_at_error_suggests_names():
     with pytest.raises(ConfigurationError, match=r"layr1.*Did you mean 'layer1'"):
         trace(SmallResNet(), "layr1")
 
 
 @pytest.mark.parametrize("stop_at", ["linear", "layer2.1.conv1.nothing"])
-def test_a_stop_at_that_cuts_nothing_is_an_error(stop_at):
-    with pytest.raises(ConfigurationError, match=r"cuts nothing|no module"):
+def test_stop_at_that_leaves_no_head_is_an_error(stop_at):
+    with pytest.raises(ConfigurationError, match=r"leaves no head|not a module"):
         trace(SmallResNet(), stop_at)
 
 
@@ -82,7 +82,7 @@ def test_merged_heads_keep_the_order_of_their_outputs():
 
 
 class Masked(nn.Module):
-    """Makes a tensor of its own, reads a buffer, and takes an argument that nobody passes."""
+    """Creates a tensor, reads a buffer, and has an unused optional argument."""
 
     def __init__(self):
         super().__init__()
@@ -101,7 +101,7 @@ def test_a_network_with_tensors_of_its_own_keeps_arguments_at_their_defaults():
     assert not graph.barriers and graph.spaces["conv1"].pinned == ""
 
 
-def test_weight_norm_is_an_error_that_says_how_to_take_it_off():
+def test_parametrization_error_says_how_to_remove_it():
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 2, 3))
     nn.utils.parametrizations.weight_norm(net[2])
     with pytest.raises(TraceError, match=r"`2` \(ParametrizedConv2d\).*remove_parametrizations"):
@@ -110,7 +110,7 @@ def test_weight_norm_is_an_error_that_says_how_to_take_it_off():
     trace(net, verify=torch.randn(1, 3, 9, 9))
 
 
-def test_one_weight_in_two_places_ties_what_both_do():
+def test_shared_weight_ties_the_features_of_both_layers():
     net = nn.Sequential(
         nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2)
     )
@@ -119,14 +119,14 @@ def test_one_weight_in_two_places_ties_what_both_do():
     assert len(graph.spaces) == 1 and graph.axes["4.weight"] == graph.axes["2.weight"]
 
 
-def test_groups_that_two_layers_divide_differently_end_the_trunk_and_say_so():
+def test_conflicting_groups_end_the_trunk_with_a_note():
     net = nn.Sequential(
         *(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 12, 1, groups=4), nn.ReLU(), nn.Conv2d(12, 6, 1, groups=2)),
         *(nn.ReLU(), nn.Conv2d(6, 5, 1), nn.ReLU(), nn.Conv2d(5, 4, 1)),
     )
     graph = trace(net, verify=torch.randn(2, 3, 5, 5))
     assert list(graph.spaces) == ["0", "2", "2 groups"]
-    assert "Module `4` (Conv2d)" in graph.notes[0] and "divides differently" in graph.notes[0]
+    assert "Module `4` (Conv2d)" in graph.notes[0] and "divides features into groups" in graph.notes[0]
 
 
 def test_groups_and_heads_are_units_of_the_spaces_they_hold():
@@ -138,7 +138,7 @@ def test_groups_and_heads_are_units_of_the_spaces_they_hold():
     assert str(graph.axes["1.weight"][1]) == "← 0 in 4 groups"
 
 
-def test_what_eval_mode_does_not_call_is_said():
+def test_note_lists_modules_that_eval_mode_does_not_call():
     class Auxiliary(nn.Module):
         def __init__(self):
             super().__init__()
@@ -149,7 +149,7 @@ def test_what_eval_mode_does_not_call_is_said():
             return (self.fc(x), self.aux(x)) if self.training else self.fc(x)
 
     graph = trace(Auxiliary())
-    assert graph.notes == ("Not called in eval mode, and left out of the merged network: `aux`.",)
+    assert graph.notes == ("Not called in eval mode, and omitted from the merged network: `aux`.",)
     assert "Not called in eval mode" in str(graph)
 
 

@@ -1,6 +1,6 @@
-"""One small rule per operator: what it does to the features of a tensor.
+"""Rules of operators: one small function per operator, which describes its effect on features.
 
-A rule returns the value of its output. Modules and functions share one rule where they take the same arguments.
+A rule returns the value of the operator's output. Modules and functions with the same arguments share one rule.
 """
 
 from lightning_zipit.graph.rules import attention, layers, norms, pointwise, positions, products, shapes, symmetric

@@ -1,4 +1,4 @@
-"""Attention with its heads."""
+"""Rules of attention operators."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def scaled_dot_product_attention(
     scale: Any = None,
     enable_gqa: bool = False,
 ) -> Value:
-    """Heads are units; queries are tied to keys, and the result has the features of the values."""
+    """Treat heads as units and tie queries to keys. The output has the features of the values."""
     if dropout_p:
-        raise ctx.error("it drops entries at random in eval mode too")
+        raise ctx.error("it applies dropout in eval mode too (`dropout_p`)")
     if enable_gqa:
-        raise ctx.error("its heads share keys and values in groups")
+        raise ctx.error("its heads share keys and values in groups (`enable_gqa`)")
     if query.shape is None:
-        raise ctx.error("the size of its queries is not known")
+        raise ctx.error("the shape of its queries is unknown")
     batch = string.ascii_lowercase[: len(query.shape) - 2]
     scores = contract(ctx, (batch + "LE", batch + "SE"), batch + "LS", (query, key))
     if attn_mask is not None:
@@ -46,7 +46,10 @@ def scaled_dot_product_attention(
 def _heads(
     ctx: Context, x: Value, weight: Parameter, bias: Parameter | None, heads: int, units: Ids, parts: str
 ) -> Ids:
-    """The features of each head that rows of a projection make: queries and keys share theirs; values come last."""
+    """Record the input projection of attention, and return the features of the values per head.
+
+    ``parts`` has a letter for each part of the weight's rows. Parts with the same letter share their features.
+    """
     size = weight.shape[0] // len(parts)
     made = {part: ctx.fresh(heads, size // heads) for part in dict.fromkeys(parts)}
     for ids in made.values():
@@ -81,17 +84,17 @@ def multihead_attention_module(
     average_attn_weights: bool = True,
     is_causal: bool = False,
 ) -> Any:
-    """Its own in- and output projections around heads, as one operator."""
+    """Read features with its input projections and write new ones with its output projection. Heads are units."""
     if module.bias_k is not None or not module._qkv_same_embed_dim or not (query is key is value):
-        raise ctx.error("only self-attention of one embedding size is understood")
+        raise ctx.error("only self-attention with one embedding size and without `bias_k` is supported")
     if isinstance(query, Parameter) or (isinstance(query, Plain) and query.shape is not None):
-        raise ctx.error("it reads no features, so that nothing measures those of its heads")
+        raise ctx.error("its input holds no features, so the features of its heads cannot be measured")
     if any(
         not isinstance(mask, Plain) or len(mask.shape or ()) > 2
         for mask in (attn_mask, key_padding_mask)
         if mask is not None
     ):
-        raise ctx.error("its mask differs from head to head, or is computed from features or parameters")
+        raise ctx.error("its mask differs between heads, or is computed from features or parameters")
     units = ctx.fresh(module.num_heads)
     values = _heads(ctx, query, ctx.weight("in_proj_weight"), ctx.parameter("in_proj_bias"), len(units), units, "qqv")
     output = _project_out(ctx, query, values, ctx.weight("out_proj.weight"), ctx.parameter("out_proj.bias"))
@@ -115,9 +118,9 @@ def shifted_window_attention(
     logit_scale: Parameter | None = None,
     **kwargs: Any,
 ) -> Value:
-    """Attention in windows, which torch.fx takes as one function; its biases and scales belong to heads."""
+    """Read features with its input projections and write new ones with its output projection. Heads are units."""
     if isinstance(input, Parameter) or (isinstance(input, Plain) and input.shape is not None):
-        raise ctx.error("it reads no features, so that nothing measures those of its heads")
+        raise ctx.error("its input holds no features, so the features of its heads cannot be measured")
     units = ctx.fresh(num_heads)
     positions = int(np.prod(window_size))
     scores = Features(units, (1,), (1, num_heads, positions, positions))
@@ -129,7 +132,7 @@ def shifted_window_attention(
 
 @rule("torchvision.models.swin_transformer._get_relative_position_bias")
 def relative_position_bias(ctx: Context, table: Value, index: Any, window_size: Any) -> Value:
-    """``(entries, heads)`` to ``(1, heads, positions, positions)``."""
+    """Look up ``(entries, heads)`` as ``(1, heads, positions, positions)``. Heads are features."""
     shape = ctx.shapes[ctx.node.name]
     ctx.positional(index)
     if isinstance(table, Parameter):
@@ -139,9 +142,9 @@ def relative_position_bias(ctx: Context, table: Value, index: Any, window_size: 
 
 @rule("torchvision.models.swin_transformer._patch_merging_pad")
 def patch_merging(ctx: Context, x: Value) -> Value:
-    """Four neighbouring positions become four copies of the features, side by side."""
+    """Concatenate four neighboring positions: four copies of the features."""
     if not isinstance(x, Features):
         return ctx.constant([x])
     if x.axes != (x.rank - 1,):
-        raise ctx.error("its features are not the last axis alone")
+        raise ctx.error("its features are not on the last axis only")
     return Features(np.tile(x.ids, 4), x.axes)

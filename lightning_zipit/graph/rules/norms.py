@@ -1,4 +1,4 @@
-"""Normalisation with a scale and a shift for each feature, and what else has a number for each channel."""
+"""Rules of normalizations, and of other operators with a parameter entry per channel."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ STATISTICS = ("weight", "bias", "running_mean", "running_var")
 
 
 def per_channel(ctx: Context, input: Value, *parameters: Any) -> Value:
-    """Each channel by itself, with an entry of each parameter for it."""
+    """Transform each channel separately, with one entry of each parameter per channel."""
     if isinstance(input, Parameter):
-        raise ctx.error("it is given a parameter in place of an input")
+        raise ctx.error("its input is a parameter")
     if isinstance(input, Features) and input.axes != (1,):
-        raise ctx.error("its channels are not axis 1 of its input")
+        raise ctx.error("its channels are not on axis 1 of its input")
     for parameter in parameters:
         if isinstance(parameter, Parameter):
             ctx.write(parameter, 0, input)
         elif parameter is not None:
-            raise ctx.error("one of its parameters is not a parameter of the network, but computed from others")
+            raise ctx.error("one of its parameters is computed from others and is not a parameter of the network")
     return input
 
 
@@ -37,21 +37,23 @@ def per_channel(ctx: Context, input: Value, *parameters: Any) -> Value:
     ignored=("momentum",),
 )
 def batch_norm_module(ctx: Context, module: nn.Module, input: Value) -> Value:
+    """Transform each channel separately, with one entry of each parameter per channel."""
     return per_channel(ctx, input, *(ctx.parameter(name) for name in STATISTICS))
 
 
 @module_rule("torchvision.ops.misc.FrozenBatchNorm2d", traits=PER_CHANNEL)
 def frozen_batch_norm(ctx: Context, module: nn.Module, input: Value) -> Value:
-    """Its parameters are spread over images."""
+    """Transform each channel of images separately, with one entry of each parameter per channel."""
     if len(input.shape or (0,) * 4) != 4:
-        raise ctx.error("its input is no batch of images")
+        raise ctx.error("its input is not a batch of images")
     return batch_norm_module(ctx, module, input)
 
 
 @module_rule(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, traits=PER_CHANNEL, ignored=("momentum",))
 def instance_norm_module(ctx: Context, module: nn.InstanceNorm1d, input: Value) -> Value:
+    """Transform each channel separately, with one entry of each parameter per channel."""
     if isinstance(input, Features) and input.rank == module._get_no_batch_dim():
-        raise ctx.error("it takes the batch for channels, as its input has an axis less than with a batch")
+        raise ctx.error("its input has no batch axis, so it reads the batch as channels")
     return batch_norm_module(ctx, module, input)
 
 
@@ -66,23 +68,25 @@ def batch_norm(
     *args: Any,
     **kwargs: Any,
 ) -> Value:
-    """In torch itself, the statistics come last."""
+    """Transform each channel separately, with one entry of each parameter per channel."""
     return per_channel(ctx, input, running_mean, running_var, weight, bias)
 
 
 @rule(F.instance_norm, traits=PER_CHANNEL, ignored=("momentum",))
 def instance_norm(ctx: Context, input: Value, *args: Any, **kwargs: Any) -> Value:
+    """Transform each channel separately, with one entry of each parameter per channel."""
     return batch_norm(ctx, input, *args, **kwargs)
 
 
 @module_rule(nn.PReLU, traits=Trait.POINTWISE | Trait.PER_FEATURE)
 def prelu_module(ctx: Context, module: nn.PReLU, input: Value) -> Value:
+    """Apply one slope per channel, or one slope for all channels."""
     return prelu(ctx, input, ctx.weight())
 
 
 @rule(*spellings("prelu"), traits=Trait.POINTWISE | Trait.PER_FEATURE)
 def prelu(ctx: Context, input: Value, weight: Any) -> Value:
-    """One slope for each channel, or the same for all."""
+    """Apply one slope per channel, or one slope for all channels."""
     if isinstance(weight, Parameter) and not weight.counts:
         return entrywise(ctx, input)
     return per_channel(ctx, input, weight)
@@ -90,6 +94,7 @@ def prelu(ctx: Context, input: Value, weight: Any) -> Value:
 
 @module_rule(nn.GroupNorm, traits=PER_CHANNEL | Trait.SYMMETRIC)
 def group_norm_module(ctx: Context, module: nn.GroupNorm, input: Value) -> Value:
+    """Normalize each group of channels jointly. Groups are units."""
     return group_norm(ctx, input, module.num_groups, ctx.parameter("weight"), ctx.parameter("bias"))
 
 
@@ -97,7 +102,7 @@ def group_norm_module(ctx: Context, module: nn.GroupNorm, input: Value) -> Value
 def group_norm(
     ctx: Context, input: Value, num_groups: int, weight: Any = None, bias: Any = None, *args: Any, **kwargs: Any
 ) -> Value:
-    """Mixes the channels of each group, so that groups are reordered as wholes."""
+    """Normalize each group of channels jointly. Groups are units."""
     per_channel(ctx, input, weight, bias)
     if isinstance(input, Features):
         ctx.mix(input)
@@ -107,6 +112,7 @@ def group_norm(
 
 @module_rule(nn.LayerNorm, nn.RMSNorm, traits=PER_CHANNEL | Trait.SYMMETRIC)
 def layer_norm_module(ctx: Context, module: nn.LayerNorm, input: Value) -> Value:
+    """Normalize the last axes jointly, with one entry of each parameter per entry of these axes."""
     bias = ctx.parameter("bias") if hasattr(module, "bias") else None
     return layer_norm(ctx, input, module.normalized_shape, ctx.parameter("weight"), bias)
 
@@ -115,7 +121,7 @@ def layer_norm_module(ctx: Context, module: nn.LayerNorm, input: Value) -> Value
 def layer_norm(
     ctx: Context, input: Value, normalized_shape: Any, weight: Any = None, bias: Any = None, *args: Any, **kwargs: Any
 ) -> Value:
-    """Mixes the last axes, and scales each of their entries."""
+    """Normalize the last axes jointly, with one entry of each parameter per entry of these axes."""
     parameters = [value for value in (weight, bias) if isinstance(value, (Parameter, Features, Plain))]
     if not isinstance(input, Features):
         return entrywise(ctx, input, *parameters)

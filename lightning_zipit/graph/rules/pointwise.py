@@ -1,4 +1,4 @@
-"""Operators that compute each entry by itself: the features stay what they are, and those of operands are tied."""
+"""Rules of elementwise operators: they preserve features, and tie the features of their operands."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ OF_SEVERAL = (
 @rule(*spellings(OF_SEVERAL))
 @rule(*in_place(OF_SEVERAL), traits=Trait.IN_PLACE)
 def pointwise(ctx: Context, *operands: Any, **named: Any) -> Any:
-    """Each entry from those of all operands at the same place. A size, or a number, ties nothing."""
+    """Compute each entry from the corresponding entries of its operands, and tie their features."""
     return entrywise(ctx, operands, named)
 
 
@@ -51,6 +51,7 @@ def pointwise(ctx: Context, *operands: Any, **named: Any) -> Any:
     ignored=("inplace",),
 )
 def pointwise_module(ctx: Context, module: nn.Module, input: Value) -> Value:
+    """Apply one function to each entry."""
     return entrywise(ctx, input)
 
 
@@ -60,26 +61,26 @@ def pointwise_module(ctx: Context, module: nn.Module, input: Value) -> Value:
     traits=Trait.POINTWISE | Trait.VIEW,
 )
 def cast(ctx: Context, input: Value, *like: Any, **named: Any) -> Value:
-    """The same entries in another format, which may be that of another tensor."""
+    """Convert entries to another dtype, device or memory format."""
     ctx.positional(like, named)
     return input
 
 
 @rule(*spellings("zeros_like ones_like full_like"), traits=Trait.SHAPE)
 def alike(ctx: Context, input: Value, *args: Any, **kwargs: Any) -> Value:
-    """The same number everywhere, so that features and positions can have any order."""
+    """Fill a tensor with one number, so features and positions can have any order."""
     ctx.positional(input)
     return input if isinstance(input, Features) else ctx.constant([input, *args])
 
 
 @rule("new_zeros", "new_ones", "new_full", traits=Trait.SHAPE)
 def blank(ctx: Context, input: Value, *args: Any, **kwargs: Any) -> Value:
-    """A new tensor that has nothing but the format of another."""
+    """Create a tensor without features, with the dtype and device of another."""
     ctx.positional(input)
     return ctx.constant([])
 
 
-# What does nothing in eval mode
+# Identity in eval mode
 
 
 @rule(
@@ -88,9 +89,9 @@ def blank(ctx: Context, input: Value, *args: Any, **kwargs: Any) -> Value:
     ignored=("inplace",),
 )
 def dropout(ctx: Context, input: Value, p: float = 0.5, training: bool = True, inplace: bool = False) -> Value:
-    """Nothing, unless it is told to train."""
+    """Identity in eval mode."""
     if training and p:
-        raise ctx.error("it drops entries at random in eval mode too: pass it `training=self.training`")
+        raise ctx.error("it applies dropout in eval mode too; pass `training=self.training` to it")
     return input
 
 
@@ -100,6 +101,7 @@ def dropout(ctx: Context, input: Value, p: float = 0.5, training: bool = True, i
     ignored=("inplace",),
 )
 def alpha_dropout(ctx: Context, input: Value, p: float = 0.5, training: bool = False, inplace: bool = False) -> Value:
+    """Identity in eval mode."""
     return dropout(ctx, input, p, training)
 
 
@@ -108,6 +110,7 @@ def alpha_dropout(ctx: Context, input: Value, p: float = 0.5, training: bool = F
     traits=Trait.POINTWISE | Trait.IDENTITY | Trait.POOLING | Trait.VIEW,
 )
 def stochastic_depth(ctx: Context, input: Value, p: float, mode: str, training: bool = True) -> Value:
+    """Identity in eval mode."""
     return dropout(ctx, input, p, training)
 
 
@@ -118,4 +121,5 @@ def stochastic_depth(ctx: Context, input: Value, p: float, mode: str, training: 
     ignored=("inplace",),
 )
 def unchanged_module(ctx: Context, module: nn.Module, input: Value, *args: Any) -> Value:
+    """Identity in eval mode."""
     return input

@@ -1,4 +1,4 @@
-"""Operators on the positions of each feature: pooling, resampling, padding, running sums."""
+"""Rules of operators on positions: pooling, resampling, padding, cumulative sums."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ AXES = {1: "1d", 2: "2d", 3: "3d"}
 
 
 def within(ctx: Context, input: Value, first: int) -> Value:
-    """The operator combines entries along the axes from ``first`` on, which must be positions."""
+    """Combine entries along the axes from ``first`` on, which must be positions."""
     if not isinstance(input, Features):
         return ctx.constant([input])
     if any(axis >= first % input.rank for axis in input.axes):
-        raise ctx.error("it takes the axis of the features for positions")
+        raise ctx.error("it treats an axis of features as positions")
     return input
 
 
 def pool(ctx: Context, input: Value, axes: int, return_indices: bool) -> Any:
-    """Works along the last axes alone, whatever comes before them."""
+    """Pool positions along the last axes."""
     value = within(ctx, input, -axes)
-    return (value, value) if return_indices else value  # where a feature's entries are is told feature by feature
+    return (value, value) if return_indices else value  # indices are positions within each feature
 
 
 def _pool_functions(axes: int) -> None:
-    """The rules of the pooling functions and modules of one to three axes."""
+    """Register the rules of pooling functions and modules with one to three axes."""
     size = AXES[axes]
 
     def max_pool(
@@ -45,15 +45,19 @@ def _pool_functions(axes: int) -> None:
         ceil_mode: bool = False,
         return_indices: bool = False,
     ) -> Any:
+        """Pool positions along the last axes."""
         return pool(ctx, input, axes, return_indices)
 
     def other_pool(ctx: Context, input: Value, *args: Any, **kwargs: Any) -> Any:
+        """Pool positions along the last axes."""
         return pool(ctx, input, axes, return_indices=False)
 
     def adaptive_max_pool(ctx: Context, input: Value, output_size: Any, return_indices: bool = False) -> Any:
+        """Pool positions along the last axes."""
         return pool(ctx, input, axes, return_indices)
 
     def module_pool(ctx: Context, module: nn.Module, input: Value) -> Any:
+        """Pool positions along the last axes."""
         return pool(ctx, input, axes, getattr(module, "return_indices", False))
 
     modules = [getattr(nn, f"{kind}{size}") for kind in ("MaxPool", "AvgPool", "LPPool")]
@@ -74,18 +78,19 @@ for _axes in AXES:
 
 @rule(F.interpolate, F.upsample, traits=Trait.POOLING)
 def resample(ctx: Context, input: Value, *args: Any, **kwargs: Any) -> Value:
-    """All axes behind the channels are positions."""
+    """Resample positions along all axes after the channels."""
     return within(ctx, input, 2)
 
 
 @module_rule(nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d, traits=Trait.POOLING)
 def resample_module(ctx: Context, module: nn.Module, input: Value) -> Value:
+    """Resample positions along all axes after the channels."""
     return resample(ctx, input)
 
 
 @rule(F.pad)
 def pad(ctx: Context, input: Value, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Value:
-    """Padded positions change nothing; padded channels are features of their own, the same number in every model."""
+    """Pad positions. Padded channels are new constant features."""
     if not isinstance(input, Features):
         return ctx.constant([input])
     amounts = [tuple(pad[2 * (input.rank - 1 - axis) :][:2]) or (0, 0) for axis in input.axes]
@@ -93,7 +98,7 @@ def pad(ctx: Context, input: Value, pad: Sequence[int], mode: str = "constant", 
         return input
     (before, after), *others = amounts
     if others or before < 0 or after < 0 or mode != "constant":
-        raise ctx.error("it pads the features in a way that is not understood")
+        raise ctx.error("its padding of features is not supported; only constant padding along one axis is")
     return Features(np.concatenate([ctx.fresh(before), input.ids, ctx.fresh(after)]), input.axes)
 
 
@@ -106,12 +111,13 @@ def pad(ctx: Context, input: Value, pad: Sequence[int], mode: str = "constant", 
     traits=Trait.POOLING,
 )
 def pad_module(ctx: Context, module: nn.ZeroPad2d, input: Value) -> Value:
+    """Pad positions."""
     return within(ctx, input, -len(module.padding) // 2)
 
 
 @rule(*spellings("cumsum cumprod logcumsumexp"))
 def running(ctx: Context, input: Value, dim: int, *, dtype: Any = None) -> Value:
-    """Each entry from those before it along one axis."""
+    """Accumulate positions along one axis."""
     if isinstance(input, Features) and dim % input.rank in (0, *input.axes):
         raise ctx.error("it depends on the order of the features")
     return input if isinstance(input, Features) else ctx.constant([input])

@@ -1,4 +1,4 @@
-"""Concatenating, slicing, reshaping and moving axes: index maps on the features."""
+"""Rules of reshaping, indexing, concatenation and size queries: index maps on features."""
 
 from __future__ import annotations
 
@@ -23,34 +23,34 @@ REARRANGEMENTS = (
     "broadcast_to repeat tile repeat_interleave roll flip rot90 pixel_shuffle pixel_unshuffle channel_shuffle"
 )
 LIKE_ANOTHER = ("view_as", "reshape_as", "expand_as")
-"""Methods that take nothing but the sizes of their second tensor."""
+"""Methods that read only the shape of their second tensor."""
 MOVING = Trait.REARRANGE | Trait.VIEW
 
 
 @rule(*spellings(REARRANGEMENTS), "unfold", traits=MOVING)
 def rearrange(ctx: Context, input: Value, *args: Any, **kwargs: Any) -> Any:
-    """Entries go elsewhere and none is changed: the operator itself is run, on the numbers of the features."""
+    """Move entries without changing them: the operator itself runs on feature indices."""
     if ctx.node.target in LIKE_ANOTHER:
         ctx.positional(args, kwargs)
     elif any(isinstance(value, Features) for value in leaves((args, kwargs))):
-        raise ctx.error("it picks entries by the values of features")
+        raise ctx.error("it selects entries by the values of features")
     if isinstance(input, Plain):
         return ctx.constant([input])
     return _views(ctx, input) if isinstance(input, Parameter) else _moved(ctx, input)
 
 
 def _call(ctx: Context, numbers: Tensor, unknown: int) -> Any:
-    """Run the operator at hand on numbers; ``unknown`` stands for the entries of indices that are not known."""
+    """Run the current operator on indices. ``unknown`` replaces the entries of arguments that depend on data."""
     others, named = fx.map_arg((ctx.node.args[1:], ctx.node.kwargs), lambda node: ctx.concrete(node, unknown))
     named = {name: value for name, value in named.items() if ctx.node.args or name not in ("input", "x", "a", "self")}
     try:
         return _operator(ctx)(numbers, *others, **named)
     except (RuntimeError, IndexError, TypeError, ValueError) as error:
-        raise ctx.error(f"its features cannot be followed ({error})") from error
+        raise ctx.error(f"its features cannot be traced ({error})") from error
 
 
 def _open_indices(ctx: Context) -> bool:
-    """Whether which entries it takes depends on data."""
+    """Whether the current operator selects entries by data."""
     tensors = [node for node in ctx.node.all_input_nodes[1:] if isinstance(ctx.values[node], (Plain, Parameter))]
     return ctx.node.target not in LIKE_ANOTHER and not all(map(ctx.known, tensors))
 
@@ -68,35 +68,35 @@ def _moved(ctx: Context, x: Features) -> Any:
     others = others.reshape([1 if axis in x.axes else size for axis, size in enumerate(x.shape)])
     moved, places = (_call(ctx, numbers.expand(x.shape), 0) for numbers in (features, others))
     if _open_indices(ctx) and not torch.equal(moved, _call(ctx, features.expand(x.shape), 1)):
-        raise ctx.error("which features it takes depends on the data")
+        raise ctx.error("it selects features by data")
     if isinstance(moved, Tensor):
         return _features(ctx, x, moved, places)
     return tuple(_features(ctx, x, part, own) for part, own in zip(moved, places, strict=True))
 
 
 def _features(ctx: Context, x: Features, entries: Tensor, places: Tensor) -> Features:
-    """The axes along which the numbers differ hold the features.
+    """Find the axes that hold features: those along which feature indices differ.
 
     Args:
         ctx: the context.
-        x: what the entries are taken from.
-        entries: the feature of each entry.
+        x: the input of the operator.
+        entries: the feature of each entry of the output.
         places: the sample and the position that each entry comes from.
     """
     axes = tuple(axis for axis in range(entries.ndim) if (entries != entries.narrow(axis, 0, 1)).any())
-    if not axes:  # a single feature: it stays on its axis, or goes to another that has one entry
+    if not axes:  # a single feature stays on its axis, or moves to another axis of size 1
         single = [axis for axis, size in enumerate(entries.shape) if axis and size == 1]
         if x.ids.size > 1 and x.axes[0] not in single:
-            raise ctx.error("it picks a single feature by its number")
+            raise ctx.error("it selects a single feature by its index")
         axes = (x.axes[0] if x.axes[0] in single else (single or [entries.ndim - 1])[-1],)
     ids = entries[tuple(slice(None) if axis in axes else 0 for axis in range(entries.ndim))].contiguous()
     if not _alike(ids.flatten(), places.movedim(axes, tuple(range(len(axes)))).flatten(0, len(axes) - 1)):
-        raise ctx.error("it takes other positions from one feature than from another")
+        raise ctx.error("it selects different positions of different features")
     return Features(ids.numpy(), axes, tuple(entries.shape))
 
 
 def _alike(ids: Tensor, places: Tensor) -> bool:
-    """Whether the same places are taken, in the same order, from all features of which as many entries are."""
+    """Whether all features with the same number of entries come from the same places, in the same order."""
     if (places == places[:1]).all():
         return True
     order = ids.argsort(stable=True)
@@ -107,7 +107,7 @@ def _alike(ids: Tensor, places: Tensor) -> bool:
 
 
 def _views(ctx: Context, parameter: Parameter) -> Any:
-    """Number each axis of a parameter by itself, and see which axis of the result has the numbers in order."""
+    """Trace each axis of a parameter through the operator, by running it on indices along that axis."""
     numbered = []
     for axis, size in enumerate(parameter.shape):
         ordinals = torch.arange(size).reshape([size if other == axis else 1 for other in range(len(parameter.shape))])
@@ -119,10 +119,10 @@ def _views(ctx: Context, parameter: Parameter) -> Any:
 
 
 def _looked_up(ctx: Context, view: Parameter) -> Features:
-    """Rows of a parameter by numbers that depend on data, as an embedding takes them: new features."""
+    """Write new features by a lookup of a parameter's rows with data-dependent indices, like an embedding."""
     whole = [axis for axis, origin in enumerate(view.axes) if origin is not None]
     if len(whole) != 1:
-        raise ctx.error(f"it takes entries of `{view.name}` by numbers that depend on the data")
+        raise ctx.error(f"it selects single entries of `{view.name}` by data")
     features = Features(ctx.fresh(view.shape[whole[0]]), (whole[0],), view.shape)
     ctx.write(view, whole[0], features)
     return features
@@ -145,12 +145,13 @@ def _view(parameter: Parameter, numbered: list[Tensor]) -> Parameter:
     traits=MOVING,
 )
 def rearrange_module(ctx: Context, module: nn.Module, input: Value) -> Any:
+    """Move entries without changing them: the operator itself runs on feature indices."""
     return rearrange(ctx, input)
 
 
 @rule(operator.getitem, "__getitem__", traits=MOVING)
 def getitem(ctx: Context, container: Any, index: Any) -> Any:
-    """An item of a tuple or a size; of a tensor, entries of some axes."""
+    """Select an item of a tuple or a size, or entries of a tensor."""
     if isinstance(container, (Features, Parameter, Plain)):
         return rearrange(ctx, container, index)
     return None if container is None else container[index]
@@ -158,7 +159,7 @@ def getitem(ctx: Context, container: Any, index: Any) -> Any:
 
 @rule(torch.cat, torch.concat, torch.concatenate, traits=Trait.REARRANGE)
 def cat(ctx: Context, tensors: Sequence[Any], dim: int = 0) -> Any:
-    """Along the features: one after the other. Along positions: the same features of all, tied."""
+    """Concatenate features along a feature axis, and tie the features of its inputs along a position axis."""
     if dim == 0 and all(isinstance(value, Parameter) and len(value.shape) == 1 for value in tensors):
         return Joined(tuple(tensors))
     features = [value for value in tensors if isinstance(value, Features)]
@@ -171,9 +172,9 @@ def cat(ctx: Context, tensors: Sequence[Any], dim: int = 0) -> Any:
         return _side_by_side(ctx, tensors, features[0].axes, dim % features[0].rank)
     for parameter in parameters:
         if parameter.shape[dim] > 1:
-            raise ctx.error(f"`{parameter.name}` has several entries along the axis that it is concatenated along")
+            raise ctx.error(f"`{parameter.name}` has several entries along the concatenated axis")
     if len(parameters) == len(tensors):
-        return ctx.constant(list(tensors))  # nothing tells features from positions
+        return ctx.constant(list(tensors))  # features and positions cannot be told apart
     return entrywise(ctx, *tensors)
 
 
@@ -187,14 +188,14 @@ def _side_by_side(ctx: Context, tensors: Sequence[Any], axes: tuple[int, ...], d
             if isinstance(value, Parameter) and value.counts:
                 ctx.write(value, dim, made)
             else:
-                ctx.pin(made, f"`{ctx.node.name}` puts a tensor that holds no features beside others")
+                ctx.pin(made, f"`{ctx.node.name}` concatenates features with a tensor without features")
         parts.append(value.ids if isinstance(value, Features) else made)
     return Features(np.concatenate(parts, axes.index(dim)), axes)
 
 
 @rule(torch.stack, traits=Trait.REARRANGE)
 def stack(ctx: Context, tensors: Sequence[Value], dim: int = 0) -> Value:
-    """On a new axis: the same features of all, tied."""
+    """Stack tensors on a new axis, and tie their features."""
     if not any(isinstance(value, Features) for value in tensors):
         return ctx.constant(list(tensors))
     x = broadcast_all(ctx, tensors)
@@ -202,36 +203,39 @@ def stack(ctx: Context, tensors: Sequence[Value], dim: int = 0) -> Value:
     return Features(x.ids, tuple(axis + (axis >= dim) for axis in x.axes))
 
 
-# Sizes and the like
+# Sizes and other properties
 
 
 @rule("size", traits=Trait.SHAPE)
 def size(ctx: Context, input: Value, dim: int | None = None) -> Any:
+    """Return sizes."""
     return input.shape if input.shape is None or dim is None else input.shape[dim]
 
 
 @rule(*spellings("dim ndimension"), traits=Trait.SHAPE)
 def rank(ctx: Context, input: Value) -> Any:
+    """Return the number of axes."""
     return None if input.shape is None else len(input.shape)
 
 
 @rule(*spellings("numel"), traits=Trait.SHAPE)
 def numel(ctx: Context, input: Value) -> Any:
+    """Return the number of entries."""
     return None if input.shape is None else int(np.prod(input.shape))
 
 
 @rule(*spellings("is_floating_point is_complex is_contiguous get_device stride"), traits=Trait.SHAPE)
 def unknown(ctx: Context, input: Value, *args: Any, **kwargs: Any) -> None:
-    """A property that nothing follows from."""
+    """Return a property that does not affect features."""
 
 
 ATTRIBUTES: dict[str, Callable[..., Any]] = {"shape": size, "ndim": rank}
-"""Attributes of a tensor that are known before any data is."""
+"""Attributes of a tensor that do not depend on data."""
 
 
 @rule(getattr, traits=Trait.SHAPE | Trait.VIEW)
 def attribute(ctx: Context, input: Any, name: str) -> Any:
-    """An attribute of a tensor, such as its shape or its transpose."""
+    """Return an attribute of a tensor, such as its shape or its transpose."""
     if name in ATTRIBUTES:
         return ATTRIBUTES[name](ctx, input)
     if ctx.node.name not in ctx.shapes:
@@ -243,4 +247,4 @@ def attribute(ctx: Context, input: Any, name: str) -> Any:
 
 @rule(torch._assert)
 def assertion(ctx: Context, *args: Any, **kwargs: Any) -> None:
-    """It checks, and returns nothing."""
+    """Check a condition, and return nothing."""

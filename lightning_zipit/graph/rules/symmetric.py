@@ -1,4 +1,4 @@
-"""Operators that treat all entries along some axes alike: reductions, softmax, normalisation to a length."""
+"""Rules of permutation-invariant operators: reductions, softmax, normalization to unit length."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ Dims: TypeAlias = "int | Sequence[int] | None"
 
 
 def axes_of(x: Features, dims: Dims) -> set[int]:
-    """The axes that are meant, counted from the front; all of them for ``None`` and for none."""
+    """Return the reduced axes, counted from the front; all axes if ``dims`` is ``None`` or empty."""
     if isinstance(dims, int):
         return {dims % x.rank}
     return {dim % x.rank for dim in dims} if dims else set(range(x.rank))
 
 
 def reduced(ctx: Context, input: Value, dims: Dims, keepdim: bool) -> Value:
-    """Over positions each feature by itself; over the features of a head, one feature is left for the head."""
+    """Reduce positions of each feature. A reduction over the features of a head leaves one feature per head."""
     if not isinstance(input, Features):
         return ctx.constant([input])
     axes = axes_of(input, dims)
@@ -43,6 +43,7 @@ def reduced(ctx: Context, input: Value, dims: Dims, keepdim: bool) -> Value:
     traits=Trait.POOLING | Trait.SYMMETRIC,
 )
 def reduction(ctx: Context, input: Value, dim: Dims = None, keepdim: bool = False, *, dtype: Any = None) -> Value:
+    """Reduce positions of each feature. A reduction over the features of a head leaves one feature per head."""
     return reduced(ctx, input, dim, keepdim)
 
 
@@ -56,33 +57,36 @@ def spread(
     *,
     correction: float | None = None,
 ) -> Value:
-    """Its first argument may be ``unbiased`` alone."""
+    """Reduce positions of each feature. A reduction over the features of a head leaves one feature per head."""
+    # `x.std(False)` passes `unbiased` in place of `dim`.
     return reduced(ctx, input, None if isinstance(dim, bool) else dim, keepdim)
 
 
 @rule(*spellings("std_mean var_mean"), traits=Trait.POOLING | Trait.SYMMETRIC)
 def spread_and_mean(ctx: Context, input: Value, *args: Any, **kwargs: Any) -> tuple[Value, Value]:
+    """Reduce positions of each feature. A reduction over the features of a head leaves one feature per head."""
     value = spread(ctx, input, *args, **kwargs)
     return value, value
 
 
 @rule(*spellings("max min"), traits=Trait.POOLING | Trait.SYMMETRIC)
 def extreme(ctx: Context, input: Value, dim: Any = None, keepdim: bool = False, *, other: Any = None) -> Any:
-    """Of all entries, of those along an axis with where they are, or of two tensors entry by entry."""
+    """Reduce all entries, reduce along an axis with indices, or compare two tensors elementwise."""
     if other is not None or not (dim is None or isinstance(dim, int)):
         return entrywise(ctx, input, dim if other is None else other)
     if dim is None:
         return reduced(ctx, input, None, keepdim=False)
     if isinstance(input, Features) and dim % input.rank in input.axes:
-        raise ctx.error("it returns the numbers of features")
+        raise ctx.error("it returns indices of features")
     value = reduced(ctx, input, dim, keepdim)
     return value, value
 
 
 @rule(*spellings("argmax argmin"), traits=Trait.POOLING)
 def place_of_extreme(ctx: Context, input: Value, dim: int | None = None, keepdim: bool = False) -> Value:
+    """Reduce positions of each feature to an index."""
     if isinstance(input, Features) and (dim is None or dim % input.rank in input.axes):
-        raise ctx.error("it returns the numbers of features")
+        raise ctx.error("it returns indices of features")
     return reduced(ctx, input, dim, keepdim)
 
 
@@ -90,8 +94,9 @@ def place_of_extreme(ctx: Context, input: Value, dim: int | None = None, keepdim
 def norm(
     ctx: Context, input: Value, p: Any = "fro", dim: Dims = None, keepdim: bool = False, *, dtype: Any = None
 ) -> Value:
+    """Reduce positions of each feature. A reduction over the features of a head leaves one feature per head."""
     if p == "nuc":
-        raise ctx.error("it takes the singular values of a matrix")
+        raise ctx.error("it computes the nuclear norm, which needs singular values")
     return reduced(ctx, input, dim, keepdim)
 
 
@@ -99,14 +104,15 @@ def norm(
 def vector_norm(
     ctx: Context, input: Value, ord: Any = 2, dim: Dims = None, keepdim: bool = False, *, dtype: Any = None
 ) -> Value:
+    """Reduce positions of each feature. A reduction over the features of a head leaves one feature per head."""
     return reduced(ctx, input, dim, keepdim)
 
 
-# What keeps its shape
+# Normalizations that preserve the shape
 
 
 def mixed(ctx: Context, input: Value, axes: Dims) -> Value:
-    """The entries along some axes are put into proportion."""
+    """Normalize entries along some axes jointly, and preserve features."""
     if not isinstance(input, Features):
         return ctx.constant([input])
     mix(ctx, input, axes_of(input, axes))
@@ -115,24 +121,28 @@ def mixed(ctx: Context, input: Value, axes: Dims) -> Value:
 
 @rule(*spellings("softmax log_softmax softmin"), traits=Trait.SYMMETRIC)
 def softmax(ctx: Context, input: Value, dim: int | None = None, _stacklevel: Any = 3, dtype: Any = None) -> Value:
-    """Without ``dim``, torch takes an axis by the number of all."""
+    """Normalize entries along an axis jointly, and preserve features."""
     return mixed(ctx, input, _implicit(input) if dim is None else dim)
 
 
 def _implicit(input: Value) -> int:
+    """Return the axis that torch chooses without ``dim``, by the number of axes."""
     return 0 if len(input.shape or ()) in (0, 1, 3) else 1
 
 
 @module_rule(nn.Softmax, nn.LogSoftmax, nn.Softmin, traits=Trait.SYMMETRIC)
 def softmax_module(ctx: Context, module: nn.Softmax, input: Value) -> Value:
+    """Normalize entries along an axis jointly, and preserve features."""
     return softmax(ctx, input, module.dim)
 
 
 @module_rule(nn.Softmax2d, traits=Trait.SYMMETRIC)
 def softmax_of_channels(ctx: Context, module: nn.Softmax2d, input: Value) -> Value:
+    """Normalize entries along an axis jointly, and preserve features."""
     return mixed(ctx, input, -3)
 
 
 @rule(*spellings("normalize"), traits=Trait.SYMMETRIC)
 def normalize(ctx: Context, input: Value, p: float = 2.0, dim: Dims = 1, eps: float = 1e-12) -> Value:
+    """Normalize entries along an axis jointly, and preserve features."""
     return mixed(ctx, input, dim)
