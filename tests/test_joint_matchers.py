@@ -126,10 +126,10 @@ def break_units(found, spaces):
 @pytest.mark.parametrize(
     ("make", "change", "message"),
     [
-        (PlainNet, drop, "no matching of the spaces"),
+        (PlainNet, drop, "no matching for the spaces"),
         (PlainNet, shorten, r"int64 of shape"),
         (PlainNet, leave_out, "every number from 0 to"),
-        (HandWrittenViT, break_units, "its own unit becomes"),
+        (HandWrittenViT, break_units, "its own unit was matched"),
     ],
 )
 def test_an_answer_that_cannot_be_used_is_refused_by_the_name_of_the_space(make, change, message):

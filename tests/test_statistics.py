@@ -234,10 +234,10 @@ def test_bad_constructor_arguments_are_refused(arguments):
 @pytest.mark.filterwarnings("ignore:The ``compute`` method")
 def test_there_are_no_moments_without_samples():
     statistics = FeatureStatistics(SIZES)
-    with pytest.raises(ValueError, match="No sample"):
+    with pytest.raises(ValueError, match="no samples"):
         statistics.compute()
     statistics.update([torch.zeros(0, size) for size in SIZES])
-    with pytest.raises(ValueError, match="No sample"):
+    with pytest.raises(ValueError, match="no samples"):
         statistics.compute()
 
 

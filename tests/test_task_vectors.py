@@ -116,9 +116,9 @@ def test_base_and_combination_need_each_other():
 
 def test_a_base_of_another_architecture_is_refused():
     target, source = nn.Sequential(nn.Linear(3, 4)), nn.Sequential(nn.Linear(3, 4))
-    with pytest.raises(ArchitectureMismatchError, match=r"`0.weight` has shape \(4, 3\).*has it in shape \(5, 3\)"):
+    with pytest.raises(ArchitectureMismatchError, match=r"`0.weight` has shape \(4, 3\).*has shape \(5, 3\) in"):
         combine_into(target, [source, source], nn.Sequential(nn.Linear(3, 5)), Ties())
-    with pytest.raises(ArchitectureMismatchError, match="does not have it"):
+    with pytest.raises(ArchitectureMismatchError, match="is missing in the base"):
         combine_into(target, [source, source], nn.Sequential(), Ties())
 
 

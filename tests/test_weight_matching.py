@@ -133,6 +133,6 @@ def test_the_report_says_where_sources_seem_to_be_trained_from_one_start():
         settings = MergeSettings(matcher=matcher, refine=None)
         return " ".join(merge_backbones({"a": net, "b": other}, [x], settings).report.notes)
 
-    assert "one start" in notes(tuned, Permute()) and "100% of the features" in notes(tuned, Permute())
-    assert "one start" not in notes(tuned, Average())
-    assert "one start" not in notes(settle(SmallResNet(), x), Permute())
+    assert "same initialisation" in notes(tuned, Permute()) and "100% of the features" in notes(tuned, Permute())
+    assert "same initialisation" not in notes(tuned, Average())
+    assert "same initialisation" not in notes(settle(SmallResNet(), x), Permute())

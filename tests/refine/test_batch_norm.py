@@ -132,7 +132,7 @@ def test_a_norm_that_no_two_samples_reach_is_an_error(count, size):
     estimator = BatchNormEstimator({"trunk": nets["a"]})
     with torch.no_grad(), estimator.collecting(nets["a"]):
         nets["a"](torch.randn(count, 3, size, size))
-    with pytest.raises(CalibrationError, match=r"Fewer than two samples reached batch norm `trunk\.norm`"):
+    with pytest.raises(CalibrationError, match=r"batch norm `trunk\.norm` cannot be re-estimated: fewer than two"):
         estimator.finish()
 
 

@@ -218,7 +218,7 @@ def test_the_report_says_how_well_each_layer_fits_and_which_were_left(models):
     report = merge(models, "least_squares", stop_at="layer1").report
     assert "trunk.layer1.1.conv2" in report.fits and "heads.b.linear" in report.fits
     assert all(0 < fit <= 1 for fit in report.fits.values())
-    assert "layers were fitted" in str(report) and not any("Kept the weights" in note for note in report.notes)
+    assert "layers were fitted" in str(report) and not any("The refinement skipped" in note for note in report.notes)
 
     class Recurring(nn.Module):
         def __init__(self):
@@ -231,7 +231,7 @@ def test_the_report_says_how_well_each_layer_fits_and_which_were_left(models):
     merged = merge_backbones(
         {task: Recurring() for task in "ab"}, torch.randn(2, 16, 6), MergeSettings(refine="least_squares")
     )
-    assert any("Kept the weights that merging gave them: `trunk.again` (" in note for note in merged.report.notes)
+    assert any("The refinement skipped these layers: `trunk.again` (" in note for note in merged.report.notes)
     assert set(merged.report.fits) == {"trunk.first", "heads.a.last", "heads.b.last"}
 
 

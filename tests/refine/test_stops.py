@@ -163,7 +163,7 @@ def test_what_cannot_be_fitted_keeps_its_weights_and_is_said(make, how):
     nets, x = pair(make, shape)
     merged = merge_backbones(nets, [x], MergeSettings(refine=how))
     assert relative_error(AllHeads(merged.trunk, merged.heads)(x), nets["a"](x)) < 1e-3
-    (note,) = (note for note in merged.report.notes if note.startswith("Kept the weights that merging gave them"))
+    (note,) = (note for note in merged.report.notes if note.startswith("The refinement skipped these layers"))
     assert why in note and note.count("`") == 2 * len(left) and all(f"`{name}`" in note for name in left)
     assert not set(left).intersection(merged.report.fits)
 
@@ -309,7 +309,7 @@ def test_layers_over_tokens_are_fitted_in_a_head_once_features_are_its_own():
     assert relative_error(AllHeads(merged.trunk, merged.heads)(x), nets["a"](x)) < 1e-3
     own = {f"heads.{task}.{name}" for task in "ab" for name in ("c1", "t3", "t4", "out")}
     assert set(merged.report.fits) == {"trunk.embed", *own}
-    (note,) = (note for note in merged.report.notes if "Kept the weights" in note)
+    (note,) = (note for note in merged.report.notes if "The refinement skipped" in note)
     assert all(f"`heads.{task}.{name}`" in note for task in "ab" for name in ("t1", "t2"))
 
 
@@ -352,4 +352,4 @@ def test_layers_of_trunk_and_head_that_share_a_tensor_are_fitted_in_both():
     nets, x = pair(OneBias, (6,))
     report = merge_backbones(nets, [x], MergeSettings("again")).report
     assert {"trunk.again", "heads.a.more", "heads.b.more"} < set(report.fits)
-    assert not any("Kept the weights" in note for note in report.notes)
+    assert not any("The refinement skipped" in note for note in report.notes)
