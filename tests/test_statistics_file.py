@@ -183,7 +183,7 @@ def test_statistics_of_networks_that_compute_something_else_are_refused(path):
     how = MergeSettings(statistics=path, refine=None)
     merge_backbones(networks(), torch.randn(2, 8, 3), how)
     merge_backbones(networks(chance=0.2, momentum=0.3), [], how)
-    with pytest.raises(StatisticsError, match=r"differ for 'a', 'b'"):
+    with pytest.raises(StatisticsError, match=r"differ for the tasks 'a', 'b'"):
         merge_backbones(networks(slope=0.2), [], how)
 
 

@@ -8,17 +8,17 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from lightning_zipit._calibration.buffer import SampleBuffer
 from lightning_zipit._calibration.lockstep import Lockstep
 from lightning_zipit._calibration.positions import ChosenPositions
 from lightning_zipit._calibration.statistics import FeatureStatistics, Moments, sum_over_processes
-from lightning_zipit._calibration.waiting import Waiting
 from lightning_zipit._common.views import Inputs, any_view, view_of
 from lightning_zipit.errors import CalibrationError, StatisticsError
 from lightning_zipit.graph import MergeGraph, Tap
 
 
 class Calibration:
-    """Accumulates the statistics of the feature spaces of a merge graph.
+    """Accumulate the statistics of the feature spaces of a merge graph.
 
     Args:
         graph: the merge graph of the networks.
@@ -64,15 +64,15 @@ class Calibration:
         }
         for each in self._statistics.values():
             # Buffered samples never exceed this number, unless their product is taken in single precision.
-            each.few = max(each.sizes)
-        self._waiting: dict[str, Waiting] = {}
+            each.float64_limit = max(each.sizes)
+        self._buffers: dict[str, SampleBuffer] = {}
 
     @property
     def statistics(self) -> dict[str, FeatureStatistics]:
         """Statistics of all samples so far, by tap key."""
-        for waiting in self._waiting.values():
-            waiting.flush()
-        self._waiting.clear()
+        for buffer in self._buffers.values():
+            buffer.flush()
+        self._buffers.clear()
         return self._statistics
 
     def update(self, x: Inputs) -> None:
@@ -98,12 +98,12 @@ class Calibration:
             features = [tap.features(value) for value in values]
             if self._chosen is not None:
                 features = [self._chosen.take(feature) for feature in features]
-            if key not in self._waiting:
-                if features[0][0].numel() > statistics.few:
+            if key not in self._buffers:
+                if features[0][0].numel() > statistics.float64_limit:
                     statistics.update(features, features_first=True)
                     continue
-                self._waiting[key] = Waiting(statistics, features)
-            self._waiting[key].add(features)
+                self._buffers[key] = SampleBuffer(statistics, features)
+            self._buffers[key].add(features)
 
     def restore(self, known: Mapping[str, FeatureStatistics]) -> None:
         """Add saved statistics, and free the memory of the saved copies.

@@ -11,7 +11,7 @@ from lightning_zipit._common.views import Inputs, each_view, view_of
 
 
 class Layout:
-    """Converts batches of images to channels-last memory format if this makes the networks faster.
+    """Convert batches of images to channels-last memory format if this makes the networks faster.
 
     The decision is made on the first batch; see :func:`prefer_channels_last`.
     """

@@ -12,7 +12,7 @@ from lightning_zipit.graph.run import Run, Values
 
 
 class Lockstep:
-    """Runs the trunks of N networks of one architecture in lockstep, one node of the graph at a time.
+    """Run the trunks of N networks of one architecture in lockstep, one node of the graph at a time.
 
     Every activation is freed after its last use: the peak memory is that of N plain forwards. A batch norm directly
     after a convolution is folded into it.

@@ -90,7 +90,7 @@ class FeatureStatistics(Metric):
         for name, shape in zip(STATES, [(), (size,), (size,), ()], strict=True):
             self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum", persistent=True)
         self._samples = 0  # number of samples since the origin was set
-        self.few = size  # up to this number of samples, Gram matrices are computed in float64
+        self.float64_limit = size  # up to this number of samples, Gram matrices are computed in float64
         self._shrink_default()
         self.comoment = torch.zeros(size, size, dtype=torch.float64)  # set here because `add_state` would copy it
 
@@ -144,12 +144,12 @@ class FeatureStatistics(Metric):
             room: memory for the shifted samples, ``(n, samples)``. It is used if it has the right dtype.
         """
         samples, size = features[0][0].numel(), sum(self.sizes)
-        self._unseal()
+        self._make_writable()
         if not self._samples:
             self._set_origin(features)
         self._samples += samples
         # With few samples only the last digits distinguish a copy of a feature from a near copy, and float64 is cheap.
-        dtype = torch.float64 if self._samples <= self.few else self.gram_dtype
+        dtype = torch.float64 if self._samples <= self.float64_limit else self.gram_dtype
         dtype = torch.promote_types(features[0].dtype, dtype)
         rows = empty_like_features(size, features[0], dtype) if room is None or room.dtype != dtype else room
         origins = self.origin.to(dtype).split(self.sizes)
@@ -160,7 +160,7 @@ class FeatureStatistics(Metric):
         self.total += rows.mean(1).double() * samples
         add_gram(self.comoment, rows)
 
-    def _unseal(self) -> None:
+    def _make_writable(self) -> None:
         """Clone states that were created in inference mode, because they cannot be changed in place outside of it."""
         if self.comoment.is_inference() and not torch.is_inference_mode_enabled():
             for name in STATES:
@@ -240,7 +240,7 @@ class FeatureStatistics(Metric):
         self._computed = None
         if states["count"] > 0:
             self._update_count += 1
-            self._unseal()
+            self._make_writable()
             if not self.count:
                 self._move_origin(states["origin"])
             moved = states["origin"] - self.origin
@@ -286,7 +286,7 @@ def sum_over_processes(statistics: Sequence[FeatureStatistics], group: Any = Non
     origins = [torch.cat([(each.count > 0).double()[None], each.origin * (each.count > 0)]) for each in statistics]
     all_reduce_sums(origins, group)
     for each, (contributors, *_), packed in zip(statistics, origins, origins, strict=True):
-        each._unseal()
+        each._make_writable()
         each._move_origin(packed[1:] / contributors.clamp(min=1))
     all_reduce_sums([state for each in statistics for state in (each.count[None], each.total)], group)
     all_reduce_sums([each.comoment for each in statistics], group)

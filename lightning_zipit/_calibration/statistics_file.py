@@ -259,15 +259,15 @@ class StatisticsRecord:
         rank, processes = rank_and_size()
         self._own = self.path.with_name(f"{self.path.stem}.part-{rank}-of-{processes}{self.path.suffix}")
         others = [found for found in self.path.parent.glob(f"{self.path.stem}.part-*-of-*{self.path.suffix}")]
-        strangers = [found.name for found in others if not found.stem.endswith(f"-of-{processes}")]
+        foreign = [found.name for found in others if not found.stem.endswith(f"-of-{processes}")]
         exists = exchange(self.path.is_file)
         if len(set(exists)) > 1:
             raise ConfigurationError(
                 f"Only some of the processes see {self.path}: put `statistics` on a file system that all nodes share."
             )
-        if strangers and not exists[0]:
+        if foreign and not exists[0]:
             raise ConfigurationError(
-                f"{strangers[0]} belongs to an interrupted calibration with another number of processes. Start the "
+                f"{foreign[0]} belongs to an interrupted calibration with another number of processes. Start the "
                 "same number of processes to resume it, or delete its `.part-` files to calibrate again."
             )
         self.complete = self._read(self.path) if exists[0] else None
@@ -280,14 +280,14 @@ class StatisticsRecord:
 
     def _read(self, path: Path) -> CalibrationStatistics:
         known = CalibrationStatistics.load(path)
-        way_out = "Delete the file, or give another path, to calibrate again."
+        remedy = "Delete the file, or give another path, to calibrate again."
         if list(known.fingerprints.values()) != list(self.fingerprints.values()):
             raise StatisticsError(
-                f"{path} holds statistics of other networks (tasks {list(known.fingerprints)}): the weights differ for "
-                f"{_changed(known.fingerprints, self.fingerprints)}. {way_out}"
+                f"{path} holds statistics of other networks (tasks {list(known.fingerprints)}): "
+                f"{_difference('the weights', known.fingerprints, self.fingerprints)}. {remedy}"
             )
         if path == self.path and known.seen:
-            raise StatisticsError(f"{path} holds an incomplete calibration. {way_out}")
+            raise StatisticsError(f"{path} holds an incomplete calibration. {remedy}")
         return known
 
     def check_settings(self, verify: bool, **settings: Any) -> None:
@@ -327,8 +327,9 @@ class StatisticsRecord:
         for known in (self.complete, self.resumed):
             if known is not None and list(known.operators.values()) != list(found.values()):
                 raise StatisticsError(
-                    f"{self.path} was written for networks with other operators: the operators or their arguments "
-                    f"differ for {_changed(known.operators, found)}. Restore the old operators, or {CALIBRATE_AGAIN}"
+                    f"{self.path} was written for networks with other operators: "
+                    f"{_difference('the operators or their arguments', known.operators, found)}. Restore the old "
+                    f"operators, or {CALIBRATE_AGAIN}"
                 )
 
     def is_known(self, loader: int, before: int, samples: int) -> bool:
@@ -351,10 +352,10 @@ class StatisticsRecord:
             )
         return before < known
 
-    def keep(self, gathered: Callable[[], CalibrationStatistics]) -> None:
+    def keep(self, current: Callable[[], CalibrationStatistics]) -> None:
         """Save the statistics of this process, if the last save was at least ``SAVE_EVERY`` seconds ago."""
         if time.monotonic() - self._saved >= SAVE_EVERY:
-            gathered().save(self._own)
+            current().save(self._own)
             self._saved = time.monotonic()
 
     def discard(self) -> None:
@@ -362,8 +363,10 @@ class StatisticsRecord:
         self._own.unlink(missing_ok=True)
 
 
-def _changed(old: Mapping[str, str], new: Mapping[str, str]) -> str:
+def _difference(what: str, old: Mapping[str, str], new: Mapping[str, str]) -> str:
+    """Describe the difference between the digests in a file and those of a merge, by task."""
     if len(old) != len(new):
-        return f"{len(new)} tasks instead of {len(old)}"
+        return f"this merge has {len(new)} tasks instead of {len(old)}"
     pairs = zip(old.values(), new.items(), strict=True)
-    return ", ".join(repr(task) for before, (task, after) in pairs if before != after)
+    tasks = ", ".join(repr(task) for before, (task, after) in pairs if before != after)
+    return f"{what} differ for the tasks {tasks}"

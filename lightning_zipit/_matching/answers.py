@@ -68,7 +68,7 @@ def _problem(labels: Tensor, answers: Mapping[str, Match], spaces: Spaces, name:
     units = answers[space.units].features if space.units else None
     if isinstance(units, Tensor):
         of_feature = torch.tensor(space.unit_of)
-        whole = units.cpu().view(count, -1)[:, of_feature].flatten()  # the merged unit of each source feature
-        if not torch.equal(of_feature[labels], whole):
+        expected = units.cpu().view(count, -1)[:, of_feature].flatten()  # the merged unit of each source feature
+        if not torch.equal(of_feature[labels], expected):
             return f"each feature must stay in the merged unit of {space.units!r} to which its own unit was matched"
     return ""

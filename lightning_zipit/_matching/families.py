@@ -139,7 +139,7 @@ def _with_units(
 
 
 class _OneToOne:
-    """Matches the features of each model one to one to those of the first model."""
+    """Match the features of each model one to one to those of the first model."""
 
     any_width = False
 

@@ -72,7 +72,7 @@ class FeatureMap(ABC):
     def with_weights(self, weights: Sequence[float] | None) -> FeatureMap:
         """Return the map with other weights of the models."""
 
-    def counting_alone(self, source: int) -> FeatureMap:
+    def of_one_model(self, source: int) -> FeatureMap:
         """Return the map with weight 1 for one model and 0 for all others: M_i for the parts of one task."""
         return self.with_weights([float(model == source) for model in range(self.num_models)])
 
@@ -168,9 +168,9 @@ Maps: TypeAlias = Mapping[str, FeatureMap]
 """The map of each space."""
 
 
-def counting_alone(maps: Maps, source: int) -> dict[str, FeatureMap]:
-    """Return the maps with weight 1 for one model and 0 for all others; see :meth:`FeatureMap.counting_alone`."""
-    return {space: known.counting_alone(source) for space, known in maps.items()}
+def of_one_model(maps: Maps, source: int) -> dict[str, FeatureMap]:
+    """Return the maps with weight 1 for one model and 0 for all others; see :meth:`FeatureMap.of_one_model`."""
+    return {space: known.of_one_model(source) for space, known in maps.items()}
 
 
 def mixes(ref: AxisRef, maps: Maps) -> bool:

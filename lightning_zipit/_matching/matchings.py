@@ -40,7 +40,7 @@ class Matched:
 
 
 class Matchings:
-    """Matches the spaces of N models, each space for each of its allowed widths.
+    """Match the spaces of N models, each space for each of its allowed widths.
 
     Args:
         matcher: the matcher.

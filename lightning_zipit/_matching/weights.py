@@ -14,7 +14,7 @@ from lightning_zipit.graph import AxisRef, MergeGraph
 from lightning_zipit.graph.notes import reached
 from lightning_zipit.graph.table import Table, bind, named_tensors
 
-ALIKE = 0.5
+SAME_INITIALISATION = 0.5
 """Lowest cosine of the weights of networks that seem to be trained from the same initialisation."""
 
 
@@ -111,7 +111,7 @@ def common_start(graph: MergeGraph, networks: Sequence[nn.Module], maps: Maps) -
         own = torch.stack([network.get_parameter(name).detach().flatten().cpu().float() for network in networks])
         products += own @ own.T
     cosine = min(F.correlation(products)[0, 1:].tolist(), default=0.0)
-    if cosine < ALIKE:
+    if cosine < SAME_INITIALISATION:
         return ()
     labels = [space_map.labels for space_map in maps.values() if space_map.labels is not None]
     same = sum(int((own == F.average(len(own), len(networks))).sum()) for own in labels)

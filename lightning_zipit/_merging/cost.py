@@ -98,7 +98,7 @@ def count_flops(network: nn.Module, graph: MergeGraph, x: Tensor) -> FlopCounts:
 
 
 class _FlopInterpreter(fx.Interpreter):
-    """Runs a graph, and attributes the FLOPs of each product to its node and weight."""
+    """Run a graph, and attribute the FLOPs of each product to its node and weight."""
 
     def __init__(self, network: nn.Module, graph: fx.Graph) -> None:
         super().__init__(network, graph=graph)

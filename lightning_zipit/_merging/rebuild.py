@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from lightning_zipit._common.copying import copy_module
-from lightning_zipit._matching.maps import Maps, counting_alone, shares_along, unmerge_along
+from lightning_zipit._matching.maps import Maps, of_one_model, shares_along, unmerge_along
 from lightning_zipit._merging.dense import fold_norms
 from lightning_zipit._merging.parameters import merge_into, unmerge_into
 from lightning_zipit.graph import MergeGraph
@@ -175,7 +175,7 @@ def build_stem(graph: MergeGraph, widths: Mapping[str, int] | None = None) -> fx
     for node in graph.stem_graph():
         built[node.name] = stem.node_copy(node, lambda source: built[source.name])
     passed = _passed(graph)
-    handed = []
+    entering = []
     for entry in graph.entries:
         value = built[entry.node]
         if entry.ref is not None and entry.axis is not None:
@@ -183,8 +183,8 @@ def build_stem(graph: MergeGraph, widths: Mapping[str, int] | None = None) -> fx
             value = stem.call_module(f"{MERGE}.{entry.node}", (value,))
         elif entry.node in passed and entry.shape:
             value = stem.call_method("clone", (value,))  # the trunk may change it in place
-        handed.append(value)
-    stem.output((*handed, *(built[name] for name in passed)))
+        entering.append(value)
+    stem.output((*entering, *(built[name] for name in passed)))
     dtype = next((each.dtype for each in root.parameters() if each.is_floating_point()), None)
     merges.to(dtype)
     return _module(root, stem, "Stem", {}, None)
@@ -212,12 +212,12 @@ def set_merges(stem: nn.Module, graph: MergeGraph, maps: Maps, source: int) -> N
         maps: the map of each space.
         source: the index of the source model.
     """
-    alone = counting_alone(maps, source)
+    own_maps = of_one_model(maps, source)
     for entry in graph.entries:
         if entry.ref is not None:
             merge = stem.get_submodule(f"{MERGE}.{entry.node}")
             merge.get_buffer("index").copy_(unmerge_along(entry.ref, maps, source))
-            merge.get_buffer("shares").copy_(shares_along(entry.ref, alone, source))
+            merge.get_buffer("shares").copy_(shares_along(entry.ref, own_maps, source))
 
 
 def build_trunk(graph: MergeGraph, widths: Mapping[str, int] | None = None) -> fx.GraphModule:

@@ -15,7 +15,7 @@ Kind = Literal["chance", "samples", "dead", "crowded", "collapse", "norms"]
 
 DEVIATIONS = 2.0
 """Required distance of a similarity from chance, in standard deviations of a random matching."""
-ALIKE = 0.9
+SIMILAR = 0.9
 """Similarity from which features are so similar that any matching is good."""
 NOISE = 0.5
 """Highest acceptable ratio of noise to matched similarity."""
@@ -82,7 +82,7 @@ def _find_chance(spaces: Sequence[SpaceReport]) -> Iterator[Finding]:
 
 def _is_random(space: SpaceReport) -> bool:
     """Whether a space is matched no better than at random; False if the similarity at random is unknown."""
-    return space.similarity < ALIKE and space.similarity < space.chance + DEVIATIONS * space.deviation
+    return space.similarity < SIMILAR and space.similarity < space.chance + DEVIATIONS * space.deviation
 
 
 def noise_of(samples: int, features: int) -> float:

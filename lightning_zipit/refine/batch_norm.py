@@ -14,14 +14,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_zipit._common.collectives import all_reduce_sums, exchange
 from lightning_zipit._common.views import Inputs
 from lightning_zipit.errors import CalibrationError
-from lightning_zipit.refine.finite import WAY_OUT
+from lightning_zipit.refine.finite import REMEDY
 from lightning_zipit.refine.moments import FeatureMoments
 from lightning_zipit.refine.refinement import Changes, MergedNetworks, NormShift, Refinement, Refining
 
 
 @dataclass(frozen=True)
 class BatchNorm(Refinement):
-    """Re-estimates the running statistics of batch norms: in the trunk on all data, in a head on the data of its task.
+    """Re-estimate the running statistics of batch norms: in the trunk on all data, in a head on the data of its task.
 
     Args:
         per_task: give the trunk a separate batch norm for each task, with the statistics of the task's data. The trunk
@@ -38,7 +38,7 @@ class BatchNorm(Refinement):
 
 
 class ReEstimation(Refining):
-    """Re-estimates the running statistics of the batch norms in trunk and heads; see :class:`BatchNorm`.
+    """Re-estimate the running statistics of the batch norms in trunk and heads; see :class:`BatchNorm`.
 
     The batch norms of stems keep their statistics, because stems are not merged.
 
@@ -78,7 +78,7 @@ class ReEstimation(Refining):
 
 
 class BatchNormEstimator:
-    """Estimates mean and variance of the inputs of batch norms over all samples.
+    """Estimate mean and variance of the inputs of batch norms over all samples.
 
     Every position of every sample counts once, independent of the split into batches and processes. The statistics are
     known only after the last batch. Until then, a norm normalises each batch by the mean and variance of this batch,
@@ -130,13 +130,13 @@ class BatchNormEstimator:
         bad = [f"`{name}`" for name, each in self.norms.items() if not bool(each.moments.sums.isfinite().all())]
         if bad:
             of = f" in batches of task {', '.join(map(repr, suspects))}" * bool(suspects)
-            raise CalibrationError(f"NaN or Inf in the inputs of batch norm {', '.join(bad[:5])}{of}. {WAY_OUT}")
+            raise CalibrationError(f"NaN or Inf in the inputs of batch norm {', '.join(bad[:5])}{of}. {REMEDY}")
         for each in estimates:
             each.finish()
 
 
 class Estimate:
-    """Accumulates the statistics of one batch norm.
+    """Accumulate the statistics of one batch norm.
 
     Args:
         norm: the batch norm.

@@ -10,7 +10,7 @@ from lightning_zipit.errors import CalibrationError, ConfigurationError
 
 MERGED = "the merged network"
 
-WAY_OUT = (
+REMEDY = (
     "Check the weights of the source models and the calibration data for NaN or Inf. In 16-bit precision, an overflow "
     "is likely: merge with precision='32-true'."
 )
@@ -34,7 +34,7 @@ def check_values(place: str, sums: Mapping[str, Tensor]) -> None:
     """
     bad = [network for network, values in sums.items() if not bool(values.isfinite().all())]
     if bad := [network for network in bad if network != MERGED] or bad:
-        raise CalibrationError(f"NaN or Inf at `{place}` in the values of {' and '.join(bad)}. {WAY_OUT}")
+        raise CalibrationError(f"NaN or Inf at `{place}` in the values of {' and '.join(bad)}. {REMEDY}")
 
 
 def check_structure(before: Mapping[str, nn.Module], after: Mapping[str, nn.Module], refinement: str) -> None:
@@ -75,4 +75,4 @@ def check_results(before: Mapping[str, nn.Module], after: Mapping[str, nn.Module
                 bad.append(f"`{prefix}.{name}`")
     if bad:
         listed = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
-        raise CalibrationError(f"The refinement produced NaN or Inf in {listed}. {WAY_OUT}")
+        raise CalibrationError(f"The refinement produced NaN or Inf in {listed}. {REMEDY}")

@@ -76,7 +76,7 @@ class LayerByLayer(Refinement):
 
 
 class _Collecting(Refining):
-    """Stores all batches, and adapts the layers after the last batch."""
+    """Store all batches, and adapt the layers after the last batch."""
 
     def __init__(self, merged: MergedNetworks, how: LayerByLayer) -> None:
         super().__init__(merged)
@@ -103,7 +103,7 @@ class _Planned(NamedTuple):
 
 
 class Walk:
-    """Adapts merged networks layer by layer, on the calibration data of all processes.
+    """Adapt merged networks layer by layer, on the calibration data of all processes.
 
     With stems, or with a separate input for each task, the merged trunk runs on every batch once per task.
 

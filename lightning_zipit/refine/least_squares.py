@@ -22,7 +22,7 @@ MOST_INPUTS = 8192
 
 @dataclass(frozen=True)
 class LeastSquares(LayerByLayer):
-    """Fits every convolution and linear layer to the outputs of the sources, in closed form.
+    """Fit every convolution and linear layer to the outputs of the sources, in closed form.
 
     The inputs of a layer come from the merged network. For a layer of the trunk, the target is the zipped output of the
     sources. At the end of a residual branch, the target is the zipped sum minus the merged shortcut. For a layer of a

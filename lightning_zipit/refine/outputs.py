@@ -12,7 +12,7 @@ from lightning_zipit.refine.patches import samples
 
 
 class Outputs:
-    """Converts the values at the end of a layer's branch to the layout of the layer's outputs.
+    """Convert the values at the end of a layer's branch to the layout of the layer's outputs.
 
     Args:
         stop: the layer.

@@ -12,7 +12,7 @@ from lightning_zipit.refine.refinement import Changes, MergedNetworks, Refinemen
 
 
 class Refiner:
-    """Runs a refinement on copies of merged networks. The merged networks change only if the refinement succeeds.
+    """Run a refinement on copies of merged networks. The merged networks change only if the refinement succeeds.
 
     Args:
         refinement: the refinement.

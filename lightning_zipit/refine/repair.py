@@ -19,7 +19,7 @@ from lightning_zipit.refine.patches import samples
 
 @dataclass(frozen=True)
 class Repair(LayerByLayer):
-    """Sets mean and standard deviation of every output of a layer to the average over the sources' outputs.
+    """Set mean and standard deviation of every output of a layer to the average over the sources' outputs.
 
     This is REPAIR (arXiv 2211.08403), also applied to the heads. If a batch norm follows a layer, its running
     statistics and affine parameters are changed. Otherwise the weights of the layer are changed.

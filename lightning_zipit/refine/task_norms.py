@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_zipit._matching.maps import Maps, apply_maps, counting_alone
+from lightning_zipit._matching.maps import Maps, apply_maps, of_one_model
 from lightning_zipit._merging.dense import moments_under, set_moments
 from lightning_zipit.graph.table import Row, Table, bind
 
@@ -93,7 +93,7 @@ def set_affine(
     with torch.no_grad():
         for task, network in networks.items():
             source = models[task]
-            own_maps = counting_alone(maps, source)
+            own_maps = of_one_model(maps, source)
             rows = {id(tensor): row for _, tensor, row in bind(axes, network)}
             for name, norms in own.items():
                 _set_norm(norms[task], network.get_submodule(name), rows, own_maps, source)

@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_zipit._calibration.statistics import FeatureStatistics, empty_like_features
 
 
-class Waiting:
+class SampleBuffer:
     """Buffer of samples. It is flushed when it holds more samples than a model has features.
 
     Args:
@@ -21,7 +21,7 @@ class Waiting:
     def __init__(self, statistics: FeatureStatistics, features: Sequence[Tensor]) -> None:
         self.statistics = statistics
         first = features[0].flatten(1)
-        room = first[:, :1].expand(-1, statistics.few + first.shape[1])
+        room = first[:, :1].expand(-1, statistics.float64_limit + first.shape[1])
         with torch.inference_mode(False):  # so that it is writable inside and outside inference mode
             self.rows = empty_like_features(sum(statistics.sizes), room, first.dtype)
         self.filled = 0
@@ -38,7 +38,7 @@ class Waiting:
         for part, feature in zip(free.split(self.statistics.sizes), features, strict=True):
             part.copy_(feature)
         self.filled += samples
-        if self.filled > self.statistics.few:
+        if self.filled > self.statistics.float64_limit:
             self.flush()
 
     def flush(self) -> None:
