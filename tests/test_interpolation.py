@@ -48,6 +48,6 @@ def test_the_barrier_is_the_highest_loss_less_the_mean_of_the_ends():
         (2, [0.5], MergeSettings(stop_at="features.0"), "merges whole"),
     ],
 )
-def test_what_is_no_line_is_refused(count, shares, settings, message):
+def test_interpolation_refuses_bad_arguments(count, shares, settings, message):
     with pytest.raises(ConfigurationError, match=message):
         list(interpolate([PlainNet() for _ in range(count)], [X], shares, settings))

@@ -154,7 +154,7 @@ def test_a_single_checkpoint_is_folded_by_the_driver():
 # What must keep its size
 
 
-def test_a_space_that_an_operator_relies_on_keeps_its_size():
+def test_space_whose_size_an_operator_needs_keeps_its_size():
     class Reshaped(nn.Module):
         def __init__(self):
             super().__init__()
@@ -404,7 +404,7 @@ class TwoArguments(Matcher):
         ({"width": "auto", "flops": 1.0, "matcher": DualSpace(matcher=GreedyZip())}, "all spaces together"),
     ],
 )
-def test_settings_that_do_not_fit_are_refused(arguments, message):
+def test_merge_settings_refuse_bad_widths(arguments, message):
     with pytest.raises(ConfigurationError, match=message):
         MergeSettings(**arguments)
 
@@ -418,12 +418,12 @@ def test_settings_that_do_not_fit_are_refused(arguments, message):
         ({"width": "auto", "flops": 0.001}, "cannot be met: .* has 0.0. times the FLOPs of one source"),
     ],
 )
-def test_widths_that_the_networks_cannot_have_are_refused(arguments, message):
+def test_merge_refuses_impossible_widths(arguments, message):
     with pytest.raises(ConfigurationError, match=message):
         merge_backbones(networks(SmallResNet), batches(), MergeSettings(**arguments))
 
 
-def test_a_matcher_without_a_width_serves_where_none_is_asked_for():
+def test_matcher_without_width_works_for_width_one():
     nets = networks(SmallResNet)
     merged = merge_backbones(nets, batches(), MergeSettings(width={"conv1": 1.0}, matcher=TwoArguments()))
     assert merged.widths == {}

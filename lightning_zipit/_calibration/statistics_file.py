@@ -294,8 +294,8 @@ class StatisticsRecord:
         """Compare the settings of a merge with the settings in the files.
 
         Args:
-            verify: whether the merge requires a proof of the table of axes. A merge from a complete file cannot prove
-                it, because the proof needs a batch.
+            verify: whether the merge requires a proof of the table of axes. A merge without calibration does not prove
+                the table itself.
             settings: the settings on which the statistics depend, by their names in the files.
 
         Raises:

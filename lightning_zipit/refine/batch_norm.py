@@ -154,7 +154,7 @@ class Estimate:
         self.calls = self.moments.sums.new_zeros(1)
 
     def add(self, norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Add an input of the norm, and set the norm to normalise it by its own mean and variance (forward hook)."""
+        """Add an input of the norm (forward hook). The norm then normalises it by the input's own mean and variance."""
         x: Tensor = args[0] if args else kwargs["input"]
         count = x.numel() // x.shape[1]
         if not count:

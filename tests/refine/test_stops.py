@@ -158,7 +158,7 @@ def pair(make, shape):
 @torch.no_grad()
 @pytest.mark.parametrize("how", REFINEMENTS, ids=["repair", "least squares"])
 @pytest.mark.parametrize("make", LEFT)
-def test_what_cannot_be_fitted_keeps_its_weights_and_is_said(make, how):
+def test_layers_that_cannot_be_fitted_keep_their_weights_and_are_reported(make, how):
     shape, left, why = LEFT[make]
     nets, x = pair(make, shape)
     merged = merge_backbones(nets, [x], MergeSettings(refine=how))
@@ -168,7 +168,7 @@ def test_what_cannot_be_fitted_keeps_its_weights_and_is_said(make, how):
     assert not set(left).intersection(merged.report.fits)
 
 
-def test_layers_with_too_many_inputs_are_said(monkeypatch):
+def test_layers_with_too_many_inputs_are_reported(monkeypatch):
     monkeypatch.setattr(least_squares, "MOST_INPUTS", 9)
     nets, x = pair(Mixer, (9, 6))
     notes = merge_backbones(nets, [x], MergeSettings()).report.notes
@@ -274,7 +274,7 @@ class Position(nn.Module):
 @torch.no_grad()
 @pytest.mark.parametrize("positions", [None, 4])
 @pytest.mark.parametrize("width", [1, 1.5])
-def test_a_summand_without_a_batch_axis_counts_for_every_sample(positions, width):
+def test_summand_without_batch_axis_counts_for_every_sample(positions, width):
     nets, x = pair(Position, (9, 6))
     settings = MergeSettings(width=width, refine=LeastSquares(positions))
     merged = merge_backbones(nets, list(x.split(20)), settings)
