@@ -1,4 +1,4 @@
-"""The straight line between two networks of one task, once their features are in one order."""
+"""Linear interpolation between two networks of one task, after their features are matched."""
 
 from __future__ import annotations
 
@@ -22,20 +22,21 @@ def interpolate(
     shares: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
     settings: MergeSettings | None = None,
 ) -> Iterator[nn.Module]:
-    """The networks on the line from one network to another whose features were permuted onto the first's.
+    """Interpolate linearly between two networks, with the features of the second permuted to match the first.
 
     Args:
-        networks: two networks of one architecture and one output space; they are left as they are.
-        batches: inputs to match features on, to be gone through several times.
-        shares: how much the second network counts in each result, 0 to 1.
-        settings: how features are matched, and what follows; by default ``Permute()`` and nothing. With a matcher that
-            is not one to one, the ends are not the two networks.
+        networks: two networks of one architecture and one output space. They are not changed.
+        batches: inputs on which features are matched. They are iterated several times.
+        shares: the weights t of the second network, each 0 to 1.
+        settings: matcher and refinement; by default ``Permute()`` and no refinement. With a matcher that is not one to
+            one, the results for t = 0 and t = 1 differ from the two networks.
 
     Yields:
-        Per share (1 - t) a + t b, a network of the class of the first, in the order of its features.
+        For each t, the network (1 - t) a + t b. It has the class and the order of features of the first network.
 
     Raises:
-        ConfigurationError: if there are not two networks, a share is out of range, or they cannot be merged whole.
+        ConfigurationError: if ``networks`` does not hold two networks, if a share is out of range, or if the networks
+            cannot be merged as a whole.
 
     Example:
         >>> import torch
@@ -46,13 +47,13 @@ def interpolate(
         True
     """
     if len(networks) != 2:
-        raise ConfigurationError(f"A line has two ends: give two networks, got {len(networks)}.")
+        raise ConfigurationError(f"`networks` must be two networks to interpolate between, got {len(networks)}.")
     if wrong := [share for share in shares if not 0 <= share <= 1]:
-        raise ConfigurationError(f"`shares` must lie from 0 to 1, got {wrong}.")
+        raise ConfigurationError(f"`shares` must be between 0 and 1, got {wrong}.")
     settings = replace(settings or MergeSettings(matcher=Permute(), refine=None), merge_heads=True)
     if (settings.start_at, settings.stop_at, settings.width, settings.weights) != (None, None, 1, None):
         raise ConfigurationError(
-            "The networks are merged whole: leave `start_at`, `stop_at`, `width` and `weights` as they are."
+            "Interpolation merges whole networks: leave `start_at`, `stop_at`, `width` and `weights` at their defaults."
         )
     named = dict(zip(("first", "second"), networks, strict=True))
     pipeline = Pipeline(make_sources(named, settings), settings)
@@ -61,6 +62,6 @@ def interpolate(
         weighted = pipeline.weighted((1 - share, share))
         push(weighted, [batches])
         network = copy_module(networks[0])
-        # Parameters that the forward does not use stay those of the first network.
+        # Parameters that the forward does not use keep the values of the first network.
         network.load_state_dict(weighted.finish().trunk.state_dict(), strict=False)
         yield network

@@ -1,4 +1,4 @@
-"""Matchers decide which features become one: from the similarity of a feature space to labels, or to matrices."""
+"""Matchers: decide which features are merged, from the similarity of a feature space to labels or matrices."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ __all__ = [
 class GreedyZip(AnyWidthMatcher):
     """Zip features across and within models, the most similar pair first (ZipIt!, section 4.1).
 
-    Dead features (constant on the calibration data) are paired first, and ties go to a partner in another model; see
-    :func:`~lightning_zipit.functional.zip_features`.
+    Dead features (constant on the calibration data) are paired first. In a tie, a partner in another model is
+    preferred; see :func:`~lightning_zipit.functional.zip_features`.
 
     Args:
-        alpha: factor of the similarity of a merged cluster, 0 to 1; see
+        alpha: factor for the similarity of a merged cluster, 0 to 1; see
             :func:`~lightning_zipit.functional.greedy_zip`.
-        beta: ratio of each model's merges that may happen inside the model, 0 to 1.
+        beta: the highest ratio of each model's merges that happen within the model, 0 to 1.
 
     Raises:
-        ValueError: if ``alpha`` or ``beta`` lies outside 0 to 1.
+        ValueError: if ``alpha`` or ``beta`` is not between 0 and 1.
 
     Example:
         >>> import torch
@@ -74,7 +74,7 @@ class GreedyZip(AnyWidthMatcher):
 
 @dataclass(frozen=True)
 class Permute(Matcher):
-    """Match every model to the first, one feature to one, by linear assignment (Git Re-Basin, arXiv 2209.04836)."""
+    """Match every model one to one to the first model, by linear assignment (Git Re-Basin, arXiv 2209.04836)."""
 
     def __call__(self, similarity: Tensor, num_models: int) -> Tensor:
         return F.permute(similarity, num_models)
@@ -84,7 +84,7 @@ class Permute(Matcher):
 class Optimal(Matcher):
     """Pair the features of two models, within or across models, with the highest total similarity (ZipIt!, appendix).
 
-    Exact and slow: minutes for a space of 256 features a model; see :func:`~lightning_zipit.functional.optimal`.
+    Exact and slow: minutes for a space with 256 features per model; see :func:`~lightning_zipit.functional.optimal`.
     """
 
     def __call__(self, similarity: Tensor, num_models: int) -> Tensor:
@@ -96,7 +96,7 @@ class KMeans(AnyWidthMatcher):
     """Cluster the features of all models by k-means (ZipIt!, appendix); see :func:`~lightning_zipit.functional.kmeans`.
 
     Args:
-        seed: of the first centres.
+        seed: random seed for the initial centres.
     """
 
     seed: int = 0
@@ -117,14 +117,14 @@ class Average(Matcher):
 
 @dataclass(frozen=True)
 class Agglomerative(AnyWidthMatcher):
-    """Cluster features bottom up; see :func:`~lightning_zipit.functional.agglomerative`.
+    """Cluster features bottom-up (agglomerative clustering); see :func:`~lightning_zipit.functional.agglomerative`.
 
     Args:
-        linkage: similarity of two clusters: the ``"average"`` over pairs of their members, the least similar pair
+        linkage: the similarity of two clusters: the ``"average"`` over pairs of their members, the least similar pair
             (``"complete"``), or the most similar pair (``"single"``).
 
     Raises:
-        ValueError: if ``linkage`` is none of these.
+        ValueError: if ``linkage`` has another value.
     """
 
     linkage: Linkage = "average"
@@ -139,10 +139,10 @@ class Agglomerative(AnyWidthMatcher):
 
 @dataclass(frozen=True)
 class CycleConsistent(Matcher):
-    """Match three models or more, one feature to one, all to all at once (C²M³, arXiv 2405.17897).
+    """Match three or more models one to one, each model to all others at once (C²M³, arXiv 2405.17897).
 
-    ``Permute`` matches every model to the first. Its result depends on which model is first, and ignores the similarity
-    of the other models to each other. For two models both matchers give the same result.
+    ``Permute`` matches every model to the first model. Its result depends on which model is first, and ignores the
+    similarity between the other models. For two models, both matchers give the same result.
     """
 
     def __call__(self, similarity: Tensor, num_models: int) -> Tensor:
@@ -151,21 +151,22 @@ class CycleConsistent(Matcher):
 
 @dataclass(frozen=True)
 class CCA(Matcher):
-    """Align models by linear maps rather than one feature to one (CCA Merge, arXiv 2407.05385).
+    """Align models by linear maps instead of one-to-one matching (CCA Merge, arXiv 2407.05385).
 
-    A map T_i turns the features of model i into those of the first. Canonical correlation analysis of the activations
-    gives it. Weights are then averaged: M_i = T_i / N and U_i = T_i⁻¹. For two models this is the method of the paper,
-    with ``gamma`` taken relative to the variance of the features. Three models or more are turned to agree with all
-    others, not only with the first; see :func:`~lightning_zipit.functional.align`. The features of the first model are
-    the coordinates of all, because activation functions act on them: for a copy of the first model, T is the identity.
+    A linear map T_i transforms the features of model i into the features of the first model. It is computed by
+    canonical correlation analysis of the activations. Weights are then averaged: M_i = T_i / N and U_i = T_i⁻¹. For
+    two models this is the method of the paper, with ``gamma`` relative to the variance of the features. With three or
+    more models, each model is aligned with all others, not only with the first; see
+    :func:`~lightning_zipit.functional.align`. The features of the first model are the common coordinates, because
+    activation functions act on single features. For a copy of the first model, T is the identity.
 
-    A batch norm right after a layer is folded into the layer, mapped with it, and set up anew. The paper maps its
-    scale, shift and statistics as if they were features. Spaces to which dense maps cannot be applied are matched as by
-    :class:`Permute`; the report lists them with the reason.
+    A batch norm directly after a layer is folded into the layer, mapped with it, and then set up again. The paper maps
+    scale, shift and statistics of a batch norm like features. Spaces to which dense maps cannot be applied are matched
+    like by :class:`Permute`. The report lists these spaces with the reason.
 
     Args:
         gamma: ridge on the diagonal of each model's covariance, as a ratio to the mean variance. A higher ridge gives
-            less weight to directions in which features hardly vary.
+            less weight to directions with low variance.
 
     Raises:
         ValueError: if ``gamma`` is not above 0.
@@ -196,18 +197,18 @@ class CCA(Matcher):
 class DualSpace(Matcher):
     """Match by weights and activations together (MuDSC, arXiv 2403.01753).
 
-    The similarity of a space is τ·(cosine of weights) + (1 - τ)·(similarity of activations). The weights of a space are
-    in the order of its neighbouring spaces, so all spaces are matched in turn until no label changes.
+    The similarity of a space is τ·(cosine of weights) + (1 - τ)·(similarity of activations). The cosine of weights
+    depends on the matching of the neighbouring spaces, so all spaces are matched in turn until no label changes.
 
     Args:
         tau: weight of the similarity of weights, 0 to 1.
         matcher: the matcher that turns a similarity into labels.
         rounds: the highest number of rounds over all spaces.
-        seed: of the order of the spaces.
+        seed: random seed for the order of the spaces.
 
     Raises:
-        ValueError: if ``tau`` lies outside 0 to 1, ``rounds`` is below 1, or ``matcher`` does not match one space at a
-            time by any similarity.
+        ValueError: if ``tau`` is not between 0 and 1, if ``rounds`` is below 1, or if ``matcher`` does not match one
+            space at a time by any similarity.
     """
 
     tau: float = 0.5
@@ -222,11 +223,14 @@ class DualSpace(Matcher):
         if self.rounds < 1:
             raise ValueError(f"`rounds` must be at least 1, got {self.rounds}.")
         if not isinstance(self.matcher, Matcher) or self.matcher.joint:
-            raise ValueError(f"`matcher` must be a Matcher of similarities such as Permute(), got {self.matcher!r}.")
+            raise ValueError(
+                "`matcher` must be a Matcher that matches one space at a time, such as Permute(), got "
+                f"{self.matcher!r}."
+            )
         if self.matcher.similarity is not None:
             raise ValueError(
-                f"`matcher` must take any similarity, but {self.matcher!r} takes only a {self.matcher.similarity}: "
-                "pass it to the merge directly."
+                f"`matcher` must accept any similarity, but {self.matcher!r} accepts only a {self.matcher.similarity}: "
+                "pass this matcher to the merge directly."
             )
 
     @property
@@ -250,9 +254,9 @@ class DualSpace(Matcher):
 
 @dataclass(frozen=True)
 class WeightMatching(DualSpace):
-    """Match only by weights, without data (Git Re-Basin, arXiv 2209.04836, algorithm 1).
+    """Match by weights only, without data (Git Re-Basin, arXiv 2209.04836, algorithm 1).
 
-    Only the refinement uses the calibration data.
+    The calibration data is used only by the refinement.
     """
 
     tau: float = 1.0
@@ -261,5 +265,6 @@ class WeightMatching(DualSpace):
         super().__post_init__()
         if self.tau != 1.0:
             raise ValueError(
-                f"`WeightMatching` matches only by weights, so `tau` must be 1, got {self.tau}: use `DualSpace`."
+                f"`WeightMatching` matches by weights only, so `tau` must be 1, got {self.tau}. Use `DualSpace` "
+                "instead."
             )

@@ -17,15 +17,16 @@ class MergedBackbone:
     """The merged networks.
 
     Attributes:
-        trunk: the shared part. It takes the input, or what a stem returns; a trunk with a batch norm per task also
-            takes the name of the task, last. It returns a tuple: what the heads take.
+        trunk: the shared part. It maps the input, or the output of a stem, to a tuple of the inputs of the heads. A
+            trunk with a batch norm per task also takes the task name, as its last argument.
         heads: the last part of each task's network.
-        report: what was merged, and what it costs.
-        example: zeros of the shape and type of one calibration sample, ``(1, …)``, by task where each task has its own
-            input.
+        report: the report of the merge.
+        example: zeros of the shape and dtype of one calibration sample, ``(1, …)``; one per task if each task has a
+            separate input.
         graphs: the merge graph of each source network.
-        widths: the number of features of each space whose width differs from the sources'.
-        stems: the first part of each task's network, from its input to a tuple; empty without ``start_at``.
+        widths: the number of features of each space whose width differs from the sources.
+        stems: the first part of each task's network, which returns a tuple of the inputs of the trunk; empty without
+            ``start_at``.
     """
 
     trunk: nn.Module
@@ -37,7 +38,7 @@ class MergedBackbone:
     stems: dict[str, nn.Module] = field(default_factory=dict)
 
     def refined(self, changes: Changes) -> MergedBackbone:
-        """The same networks with a report that includes what a refinement changed."""
+        """Return the same networks with a report that includes the changes of a refinement."""
         notes = (*self.report.notes, *changes.notes)
         report = replace(self.report, fits=dict(changes.fits), shifts=dict(changes.shifts), notes=notes)
         return replace(self, report=report)

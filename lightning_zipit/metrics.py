@@ -1,4 +1,4 @@
-"""How good several classifiers are together."""
+"""Joint accuracy of several classifiers."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ from torchmetrics import Metric
 
 
 class JointAccuracy(Metric):
-    """Accuracy over the classes of all tasks at once, without being told which task a sample belongs to.
+    """Accuracy over the classes of all tasks together. The task of a sample is not known.
 
-    Softmax inside each head, then the argmax over all heads' classes, against the global label (ZipIt!, section 5).
-    Beside it the accuracy of each head on the samples of its own classes, and the mean of those.
+    The prediction is the argmax over the classes of all heads, after a softmax in each head (ZipIt!, section 5). It is
+    compared with the global label. The metric also computes the accuracy of each head on the samples of its own
+    classes, and the mean of these accuracies.
 
     Args:
         classes: per task, the global label of each output of its head.
-        temperatures: per task, what its logits are divided by before the softmax, such as
-            :meth:`MultiHeadModule.fit_temperatures` finds without labels; by default 1. Only the joint accuracy
+        temperatures: per task, the divisor of its logits before the softmax; by default 1.
+            :meth:`MultiHeadModule.fit_temperatures` computes temperatures without labels. Only the joint accuracy
             depends on them.
         kwargs: see :class:`torchmetrics.Metric`.
 
     Raises:
-        ValueError: if ``classes`` is empty, a task is called "joint" or "mean", or ``temperatures`` are not one above 0
-            for each task.
+        ValueError: if ``classes`` is empty, if a task has the name "joint" or "mean", or if ``temperatures`` lacks a
+            finite value above 0 for a task.
 
     Example:
         >>> metric = JointAccuracy({"animals": [0, 2], "vehicles": [1]})
@@ -49,11 +50,16 @@ class JointAccuracy(Metric):
     ) -> None:
         super().__init__(**kwargs)
         if not classes:
-            raise ValueError("`classes` must name the classes of at least one task.")
+            raise ValueError("`classes` must contain the classes of at least one task, got an empty mapping.")
         if reserved := {"joint", "mean"} & set(classes):
-            raise ValueError(f"{', '.join(sorted(reserved))} is an entry of the result: give the task another name.")
+            raise ValueError(
+                f"A task cannot have the name {', '.join(map(repr, sorted(reserved)))}, because the result uses it for "
+                "another accuracy: rename the task in `classes`."
+            )
         if temperatures is not None and set(temperatures) != set(classes):
-            raise ValueError(f"`temperatures` has the tasks {list(temperatures)}, and `classes` {list(classes)}.")
+            raise ValueError(
+                f"`temperatures` and `classes` must have the same tasks, got {list(temperatures)} and {list(classes)}."
+            )
         self.temperatures = {task: float(temperatures[task]) if temperatures else 1.0 for task in classes}
         if not all(0 < temperature < math.inf for temperature in self.temperatures.values()):
             raise ValueError(f"`temperatures` must be finite and above 0, got {self.temperatures}.")
@@ -69,7 +75,7 @@ class JointAccuracy(Metric):
             target: global labels ``(samples,)``.
 
         Raises:
-            ValueError: if a task's logits are missing or not as many as its classes.
+            ValueError: if the logits of a task are missing, or have a wrong shape.
         """
         for task, labels in self.classes.items():
             shape = tuple(outputs[task].shape) if task in outputs else None
@@ -90,7 +96,10 @@ class JointAccuracy(Metric):
         self.total[index] += len(target)
 
     def compute(self) -> dict[str, Tensor]:
-        """``{"joint", one entry per task, "mean"}``; tasks without a sample count 0 and do not enter the mean."""
+        """Compute the accuracies: ``{"joint", one entry per task, "mean"}``.
+
+        A task without samples has accuracy 0, and is excluded from the mean.
+        """
         accuracy = self.correct / self.total.clamp(min=1)
         per_task = dict(zip(self.classes, accuracy[1:], strict=True))
         seen = accuracy[1:][self.total[1:] > 0]
@@ -98,11 +107,11 @@ class JointAccuracy(Metric):
         return {"joint": accuracy[0], **per_task, "mean": mean}
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
-        """Plot accuracies, or how they went from value to value; see :meth:`torchmetrics.Metric.plot`.
+        """Plot accuracies, or a sequence of accuracies over time; see :meth:`torchmetrics.Metric.plot`.
 
         Args:
-            val: what :meth:`compute` or ``forward`` returned, or a sequence of that; by default what is computed now.
-            ax: where to draw.
+            val: a result of :meth:`compute` or ``forward``, or a sequence of results; by default the current result.
+            ax: the axes to draw into; by default a new figure.
 
         Returns:
             The figure and its axes.

@@ -1,4 +1,4 @@
-"""How an input becomes the output of a task: stem → trunk → head."""
+"""Forward of merged networks: stem → trunk → head."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from lightning_zipit.refine.task_norms import has_task_norms
 
 
 class AllHeads(nn.Module):
-    """Stems, trunk and heads as one network: all outputs of one input by task.
+    """Stems, trunk and heads as one network, which returns the outputs of all tasks.
 
     Args:
-        trunk: from what the stems hand over, or from the input, to a tuple of what the heads take; one with a batch
-            norm per task also takes its name.
-        heads: per task, the rest of the network.
-        stems: per task, from its input to a tuple of what the trunk takes; none where that starts at the input.
+        trunk: the shared part. It maps the input, or the output of a stem, to a tuple of the inputs of the heads. A
+            trunk with a batch norm per task also takes the task name.
+        heads: the last part of each task's network.
+        stems: the first part of each task's network, which returns a tuple of the inputs of the trunk; empty if the
+            trunk starts at the input.
     """
 
     def __init__(
@@ -39,14 +40,14 @@ class AllHeads(nn.Module):
 
 
 def run_one(stem: nn.Module | None, trunk: nn.Module, head: nn.Module, x: Tensor, norms_of: str | None = None) -> Any:
-    """The output of one task.
+    """Compute the output of one task.
 
     Args:
-        stem: from the input to a tuple of what the trunk takes; ``None`` where the trunk starts at the input.
-        trunk: from there to a tuple of what the head takes.
-        head: the rest of the network.
+        stem: the first part of the network; ``None`` if the trunk starts at the input.
+        trunk: the shared part of the network.
+        head: the last part of the network.
         x: the input.
-        norms_of: the name of the task, for a trunk that takes it.
+        norms_of: the name of the task, for a trunk with a batch norm per task.
     """
     entering = (x,) if stem is None else stem(x)
     return head(*trunk(*entering, *(() if norms_of is None else (norms_of,))))
@@ -59,16 +60,19 @@ def run_all(
     inputs: Inputs,
     per_task: bool,
 ) -> dict[str, Any]:
-    """The outputs of all heads by task; with a dict of inputs, those of its tasks.
+    """Compute the outputs of all heads by task. For a dict of inputs, compute only the outputs of its tasks.
+
+    The trunk runs once for all tasks, unless it has stems, a batch norm per task, or a separate input for each task.
 
     Args:
-        stems: per task, from its input to a tuple of what the trunk takes; none where that starts at the input.
-        trunk: from there to a tuple of what the heads take.
-        heads: per task, the rest of the network.
-        inputs: the input of all tasks, or of each by task.
-        per_task: whether the trunk takes the name of its task.
+        stems: the first part of each task's network; empty if the trunk starts at the input.
+        trunk: the shared part of the network.
+        heads: the last part of each task's network.
+        inputs: one input for all tasks, or one input per task.
+        per_task: whether the trunk takes the task name, because it has a batch norm per task.
 
-    The trunk runs once for all tasks, unless it takes their name or what it starts from is each task's own.
+    Raises:
+        ConfigurationError: if an input belongs to an unknown task.
     """
     if isinstance(inputs, Tensor) and not per_task and not len(stems):
         crossing = trunk(inputs)
@@ -76,7 +80,8 @@ def run_all(
     views = dict.fromkeys(heads, inputs) if isinstance(inputs, Tensor) else inputs
     if unknown := [task for task in views if task not in heads]:
         raise ConfigurationError(
-            f"There are inputs for {', '.join(map(repr, unknown))}, but the tasks are {list(heads)}."
+            f"The inputs contain the unknown tasks {', '.join(map(repr, unknown))}: the tasks of this network are "
+            f"{list(heads)}."
         )
     return {
         task: run_one(stems[task] if len(stems) else None, trunk, heads[task], x, task if per_task else None)

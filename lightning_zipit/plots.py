@@ -1,6 +1,7 @@
-"""Pictures of a merge, drawn with matplotlib: ``pip install 'lightning-zipit[plots]'``.
+"""Plots of a merge with matplotlib: ``pip install 'lightning-zipit[plots]'``.
 
-Every function takes the ``ax`` to draw into, or makes a figure, and returns both, as ``plot`` of torchmetrics does.
+Every function draws into ``ax``, or into a new figure. It returns the figure and its axes, like ``plot`` of
+torchmetrics.
 """
 
 from __future__ import annotations
@@ -27,27 +28,29 @@ MODELS = ("tab:purple", "tab:green", "tab:red", "tab:olive", "tab:cyan", "tab:br
 def plot_similarity(
     similarity: Tensor, labels: Tensor, tasks: Sequence[str], ax: Axes | None = None
 ) -> tuple[Figure, Axes]:
-    """Plot the similarity of a space, its features in the order of their clusters.
+    """Plot the similarity of a space, with its features sorted by cluster.
 
-    Clusters are blocks on the diagonal: first those across models, then those within a model, then single features. In
-    each part, the most similar cluster comes first. The strip on the left shows the model of each feature.
+    Clusters are blocks on the diagonal: first clusters across models, then clusters within a model, then single
+    features. In each part, the most similar cluster comes first. The strip on the left shows the model of each feature.
 
     Args:
         similarity: ``(N·C, N·C)``.
-        labels: int64 ``(N·C,)``, the merged feature that each source feature becomes.
+        labels: int64 ``(N·C,)``, the merged feature of each source feature.
         tasks: the names of the N models.
-        ax: where to draw.
+        ax: the axes to draw into; by default a new figure.
 
     Returns:
         The figure and its axes.
 
     Raises:
         ConfigurationError: if matplotlib is not installed.
-        ValueError: if ``similarity`` and ``labels`` are not of N models.
+        ValueError: if the shape of ``similarity`` or ``labels`` does not fit N models.
     """
     check_matching(similarity, len(tasks))
     if labels.shape != similarity.shape[:1]:
-        raise ValueError(f"`labels` must be ({len(similarity)},), one for each feature, got {tuple(labels.shape)}.")
+        raise ValueError(
+            f"`labels` must have shape ({len(similarity)},), one label per feature, got {tuple(labels.shape)}."
+        )
     fig, ax = _axes(ax, (6.4, 5.4))
     similarity, labels = similarity.detach().cpu(), labels.cpu()
     order, bounds = cluster_order(similarity, labels, len(tasks))
@@ -57,9 +60,9 @@ def plot_similarity(
     )
     fig.colorbar(image, ax=ax, label="similarity", shrink=0.8)
     model = order // (size // len(tasks))
-    for number, task in enumerate(tasks):
-        rows = torch.nonzero(model == number).flatten().tolist()
-        colour = MODELS[number % len(MODELS)]
+    for index, task in enumerate(tasks):
+        rows = torch.nonzero(model == index).flatten().tolist()
+        colour = MODELS[index % len(MODELS)]
         ax.barh(rows, 0.03 * size, 1.0, left=-0.5 - 0.04 * size, color=colour, label=task)
     ax.set_xlim(-0.5 - 0.04 * size, size - 0.5)
     ax.set_ylim(size - 0.5, -0.5)
@@ -73,7 +76,7 @@ def plot_similarity(
     ax.set_yticks([*middles.values()], [*middles])
     ax.set_xticks([])
     ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.01), ncols=len(tasks), frameon=False)
-    ax.set_title("similarity, features in the order of clusters")
+    ax.set_title("similarity, features sorted by cluster")
     return fig, ax
 
 
@@ -86,7 +89,7 @@ def cluster_order(similarity: Tensor, labels: Tensor, num_models: int) -> tuple[
         num_models: N.
 
     Returns:
-        The features in that order, int64 ``(N·C,)``; and the first and last position of each kind.
+        The sorted features, int64 ``(N·C,)``; and the start and end position of each kind of cluster.
 
     Example:
         >>> similarity = torch.eye(4)
@@ -113,11 +116,11 @@ def cluster_order(similarity: Tensor, labels: Tensor, num_models: int) -> tuple[
 
 
 def plot_clusters(report: MergeReport, ax: Axes | None = None) -> tuple[Figure, Axes]:
-    """Plot the kinds of merged features of each space: of several models, of one model, or a single feature.
+    """Plot the kinds of clusters of each space: across models, within a model, or a single feature.
 
     Args:
         report: the report of a merge.
-        ax: where to draw.
+        ax: the axes to draw into; by default a new figure.
 
     Returns:
         The figure and its axes.
@@ -128,10 +131,10 @@ def plot_clusters(report: MergeReport, ax: Axes | None = None) -> tuple[Figure, 
     fig, ax = _axes(ax, _size_for(report))
     bottom = [0.0] * len(report.spaces)
     for kind, colour in KINDS.items():
-        shares = [getattr(space, kind) / space.width for space in report.spaces]
-        ax.bar(range(len(shares)), shares, bottom=bottom, color=colour, label=kind, width=0.85)
-        bottom = [low + share for low, share in zip(bottom, shares, strict=True)]
-    ax.set_ylabel("share of merged features")
+        ratios = [getattr(space, kind) / space.width for space in report.spaces]
+        ax.bar(range(len(ratios)), ratios, bottom=bottom, color=colour, label=kind, width=0.85)
+        bottom = [low + ratio for low, ratio in zip(bottom, ratios, strict=True)]
+    ax.set_ylabel("ratio of merged features")
     ax.set_ylim(0, 1)
     ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(KINDS), frameon=False)
     _name_spaces(ax, report)
@@ -139,11 +142,11 @@ def plot_clusters(report: MergeReport, ax: Axes | None = None) -> tuple[Figure, 
 
 
 def plot_depth(report: MergeReport, ax: Axes | None = None) -> tuple[Figure, Axes]:
-    """Plot the matched similarity of each space from the input to the output: mean, lowest, and chance.
+    """Plot the matched similarity of each space over depth: mean, lowest, and mean of a random matching.
 
     Args:
         report: the report of a merge.
-        ax: where to draw.
+        ax: the axes to draw into; by default a new figure.
 
     Returns:
         The figure and its axes.
@@ -177,9 +180,9 @@ def plot_tradeoff(
     """Plot accuracy over FLOPs.
 
     Args:
-        rows: a name, FLOPs and accuracy of each merged network; networks of one name are joined by a line.
-        references: FLOPs and accuracy by name, to compare with: the sources, the ensemble.
-        ax: where to draw.
+        rows: name, FLOPs and accuracy of each merged network. A line connects networks of the same name.
+        references: FLOPs and accuracy by name for comparison, such as the sources and the ensemble.
+        ax: the axes to draw into; by default a new figure.
 
     Returns:
         The figure and its axes.
@@ -213,9 +216,9 @@ def plot_agreement(agreement: Tensor, targets: Tensor | None = None, ax: Axes | 
 
     Args:
         agreement: ``(C, W)``, from :func:`~lightning_zipit.functional.agreement`.
-        targets: int64 ``(C,)``, the merged feature that each source feature became; by default the one with the
+        targets: int64 ``(C,)``, the merged feature of each source feature; by default the merged feature with the
             highest correlation.
-        ax: where to draw.
+        ax: the axes to draw into; by default a new figure.
 
     Returns:
         The figure and its axes.
@@ -225,18 +228,18 @@ def plot_agreement(agreement: Tensor, targets: Tensor | None = None, ax: Axes | 
     """
     fig, ax = _axes(ax, (5.6, 4.8))
     agreement = agreement.detach().cpu()
-    title = "a feature and what it became" if targets is not None else "a feature and the one most like it"
+    title = "source and matched feature" if targets is not None else "source and most similar feature"
     targets = agreement.argmax(1) if targets is None else targets.cpu()
     own = agreement.gather(1, targets[:, None])[:, 0]
     order = torch.argsort(own, descending=True, stable=True)
-    taken = list(dict.fromkeys(targets[order].tolist()))  # columns in the order in which the rows need them
+    taken = list(dict.fromkeys(targets[order].tolist()))  # columns in the order of the rows that match them
     columns = torch.tensor(taken + [column for column in range(agreement.shape[1]) if column not in set(taken)])
-    rank = {column: number for number, column in enumerate(taken)}
+    rank = {column: position for position, column in enumerate(taken)}
     rows = torch.tensor(sorted(order.tolist(), key=lambda row: rank[int(targets[row])]))
     image = ax.imshow(agreement[rows][:, columns].numpy(), cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
     fig.colorbar(image, ax=ax, label="correlation", shrink=0.8)
     ax.set(xlabel="features of the merged network", ylabel="features of the source", xticks=[], yticks=[])
-    ax.set_title(f"{title}: {float(own.mean()):.2f} on average")
+    ax.set_title(f"{title}: mean {float(own.mean()):.2f}")
     return fig, ax
 
 
@@ -245,7 +248,9 @@ def _axes(ax: Axes | None, size: tuple[float, float]) -> tuple[Figure, Axes]:
         import matplotlib.pyplot as plt
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ConfigurationError("Plots need matplotlib: pip install 'lightning-zipit[plots]'.") from error
+        raise ConfigurationError(
+            "Plots need matplotlib, which is not installed: pip install 'lightning-zipit[plots]'."
+        ) from error
     if ax is None:
         fig, ax = plt.subplots(figsize=size, layout="constrained")
         return fig, ax
@@ -258,8 +263,8 @@ def _size_for(report: MergeReport) -> tuple[float, float]:
 
 
 def _name_spaces(ax: Axes, report: MergeReport) -> None:
-    """Write the names of spaces under the axis, at most 40 of them."""
+    """Label the x-axis with at most 40 names of spaces."""
     step = math.ceil(len(report.spaces) / 40)
     named = range(0, len(report.spaces), step)
-    ax.set_xticks(named, [report.spaces[number].name for number in named], rotation=90, fontsize=8)
+    ax.set_xticks(named, [report.spaces[index].name for index in named], rotation=90, fontsize=8)
     ax.set_xlim(-0.6, len(report.spaces) - 0.4)

@@ -1,4 +1,4 @@
-"""How weights of models that were trained from one checkpoint become one: as changes to that checkpoint."""
+"""Task vectors: merge the weights of models that were trained from a common base checkpoint."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ __all__ = ["Combination", "Dare", "TaskArithmetic", "Ties", "combine_into"]
 
 
 class Combination(ABC):
-    """Makes one change of weights out of those of N models; subclass it to bring your own."""
+    """Base class of methods that combine task vectors. Subclass it to write your own."""
 
     @abstractmethod
     def __call__(self, vectors: Tensor) -> Tensor:
-        """Combine task vectors: what training changed since the common base.
+        """Combine task vectors. A task vector is the difference of a model's parameters from the common base.
 
         Args:
-            vectors: ``(N, P)``, the changes of all shared parameters of each model.
+            vectors: ``(N, P)``, the task vector of all shared parameters of each model.
 
         Returns:
-            ``(P,)``, what is added to the base.
+            ``(P,)``, the combined vector, which is added to the base.
         """
 
 
 @dataclass(frozen=True)
 class TaskArithmetic(Combination):
-    """The sum of all changes, scaled (Task arithmetic, arXiv 2212.04089); with ``scale=1/N`` it is the average.
+    """Scaled sum of all task vectors (Task arithmetic, arXiv 2212.04089). With ``scale=1/N`` it is the average.
 
     Args:
-        scale: what the sum is multiplied with.
+        scale: factor for the sum.
     """
 
     scale: float = 0.4
@@ -48,14 +48,14 @@ class TaskArithmetic(Combination):
 
 @dataclass(frozen=True)
 class Ties(Combination):
-    """The largest changes only, where the models agree on the sign (TIES-Merging, arXiv 2306.01708).
+    """Mean of the largest changes whose sign agrees with the majority of models (TIES-Merging, arXiv 2306.01708).
 
     Args:
-        density: the share of each model's changes that is kept, above 0 to 1.
-        scale: what the result is multiplied with.
+        density: the ratio of each model's changes that is kept, above 0 and at most 1.
+        scale: factor for the result.
 
     Raises:
-        ValueError: if ``density`` is out of range.
+        ValueError: if ``density`` is not above 0 and at most 1.
     """
 
     density: float = 0.2
@@ -63,7 +63,7 @@ class Ties(Combination):
 
     def __post_init__(self) -> None:
         if not 0.0 < self.density <= 1.0:
-            raise ValueError(f"`density` must lie above 0 and not above 1, got {self.density}.")
+            raise ValueError(f"`density` must be above 0 and at most 1, got {self.density}.")
 
     def __call__(self, vectors: Tensor) -> Tensor:
         return self.scale * F.ties(vectors, self.density)
@@ -71,15 +71,15 @@ class Ties(Combination):
 
 @dataclass(frozen=True)
 class Dare(Combination):
-    """Drops changes at random and scales up the others, before they are combined (DARE, arXiv 2311.03099).
+    """Random dropping of changes before they are combined; the others are scaled up (DARE, arXiv 2311.03099).
 
     Args:
-        drop: the share that is dropped, 0 to below 1.
-        combination: what combines the rest.
-        seed: of what is dropped.
+        drop: the ratio of changes that are dropped, at least 0 and below 1.
+        combination: the method that combines the remaining changes.
+        seed: random seed for the dropped changes.
 
     Raises:
-        ValueError: if ``drop`` is out of range.
+        ValueError: if ``drop`` is not at least 0 and below 1.
     """
 
     drop: float = 0.5
@@ -97,18 +97,18 @@ class Dare(Combination):
 
 
 def combine_into(target: nn.Module, sources: Sequence[nn.Module], base: nn.Module, how: Combination) -> None:
-    """Set the parameters of a trunk to those of the base and the combined changes of the sources.
+    """Set the parameters of a trunk to the base plus the combined task vectors of the sources.
 
-    Buffers, such as running statistics, stay as they are.
+    Buffers, such as running statistics, are not changed.
 
     Args:
-        target: a module with parameters under the names that they have in the sources.
-        sources: the source networks, matched by number.
-        base: the network that they were trained from.
-        how: what combines their changes.
+        target: a module with the parameter names of the sources.
+        sources: the source networks, whose features are matched by index.
+        base: the network from which the sources were trained.
+        how: the method that combines the task vectors.
 
     Raises:
-        ArchitectureMismatchError: if the base lacks a parameter, or has it in another shape.
+        ArchitectureMismatchError: if a parameter of the sources is missing in the base, or has another shape.
     """
     names = [name for name, parameter in target.named_parameters() if parameter.is_floating_point()]
     problems = []
@@ -116,8 +116,11 @@ def combine_into(target: nn.Module, sources: Sequence[nn.Module], base: nn.Modul
         shape = attrgetter(name)(sources[0]).shape
         known = dict(base.named_parameters(remove_duplicate=False)).get(name)
         if known is None or known.shape != shape:
-            found = "does not have it" if known is None else f"has it in shape {tuple(known.shape)}"
-            problems.append(f"Parameter `{name}` has shape {tuple(shape)} in the sources, but the base {found}.")
+            found = "is missing" if known is None else f"has shape {tuple(known.shape)}"
+            problems.append(
+                f"Parameter `{name}` has shape {tuple(shape)} in the sources, but {found} in the base: give the "
+                "network from which the sources were trained as the base."
+            )
     if problems:
         raise ArchitectureMismatchError.collect(problems)
 

@@ -217,7 +217,7 @@ RIGID = {
 
 
 @pytest.mark.parametrize("name", RIGID)
-def test_what_cannot_be_mixed_is_matched_one_to_one_and_said(name):
+def test_rigid_spaces_are_matched_one_to_one_and_reported(name):
     make, size = RIGID[name]
     torch.manual_seed(0)
     x = noise(48, size=size)
@@ -294,12 +294,12 @@ def test_matrices_may_change_the_width(linear):
         ({"similarity": "cosine"}, "CCA looks at the covariance"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(settings, message):
+def test_merge_settings_refuse_bad_options_for_cca(settings, message):
     with pytest.raises(ConfigurationError, match=message):
         MergeSettings(matcher=CCA(), **settings)
 
 
-def test_weights_do_not_tell_how_to_mix():
+def test_dual_space_refuses_cca():
     with pytest.raises(ValueError, match="covariance"):
         DualSpace(matcher=CCA())
 

@@ -68,16 +68,16 @@ def rows(count=2000, size=32):
 
 
 @pytest.mark.parametrize("matcher", [GreedyZip(), Permute()])
-def test_nothing_is_said_of_a_network_and_its_permuted_copy(matcher):
+def test_diagnosis_of_a_permuted_copy_is_empty(matcher):
     assert kinds(twins(), torch.cat(batches()), matcher=matcher) == {}
 
 
-def test_nothing_is_said_of_a_network_and_itself_matched_by_number():
+def test_diagnosis_of_equal_networks_matched_by_index_is_empty():
     nets = perceptrons(0, 1, 2, 3)
     assert kinds(nets, rows()[0], matcher=Average()) == {}
 
 
-def test_features_matched_by_number_are_no_better_than_random_where_networks_differ():
+def test_diagnosis_finds_matching_by_index_no_better_than_random():
     nets, data = resnets(), torch.cat(batches())
     message = kinds(nets, data, matcher=Average())["chance"]
     assert "`" in message and "GreedyZip" in message
@@ -85,20 +85,20 @@ def test_features_matched_by_number_are_no_better_than_random_where_networks_dif
 
 
 @pytest.mark.parametrize(("count", "expected"), [(40, True), (64, True), (4000, False)])
-def test_few_samples_are_noticed(count, expected):
+def test_diagnosis_finds_too_few_samples(count, expected):
     found = kinds(perceptrons(), rows(count)[0])
     assert ("samples" in found) == expected
     if expected:
         assert f"has {count} samples for 64 features" in found["samples"]
 
 
-def test_noise_is_what_the_highest_of_many_correlations_of_noise_is():
+def test_noise_of_equals_the_highest_correlation_of_noise():
     x = torch.randn(200, 129, generator=seeded(0))
     highest = torch.corrcoef(x.T).fill_diagonal_(-1).max(1).values.mean()
     assert noise_of(200, 128) == pytest.approx(float(highest), rel=0.1)
 
 
-def test_features_that_are_constant_are_counted():
+def test_diagnosis_finds_constant_features():
     nets = twins()
     with torch.no_grad():
         nets["b"].layer1[1].bn1.bias[:4] = -100
@@ -106,7 +106,7 @@ def test_features_that_are_constant_are_counted():
     assert "4 of 8 features of model 'b' in `layer1.1.conv1`" in found["dead"]
 
 
-def test_a_task_that_is_crowded_out_is_named():
+def test_diagnosis_names_a_crowded_out_task():
     nets = perceptrons()
     with torch.no_grad():
         for layer in (0, 2, 4):  # the features of the second model are copies of four
@@ -117,14 +117,14 @@ def test_a_task_that_is_crowded_out_is_named():
     assert "crowded" not in kinds(nets, rows()[0], matcher=KMeans(), width=1.2)
 
 
-def test_a_cut_is_proposed_where_networks_cease_to_be_alike():
+def test_diagnosis_suggests_stop_at_where_similarity_collapses():
     nets, data = perceptrons(0), rows()[0]
     found = kinds(nets, data, matcher=Permute())
     assert 'stop_at="0"' in found["collapse"]
     assert "collapse" not in kinds(nets, data, matcher=Permute(), stop_at="0")
 
 
-def test_batch_norm_that_moves_far_is_noticed():
+def test_diagnosis_finds_large_batch_norm_shifts():
     nets = twins()
     for net in nets.values():
         net.layer1[0].bn2.running_mean.add_(3 * net.layer1[0].bn2.running_var.sqrt())

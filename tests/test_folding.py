@@ -45,7 +45,7 @@ def run(model, x, observed=(), autocast=False):
         (nn.Conv2d(3, 4, 3).double(), nn.BatchNorm2d(4).double(), (2, 3, 9, 8)),
     ],
 )
-def test_a_convolution_with_its_norm_gives_what_both_give(conv, norm, shape):
+def test_folded_convolution_equals_convolution_and_norm(conv, norm, shape):
     x = torch.randn(shape, dtype=conv.weight.dtype)
     settled(norm).eval()
     for given in (x, x.to(memory_format=torch.channels_last) if x.ndim == 4 else x):
@@ -54,13 +54,13 @@ def test_a_convolution_with_its_norm_gives_what_both_give(conv, norm, shape):
         assert value.stride() == expected.stride()
 
 
-def test_what_a_network_gives_stays_the_same():
+def test_folding_does_not_change_the_network_output():
     values, folded, expected = run(network(), torch.randn(2, 3, 9, 9))
     assert folded == ["0"]
     torch.testing.assert_close(values["output"], expected)
 
 
-def test_a_convolution_that_is_observed_or_read_twice_keeps_its_own_value():
+def test_observed_or_reused_convolution_is_not_folded():
     class Twice(nn.Module):
         def __init__(self):
             super().__init__()
@@ -77,7 +77,7 @@ def test_a_convolution_that_is_observed_or_read_twice_keeps_its_own_value():
     assert not folded and torch.equal(values["output"], expected)
 
 
-def test_hooks_see_what_they_always_saw():
+def test_convolutions_with_hooks_are_not_folded():
     for index in (0, 1):
         model, seen = network(), []
         model[index].register_forward_hook(lambda module, inputs, output, seen=seen: seen.append(output))
@@ -93,7 +93,7 @@ def test_hooks_see_what_they_always_saw():
         (nn.BatchNorm2d(4), True),
     ],
 )
-def test_a_norm_that_looks_at_its_batch_is_left_to_itself(norm, training):
+def test_norm_with_batch_statistics_is_not_folded(norm, training):
     model = network(norm=norm)
     norm.train(training)
     values, folded, expected = run(model, torch.randn(2, 3, 9, 9))
@@ -104,17 +104,17 @@ def test_a_norm_that_looks_at_its_batch_is_left_to_itself(norm, training):
     "conv",
     [nn.ConvTranspose2d(3, 4, 3), nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3))],
 )
-def test_other_convolutions_are_left_to_themselves(conv):
+def test_other_convolutions_are_not_folded(conv):
     values, folded, expected = run(network(conv), torch.randn(2, 3, 9, 9))
     assert not folded and torch.equal(values["output"], expected)
 
 
-def test_under_autocast_layers_are_what_it_makes_of_them():
+def test_nothing_is_folded_under_autocast():
     values, folded, expected = run(network(), torch.randn(2, 3, 9, 9), autocast=True)
     assert not folded and expected.dtype == torch.bfloat16 and torch.equal(values["output"], expected)
 
 
-def test_where_scaling_the_weights_is_the_larger_work_it_is_not_done():
+def test_convolution_with_few_positions_is_not_folded():
     model = network(nn.Conv2d(64, 4, 3, bias=False))
     assert not run(model, torch.randn(2, 64, 9, 9))[1]
     assert run(model, torch.randn(16, 64, 9, 9))[1]

@@ -36,7 +36,7 @@ def test_the_line_is_straight_and_ends_at_the_two_networks():
 def test_the_barrier_is_the_highest_loss_less_the_mean_of_the_ends():
     assert F.loss_barrier([1.0, 5.0, 4.0, 2.0]) == 3.5
     assert F.loss_barrier([1.0, 2.0]) == 0.5
-    with pytest.raises(ValueError, match="two ends"):
+    with pytest.raises(ValueError, match="two networks"):
         F.loss_barrier([1.0])
 
 
@@ -44,10 +44,10 @@ def test_the_barrier_is_the_highest_loss_less_the_mean_of_the_ends():
     ("count", "shares", "settings", "message"),
     [
         (3, [0.5], None, "two networks, got 3"),
-        (2, [0.5, 1.5], None, r"from 0 to 1, got \[1.5\]"),
-        (2, [0.5], MergeSettings(stop_at="features.0"), "merged whole"),
+        (2, [0.5, 1.5], None, r"between 0 and 1, got \[1.5\]"),
+        (2, [0.5], MergeSettings(stop_at="features.0"), "merges whole"),
     ],
 )
-def test_what_is_no_line_is_refused(count, shares, settings, message):
+def test_interpolation_refuses_bad_arguments(count, shares, settings, message):
     with pytest.raises(ConfigurationError, match=message):
         list(interpolate([PlainNet() for _ in range(count)], [X], shares, settings))

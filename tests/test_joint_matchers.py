@@ -75,7 +75,7 @@ class Watching(Matcher):
 
 @pytest.mark.parametrize("joint", [True, False])
 @pytest.mark.parametrize("make", [SmallResNet, HandWrittenViT])
-def test_a_matcher_is_given_all_spaces_at_once_only_if_it_asks_for_them(make, joint):
+def test_only_joint_matchers_get_all_spaces_at_once(make, joint):
     watching = Watching(joint)
     merged, _ = merged_copies(make, watching)
     expected, _ = merged_copies(make, Permute())
@@ -126,13 +126,13 @@ def break_units(found, spaces):
 @pytest.mark.parametrize(
     ("make", "change", "message"),
     [
-        (PlainNet, drop, "no matching of the spaces"),
+        (PlainNet, drop, "no matching for the spaces"),
         (PlainNet, shorten, r"int64 of shape"),
         (PlainNet, leave_out, "every number from 0 to"),
-        (HandWrittenViT, break_units, "its own unit becomes"),
+        (HandWrittenViT, break_units, "its own unit was matched"),
     ],
 )
-def test_an_answer_that_cannot_be_used_is_refused_by_the_name_of_the_space(make, change, message):
+def test_invalid_matching_is_refused_with_the_space_name(make, change, message):
     with pytest.raises(ConfigurationError, match=message):
         merged_copies(make, Answer(change))
 
@@ -144,7 +144,7 @@ class Few(Matcher):
         return torch.arange(len(similarity)) % 3
 
 
-def test_a_matcher_for_one_space_that_leaves_too_few_features_is_refused():
+def test_matching_with_too_few_features_is_refused():
     with pytest.raises(ConfigurationError, match=r"Few.*every number from 0 to"):
         merged_copies(PlainNet, Few())
 

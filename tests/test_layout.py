@@ -45,7 +45,7 @@ def test_statistics_do_not_depend_on_the_layout(positions):
             torch.testing.assert_close(found[1][name].covariance, moments.covariance, rtol=1e-4, atol=1e-5)
 
 
-def test_images_are_laid_out_where_a_network_takes_it_and_gains():
+def test_channels_last_is_used_where_it_is_faster_and_equal():
     layout = Layout()
     laid_out = layout(IMAGES, {"a": Viewing(flatten=True)})
     assert is_last(laid_out) and torch.equal(laid_out, IMAGES)
@@ -64,12 +64,12 @@ def test_images_are_laid_out_where_a_network_takes_it_and_gains():
     ],
     ids=["views", "groups", "double", "no convolutions", "no images"],
 )
-def test_images_stay_as_they_are_elsewhere(network, x):
+def test_other_inputs_keep_their_layout(network, x):
     assert Layout()(x, {"a": network}) is x
 
 
 @pytest.mark.parametrize("refine", [None, "batch_norm", "least_squares", "repair"])
-def test_a_network_that_takes_no_other_layout_merges_as_its_twin_that_does(refine):
+def test_network_that_needs_contiguous_images_merges_equally(refine):
     twins = []
     for flatten in (True, False):
         torch.manual_seed(0)
@@ -82,6 +82,6 @@ def test_a_network_that_takes_no_other_layout_merges_as_its_twin_that_does(refin
 @pytest.mark.parametrize(
     "x", [torch.zeros_like(IMAGES), IMAGES * float("nan"), IMAGES * 1e30], ids=["0", "NaN", "large"]
 )
-def test_the_values_of_a_batch_do_not_decide_on_the_layout(x):
+def test_layout_does_not_depend_on_the_values_of_a_batch(x):
     assert prefer_channels_last(x, {"a": Viewing(flatten=True)})
     assert not prefer_channels_last(x, {"a": Viewing(flatten=False)})

@@ -83,7 +83,7 @@ def test_greedy_zip_pairs_features_up_with_their_copies(model, matcher, num_mode
     [GreedyZip(), GreedyZip(alpha=0.5, beta=0.125), GreedyZip(alpha=1.0, beta=0.5), GreedyZip(alpha=0.0)],
     ids=str,
 )
-def test_greedy_zip_is_its_definition_where_features_are_told_apart(matcher, num_models, seed):
+def test_greedy_zip_equals_its_definition_without_ties(matcher, num_models, seed):
     similarity = correlations(mixed_features(200, num_models * SIZE, seed))
     expected = plain_greedy_zip(similarity, num_models, SIZE, matcher.alpha, matcher.beta)
     assert torch.equal(matcher(similarity, num_models), expected)
@@ -139,7 +139,7 @@ def test_greedy_zip_refuses_values_out_of_range(name, value):
 
 
 @pytest.mark.parametrize("num_models", [2, 3])
-def test_average_goes_by_number_and_permute_by_copies(num_models):
+def test_average_matches_by_index_and_permute_finds_copies(num_models):
     features, orders = shuffled_copies(mixed_features(50, SIZE), num_models)
     similarity = correlations(features)
     assert Average()(similarity, num_models).tolist() == list(range(SIZE)) * num_models
@@ -160,7 +160,7 @@ def test_matchers_compare_by_value():
 
 
 @pytest.mark.parametrize("matcher", [GreedyZip(alpha=0.3, beta=0.5), Permute(), Average()], ids=str)
-def test_a_matcher_reads_as_it_is_written(matcher):
+def test_repr_of_a_matcher_is_its_constructor_call(matcher):
     assert eval(repr(matcher)) == matcher
     assert repr(GreedyZip()) == "GreedyZip(alpha=0.1, beta=1.0)"
 
@@ -211,7 +211,7 @@ def test_k_means_finds_copies(matcher, num_models):
     assert (measured(features, num_models)[together > 0] > 0.5).all()
 
 
-def test_k_means_gives_every_cluster_a_feature_even_where_all_are_alike():
+def test_k_means_has_no_empty_cluster_for_equal_features():
     for similarity in (torch.ones(12, 12), torch.zeros(12, 12), torch.eye(12)):
         labels = KMeans()(similarity, 3)
         assert sorted(labels.unique().tolist()) == [0, 1, 2, 3] and labels[0] == 0

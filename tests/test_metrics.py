@@ -56,7 +56,7 @@ def test_accuracies_are_those_computed_by_hand(metric, seed):
 
 
 @pytest.mark.parametrize("size", [1, 7, 200])
-def test_batches_add_up(metric, size):
+def test_joint_accuracy_adds_up_over_batches(metric, size):
     outputs, target = batch()
     for rows in torch.arange(200).split(size):
         metric.update({task: output[rows] for task, output in outputs.items()}, target[rows])
@@ -119,20 +119,20 @@ def test_half_precision_logits_are_compared_in_single_precision():
     ],
     ids=["none", "missing", "narrow"],
 )
-def test_a_missing_task_or_a_wrong_width_is_named_and_leaves_no_trace(metric, outputs):
+def test_joint_accuracy_refuses_missing_tasks_and_wrong_shapes(metric, outputs):
     metric.update(*batch())
     with pytest.raises(ValueError, match="plants" if outputs else "animals"):
         metric.update(outputs, torch.tensor([0, 1]))
     assert_same(metric.compute(), by_hand(*batch()))
 
 
-def test_no_task_at_all_is_refused():
+def test_joint_accuracy_refuses_empty_classes():
     with pytest.raises(ValueError, match="classes"):
         JointAccuracy({})
 
 
 @pytest.mark.parametrize("cast", [lambda m: m.half(), lambda m: m.double(), lambda m: m.set_dtype(torch.float64)])
-def test_accuracies_stay_the_same_in_other_types(metric, cast):
+def test_joint_accuracy_does_not_depend_on_the_dtype(metric, cast):
     outputs, target = batch()
     metric.update({task: output[:100] for task, output in outputs.items()}, target[:100])
     metric = cast(metric)
@@ -152,7 +152,7 @@ def test_the_counts_of_two_metrics_add_up(metric):
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "pickle"])
-def test_copied_and_pickled_metrics_go_on(metric, duplicate):
+def test_copied_and_pickled_metrics_can_be_updated(metric, duplicate):
     metric.update(*batch())
     other = duplicate(metric)
     other.update(*batch())
@@ -160,14 +160,14 @@ def test_copied_and_pickled_metrics_go_on(metric, duplicate):
     assert other.total[0] == 2 * metric.total[0] == 400
 
 
-def test_a_reset_metric_starts_afresh(metric):
+def test_reset_clears_joint_accuracy(metric):
     metric.update(*batch(seed=1))
     metric.reset()
     metric.update(*batch(seed=2))
     assert_same(metric.compute(), by_hand(*batch(seed=2)))
 
 
-def test_temperatures_divide_the_logits_of_their_head_for_the_joint_accuracy_alone(metric):
+def test_temperatures_change_only_the_joint_accuracy(metric):
     outputs, target = batch()
     temperatures = {"animals": 2.5, "vehicles": 0.5, "plants": 1.0}
     metric.update(outputs, target)
@@ -185,7 +185,7 @@ def test_temperatures_divide_the_logits_of_their_head_for_the_joint_accuracy_alo
     [{"animals": 1.0}, {**dict.fromkeys(CLASSES, 1.0), "more": 1.0}]
     + [{**dict.fromkeys(CLASSES, 1.0), "plants": wrong} for wrong in (0.0, -1.0, float("inf"), float("nan"))],
 )
-def test_temperatures_that_are_none_are_refused(temperatures):
+def test_joint_accuracy_refuses_bad_temperatures(temperatures):
     with pytest.raises(ValueError, match="temperatures"):
         JointAccuracy(CLASSES, temperatures)
 

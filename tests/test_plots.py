@@ -61,7 +61,7 @@ def test_a_similarity_is_drawn_in_the_order_of_its_clusters():
 
 
 @pytest.mark.parametrize("labels", [torch.zeros(3), torch.zeros(2, 2)])
-def test_labels_of_another_number_of_features_are_refused(labels):
+def test_plot_similarity_refuses_labels_of_wrong_length(labels):
     with pytest.raises(ValueError, match="labels"):
         plots.plot_similarity(torch.eye(4), labels, ["a", "b"])
 
@@ -101,12 +101,12 @@ def test_the_agreement_of_a_permuted_network_is_a_clear_diagonal():
         assert torch.as_tensor(ax.images[0].get_array()).diagonal().min() > 0.99
 
 
-def test_agreement_of_other_samples_is_refused():
+def test_agreement_refuses_different_samples():
     with pytest.raises(ValueError, match="samples"):
         F.agreement(torch.zeros(3, 2), torch.zeros(4, 2))
 
 
-def test_plots_go_into_axes_that_are_given(report):
+def test_plots_use_given_axes(report):
     fig, (left, right) = plt.subplots(1, 2)
     assert plots.plot_clusters(report, left) == (fig, left)
     assert plots.plot_agreement(torch.eye(3), ax=right) == (fig, right)

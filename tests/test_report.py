@@ -80,13 +80,13 @@ def test_dead_pairs_have_similarity_zero():
     assert report_of([0, 1, 2, 0, 3, 2], 2, similarity).similarity == pytest.approx(0.4)
 
 
-def test_there_is_no_similarity_where_nothing_was_measured_or_matched():
+def test_similarity_is_nan_without_measurement_or_pairs():
     assert math.isnan(report_of([0, 1, 2, 0, 1, 2], 2).similarity)
     assert math.isnan(report_of([0, 1, 2, 3, 4, 5], 2, similarity_of({})).similarity)
     assert report_of([0, 1, 2, 0, 1, 2], 2, reader=None).tap == ""
 
 
-def test_a_report_goes_through_plain_data_and_back(report):
+def test_report_round_trip_through_dict(report):
     content = json.loads(json.dumps(report.to_dict()))
     assert repr(MergeReport.from_dict(content)) == repr(report)  # NaN does not equal itself, but reads the same
     assert list(content) == ["spaces", "sources", "merged", "notes", "fits", "shifts", "models"]
@@ -104,7 +104,7 @@ def test_a_report_of_an_older_checkpoint_is_read(report):
     assert "stem.conv1" in str(old) and "stem.conv1" in old.to_csv()
 
 
-def test_a_report_goes_through_a_file_of_strict_json_and_back(report, tmp_path):
+def test_report_round_trip_through_json_file(report, tmp_path):
     report.save(tmp_path / "report.json")
 
     def refuse(constant):
@@ -116,7 +116,7 @@ def test_a_report_goes_through_a_file_of_strict_json_and_back(report, tmp_path):
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"spaces": [{"name": "conv"}], "sources": {}, "merged": {}}'])
-def test_a_file_without_a_report_is_named(content, tmp_path):
+def test_load_refuses_a_file_that_is_not_a_report(content, tmp_path):
     (tmp_path / "other.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"other\.json"):
         MergeReport.load(tmp_path / "other.json")

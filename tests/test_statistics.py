@@ -60,7 +60,7 @@ def test_single_precision_features_keep_double_precision_when_asked():
     assert_same(moments, dense_moments(features), 1e-12)
 
 
-def test_fewer_samples_than_features_lose_no_digit():
+def test_fewer_samples_than_features_use_float64():
     features = (mixed_features(10, sum(SIZES)) + 1e2).float()
     assert_same(gather(features).compute(), dense_moments(features), 1e-12)
 
@@ -124,7 +124,7 @@ def test_only_statistics_of_the_same_sizes_add_up(features):
 
 
 @pytest.mark.filterwarnings("ignore:The ``compute`` method")  # torchmetrics does not save the number of updates
-def test_saved_statistics_load_and_go_on(features, tmp_path):
+def test_loaded_statistics_can_be_updated(features, tmp_path):
     torch.save(gather(features[:150]).state_dict(), tmp_path / "statistics.pt")
     statistics = FeatureStatistics(SIZES)
     statistics.load_state_dict(torch.load(tmp_path / "statistics.pt", weights_only=True))
@@ -134,7 +134,7 @@ def test_saved_statistics_load_and_go_on(features, tmp_path):
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "pickle"])
-def test_copied_and_pickled_statistics_go_on(features, duplicate):
+def test_copied_and_pickled_statistics_can_be_updated(features, duplicate):
     statistics = gather(features[:150])
     other = duplicate(statistics)
     other.update(features[150:].split(SIZES, dim=1))
@@ -142,12 +142,12 @@ def test_copied_and_pickled_statistics_go_on(features, duplicate):
     assert_same(statistics.compute(), dense_moments(features[:150]), 1e-12)
 
 
-def test_nothing_else_is_as_large_as_the_comoment():
+def test_only_the_comoment_has_matrix_size():
     statistics = FeatureStatistics([8, 8]).to("cpu")
     assert sum(default.untyped_storage().nbytes() for default in statistics._defaults.values()) < 8 * 16 * 16
 
 
-def test_reset_statistics_start_afresh(features):
+def test_reset_clears_statistics(features):
     statistics = gather(features + 1e4)
     statistics.reset()
     statistics.update(features.split(SIZES, dim=1))
@@ -159,7 +159,7 @@ def test_reset_statistics_start_afresh(features):
     [lambda s: s.half(), lambda s: s.float(), lambda s: s.set_dtype(torch.float16)],
     ids=["half", "float", "set_dtype"],
 )
-def test_states_stay_double_whatever_they_are_cast_to(features, cast):
+def test_states_stay_float64_after_casts(features, cast):
     statistics = cast(gather(features[:150]))
     statistics.update(features[150:].split(SIZES, dim=1))
     assert {state.dtype for state in statistics.metric_state.values()} == {torch.float64}
@@ -180,7 +180,7 @@ def test_statistics_gathered_in_inference_mode_stay_usable(features):
     torch.testing.assert_close(weight.grad, moments.covariance.sum(0))
 
 
-def test_autocast_does_not_enter(features):
+def test_statistics_ignore_autocast(features):
     expected = gather(features.float()).compute()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         actual = gather(features.float()).compute()
@@ -189,13 +189,13 @@ def test_autocast_does_not_enter(features):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_half_precision_features_are_taken_as_they_are(features, dtype):
+def test_half_precision_features_are_accepted(features, dtype):
     features = features.to(dtype)
     assert_same(gather(features).compute(), dense_moments(features), 1e-6)
 
 
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])
-def test_the_matmul_precision_is_put_back(features, precision):
+def test_matmul_precision_is_restored(features, precision):
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:
@@ -218,7 +218,7 @@ def test_the_matmul_precision_is_put_back(features, precision):
     ],
     ids=str,
 )
-def test_features_of_other_shapes_are_refused_and_leave_no_trace(features, shapes):
+def test_statistics_refuse_features_of_wrong_shape(features, shapes):
     statistics = gather(features)
     with pytest.raises(ValueError, match="features"):
         statistics.update([torch.zeros(shape) for shape in shapes])
@@ -226,18 +226,18 @@ def test_features_of_other_shapes_are_refused_and_leave_no_trace(features, shape
 
 
 @pytest.mark.parametrize("arguments", [([],), ([3, 0],), ([3], torch.float16), ([3], torch.int64)], ids=str)
-def test_bad_constructor_arguments_are_refused(arguments):
+def test_statistics_refuse_bad_constructor_arguments(arguments):
     with pytest.raises(ValueError, match=r"sizes|dtype"):
         FeatureStatistics(*arguments)
 
 
 @pytest.mark.filterwarnings("ignore:The ``compute`` method")
-def test_there_are_no_moments_without_samples():
+def test_moments_without_samples_are_an_error():
     statistics = FeatureStatistics(SIZES)
-    with pytest.raises(ValueError, match="No sample"):
+    with pytest.raises(ValueError, match="no samples"):
         statistics.compute()
     statistics.update([torch.zeros(0, size) for size in SIZES])
-    with pytest.raises(ValueError, match="No sample"):
+    with pytest.raises(ValueError, match="no samples"):
         statistics.compute()
 
 
@@ -285,7 +285,7 @@ def moments_of_two_processes(tmp_path_factory):
 
 @pytest.mark.parametrize("shards", SHARDS)
 @pytest.mark.parametrize("times", [1, 2])
-def test_two_processes_give_the_moments_of_one(moments_of_two_processes, shards, times):
+def test_moments_of_two_processes_equal_those_of_one(moments_of_two_processes, shards, times):
     name = shards if times == 1 else f"{shards} twice"
     first, second = (Moments(*moments[name]) for moments in moments_of_two_processes)
     assert first.count == second.count

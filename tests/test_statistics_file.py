@@ -59,7 +59,7 @@ class Interrupted:
             yield batch
 
 
-def test_statistics_that_are_there_stand_for_the_calibration(models, path, monkeypatch):
+def test_statistics_file_replaces_calibration(models, path, monkeypatch):
     gathered = merge(models, path, refine="batch_norm")
     written = path.read_bytes()
     monkeypatch.setattr(Gathering, "add", lambda *_: pytest.fail("there was another calibration"))
@@ -70,19 +70,19 @@ def test_statistics_that_are_there_stand_for_the_calibration(models, path, monke
 
 
 @pytest.mark.parametrize("refine", ["batch_norm", "least_squares"])
-def test_refinement_needs_data_even_so(models, path, refine):
+def test_refinement_needs_data_despite_statistics_file(models, path, refine):
     merge(models, path, refine=refine)
     with pytest.raises(CalibrationError, match="refine=None"):
         merge(models, path, [], refine=refine)
 
 
-def test_another_matcher_and_renamed_tasks_can_use_them(models, path):
+def test_statistics_file_works_with_another_matcher_and_renamed_tasks(models, path):
     merge(models, path, refine=None)
     renamed = dict(zip("xy", models.values(), strict=True))
     assert list(merge(renamed, path, [], refine=None).heads) == ["x", "y"]
 
 
-def test_an_interrupted_calibration_goes_on_where_it_was(models, path, monkeypatch):
+def test_interrupted_calibration_resumes(models, path, monkeypatch):
     whole = merge(models, None)
     monkeypatch.setattr(statistics_file, "SAVE_EVERY", 0)
     data = [loaders()[0], Interrupted(loaders()[1], after=2)]
@@ -105,7 +105,7 @@ def test_an_interrupted_calibration_goes_on_where_it_was(models, path, monkeypat
     assert same(resumed, whole, atol=1e-6) and [*path.parent.iterdir()] == [path]
 
 
-def test_other_batches_than_before_cannot_go_on(models, path, monkeypatch):
+def test_resuming_refuses_other_batches(models, path, monkeypatch):
     monkeypatch.setattr(statistics_file, "SAVE_EVERY", 0)
     with pytest.raises(OSError, match="gone"):
         merge(models, path, [loaders()[0], Interrupted(loaders()[1], after=2)])
@@ -113,13 +113,13 @@ def test_other_batches_than_before_cannot_go_on(models, path, monkeypatch):
         merge(models, path, [images(batch_size=20), images(40, batch_size=20)])
 
 
-def test_an_interruption_leaves_no_part_of_another_number_of_processes(models, path):
+def test_resuming_refuses_another_number_of_processes(models, path):
     (path.parent / "statistics.part-1-of-4.safetensors").write_bytes(b"")
     with pytest.raises(ConfigurationError, match=r"part-1-of-4.*another number of processes"):
         merge(models, path)
 
 
-def test_statistics_of_other_weights_are_refused(models, path):
+def test_statistics_file_refuses_other_weights(models, path):
     merge(models, path)
     written = path.read_bytes()
     other = {"a": models["a"], "b": Lit(7)}
@@ -128,13 +128,13 @@ def test_statistics_of_other_weights_are_refused(models, path):
     assert path.read_bytes() == written
 
 
-def test_statistics_of_another_cut_are_refused(models, path):
+def test_statistics_file_refuses_another_stop_at(models, path):
     merge(models, path, stop_at="layer1")
     with pytest.raises(StatisticsError, match=r"stop_at"):
         merge(models, path, stop_at="layer2")
 
 
-def test_statistics_of_some_positions_do_not_stand_for_others(models, tmp_path):
+def test_statistics_file_refuses_other_positions(models, tmp_path):
     for name, positions in (("all", None), ("four", 4), ("more", 4)):
         merge(models, tmp_path / f"{name}.safetensors", refine=None, positions=positions)
     for name, found, wanted in (("all", "None", 4), ("four", "4", None), ("four", "4", 5)):
@@ -145,23 +145,23 @@ def test_statistics_of_some_positions_do_not_stand_for_others(models, tmp_path):
     whole, four, more = (
         CalibrationStatistics.load(tmp_path / f"{name}.safetensors") for name in ("all", "four", "more")
     )
-    with pytest.raises(StatisticsError, match=r"positions None cannot be added to .* positions 4.*alike"):
+    with pytest.raises(StatisticsError, match=r"positions None cannot be added to .* positions 4.*same"):
         whole + four
     (four + more).save(tmp_path / "sum.safetensors")
     merge(models, tmp_path / "sum.safetensors", [], refine=None, positions=4)
 
 
-def test_a_calibration_is_not_taken_up_with_other_positions(models, path, monkeypatch):
+def test_resuming_refuses_other_positions(models, path, monkeypatch):
     monkeypatch.setattr(statistics_file, "SAVE_EVERY", 0)
     data = [loaders()[0], Interrupted(loaders()[1], after=2)]
     with pytest.raises(OSError, match="gone"):
         merge(models, path, data, positions=4)
-    with pytest.raises(StatisticsError, match="positions=4, and this merge has positions=None"):
+    with pytest.raises(StatisticsError, match="positions=4, but this merge has positions=None"):
         merge(models, path, data)
     merge(models, path, data, positions=4)
 
 
-def test_what_was_never_proved_is_not_taken_for_proved(models, path):
+def test_statistics_without_proof_need_verify_false(models, path):
     merge(models, path, refine=None, verify=False)
     with pytest.raises(StatisticsError, match=r"verify=False.*delete the file"):
         merge(models, path, [], refine=None)
@@ -172,7 +172,7 @@ def test_what_was_never_proved_is_not_taken_for_proved(models, path):
     assert not (CalibrationStatistics.load(path) + CalibrationStatistics.load(proved)).verified
 
 
-def test_statistics_of_networks_that_compute_something_else_are_refused(path):
+def test_statistics_file_refuses_other_operators(path):
     """The weights are the same, and what changes nothing in eval mode may be another."""
 
     def networks(slope=0.1, chance=0.5, momentum=0.1):
@@ -183,21 +183,21 @@ def test_statistics_of_networks_that_compute_something_else_are_refused(path):
     how = MergeSettings(statistics=path, refine=None)
     merge_backbones(networks(), torch.randn(2, 8, 3), how)
     merge_backbones(networks(chance=0.2, momentum=0.3), [], how)
-    with pytest.raises(StatisticsError, match=r"computed something else.*'a', 'b'"):
+    with pytest.raises(StatisticsError, match=r"differ for the tasks 'a', 'b'"):
         merge_backbones(networks(slope=0.2), [], how)
 
 
-def test_files_of_an_earlier_format_are_refused(path, small, monkeypatch):
+def test_statistics_file_refuses_an_earlier_format(path, small, monkeypatch):
     """They do not say of how many positions they are."""
     known = CalibrationStatistics.load(small)
     monkeypatch.setattr(statistics_file, "FORMAT", 2)
     known.save(path)
     monkeypatch.undo()
-    with pytest.raises(StatisticsError, match=r"has format 2, and this version reads format 3.*Delete it"):
+    with pytest.raises(StatisticsError, match=r"has format 2, but this version reads format 3.*Delete the file"):
         CalibrationStatistics.load(path)
 
 
-def test_statistics_of_two_sites_add_up(models, tmp_path):
+def test_statistics_of_two_sites_can_be_added(models, tmp_path):
     everything = [
         torch.utils.data.ConcatDataset(pair)
         for pair in zip(*([x.dataset for x in loaders(seed)] for seed in (0, 5)), strict=True)
@@ -221,7 +221,7 @@ def test_statistics_of_two_sites_add_up(models, tmp_path):
     assert same(merged, merge(models, tmp_path / "all.safetensors", [], refine=None))
 
 
-def test_only_statistics_of_the_same_networks_add_up(models, tmp_path):
+def test_adding_statistics_refuses_other_networks(models, tmp_path):
     merge(models, tmp_path / "a.safetensors", refine=None)
     merge({"a": Lit(5), "b": Lit(7)}, tmp_path / "b.safetensors", refine=None)
     first, second = (CalibrationStatistics.load(tmp_path / f"{name}.safetensors") for name in "ab")
@@ -229,7 +229,7 @@ def test_only_statistics_of_the_same_networks_add_up(models, tmp_path):
         first + second
 
 
-def test_what_cannot_be_gone_on_with_is_told_before_any_work(models, path):
+def test_unusable_statistics_file_fails_before_calibration(models, path):
     data = loaders()[0].dataset
     with pytest.raises(ConfigurationError, match=r"shuffles.*interrupted"):
         merge(models, path, [DataLoader(data, 16, shuffle=True)] * 2)
@@ -240,7 +240,7 @@ def test_what_cannot_be_gone_on_with_is_told_before_any_work(models, path):
     assert not [*path.parent.iterdir()]
 
 
-def test_the_input_and_what_could_not_be_merged_are_remembered(path):
+def test_statistics_file_stores_input_and_barriers(path):
     class Odd(nn.Module):
         def __init__(self):
             super().__init__()
@@ -275,7 +275,7 @@ def small(tmp_path_factory):
     return path
 
 
-def test_a_file_of_another_kind_is_refused_and_nothing_in_it_is_executed(tmp_path, small):
+def test_file_of_another_kind_is_refused_without_executing_it(tmp_path, small):
     target = tmp_path / "executed"
     contents = {
         "empty": b"",
@@ -290,13 +290,13 @@ def test_a_file_of_another_kind_is_refused_and_nothing_in_it_is_executed(tmp_pat
     torch.save(Payload(target), tmp_path / "checkpoint")
     with pytest.raises(StatisticsError, match="checkpoint"):
         CalibrationStatistics.load(tmp_path / "checkpoint")
-    with pytest.raises(StatisticsError, match="no statistics file"):
+    with pytest.raises(StatisticsError, match="does not exist"):
         CalibrationStatistics.load(tmp_path / "missing")
     assert not target.exists()
 
 
 @pytest.mark.parametrize("times", [200, pytest.param(2000, marks=pytest.mark.nightly)])
-def test_a_damaged_file_never_gives_statistics(tmp_path, small, times):
+def test_damaged_statistics_file_is_refused(tmp_path, small, times):
     content, path, chance = small.read_bytes(), tmp_path / "damaged.safetensors", random.Random(0)
     for _ in range(times):
         path.write_bytes(damaged := damage(content, chance))
@@ -333,7 +333,7 @@ def network():
 
 
 @pytest.mark.filterwarnings("ignore:Part of the trunk")
-def test_statistics_for_several_cuts_are_those_that_each_would_gather(path):
+def test_statistics_for_several_cuts_equal_separate_calibrations(path):
     networks, x = {"a": network(), "b": network()}, [torch.randn(40, 3)]
     tried = [
         MergeSettings("0", WeightMatching()),

@@ -78,7 +78,7 @@ def test_weight_matching_is_the_best_of_all_permutations(seed):
     assert torch.allclose(merged.trunk.get_submodule("first").weight, expected, atol=1e-6)
 
 
-def test_no_share_of_the_weights_is_the_matching_of_activations():
+def test_dual_space_with_tau_zero_matches_by_activations():
     nets = {task: settle(SmallResNet(), torch.randn(32, 3, 16, 16)) for task in "ab"}
     x = torch.randn(64, 3, 16, 16)
     one, other = (
@@ -88,7 +88,7 @@ def test_no_share_of_the_weights_is_the_matching_of_activations():
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
-def test_a_merge_by_weights_depends_on_the_data_only_for_what_follows(tmp_path):
+def test_weight_matching_does_not_depend_on_data(tmp_path):
     torch.manual_seed(0)
     models = {task: Lit(5) for task in "ab"}
     for model in models.values():
@@ -115,12 +115,12 @@ def test_other_similarities_find_copies_too(similarity):
     assert relative_error(AllHeads(merged.trunk, merged.heads)(x), net(x)) < 1e-3
 
 
-def test_a_similarity_that_there_is_not_is_an_error():
+def test_unknown_similarity_is_refused():
     with pytest.raises(ConfigurationError, match="similarity"):
         MergeSettings(similarity="distance")
 
 
-def test_the_report_says_where_sources_seem_to_be_trained_from_one_start():
+def test_report_notes_sources_trained_from_the_same_initialisation():
     x = torch.randn(64, 3, 16, 16)
     net = settle(SmallResNet(), x)
     tuned = copy.deepcopy(net)
@@ -133,6 +133,6 @@ def test_the_report_says_where_sources_seem_to_be_trained_from_one_start():
         settings = MergeSettings(matcher=matcher, refine=None)
         return " ".join(merge_backbones({"a": net, "b": other}, [x], settings).report.notes)
 
-    assert "one start" in notes(tuned, Permute()) and "100% of the features" in notes(tuned, Permute())
-    assert "one start" not in notes(tuned, Average())
-    assert "one start" not in notes(settle(SmallResNet(), x), Permute())
+    assert "same initialisation" in notes(tuned, Permute()) and "100% of the features" in notes(tuned, Permute())
+    assert "same initialisation" not in notes(tuned, Average())
+    assert "same initialisation" not in notes(settle(SmallResNet(), x), Permute())

@@ -154,7 +154,7 @@ def test_a_single_checkpoint_is_folded_by_the_driver():
 # What must keep its size
 
 
-def test_a_space_that_an_operator_relies_on_keeps_its_size():
+def test_space_whose_size_an_operator_needs_keeps_its_size():
     class Reshaped(nn.Module):
         def __init__(self):
             super().__init__()
@@ -169,7 +169,7 @@ def test_a_space_that_an_operator_relies_on_keeps_its_size():
     assert list(find_fixed(trace(net, example_input=data), net, data)) == ["second"]
     merged = merge_backbones({"a": net, "b": Reshaped()}, [data], MergeSettings(width=1.5))
     assert {space.name: space.width for space in merged.report.spaces} == {"first": 12, "second": 12}
-    assert any("Kept their size: `second`" in note for note in merged.report.notes)
+    assert any("`width` was not applied to these spaces: `second`" in note for note in merged.report.notes)
     with pytest.raises(ConfigurationError, match="'second' must be 1: an operator relies on its size"):
         merge_backbones({"a": net, "b": Reshaped()}, [data], MergeSettings(width={"second": 1.5}))
 
@@ -196,7 +196,7 @@ def test_groups_and_interleaved_features_keep_their_size():
 
     net, x = Shuffled(), batches()[0]
     fixed = find_fixed(trace(net, example_input=x), net, x)
-    assert set(fixed.values()) == {"groups or heads", "its features lie between others"}
+    assert set(fixed.values()) == {"groups or heads", "its features are interleaved with other features"}
     assert "grouped" in fixed and "second" in fixed
 
 
@@ -404,7 +404,7 @@ class TwoArguments(Matcher):
         ({"width": "auto", "flops": 1.0, "matcher": DualSpace(matcher=GreedyZip())}, "all spaces together"),
     ],
 )
-def test_settings_that_do_not_fit_are_refused(arguments, message):
+def test_merge_settings_refuse_bad_widths(arguments, message):
     with pytest.raises(ConfigurationError, match=message):
         MergeSettings(**arguments)
 
@@ -412,18 +412,18 @@ def test_settings_that_do_not_fit_are_refused(arguments, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"width": 2.5}, "must lie above 0 and not above 2, the number of models"),
-        ({"width": 0.0}, "must lie above 0"),
+        ({"width": 2.5}, r"must be above 0 and at most 2 \(the number of models\)"),
+        ({"width": 0.0}, "must be above 0"),
         ({"width": {"layer9": 1.5}}, "the space 'layer9', but the spaces of this network are conv1, layer1.0.conv1"),
         ({"width": "auto", "flops": 0.001}, "cannot be met: .* has 0.0. times the FLOPs of one source"),
     ],
 )
-def test_widths_that_the_networks_cannot_have_are_refused(arguments, message):
+def test_merge_refuses_impossible_widths(arguments, message):
     with pytest.raises(ConfigurationError, match=message):
         merge_backbones(networks(SmallResNet), batches(), MergeSettings(**arguments))
 
 
-def test_a_matcher_without_a_width_serves_where_none_is_asked_for():
+def test_matcher_without_width_works_for_width_one():
     nets = networks(SmallResNet)
     merged = merge_backbones(nets, batches(), MergeSettings(width={"conv1": 1.0}, matcher=TwoArguments()))
     assert merged.widths == {}

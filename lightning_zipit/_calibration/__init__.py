@@ -1,1 +1,1 @@
-"""Batches to the statistics of every feature space."""
+"""Calibration: compute the statistics of every feature space from batches."""

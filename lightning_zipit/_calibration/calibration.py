@@ -1,4 +1,4 @@
-"""Gathers the statistics of feature spaces over calibration batches."""
+"""Accumulation of feature statistics over calibration batches."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from lightning_zipit._calibration.buffer import SampleBuffer
 from lightning_zipit._calibration.lockstep import Lockstep
 from lightning_zipit._calibration.positions import ChosenPositions
 from lightning_zipit._calibration.statistics import FeatureStatistics, Moments, sum_over_processes
-from lightning_zipit._calibration.waiting import Waiting
 from lightning_zipit._common.views import Inputs, any_view, view_of
 from lightning_zipit.errors import CalibrationError, StatisticsError
 from lightning_zipit.graph import MergeGraph, Tap
 
 
 class Calibration:
-    """Statistics of spaces of a merge graph.
+    """Accumulate the statistics of the feature spaces of a merge graph.
 
     Args:
         graph: the merge graph of the networks.
         networks: the source networks by task, in eval mode.
         spaces: the names of the spaces to measure; by default all.
-        dtype: the type of the Gram matrices of a batch; see :class:`~lightning_zipit.FeatureStatistics`.
-        positions: how many positions of each sample are measured, at random; by default all.
-        graphs: the merge graph of each network by task, where they have stems of their own.
+        dtype: the dtype of the Gram matrix of a batch; see :class:`~lightning_zipit.FeatureStatistics`.
+        positions: the number of positions that are sampled from each sample; by default all are used.
+        graphs: the merge graph of each network by task, if the networks have different stems.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Calibration:
         graphs: Mapping[str, MergeGraph] | None = None,
     ) -> None:
         self.positions = positions
-        self._chosen: ChosenPositions | None = None  # of the samples of this batch
+        self._chosen: ChosenPositions | None = None  # for the current batch
         self.networks = dict(networks)
         self.tasks = list(networks)
         self.taps = {
@@ -47,9 +47,9 @@ class Calibration:
             for name, space in graph.spaces.items()
             if space.tap is not None and (spaces is None or name in spaces)
         }
-        # Spaces that read the same entries share statistics, which go by the key of the tap.
+        # Spaces with the same tap share their statistics. The key of the tap identifies them.
         self.measured = {name: tap.key for name, tap in self.taps.items()}
-        self.spaces: dict[str, str] = {}  # the first space of each
+        self.spaces: dict[str, str] = {}  # tap key → first space with this tap
         for name, key in self.measured.items():
             self.spaces.setdefault(key, name)
         self.at_node: dict[str, list[tuple[str, Tap]]] = defaultdict(list)
@@ -63,32 +63,33 @@ class Calibration:
             for key, name in self.spaces.items()
         }
         for each in self._statistics.values():
-            each.few = max(each.sizes)  # what waits is then no more than this, or multiplied in single precision
-        self._waiting: dict[str, Waiting] = {}
+            # Buffered samples never exceed this number, unless their product is taken in single precision.
+            each.float64_limit = max(each.sizes)
+        self._buffers: dict[str, SampleBuffer] = {}
 
     @property
     def statistics(self) -> dict[str, FeatureStatistics]:
-        """The statistics of all samples so far, by the key of the tap."""
-        for waiting in self._waiting.values():
-            waiting.flush()
-        self._waiting.clear()
+        """Statistics of all samples so far, by tap key."""
+        for buffer in self._buffers.values():
+            buffer.flush()
+        self._buffers.clear()
         return self._statistics
 
     def update(self, x: Inputs) -> None:
         """Add a batch.
 
         Args:
-            x: an input of the networks, or one of each by task.
+            x: one input for all networks, or one input per task.
         """
         if self.taps:
             self._chosen = None if self.positions is None else ChosenPositions(any_view(x), self.positions)
             self.lockstep.run([view_of(x, task) for task in self.tasks], self._observe)
 
     def _observe(self, node: str, values: list[Tensor]) -> None:
-        """Add samples; where they are fewer than the features of a model, together with those of the next batches.
+        """Add the samples of a node. Buffer them if they are fewer than the features of a model.
 
-        Products are then few and large, and statistics, which are much larger than the samples, are added to once.
-        What waits takes at most a 2N-th of their memory and one batch more.
+        Buffering makes the matrix products few and large. It also updates the statistics less often, which are much
+        larger than the samples. The buffer takes at most 1/(2N) of the memory of the statistics, plus one batch.
         """
         for key, tap in self.at_node.get(node, ()):
             statistics = self._statistics[key]
@@ -97,26 +98,29 @@ class Calibration:
             features = [tap.features(value) for value in values]
             if self._chosen is not None:
                 features = [self._chosen.take(feature) for feature in features]
-            if key not in self._waiting:
-                if features[0][0].numel() > statistics.few:
+            if key not in self._buffers:
+                if features[0][0].numel() > statistics.float64_limit:
                     statistics.update(features, features_first=True)
                     continue
-                self._waiting[key] = Waiting(statistics, features)
-            self._waiting[key].add(features)
+                self._buffers[key] = SampleBuffer(statistics, features)
+            self._buffers[key].add(features)
 
     def restore(self, known: Mapping[str, FeatureStatistics]) -> None:
-        """Add statistics that were gathered before, by tap; they are used up.
+        """Add saved statistics, and free the memory of the saved copies.
+
+        Args:
+            known: the saved statistics by tap key.
 
         Raises:
-            StatisticsError: if they are of other spaces.
+            StatisticsError: if a feature space of this merge has no saved statistics.
         """
         missing = [self.spaces[key] for key in self.statistics if key not in known]
         if missing:
             raise StatisticsError(
-                f"The statistics file knows nothing of {len(missing)} of {len(self.statistics)} feature spaces, such "
-                f"as {missing[0]!r}: it was gathered with another `stop_at` or `merge_heads`, or for another "
-                "`refine` (least squares measure features in front of their activation function, unless "
-                "`pre_activations` is false). Delete it, or name another, to gather anew."
+                f"The statistics file lacks {len(missing)} of {len(self.statistics)} feature spaces, such as "
+                f"{missing[0]!r}. It was written with another `stop_at`, `merge_heads` or `refine` (least squares "
+                "measures features in front of the activation, unless `pre_activations` is false). Delete the file, "
+                "or give another path, to calibrate again."
             )
         device = next(next(iter(self.networks.values())).parameters()).device
         for key, statistics in self.statistics.items():
@@ -124,14 +128,14 @@ class Calibration:
             known[key].free()
 
     def sum_over_processes(self) -> None:
-        """Put the samples of all processes into the statistics of each."""
+        """Sum the statistics over all processes."""
         sum_over_processes(list(self.statistics.values()))
 
     def check_finite(self) -> None:
-        """Look for NaN and Inf in what was gathered so far.
+        """Check the statistics for NaN and Inf.
 
         Raises:
-            CalibrationError: naming the first space and the tasks whose activations are not finite.
+            CalibrationError: if an activation is not finite. It names the first such space, and the tasks.
         """
         nodes = [*self.lockstep.entries, *self.lockstep.nodes]
         for key in (key for node in nodes for key, _ in self.at_node.get(node.name, ())):
@@ -146,16 +150,18 @@ class Calibration:
             if bad:
                 raise CalibrationError(
                     f"NaN or Inf in the activations of task {', '.join(map(repr, bad))} at feature space "
-                    f"{name!r} (read by `{self.taps[name].reader}`). Look at that model's weights and at the "
-                    "calibration data for NaN or Inf; "
-                    "under 16-bit precision an overflow is likely: calibrate with precision='32-true'."
+                    f"{name!r} (read by `{self.taps[name].reader}`). Check the weights of that model and the "
+                    "calibration data for NaN or Inf. In 16-bit precision, an overflow is likely: calibrate with "
+                    "precision='32-true'."
                 )
 
     def take(self, space: str) -> Moments | None:
-        """Moments of a space over what was gathered here; statistics that no other space needs are dropped.
+        """Remove and return the moments of a space.
+
+        The statistics are freed when no other space needs them.
 
         Returns:
-            ``None`` for a space that is not measured.
+            The moments, or ``None`` if the space is not measured.
         """
         if space not in self.measured:
             return None
@@ -166,7 +172,7 @@ class Calibration:
         return self._project(self.taps[space], moments)
 
     def _project(self, tap: Tap, moments: Moments) -> Moments:
-        """The moments of linear functions of what was measured: W C Wᵀ, summed over queries and keys."""
+        """Compute the moments of linear projections of the features: W C Wᵀ, summed over queries and keys."""
         if not tap.projections:
             return moments
         means, covariances = [], []
@@ -184,27 +190,28 @@ class Calibration:
 
 
 def statistics_bytes(graph: MergeGraph, space: str, num_models: int) -> int:
-    """The memory of a space's statistics: a float64 matrix over the features of all models."""
+    """Return the size in bytes of a space's statistics: a float64 matrix over the features of all models."""
     tap = graph.spaces[space].tap
     return 0 if tap is None else 8 * (num_models * len(tap.block.starts)) ** 2
 
 
 def check_counts(seen: Sequence[Mapping[int, int]], expected: Sequence[int | None]) -> None:
-    """Compare the samples that all processes have seen with the sizes of the data sets.
+    """Compare the number of samples that all processes have seen with the sizes of the data sets.
 
     Args:
-        seen: per process, the samples of each loader.
-        expected: the samples of each loader's data set; ``None`` where that is not known.
+        seen: per process, the number of samples by loader index.
+        expected: the size of each loader's data set, or ``None`` if it is unknown.
 
     Raises:
-        CalibrationError: if samples were counted twice or not at all.
+        CalibrationError: if samples were counted twice or skipped.
     """
     for loader, size in enumerate(expected):
         count = sum(counts.get(loader, 0) for counts in seen)
         if size is not None and count != size:
             raise CalibrationError(
-                f"The processes have seen {count} samples of calibration loader {loader}, whose data set has {size}: "
-                f"samples were {'counted twice' if count > size else 'left out'}. Leave sharing out the data to the "
-                "Trainer (use_distributed_sampler=True, its default), and use no shuffling and no distributed sampler "
-                "of your own: those shuffle in each process by themselves, or repeat samples to fill up."
+                f"The processes have seen {count} samples of calibration loader {loader}, but its data set has "
+                f"{size}: samples were {'counted twice' if count > size else 'skipped'}. Let the Trainer shard the "
+                "data (`use_distributed_sampler=True`, the default). Do not shuffle, because each process would "
+                "shuffle differently. Do not use a distributed sampler of your own, because it may repeat samples as "
+                "padding."
             )

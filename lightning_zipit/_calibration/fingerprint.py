@@ -1,4 +1,4 @@
-"""Digests of networks: of their weights, and of what they compute with them."""
+"""Digests of the weights and the operators of networks."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from lightning_zipit.graph import MergeGraph
 from lightning_zipit.graph.registry import Trait, operator_of
 
 SETTINGS = (bool, int, float, str, tuple, type(None))
-"""Types of the attributes of a module that say what it does."""
+"""Types of the module attributes that count as settings of a module."""
 
 
 def digest_tensors(tensors: Mapping[str, Tensor], text: str = "") -> str:
-    """A digest of tensors: names, shapes, types and values."""
+    """Compute a digest of the names, shapes, dtypes and values of tensors."""
     digest = hashlib.blake2b(text.encode(), digest_size=16)
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -27,14 +27,14 @@ def digest_tensors(tensors: Mapping[str, Tensor], text: str = "") -> str:
 
 
 def fingerprint(network: nn.Module) -> str:
-    """A digest of a network's weights: names, shapes, types and values."""
+    """Compute a digest of the names, shapes, dtypes and values of a network's parameters and buffers."""
     return digest_tensors({**dict(network.named_parameters()), **dict(network.named_buffers())})
 
 
 def digest_operators(graph: MergeGraph) -> str:
-    """A digest of what a network computes with its weights: its operators, their arguments, and settings of modules.
+    """Compute a digest of a network's operators, their arguments and the settings of its modules.
 
-    What changes nothing in eval mode, such as the probability of a dropout, is left out.
+    Settings without effect in eval mode, such as the probability of a dropout, are ignored.
     """
     lines = []
     for node in graph.fx_graph.nodes:
@@ -49,7 +49,7 @@ def digest_operators(graph: MergeGraph) -> str:
 
 
 def _settings(module: nn.Module, ignored: Container[str]) -> list[tuple[str, str, Any]]:
-    """The attributes of a module and of those inside that say what they do."""
+    """List the settings of a module and its submodules as (module name, attribute, value)."""
     return [
         (name, key, value)
         for name, child in module.named_modules()

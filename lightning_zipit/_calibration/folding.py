@@ -1,4 +1,4 @@
-"""Batch norm right behind a convolution, computed with it: one pass over the activations less."""
+"""Batch-norm folding: compute a convolution and its batch norm in one pass over the activations."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 class Folds:
-    """The convolutions of a graph whose output nothing but a batch norm with fixed statistics looks at.
+    """Convolutions whose output is read only by one batch norm with fixed statistics.
 
     Args:
         networks: networks of one architecture, in eval mode.
         nodes: the nodes of their graph that are run.
-        observed: the names of nodes whose values somebody else looks at.
+        observed: the names of the nodes whose values are observed. They are not folded.
     """
 
     def __init__(self, networks: Sequence[nn.Module], nodes: Sequence[fx.Node], observed: Collection[str]) -> None:
         known = set(nodes)
-        self.norms: dict[fx.Node, fx.Node] = {}  # behind each convolution
+        self.norms: dict[fx.Node, fx.Node] = {}  # convolution → its batch norm
         for node in nodes:
             users = [user for user in node.users if user in known]
-            alone = len(node.users) == len(users) == 1 and node.name not in observed
-            if alone and all(can_fold(network, node, users[0]) for network in networks):
+            single_user = len(node.users) == len(users) == 1 and node.name not in observed
+            if single_user and all(can_fold(network, node, users[0]) for network in networks):
                 self.norms[node] = users[0]
 
     def run(self, interpreter: fx.Interpreter, node: fx.Node) -> bool:
-        """Compute a convolution and the norm behind it, where that is the faster way.
+        """Compute a convolution together with its batch norm, if this is faster.
 
-        Scaling the weights must cost less than a pass over the output would, and autocast must be off: it has a rule
-        for each of the two layers.
+        It is faster if scaling the weights costs less than a pass over the output. Under autocast nothing is folded,
+        because autocast may run the two layers in different dtypes.
 
         Returns:
-            whether the node has its value: a convolution has that of its norm.
+            Whether the node's value was computed. A folded convolution gets the value of its batch norm.
         """
         if node in interpreter.env:
             return True
@@ -56,7 +56,7 @@ class Folds:
 
 
 def can_fold(network: nn.Module, node: fx.Node, user: fx.Node) -> bool:
-    """Whether a node is a plain convolution, and its user a batch norm that always does the same to each channel."""
+    """Whether a node is a plain convolution and its user a batch norm in eval mode with running statistics."""
     if not all(each.op == "call_module" and len(each.args) == 1 and not each.kwargs for each in (node, user)):
         return False
     conv, norm = (network.get_submodule(str(each.target)) for each in (node, user))
@@ -70,7 +70,7 @@ def can_fold(network: nn.Module, node: fx.Node, user: fx.Node) -> bool:
 
 
 def fold(conv: _ConvNd, norm: _BatchNorm, x: Tensor) -> Tensor:
-    """``norm(conv(x))`` in one pass: γ/√(σ² + ε) scales the weights, the rest is the bias."""
+    """Compute ``norm(conv(x))`` in one pass: γ/√(σ² + ε) scales the weights, the rest becomes the bias."""
     mean, variance = norm.running_mean, norm.running_var
     assert mean is not None and variance is not None
     weight, bias = fuse_conv_bn_weights(conv.weight, conv.bias, mean, variance, norm.eps, norm.weight, norm.bias)

@@ -1,4 +1,4 @@
-"""Memory layout of images: convolutions on CPUs are faster with the channels last."""
+"""Memory layout of images: convolutions on CPUs are faster in channels-last format."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from lightning_zipit._common.views import Inputs, each_view, view_of
 
 
 class Layout:
-    """Converts batches of images to channels-last memory format if the networks are then faster.
+    """Convert batches of images to channels-last memory format if this makes the networks faster.
 
-    The first batch decides for all; see :func:`prefer_channels_last`.
+    The decision is made on the first batch; see :func:`prefer_channels_last`.
     """
 
     def __init__(self) -> None:
@@ -23,8 +23,8 @@ class Layout:
         """Convert a batch.
 
         Args:
-            x: an input of the networks, or one of each by task.
-            networks: by task, of one architecture, where ``x`` is.
+            x: one input for all networks, or one input per task.
+            networks: the networks by task, of one architecture, on the device of ``x``.
         """
         if self._change is None:
             self._change = prefer_channels_last(x, networks)
@@ -32,26 +32,26 @@ class Layout:
 
 
 def prefer_channels_last(x: Inputs, networks: Mapping[str, nn.Module]) -> bool:
-    """Tell whether networks are faster with channels-last images, and compute the same.
+    """Whether channels-last images make the networks faster and leave their outputs unchanged.
 
-    A network that relies on the layout of its input, such as by ``x.view(-1, 400)``, is given contiguous images.
-    The networks run on fixed noise of the shape of ``x``, so that every rank decides alike whatever its batch holds.
+    A network that depends on the memory layout of its input, for example by ``x.view(-1, 400)``, gets contiguous
+    images. The networks run on fixed noise of the shape of ``x``, so that every rank reaches the same decision.
 
     Args:
-        x: an input of the networks, or one of each by task.
-        networks: by task, of one architecture, where ``x`` is.
+        x: one input for all networks, or one input per task.
+        networks: the networks by task, of one architecture, on the device of ``x``.
     """
     asked = list(networks.items())[: 1 if isinstance(x, Tensor) else None]
     return all(gains(network) and agrees(network, view_of(x, task)) for task, network in asked)
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """Images ``(batch, channels, height, width)`` with the channels of each pixel next to each other in memory."""
+    """Convert images ``(batch, channels, height, width)`` to channels-last memory format."""
     return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
 
 
 def gains(network: nn.Module) -> bool:
-    """Tell whether a network is faster with channels-last images; grouped convolutions were measured to be slower."""
+    """Whether channels-last images make a network faster. Grouped convolutions were measured to be slower."""
     layers = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
     types = {parameter.dtype for layer in layers for parameter in layer.parameters()}
     grouped = any(1 < layer.groups < layer.in_channels for layer in layers)
@@ -59,7 +59,7 @@ def gains(network: nn.Module) -> bool:
 
 
 def agrees(network: nn.Module, x: Tensor) -> bool:
-    """Tell whether a network on a CPU computes the same from channels-last images of the shape of ``x``."""
+    """Whether a network on a CPU computes the same from channels-last images of the shape of ``x``."""
     if x.ndim != 4 or x.device.type != "cpu" or not x.is_floating_point():
         return False
     noise = torch.randn((1, *x.shape[1:]), generator=torch.Generator().manual_seed(0)).to(x.dtype)
@@ -68,6 +68,6 @@ def agrees(network: nn.Module, x: Tensor) -> bool:
         return False
     try:
         found = network(channels_last(noise))
-    except RuntimeError:  # of torch: `view` cannot take channels-last images
+    except RuntimeError:  # torch's `view` does not support channels-last images
         return False
     return bool((found - expected).abs().max() <= 1e-2 * expected.abs().max())

@@ -1,4 +1,4 @@
-"""Runs the trunks of several networks side by side."""
+"""Lockstep execution of the trunks of several networks."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from lightning_zipit.graph.run import Run, Values
 
 
 class Lockstep:
-    """Runs the trunks of N networks of one architecture side by side, one node of the graph at a time.
+    """Run the trunks of N networks of one architecture in lockstep, one node of the graph at a time.
 
-    Every activation is dropped after its last use, so that the peak memory is that of N plain forwards. Batch norm is
-    computed with the convolution in front of it.
+    Every activation is freed after its last use: the peak memory is that of N plain forwards. A batch norm directly
+    after a convolution is folded into it.
 
     Args:
         graph: the merge graph of the networks.
-        networks: the networks, each in the mode and on the device that it shall run in.
-        graphs: the merge graph of each, where they have stems of their own.
+        networks: the networks. Their mode and device are not changed.
+        graphs: the merge graph of each network, if the networks have different stems.
         observed: the names of the nodes that are observed.
     """
 
@@ -44,13 +44,13 @@ class Lockstep:
         """Run all networks on one batch.
 
         Args:
-            views: the input of each.
-            observe: called after each node with its name and its value in every network; a layer whose batch norm is
-                computed with it has the value of its norm.
+            views: the input of each network.
+            observe: called after each node with its name and its value in every network. For a convolution with a
+                folded batch norm, the value is the output of the batch norm.
         """
         try:
-            for number, (run, x) in enumerate(zip(self.runs, views, strict=True)):
-                run.enter(self._start(number, x))
+            for index, (run, x) in enumerate(zip(self.runs, views, strict=True)):
+                run.enter(self._start(index, x))
             for node in self.entries:
                 observe(node.name, [run.env[node] for run in self.runs])
             for node in self.nodes:
@@ -64,15 +64,15 @@ class Lockstep:
             for run in self.runs:
                 run.leave()
 
-    def _start(self, number: int, x: Tensor) -> Values:
-        """The values from which the trunk of a network starts."""
+    def _start(self, index: int, x: Tensor) -> Values:
+        """Compute the values at which the trunk of a network starts."""
         if self.stems:
-            return dict(zip(self.entries, run_stem(self.stems[number], x), strict=True))
-        return {node: x.clone() for node in self.inputs}  # what one network changes in place, the next must not see
+            return dict(zip(self.entries, run_stem(self.stems[index], x), strict=True))
+        return {node: x.clone() for node in self.inputs}  # in-place operators must not change another network's input
 
 
 def run_of_stem(graph: MergeGraph, network: nn.Module) -> Run:
-    """The run of what a network computes before the trunk; see :func:`run_stem`.
+    """Create the run of a network's stem; see :func:`run_stem`.
 
     Args:
         graph: the merge graph of the network.
@@ -84,5 +84,5 @@ def run_of_stem(graph: MergeGraph, network: nn.Module) -> Run:
 
 
 def run_stem(run: Run, x: Tensor) -> list[Tensor]:
-    """The values that a stem passes to the trunk, in the order of the graph's entries."""
+    """Compute the values that a stem passes to the trunk, in the order of the graph's entries."""
     return list(run.results({node: x for node in run.nodes if node.op == "placeholder"}).values())

@@ -1,4 +1,4 @@
-"""Means and covariances of features, gathered batch by batch, device by device or site by site."""
+"""Means and covariances of features, accumulated over batches, devices and sites."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from lightning_zipit._common.collectives import all_reduce_sums
 STATES = ("count", "origin", "total", "comoment")
 
 LEAF = 128
-"""Rows of a product that are not worth halving."""
+"""Number of rows up to which a Gram matrix is computed as one product instead of by halves."""
 
 AT_ONCE = 2**22
-"""Entries of samples that are shifted and multiplied at a time: bounds the memory of one update."""
+"""Number of sample entries that are shifted and multiplied at once. It bounds the memory of one update."""
 
 
 class Moments(NamedTuple):
-    """What :class:`FeatureStatistics` computes.
+    """Sample count, mean and covariance of features: the result of :class:`FeatureStatistics`.
 
     Attributes:
         count: number of samples.
@@ -39,18 +39,20 @@ class Moments(NamedTuple):
 class FeatureStatistics(Metric):
     """Mean and covariance of the features of N models, side by side.
 
-    Samples are shifted by an origin near their mean, Gram matrices of a batch are taken in ``gram_dtype`` and added up
-    in float64, and what the mean differs from the origin is corrected in the end, so that neither a large mean nor the
-    split into batches costs precision. Statistics of several origins are brought to one before they are added.
+    Samples are shifted by an origin near their mean. The Gram matrix of a batch is computed in ``gram_dtype`` and
+    summed in float64. The final result corrects for the offset of the mean from the origin. So neither a large mean
+    nor the split into batches costs precision. Statistics with different origins are shifted to one origin before they
+    are added.
 
     Args:
-        sizes: how many features each model has.
-        gram_dtype: the type in which Gram matrices of one batch are taken, ``torch.float32`` or ``torch.float64``.
-            Features of a wider type keep theirs. Also accepted under the name ``dtype``.
+        sizes: the number of features of each model.
+        gram_dtype: the dtype of the Gram matrix of one batch, ``torch.float32`` or ``torch.float64``. Features of a
+            wider dtype keep their dtype.
+        dtype: another name for ``gram_dtype``.
         kwargs: see :class:`torchmetrics.Metric`.
 
     Raises:
-        ValueError: if ``sizes`` is empty or holds a number below 1, or ``gram_dtype`` is neither of the two.
+        ValueError: if ``sizes`` is empty or holds a number below 1, or if ``gram_dtype`` is another dtype.
 
     Example:
         >>> statistics = FeatureStatistics([1, 1])
@@ -60,13 +62,13 @@ class FeatureStatistics(Metric):
                 [2., 4.]], dtype=torch.float64)
     """
 
-    full_state_update = True  # `forward` may not add up states as if they were sums
+    full_state_update = True  # states are not plain sums, so `forward` must not add them up
     higher_is_better = None
     is_differentiable = False
     count: Tensor
-    origin: Tensor  # near the mean, so that no digit is lost; of a feature that is constant, its value
-    total: Tensor  # of the samples' offsets from the origin
-    comoment: Tensor  # of these offsets, on and above the diagonal; what lies below means nothing
+    origin: Tensor  # near the mean, to keep precision; for a constant feature, exactly its value
+    total: Tensor  # sum of the samples' offsets from the origin
+    comoment: Tensor  # co-moments of these offsets, on and above the diagonal; entries below it are undefined
 
     def __init__(
         self,
@@ -87,13 +89,13 @@ class FeatureStatistics(Metric):
         size = sum(sizes)
         for name, shape in zip(STATES, [(), (size,), (size,), ()], strict=True):
             self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum", persistent=True)
-        self._samples = 0  # since the origin was set
-        self.few = size  # up to so many samples, Gram matrices are taken in float64
+        self._samples = 0  # number of samples since the origin was set
+        self.float64_limit = size  # up to this number of samples, Gram matrices are computed in float64
         self._shrink_default()
-        self.comoment = torch.zeros(size, size, dtype=torch.float64)  # once: `add_state` would keep a copy
+        self.comoment = torch.zeros(size, size, dtype=torch.float64)  # set here because `add_state` would copy it
 
     def _shrink_default(self) -> None:
-        """What `reset` copies is a matrix of zeros as large as the statistics: a single zero will do."""
+        """Store the default of the co-moments as a single expanded zero, which saves the memory of a full matrix."""
         size = sum(self.sizes)
         self._defaults["comoment"] = torch.zeros_like(self.count).expand(size, size)
 
@@ -101,11 +103,13 @@ class FeatureStatistics(Metric):
         """Add samples.
 
         Args:
-            features: of each model ``(samples, C_i)``, the same samples in the same order.
-            features_first: they are ``(C_i, samples, …)`` instead, every position a sample.
+            features: the features of each model, ``(samples, C_i)``. All models have the same samples in the same
+                order.
+            features_first: whether the features have shape ``(C_i, samples, …)`` instead. Every position is then a
+                sample.
 
         Raises:
-            ValueError: if the shapes are not those of ``sizes``, or the numbers of samples differ.
+            ValueError: if the shapes do not match ``sizes``, or the numbers of samples differ.
         """
         shapes = [tuple(feature.shape) for feature in features]
         given = [feature if features_first or feature.ndim != 2 else feature.T for feature in features]
@@ -114,7 +118,7 @@ class FeatureStatistics(Metric):
             expected = "(C, samples, …)" if features_first else "(samples, C)"
             raise ValueError(
                 f"`features` must be {len(self.sizes)} tensors of shapes {expected} with C in {list(self.sizes)} "
-                f"and equal samples, got shapes {shapes}."
+                f"and the same number of samples, got shapes {shapes}."
             )
         total = sum(self.sizes)
         at_once = max(AT_ONCE // total, 2 * total) // max(1, math.prod(positions[1:]))
@@ -124,26 +128,28 @@ class FeatureStatistics(Metric):
                     self._add_samples(parts)
 
     def consume(self, rows: Tensor) -> None:
-        """Add samples, and use their memory for what is computed of them: afterwards they mean nothing.
+        """Add samples, and overwrite their memory with intermediate results.
 
         Args:
-            rows: the features of all models ``(n, samples)``.
+            rows: the features of all models, ``(n, samples)``. Their values are undefined afterwards.
         """
         with torch.no_grad(), full_precision(rows.device.type):
             self._add_samples(rows.split(self.sizes), rows)
 
     def _add_samples(self, features: Sequence[Tensor], room: Tensor | None = None) -> None:
-        """Add samples of each model, ``(C_i, samples, …)``: one pass that shifts and copies them, and one product.
+        """Add samples of each model, ``(C_i, samples, …)``: shift and copy them in one pass, then compute one product.
 
-        Where there is room of the right type for what is shifted, ``(n, samples)``, it is used.
+        Args:
+            features: the samples of each model.
+            room: memory for the shifted samples, ``(n, samples)``. It is used if it has the right dtype.
         """
         samples, size = features[0][0].numel(), sum(self.sizes)
-        self._unseal()
+        self._make_writable()
         if not self._samples:
             self._set_origin(features)
         self._samples += samples
-        # Few samples: copies of a feature are told apart from near copies by the last digits, and the product is cheap.
-        dtype = torch.float64 if self._samples <= self.few else self.gram_dtype
+        # With few samples only the last digits distinguish a copy of a feature from a near copy, and float64 is cheap.
+        dtype = torch.float64 if self._samples <= self.float64_limit else self.gram_dtype
         dtype = torch.promote_types(features[0].dtype, dtype)
         rows = empty_like_features(size, features[0], dtype) if room is None or room.dtype != dtype else room
         origins = self.origin.to(dtype).split(self.sizes)
@@ -154,14 +160,17 @@ class FeatureStatistics(Metric):
         self.total += rows.mean(1).double() * samples
         add_gram(self.comoment, rows)
 
-    def _unseal(self) -> None:
-        """States made in inference mode, where every tensor is sealed on leaving it, are made anew outside."""
+    def _make_writable(self) -> None:
+        """Clone states that were created in inference mode, because they cannot be changed in place outside of it."""
         if self.comoment.is_inference() and not torch.is_inference_mode_enabled():
             for name in STATES:
                 setattr(self, name, getattr(self, name).clone())
 
     def _set_origin(self, features: Sequence[Tensor]) -> None:
-        """An origin that single precision holds without rounding: near the mean of all samples, or of the first."""
+        """Move the origin near the mean of all samples, or of the first batch.
+
+        The origin is exact in single precision, so subtracting it does not round.
+        """
         if self.count > 0:
             origin = self.origin.to(torch.promote_types(features[0].dtype, torch.float32))
         else:
@@ -169,7 +178,7 @@ class FeatureStatistics(Metric):
         self._move_origin(origin.double())
 
     def _move_origin(self, origin: Tensor) -> None:
-        """Σ (x + d)(x + d)ᵀ = Σ x xᵀ + d (Σ x)ᵀ + (Σ x + n d) dᵀ, for offsets x from the origin that was."""
+        """Shift the origin, for old offsets x: Σ (x + d)(x + d)ᵀ = Σ x xᵀ + d (Σ x)ᵀ + (Σ x + n d) dᵀ."""
         if self.count > 0:
             moved = self.origin - origin
             self.comoment.addr_(moved, self.total)
@@ -179,7 +188,7 @@ class FeatureStatistics(Metric):
         self._samples = 0
 
     def compute(self) -> Moments:
-        """Moments of all samples of all processes.
+        """Compute the moments of the samples of all processes.
 
         Raises:
             ValueError: if no sample was added.
@@ -187,10 +196,10 @@ class FeatureStatistics(Metric):
         return self.moments()
 
     def moments(self) -> Moments:
-        """Moments of the samples that this process holds; see :meth:`compute`."""
+        """Compute the moments of the samples of this process only; see :meth:`compute`."""
         count = int(self.count.item())
         if not count:
-            raise ValueError("No sample was added to these statistics: call `update` first.")
+            raise ValueError("These statistics have no samples: call `update` first.")
         offset = self.total / count
         covariance = self.comoment.addr(offset, offset, alpha=-count).triu_().div_(max(count - 1, 1))
         covariance += covariance.triu(1).T
@@ -202,16 +211,16 @@ class FeatureStatistics(Metric):
         self._samples = 0
 
     def free(self) -> None:
-        """Give the memory back, and with it what was gathered.
+        """Free the memory of the statistics. Their content is lost.
 
-        A metric holds methods that are bound to it: once forgotten, it waits for the garbage collector, and its matrix
-        with it.
+        Deleting the metric is not enough: it refers to its own bound methods, so its matrix would stay in memory until
+        the garbage collector runs.
         """
         for name in STATES:
             setattr(self, name, getattr(self, name).new_empty(0))
 
     def __add__(self, other: FeatureStatistics) -> FeatureStatistics:  # type: ignore[override]
-        """Statistics of the samples of both, for example of two sites."""
+        """Return the statistics of the samples of both, for example of two sites."""
         if not isinstance(other, FeatureStatistics) or other.sizes != self.sizes:
             raise ValueError("Only statistics of the same sizes can be added to each other.")
         joint = FeatureStatistics(self.sizes, self.gram_dtype).to(self.comoment.device)
@@ -220,7 +229,7 @@ class FeatureStatistics(Metric):
         return joint
 
     def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
-        """Add the samples of another instance, or of its states, to this one, in place."""
+        """Add the samples of another instance, or of its states, in place."""
         if isinstance(incoming_state, Metric):
             if not isinstance(incoming_state, FeatureStatistics) or incoming_state.sizes != self.sizes:
                 raise ValueError("Only statistics of the same sizes can be added to each other.")
@@ -231,7 +240,7 @@ class FeatureStatistics(Metric):
         self._computed = None
         if states["count"] > 0:
             self._update_count += 1
-            self._unseal()
+            self._make_writable()
             if not self.count:
                 self._move_origin(states["origin"])
             moved = states["origin"] - self.origin
@@ -241,7 +250,7 @@ class FeatureStatistics(Metric):
             self.count += states["count"]
 
     def _sync_dist(self, dist_sync_fn: Any = None, process_group: Any = None) -> None:
-        """True all-reduces instead of the default gathering of all states on all ranks."""
+        """Sum the states by all-reduce. By default, torchmetrics gathers the states of all ranks on every rank."""
         sum_over_processes([self], process_group or self.process_group)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -251,7 +260,7 @@ class FeatureStatistics(Metric):
         self._samples = 0
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> FeatureStatistics:
-        def move(tensor: Tensor) -> Tensor:  # to another device, never to another type
+        def move(tensor: Tensor) -> Tensor:  # changes the device, never the dtype
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
@@ -260,30 +269,31 @@ class FeatureStatistics(Metric):
         return self
 
     def set_dtype(self, dst_type: str | torch.dtype) -> FeatureStatistics:
-        """Keep the states in float64, whatever type the surrounding module is cast to."""
+        """Keep the states in float64, also if the surrounding module is cast to another dtype."""
         return self
 
 
 def sum_over_processes(statistics: Sequence[FeatureStatistics], group: Any = None) -> None:
-    """Put the samples of all processes into the statistics of each; the results are identical on all.
+    """Sum statistics over all processes, in place. The result is identical on every process.
 
-    The co-moments are brought to a common origin and summed: three all-reduces, or one more for every 64 MiB.
+    The co-moments are shifted to a common origin and then summed. This takes three all-reduces, plus one for every
+    64 MiB.
 
     Args:
-        statistics: the same on every process, in the same order, on one device.
+        statistics: statistics of the same spaces on every process, in the same order, on one device.
         group: the process group; by default all processes.
     """
     origins = [torch.cat([(each.count > 0).double()[None], each.origin * (each.count > 0)]) for each in statistics]
     all_reduce_sums(origins, group)
-    for each, (shares, *_), packed in zip(statistics, origins, origins, strict=True):
-        each._unseal()
-        each._move_origin(packed[1:] / shares.clamp(min=1))
+    for each, (contributors, *_), packed in zip(statistics, origins, origins, strict=True):
+        each._make_writable()
+        each._move_origin(packed[1:] / contributors.clamp(min=1))
     all_reduce_sums([state for each in statistics for state in (each.count[None], each.total)], group)
     all_reduce_sums([each.comoment for each in statistics], group)
 
 
 def add_gram(total: Tensor, rows: Tensor) -> None:
-    """Add ``rows rowsᵀ`` to a symmetric matrix, in place, on and above its diagonal, which is half of the work.
+    """Add ``rows rowsᵀ`` to a symmetric matrix in place. Only entries on and above the diagonal are computed.
 
     Args:
         total: ``(n, n)``.
@@ -300,7 +310,7 @@ def add_gram(total: Tensor, rows: Tensor) -> None:
 
 
 def empty_like_features(size: int, features: Tensor, dtype: torch.dtype) -> Tensor:
-    """Room for ``(size, …)``, with features in memory as those of ``(C, …)``: next to each other, or far apart."""
+    """Allocate a tensor ``(size, …)`` with the memory layout (channels first or last) of features ``(C, …)``."""
     positions = features.shape[1:]
     if features.stride(0) == 1:  # the layout of channels_last
         return features.new_empty(*positions, size, dtype=dtype).movedim(-1, 0)
@@ -308,7 +318,7 @@ def empty_like_features(size: int, features: Tensor, dtype: torch.dtype) -> Tens
 
 
 def mean_by_first(features: Tensor) -> Tensor:
-    """The mean of each feature, ``(C, …)`` to ``(C,)``: exactly its value, where it has but one."""
+    """Compute the mean of each feature, ``(C, …)`` to ``(C,)``. For a constant feature it is exactly its value."""
     rows = features.flatten(1)
     first = rows[:, 0].to(torch.promote_types(rows.dtype, torch.float32))
     return first + (rows - first[:, None]).mean(1)
@@ -316,7 +326,7 @@ def mean_by_first(features: Tensor) -> Tensor:
 
 @contextmanager
 def full_precision(device_type: str) -> Iterator[None]:
-    """No autocast and no TF32, whatever the Trainer's precision is: a correlation needs the digits."""
+    """Disable autocast and TF32: their precision is too low for a correlation."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

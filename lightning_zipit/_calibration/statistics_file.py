@@ -1,4 +1,4 @@
-"""Statistics of a calibration in a file: kept for other merges, taken up after an interruption, added up over sites."""
+"""Statistics files: reuse a calibration for other merges, resume it, and add up the statistics of several sites."""
 
 from __future__ import annotations
 
@@ -24,35 +24,35 @@ from lightning_zipit.graph import MergeGraph
 from lightning_zipit.graph.notes import read_barriers
 
 FORMAT = 3
-"""Raised with every change of what the numbers in a file are: one that does not say all of it could be misread."""
+"""Version of the file format. Raise it with every change in the meaning of the content, so that no file is misread."""
 
 HEADER = "lightning_zipit"
 
-GATHER_ANEW = "delete the file, or name another, to gather anew."
+CALIBRATE_AGAIN = "delete the file, or give another path, to calibrate again."
 
 SAVE_EVERY = 30.0
-"""Seconds of calibration that an interruption may cost."""
+"""Seconds between two saves: the longest calibration time that an interruption can lose."""
 
 
 @dataclass(frozen=True)
 class CalibrationStatistics:
-    """What calibrations of the same networks have gathered.
+    """The statistics of a calibration, with everything that must match in another merge.
 
-    Statistics that were gathered at several sites, or from parts of the data, add up to those of all of it.
+    Statistics from several sites, or from parts of the data, can be added. The sum equals the statistics of all data.
 
     Attributes:
-        fingerprints: per task, a digest of the network that it was gathered from.
+        fingerprints: per task, a digest of the weights of its source network.
         input_shape: the shape of one sample.
-        input_dtype: the type of the samples, such as ``"float32"``.
-        barriers: nodes of the networks that cannot be merged, as :attr:`MergeGraph.barriers` has them.
-        statistics: by tap, the features of all networks side by side.
-        seen: how many samples of each loader are in them, of a calibration that has not ended yet; else empty.
-        cuts: where they serve merges with several ``stop_at`` (``""`` for ``None``), the barriers of each.
-        start_at: the module that the trunk starts at; ``None`` for the input.
-        views: type and shape of a sample of each network, where each has a view of its own; else empty.
-        positions: how many positions of each sample they are of; ``None`` for all.
+        input_dtype: the dtype of the samples, such as ``"float32"``.
+        barriers: the nodes of the networks that cannot be merged; see :attr:`MergeGraph.barriers`.
+        statistics: the statistics of all networks side by side, by tap key.
+        seen: for an incomplete calibration, the number of samples by loader index; otherwise empty.
+        cuts: for merges with several ``stop_at``, the barriers by ``stop_at`` (``""`` stands for ``None``).
+        start_at: the module at which the trunk starts; ``None`` for the input.
+        views: dtype and shape of a sample for each network, if each network has its own view; otherwise empty.
+        positions: the number of positions that were measured of each sample; ``None`` for all.
         verified: whether the table of axes was proved on the first batch.
-        operators: per task, a digest of what its network computes with its weights.
+        operators: per task, a digest of the operators of its network.
 
     Example:
         >>> import torch
@@ -85,41 +85,43 @@ class CalibrationStatistics:
     operators: dict[str, str] = field(default_factory=dict)
 
     def barriers_of(self, stop_at: str | None) -> dict[str, str]:
-        """The nodes that cannot be merged in a merge with this ``stop_at``."""
+        """Return the nodes that cannot be merged, by name, for a merge with this ``stop_at``."""
         return self.cuts.get(stop_at or "", self.barriers)
 
     @property
     def count(self) -> int:
-        """The largest number of samples (images × positions) that any of the statistics has."""
+        """The largest number of samples (images × positions) over all spaces."""
         return max((int(each.count) for each in self.statistics.values()), default=0)
 
     @property
     def example(self) -> Tensor:
-        """Zeros of the shape and type of one sample, ``(1, …)``."""
+        """Zeros of the shape and dtype of one sample, ``(1, …)``."""
         return zeros_like_sample((self.input_dtype, self.input_shape))
 
     def example_of(self, tasks: Sequence[str]) -> Inputs:
-        """:attr:`example`, or that of each task where each has a view of its own.
+        """Return one example for all tasks, or an example per task if each task has its own view.
 
         Raises:
-            StatisticsError: if there is not one view for each task.
+            StatisticsError: if the number of views differs from the number of tasks.
         """
         if not self.views:
             return self.example.clone()
         if len(self.views) != len(tasks):
-            raise StatisticsError(f"The statistics are of {len(self.views)} views of a sample, for {len(tasks)} tasks.")
+            raise StatisticsError(
+                f"The statistics have {len(self.views)} views of a sample, but this merge has {len(tasks)} tasks."
+            )
         return {task: zeros_like_sample(view).clone() for task, view in zip(tasks, self.views, strict=True)}
 
     def __add__(self, other: CalibrationStatistics) -> CalibrationStatistics:
-        """The statistics of the samples of both.
+        """Return the statistics of the samples of both.
 
         Raises:
-            StatisticsError: if they belong to other networks, or were gathered in another way.
+            StatisticsError: if they belong to different networks, or to different settings of a merge.
         """
         for attribute, what in (
             ("fingerprints", "networks"),
-            ("input_shape", "inputs of the shape"),
-            ("input_dtype", "inputs of the type"),
+            ("input_shape", "inputs of shape"),
+            ("input_dtype", "inputs of dtype"),
             ("barriers", "networks with the barriers"),
             ("cuts", "merges with the cuts"),
             ("start_at", "merges with start_at"),
@@ -130,20 +132,25 @@ class CalibrationStatistics:
             mine, theirs = getattr(self, attribute), getattr(other, attribute)
             if mine != theirs:
                 raise StatisticsError(
-                    f"Statistics of {what} {mine} cannot be added to those of {what} {theirs}: gather both alike."
+                    f"Statistics of {what} {mine} cannot be added to those of {what} {theirs}: calibrate both with the "
+                    "same networks and settings."
                 )
         if set(self.statistics) != set(other.statistics):
-            raise StatisticsError("Statistics of other spaces cannot be added: gather both with the same `stop_at`.")
+            raise StatisticsError(
+                "Statistics of different feature spaces cannot be added: calibrate both with the same `stop_at`."
+            )
         if self.seen or other.seen:
-            raise StatisticsError("Statistics of a calibration that has not ended cannot be added to others.")
+            raise StatisticsError(
+                "Statistics of an incomplete calibration cannot be added: let both calibrations finish first."
+            )
         joint = {tap: mine + other.statistics[tap] for tap, mine in self.statistics.items()}
         return replace(self, statistics=joint, verified=self.verified and other.verified)
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file; one that is there is replaced once the new one is complete.
+        """Write a safetensors file. An existing file is replaced atomically.
 
         Raises:
-            ConfigurationError: if there is no such folder.
+            ConfigurationError: if the folder does not exist.
             OSError: if the file cannot be written.
         """
         if problem := find_output_problem(path, "statistics"):
@@ -173,20 +180,20 @@ class CalibrationStatistics:
 
     @classmethod
     def load(cls, path: str | Path) -> CalibrationStatistics:
-        """Read a file that :meth:`save` wrote; nothing in it is executed.
+        """Read a file that :meth:`save` wrote. No code from the file is executed.
 
         Raises:
             StatisticsError: if the file is missing, damaged, or of another format.
         """
         if not Path(path).is_file():
-            raise StatisticsError(f"There is no statistics file {path}.")
+            raise StatisticsError(f"The statistics file {path} does not exist.")
         try:
             with safe_open(path, framework="pt") as file:
                 header = json.loads((file.metadata() or {})[HEADER])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
             digest = header.pop("digest")
             if header["format"] != FORMAT:
-                raise ValueError(f"it has format {header['format']}, and this version reads format {FORMAT}")
+                raise ValueError(f"it has format {header['format']}, but this version reads format {FORMAT}")
             if digest != digest_tensors(tensors, json.dumps(header, sort_keys=True)):
                 raise ValueError("its content has changed since it was written")
             known = cls(
@@ -205,10 +212,11 @@ class CalibrationStatistics:
             )
             for dtype, shape in ((known.input_dtype, known.input_shape), *known.views):
                 if not zeros_like_sample((dtype, shape)).numel():
-                    raise ValueError(f"samples of the shape {shape} hold nothing")
-        except Exception as error:  # whatever a damaged file makes of its parts
+                    raise ValueError(f"samples of shape {shape} are empty")
+        except Exception as error:  # a damaged file can cause any error
             raise StatisticsError(
-                f"{path} cannot be read as a statistics file: {error}. Delete it, or name another, to gather anew."
+                f"{path} cannot be read as a statistics file: {error}. Delete the file, or give another path, to "
+                "calibrate again."
             ) from error
         return known
 
@@ -220,27 +228,27 @@ def _restore(tensors: Mapping[str, Tensor], num_models: int) -> dict[str, Featur
         restored[tap] = FeatureStatistics([len(states["origin"]) // num_models] * num_models)
         restored[tap].merge_state(states)
         if not all(tensor.isfinite().all() for tensor in states.values()):
-            raise ValueError(f"the statistics of {tap} are not finite")
+            raise ValueError(f"the statistics of {tap} contain NaN or Inf")
     return restored
 
 
 class StatisticsRecord:
-    """Keeps the statistics of one calibration in a file.
+    """The statistics file of one calibration.
 
-    A complete file stands for the calibration. While one is under way, every process keeps what it has gathered in a
-    file of its own beside it, to go on from there after an interruption.
+    A complete file replaces the calibration. During a calibration, every process saves its own statistics to a partial
+    file in the same folder. An interrupted calibration resumes from these files.
 
     Args:
-        path: the file.
+        path: the path of the statistics file.
         networks: the source networks by task.
 
     Raises:
-        StatisticsError: if a file that is there cannot be read, or belongs to other networks.
-        ConfigurationError: if the file cannot be written, or is not the same for all processes.
+        StatisticsError: if an existing file cannot be read, or belongs to other networks.
+        ConfigurationError: if the file cannot be written, or if only some of the processes see it.
 
     Attributes:
-        complete: what the file holds, if it is there.
-        resumed: what this process had gathered before it was interrupted.
+        complete: the content of the complete file, if it exists.
+        resumed: the content of this process's partial file, if the calibration was interrupted.
     """
 
     def __init__(self, path: str | Path, networks: Mapping[str, nn.Module]) -> None:
@@ -251,112 +259,114 @@ class StatisticsRecord:
         rank, processes = rank_and_size()
         self._own = self.path.with_name(f"{self.path.stem}.part-{rank}-of-{processes}{self.path.suffix}")
         others = [found for found in self.path.parent.glob(f"{self.path.stem}.part-*-of-*{self.path.suffix}")]
-        strangers = [found.name for found in others if not found.stem.endswith(f"-of-{processes}")]
-        there = exchange(self.path.is_file)
-        if len(set(there)) > 1:
+        foreign = [found.name for found in others if not found.stem.endswith(f"-of-{processes}")]
+        exists = exchange(self.path.is_file)
+        if len(set(exists)) > 1:
             raise ConfigurationError(
                 f"Only some of the processes see {self.path}: put `statistics` on a file system that all nodes share."
             )
-        if strangers and not there[0]:
+        if foreign and not exists[0]:
             raise ConfigurationError(
-                f"{strangers[0]} holds what a calibration with another number of processes had gathered: start as "
-                "many to go on from there, or delete such files to begin anew."
+                f"{foreign[0]} belongs to an interrupted calibration with another number of processes. Start the "
+                "same number of processes to resume it, or delete its `.part-` files to calibrate again."
             )
-        self.complete = self._read(self.path) if there[0] else None
+        self.complete = self._read(self.path) if exists[0] else None
         self.resumed = self._read(self._own) if self.complete is None and self._own.is_file() else None
         self._saved = time.monotonic()
         if self.complete is not None:
-            inform_on_rank_zero(f"The statistics are taken from {self.path}; nothing is calibrated.")
+            inform_on_rank_zero(f"Calibration is skipped: the statistics are read from {self.path}.")
         elif self.resumed is not None:
-            inform_on_rank_zero(f"The calibration goes on after {sum(self.resumed.seen.values())} samples.")
+            inform_on_rank_zero(f"The calibration resumes after {sum(self.resumed.seen.values())} samples.")
 
     def _read(self, path: Path) -> CalibrationStatistics:
         known = CalibrationStatistics.load(path)
-        way_out = "Delete it, or name another, to gather anew."
+        remedy = "Delete the file, or give another path, to calibrate again."
         if list(known.fingerprints.values()) != list(self.fingerprints.values()):
             raise StatisticsError(
-                f"{path} holds statistics of other networks (of tasks {list(known.fingerprints)}): the weights of "
-                f"{_changed(known.fingerprints, self.fingerprints)} are not those that they were gathered from. "
-                f"{way_out}"
+                f"{path} holds statistics of other networks (tasks {list(known.fingerprints)}): "
+                f"{_difference('the weights', known.fingerprints, self.fingerprints)}. {remedy}"
             )
         if path == self.path and known.seen:
-            raise StatisticsError(f"{path} holds a part of a calibration only. {way_out}")
+            raise StatisticsError(f"{path} holds an incomplete calibration. {remedy}")
         return known
 
     def check_settings(self, verify: bool, **settings: Any) -> None:
-        """Compare what a merge is asked to do with what the files were gathered for.
+        """Compare the settings of a merge with the settings in the files.
 
         Args:
-            verify: whether the table of axes shall be proved: without a calibration, it is not.
-            settings: by the names that they have in the files, those that the numbers in these depend on.
+            verify: whether the merge requires a proof of the table of axes. A merge without calibration does not prove
+                the table itself.
+            settings: the settings on which the statistics depend, by their names in the files.
 
         Raises:
-            StatisticsError: if they were gathered for others.
+            StatisticsError: if a file was written with other settings.
         """
         for known in (self.complete, self.resumed):
             for name, wanted in settings.items() if known is not None else ():
                 if (found := getattr(known, name)) != wanted:
                     raise StatisticsError(
-                        f"{self.path} was gathered with {name}={found!r}, and this merge has {name}={wanted!r}. "
-                        f"Merge with {name}={found!r}, or {GATHER_ANEW}"
+                        f"{self.path} was written with {name}={found!r}, but this merge has {name}={wanted!r}. "
+                        f"Merge with {name}={found!r}, or {CALIBRATE_AGAIN}"
                     )
         if verify and self.complete is not None and not self.complete.verified:
             raise StatisticsError(
-                f"{self.path} was gathered with verify=False, so that its table of axes was never proved. Merge with "
-                f"verify=False, too, or {GATHER_ANEW}"
+                f"{self.path} was written with verify=False, so its table of axes was never proved. Merge with "
+                f"verify=False, too, or {CALIBRATE_AGAIN}"
             )
 
     def check_operators(self, graphs: Mapping[str, MergeGraph]) -> None:
-        """Compare what the networks compute with what those computed that the files were gathered from.
+        """Compare the operators of the networks with the operators in the files.
 
         Args:
-            graphs: the merge graph of each network, in the order of the tasks.
+            graphs: the merge graph of each network by task, in the order of the tasks.
 
         Raises:
-            StatisticsError: if they compute something else, with the same weights.
+            StatisticsError: if the operators of a network have changed.
         """
         found = {task: digest_operators(graph) for task, graph in graphs.items()}
         for known in (self.complete, self.resumed):
             if known is not None and list(known.operators.values()) != list(found.values()):
                 raise StatisticsError(
-                    f"{self.path} was gathered from networks that computed something else: the operators of "
-                    f"{_changed(known.operators, found)}, or their arguments, have changed. To go on, undo that, or "
-                    f"{GATHER_ANEW}"
+                    f"{self.path} was written for networks with other operators: "
+                    f"{_difference('the operators or their arguments', known.operators, found)}. Restore the old "
+                    f"operators, or {CALIBRATE_AGAIN}"
                 )
 
     def is_known(self, loader: int, before: int, samples: int) -> bool:
-        """Whether a batch is in the statistics that were resumed.
+        """Whether the resumed statistics include a batch.
 
         Args:
-            loader: the number of its loader.
-            before: how many samples that loader has given before it.
-            samples: how many it has.
+            loader: the index of the batch's loader.
+            before: the number of samples of that loader before the batch.
+            samples: the number of samples in the batch.
 
         Raises:
-            StatisticsError: if it is in part.
+            StatisticsError: if the statistics include only a part of the batch.
         """
         known = self.resumed.seen.get(loader, 0) if self.resumed is not None else 0
         if before < known < before + samples:
             raise StatisticsError(
-                f"The batches are not those of the calibration that was interrupted: {known} samples of loader "
-                f"{loader} were seen, which is not the end of a batch now. Use the same batch size, or delete "
-                f"{self._own} to begin anew."
+                f"The batches differ from those of the interrupted calibration: it had seen {known} samples of loader "
+                f"{loader}, which is not a batch boundary now. Use the same batch size, or delete {self._own} to "
+                "calibrate again."
             )
         return before < known
 
-    def keep(self, gathered: Callable[[], CalibrationStatistics]) -> None:
-        """Save what this process has gathered so far, if the last time is long ago."""
+    def keep(self, current: Callable[[], CalibrationStatistics]) -> None:
+        """Save the statistics of this process, if the last save was at least ``SAVE_EVERY`` seconds ago."""
         if time.monotonic() - self._saved >= SAVE_EVERY:
-            gathered().save(self._own)
+            current().save(self._own)
             self._saved = time.monotonic()
 
     def discard(self) -> None:
-        """Delete the file of this process alone."""
+        """Delete the partial file of this process."""
         self._own.unlink(missing_ok=True)
 
 
-def _changed(old: Mapping[str, str], new: Mapping[str, str]) -> str:
+def _difference(what: str, old: Mapping[str, str], new: Mapping[str, str]) -> str:
+    """Describe the difference between the digests in a file and those of a merge, by task."""
     if len(old) != len(new):
-        return f"{len(new)} tasks instead of {len(old)}"
+        return f"this merge has {len(new)} tasks instead of {len(old)}"
     pairs = zip(old.values(), new.items(), strict=True)
-    return ", ".join(repr(task) for before, (task, after) in pairs if before != after)
+    tasks = ", ".join(repr(task) for before, (task, after) in pairs if before != after)
+    return f"{what} differ for the tasks {tasks}"

@@ -1,1 +1,1 @@
-"""The matching phase: from statistics to a map of every feature space."""
+"""Matching: compute the map of every feature space from its statistics."""

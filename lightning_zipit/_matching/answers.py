@@ -1,4 +1,4 @@
-"""Checks the answers of a matcher, and makes maps of them."""
+"""Validation of a matcher's results, and conversion to maps."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from lightning_zipit.graph.spaces import handed_over
 
 
 def maps_from(answers: Mapping[str, Match], spaces: Spaces, matcher: Rule) -> dict[str, FeatureMap]:
-    """The map of each space, from what a matcher returned.
+    """Convert the matchings that a matcher returned to maps.
 
     Args:
         answers: the matching of each space.
-        spaces: what the matcher was given.
-        matcher: the matcher, for errors.
+        spaces: the spaces that were passed to the matcher.
+        matcher: the matcher, for error messages.
 
     Returns:
         The maps, in the order of the spaces.
 
     Raises:
-        ConfigurationError: if a space has no matching, or one that cannot be applied.
+        ConfigurationError: if a space has no matching, or its matching cannot be applied.
     """
     missing = [name for name in spaces if name not in answers]
     if missing:
         raise ConfigurationError(
-            f"{matcher!r} returned no matching of the spaces {', '.join(map(repr, missing))}: `match` must return one "
-            "for each space that it is given."
+            f"{matcher!r} returned no matching for the spaces {', '.join(map(repr, missing))}: `match` must return a "
+            "matching for every space in its argument."
         )
     return {name: _map_from(answers, spaces, name, matcher) for name in spaces}
 
@@ -44,31 +44,31 @@ def _map_from(answers: Mapping[str, Match], spaces: Spaces, name: str, matcher: 
     if not isinstance(found, Tensor):
         if space.pinned or space.units or name in handed_over(spaces.graph) or name in spaces.rigid_of():
             raise ConfigurationError(
-                f"{matcher!r} returned matrices for the space {name!r}, whose features cannot become linear "
-                "combinations: return labels."
+                f"{matcher!r} returned matrices for the space {name!r}, but linear combinations of its features cannot "
+                "be merged: return labels for this space."
             )
         return DenseMap(check_matrices(found, space.size, width, count, repr(matcher)))
     labels = found.cpu()
     problem = _problem(labels, answers, spaces, name)
     if problem:
-        raise ConfigurationError(f"{matcher!r} returned labels for the space {name!r} that cannot be used: {problem}.")
+        raise ConfigurationError(f"{matcher!r} returned invalid labels for the space {name!r}: {problem}.")
     return SpaceMap(labels, count)
 
 
 def _problem(labels: Tensor, answers: Mapping[str, Match], spaces: Spaces, name: str) -> str:
-    """Why labels cannot be used; empty if they can."""
+    """Return why labels are invalid, or an empty string if they are valid."""
     space, count, width = spaces[name], spaces.num_models, spaces.width(name)
     features = count * space.size
     if labels.shape != (features,) or labels.dtype != torch.int64:
         return f"they must be int64 of shape ({features},), got {labels.dtype} of shape {tuple(labels.shape)}"
     if not torch.equal(labels.unique(), torch.arange(width)):
-        return f"they must use every number from 0 to {width - 1}, and no other"
+        return f"they must contain every number from 0 to {width - 1}, and no other number"
     if space.pinned and not torch.equal(labels, F.average(features, count)):
-        return f"its features are matched by index ({space.pinned})"
+        return f"the features of this space must be matched by index ({space.pinned})"
     units = answers[space.units].features if space.units else None
     if isinstance(units, Tensor):
         of_feature = torch.tensor(space.unit_of)
-        whole = units.cpu().view(count, -1)[:, of_feature].flatten()  # the merged unit of each source feature
-        if not torch.equal(of_feature[labels], whole):
-            return f"a feature must go to the unit of {space.units!r} that its own unit becomes"
+        expected = units.cpu().view(count, -1)[:, of_feature].flatten()  # the merged unit of each source feature
+        if not torch.equal(of_feature[labels], expected):
+            return f"each feature must stay in the merged unit of {space.units!r} to which its own unit was matched"
     return ""

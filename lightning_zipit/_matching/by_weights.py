@@ -1,4 +1,4 @@
-"""Matching by weights: one space after the other, in rounds, until no label changes."""
+"""Matching by weights: coordinate descent over the spaces, until no label changes."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from lightning_zipit._matching.spaces import Spaces
 def match_by_weights(spaces: Spaces, rule: Rule, tau: float, rounds: int, seed: int) -> dict[str, Match]:
     """Match all spaces by weights and activations, by coordinate descent.
 
-    Weights of a feature can be compared only if the features that they read or write are matched already. So the
-    matching of each space depends on its neighbours: the spaces are matched in turn, in random order, until no label
+    The weights of two features can be compared only if their input and output features are already matched. So the
+    matching of each space depends on its neighbours. The spaces are matched in turn, in random order, until no label
     changes (Git Re-Basin, arXiv 2209.04836, algorithm 1). The descent starts from the matching by activations, or by
-    index without activations. The first round goes from the input to the output, because the order of the input is the
-    same in all models.
+    index if there are no activations. The first round goes from the input to the output, because the order of the
+    input is the same in all models.
 
     Args:
         spaces: all spaces.
-        rule: the matcher of one space.
-        tau: weight of the similarity of weights; that of activations has weight 1 - ``tau``.
+        rule: the matcher for one space.
+        tau: weight of the similarity of weights. The similarity of activations has weight 1 - ``tau``.
         rounds: the highest number of rounds.
-        seed: of the order of the spaces.
+        seed: random seed for the order of the spaces.
 
     Returns:
         The matching of each space.
@@ -34,12 +34,12 @@ def match_by_weights(spaces: Spaces, rule: Rule, tau: float, rounds: int, seed: 
     descent = _Descent(spaces, rule, tau)
     everything, generator = list(spaces.families), torch.Generator().manual_seed(seed)
     if descent.activations:
-        descent.go_through(everything, by_weights=False)
+        descent.run_round(everything, by_weights=False)
     order = everything
     for _ in range(rounds):
-        if not descent.go_through(order, by_weights=True):
+        if not descent.run_round(order, by_weights=True):
             break
-        order = [everything[number] for number in torch.randperm(len(everything), generator=generator).tolist()]
+        order = [everything[index] for index in torch.randperm(len(everything), generator=generator).tolist()]
     return descent.found
 
 
@@ -54,8 +54,8 @@ class _Descent:
         self.labels = {name: F.average(count * space.size, count) for name, space in spaces.items()}
         self.found = {name: Match(labels) for name, labels in self.labels.items()}
 
-    def go_through(self, order: Iterable[Sequence[str]], by_weights: bool) -> bool:
-        """Match each family once more; whether a label has changed."""
+    def run_round(self, order: Iterable[Sequence[str]], by_weights: bool) -> bool:
+        """Match each family once, and return whether a label has changed."""
         changed = False
         for family in order:
             similarities = self._weighed(family) if by_weights else self.activations
@@ -70,7 +70,7 @@ class _Descent:
         return changed
 
     def _weighed(self, family: Sequence[str]) -> Mapping[str, Tensor]:
-        """The similarity of weights and activations of each space of a family."""
+        """Compute the weighted similarity of weights and activations for each space of a family."""
         found = {}
         for name in family:
             if self.spaces[name].pinned:

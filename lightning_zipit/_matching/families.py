@@ -1,4 +1,4 @@
-"""Families of spaces: groups or heads with the features inside them, and every other space by itself."""
+"""Families: spaces that are matched together, such as attention heads and the features inside them."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Match(NamedTuple):
     """The matching of one space.
 
     Attributes:
-        features: int64 labels ``(N·C,)``, the merged feature that each source feature becomes; or dense maps.
-        similarity: ``(N·C, N·C)``, the similarity by which the report measures the matching; ``None`` leaves the space
-            unmeasured.
+        features: int64 labels ``(N·C,)``, the merged feature of each source feature; or dense maps.
+        similarity: ``(N·C, N·C)``, the similarity with which the report rates the matching. If it is ``None``, the
+            report has no similarity for the space.
     """
 
     features: Tensor | DenseMaps
@@ -30,18 +30,18 @@ class Match(NamedTuple):
 
 
 class Rule(Protocol):
-    """What matches the features of one space; every matcher is one."""
+    """Protocol of a matcher for one space. Every matcher implements it."""
 
     @property
     def any_width(self) -> bool:
-        """Whether :meth:`match_space` can leave any number of features."""
+        """Whether :meth:`match_space` accepts any number of merged features."""
 
     def match_space(self, similarity: Tensor, num_models: int, width: int | None = None) -> Tensor | DenseMaps:
-        """Labels ``(N·C,)`` or dense maps from a similarity ``(N·C, N·C)``."""
+        """Compute labels ``(N·C,)`` or dense maps from a similarity ``(N·C, N·C)``."""
 
 
 def families(graph: MergeGraph) -> list[list[str]]:
-    """The spaces that must be matched together: groups or heads before the features inside them."""
+    """Group the spaces that must be matched together. Groups or heads come before the features inside them."""
     together: dict[str, list[str]] = {}
     for name in units_first(graph):
         together.setdefault([name, *units_around(graph, name)][-1], []).append(name)
@@ -54,10 +54,10 @@ def split_families(graph: MergeGraph, num_models: int, limit: float) -> list[lis
     Args:
         graph: the merge graph.
         num_models: N.
-        limit: bytes; a single family may take more.
+        limit: the memory limit in bytes. A turn with a single family may exceed it.
 
     Returns:
-        Per turn, its families.
+        The families of each turn.
     """
     turns: list[list[list[str]]] = []
     filled = 0
@@ -80,13 +80,13 @@ def match_family(
     widths: Mapping[str, int] | None = None,
     rigid_of: Callable[[], Collection[str]] = tuple,
 ) -> dict[str, Match]:
-    """Match one family of spaces by a rule for one space.
+    """Match one family of spaces with a matcher for one space.
 
-    A space without a similarity is matched by index. Groups and heads are matched first, by how well their features
-    match. Features are then matched within the groups or heads that have become one.
+    A space without a similarity is matched by index. Groups and heads are matched first, by the similarity of their
+    features. Features are then matched within each merged group or head.
 
-    Spaces that stems write are matched one to one if the rule takes any width or gives dense maps: a stem has only the
-    features of its own model, so a cluster of another model's features would be silent for its task.
+    Spaces that stems write are matched one to one if the matcher accepts any width or returns dense maps. A stem has
+    only the features of its own model, so a cluster without them would always be zero for its task.
 
     Args:
         graph: the merge graph.
@@ -94,15 +94,15 @@ def match_family(
         similarities: per space the similarity of its features, ``(N·C, N·C)``.
         rule: the matcher.
         num_models: N.
-        widths: number of features to leave in spaces without units; by default that of one model.
-        rigid_of: gives the spaces to which dense maps cannot be applied. If the rule gives dense maps for them, they
-            are matched one to one, or zipped if they get another width.
+        widths: the number of merged features of spaces without units; by default the number of features of one model.
+        rigid_of: returns the spaces to which dense maps cannot be applied. If the matcher returns dense maps for such
+            a space, the space is matched one to one instead, or zipped if its width changes.
 
     Returns:
-        Per space its matching; groups and heads come first.
+        The matching of each space. Groups and heads come first.
 
     Raises:
-        ConfigurationError: if the rule gives matrices that do not fit.
+        ConfigurationError: if the matcher returns matrices of a wrong shape, or with NaN or Inf.
     """
     handed = handed_over(graph)
     if not handed.isdisjoint(family) and rule.any_width:
@@ -129,7 +129,7 @@ def match_family(
 def _with_units(
     graph: MergeGraph, family: Sequence[str], similarities: Mapping[str, Tensor], num_models: int
 ) -> dict[str, Tensor]:
-    """The similarities of a family, with those of its groups or heads, and without those matched by index."""
+    """Add the similarities of groups or heads to those of a family, and drop the spaces matched by index."""
     known = {name: similarity for name, similarity in similarities.items() if not graph.spaces[name].pinned}
     for name in reversed(family):  # members before their units
         members = [graph.spaces[other] for other in family if graph.spaces[other].units == name]
@@ -139,7 +139,7 @@ def _with_units(
 
 
 class _OneToOne:
-    """Matches one feature of each model to one of the first."""
+    """Match the features of each model one to one to those of the first model."""
 
     any_width = False
 
@@ -148,10 +148,10 @@ class _OneToOne:
 
 
 def _ask(rule: Rule, similarity: Tensor, num_models: int, width: int | None = None) -> Tensor | DenseMaps:
-    """The answer of a rule, on the CPU.
+    """Call a matcher, and return its result on the CPU.
 
     Raises:
-        ConfigurationError: if it gives matrices that do not fit.
+        ConfigurationError: if the matcher returns matrices of a wrong shape, or with NaN or Inf.
     """
     found = rule.match_space(similarity, num_models, width)
     if isinstance(found, Tensor):
@@ -161,17 +161,24 @@ def _ask(rule: Rule, similarity: Tensor, num_models: int, width: int | None = No
 
 
 def check_matrices(found: DenseMaps, size: int, width: int, num_models: int, who: str) -> DenseMaps:
-    """Dense maps as float64 on the CPU.
+    """Validate dense maps, and return them in float64 on the CPU.
+
+    Args:
+        found: the dense maps.
+        size: the number of features of one model C.
+        width: the number of merged features W.
+        num_models: N.
+        who: the name of the matcher, for error messages.
 
     Raises:
-        ConfigurationError: if they are not of the right shapes, or not finite.
+        ConfigurationError: if a matrix has a wrong shape, or holds NaN or Inf.
     """
     made = DenseMaps(*(tuple(matrix.detach().double().cpu() for matrix in each) for each in found))
     shapes = [tuple(matrix.shape) for each in made for matrix in each]
     if shapes != [(width, size)] * num_models + [(size, width)] * num_models:
         raise ConfigurationError(
-            f"{who} must return labels, or DenseMaps of {num_models} matrices ({width}, {size}) and as many "
-            f"({size}, {width}), got shapes {shapes}."
+            f"{who} must return labels, or DenseMaps with {num_models} merge matrices of shape ({width}, {size}) and "
+            f"{num_models} unmerge matrices of shape ({size}, {width}), got shapes {shapes}."
         )
     if not all(matrix.isfinite().all() for each in made for matrix in each):
         raise ConfigurationError(f"{who} returned matrices with NaN or Inf.")
@@ -179,7 +186,7 @@ def check_matrices(found: DenseMaps, size: int, width: int, num_models: int, who
 
 
 def as_labels(found: Tensor | DenseMaps, similarity: Tensor, num_models: int) -> Tensor:
-    """Labels in place of dense maps that cannot be applied: one to one, or zipped to the width of the maps."""
+    """Replace dense maps that cannot be applied by labels: matched one to one, or zipped to the width of the maps."""
     if isinstance(found, Tensor):
         return found
     scaled, width = F.correlation(similarity), len(found.merge[0])
@@ -202,7 +209,15 @@ def _of_units(
 
 
 def _match_within(space: FeatureSpace, units: Tensor, similarity: Tensor | None, rule: Rule, num_models: int) -> Tensor:
-    """Match the features of the units that have become one; ``units`` are the labels of all units, ``(N·G,)``."""
+    """Match features within each merged unit.
+
+    Args:
+        space: the space of the features.
+        units: the labels of all units, ``(N·G,)``.
+        similarity: the similarity of the features; ``None`` to match by index.
+        rule: the matcher.
+        num_models: N.
+    """
     members = unit_members(space)  # (G, d)
     everyone = torch.cat([members + model * space.size for model in range(num_models)])  # (N·G, d)
     labels = torch.empty(num_models * space.size, dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""What the features of a space become in the merged network, and how that is applied to the axes of tensors."""
+"""Maps from source features to merged features (M_i and U_i), and their application to the axes of tensors."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from lightning_zipit.graph import AxisRef
 
 
 class DenseMaps(NamedTuple):
-    """Merge and unmerge matrices of one space: what a matcher may return instead of labels.
+    """Merge and unmerge matrices of one space. A matcher may return them instead of labels.
 
     Attributes:
-        merge: M_i ``(W, C)`` of each model. The merged features are Σ_i M_i x_i if all models count the same.
-        unmerge: U_i ``(C, W)`` of each model. U_i times the merged features stands for the features of model i.
+        merge: M_i ``(W, C)`` of each model. With equal weights, the merged features are Σ_i M_i x_i.
+        unmerge: U_i ``(C, W)`` of each model. U_i times the merged features replaces the features of model i.
     """
 
     merge: Sequence[Tensor]
@@ -27,14 +27,14 @@ class DenseMaps(NamedTuple):
 
 
 class FeatureMap(ABC):
-    """What the features of one space become: M_i and U_i of every model.
+    """The merge and unmerge matrices M_i and U_i of every model for one space.
 
     Attributes:
         num_models: N.
-        weights: how much each model counts in the merged features; ``None`` if all count the same.
-        labels: int64 ``(N·C,)``, the merged feature that each source feature becomes; ``None`` if merged features are
-            linear combinations.
-        matrices: the merge and unmerge matrices, for models that count the same.
+        weights: the weight of each model in the merged features; ``None`` for equal weights.
+        labels: int64 ``(N·C,)``, the merged feature of each source feature; ``None`` if merged features are linear
+            combinations.
+        matrices: the merge and unmerge matrices for equal weights.
     """
 
     num_models: int
@@ -49,45 +49,45 @@ class FeatureMap(ABC):
 
     @property
     def mixes(self) -> bool:
-        """Whether merged features are linear combinations, so that there are no labels."""
+        """Whether merged features are linear combinations. Such a map has no labels."""
         return self.labels is None
 
     @abstractmethod
     def merge(self, source: int, rows: Tensor) -> Tensor:
-        """M_i times rows ``(C, …)``: ``(W, …)``."""
+        """Multiply rows ``(C, …)`` by M_i, giving ``(W, …)``."""
 
     @abstractmethod
     def read(self, source: int, rows: Tensor) -> Tensor:
-        """U_iᵀ times rows ``(C, …)``: ``(W, …)``, the weights by which a layer reads the merged features."""
+        """Multiply rows ``(C, …)`` by U_iᵀ, giving ``(W, …)``: a layer's input weights for the merged features."""
 
     @abstractmethod
     def merging(self, source: int) -> Tensor:
-        """M_i ``(W, C)`` with the weight of the model."""
+        """Return M_i ``(W, C)``, with the weight of the model."""
 
     def targets(self, source: int) -> Tensor | None:
-        """The merged feature of each feature of one model ``(C,)``: U_i as indices; ``None`` if the map mixes."""
+        """Return U_i as indices ``(C,)``: the merged feature of each feature of a model. ``None`` if the map mixes."""
         return None if self.labels is None else self.labels.chunk(self.num_models)[source]
 
     @abstractmethod
     def with_weights(self, weights: Sequence[float] | None) -> FeatureMap:
-        """The same map for models that count as given."""
+        """Return the map with other weights of the models."""
 
-    def counting_alone(self, source: int) -> FeatureMap:
-        """The same map if only one model counts: M_i for the parts of the network that belong to one task."""
-        return self.with_weights([float(number == source) for number in range(self.num_models)])
+    def of_one_model(self, source: int) -> FeatureMap:
+        """Return the map with weight 1 for one model and 0 for all others: M_i for the parts of one task."""
+        return self.with_weights([float(model == source) for model in range(self.num_models)])
 
 
 @dataclass(frozen=True)
 class SpaceMap(FeatureMap):
     """A map by labels: each source feature becomes one merged feature.
 
-    M_i and U_i are applied as sums over indices instead of as matrices.
+    M_i and U_i are applied as sums over indices, not as matrices.
 
     Attributes:
-        labels: int64 ``(N·C,)``, the merged feature that each source feature becomes.
+        labels: int64 ``(N·C,)``, the merged feature of each source feature.
         num_models: N.
-        weights: how much each model counts in its clusters; ``None`` if all count the same. In a cluster in which no
-            model counts, all count the same.
+        weights: the weight of each model in its clusters; ``None`` for equal weights. A cluster whose models all have
+            weight 0 uses equal weights.
     """
 
     labels: Tensor
@@ -106,7 +106,7 @@ class SpaceMap(FeatureMap):
         return self.labels.chunk(self.num_models)[source]
 
     def shares(self, source: int) -> Tensor:
-        """What each feature of one model contributes to its cluster ``(C,)``: the entries of M_i."""
+        """Return the contribution of each feature of a model to its cluster, ``(C,)``: the nonzero entries of M_i."""
         return F.merge_shares(self.labels, self.num_models, self.weights).chunk(self.num_models)[source]
 
     def merging(self, source: int) -> Tensor:
@@ -129,8 +129,8 @@ class DenseMap(FeatureMap):
 
     Attributes:
         matrices: M_i ``(W, C)`` and U_i ``(C, W)`` of each model, float64.
-        weights: how much each model counts; ``None`` if all count the same. M_i is multiplied by N times the share of
-            the model.
+        weights: the weight of each model; ``None`` for equal weights. M_i is multiplied by N times the normalised
+            weight of model i.
     """
 
     matrices: DenseMaps
@@ -168,29 +168,29 @@ Maps: TypeAlias = Mapping[str, FeatureMap]
 """The map of each space."""
 
 
-def counting_alone(maps: Maps, source: int) -> dict[str, FeatureMap]:
-    """The maps if only one model counts; see :meth:`FeatureMap.counting_alone`."""
-    return {space: known.counting_alone(source) for space, known in maps.items()}
+def of_one_model(maps: Maps, source: int) -> dict[str, FeatureMap]:
+    """Return the maps with weight 1 for one model and 0 for all others; see :meth:`FeatureMap.of_one_model`."""
+    return {space: known.of_one_model(source) for space, known in maps.items()}
 
 
 def mixes(ref: AxisRef, maps: Maps) -> bool:
-    """Whether the map of some space along an axis is made of matrices."""
+    """Whether merged features of a space along an axis are linear combinations."""
     return any(maps[space].mixes for space in ref.spaces)
 
 
 def along_axis(weight: Tensor, axis: int, ref: AxisRef, maps: Maps, source: int, elsewhere: float = 1.0) -> Tensor:
-    """Apply M_i along an axis of a source tensor that writes its spaces, or U_iᵀ along one that reads them.
+    """Apply M_i along a producer axis of a source tensor, or U_iᵀ along a consumer axis.
 
     Args:
         weight: a parameter, or features.
-        axis: the axis.
-        ref: what it holds.
+        axis: the index of the axis.
+        ref: the spaces along the axis.
         maps: the map of each space.
-        source: the number i of the source model.
-        elsewhere: factor of the entries that hold no feature, on an axis that writes.
+        source: the index i of the source model.
+        elsewhere: factor for the entries of a producer axis that hold no feature.
 
     Returns:
-        Of the shape of ``weight`` but for the axis, and of its type and device.
+        The mapped tensor, with the dtype and device of ``weight``. Only the size of the axis may differ.
     """
     if mixes(ref, maps):
         return _mix_axis(weight, axis, ref, maps, source, elsewhere)
@@ -201,7 +201,7 @@ def along_axis(weight: Tensor, axis: int, ref: AxisRef, maps: Maps, source: int,
 
 
 def _mix_axis(weight: Tensor, axis: int, ref: AxisRef, maps: Maps, source: int, elsewhere: float) -> Tensor:
-    """:func:`along_axis` block by block, for axes with a map that mixes."""
+    """Apply maps to an axis block by block, if one of them mixes; see :func:`along_axis`."""
     rows, merged = weight.movedim(axis, 0), merged_axis(ref, maps)
     mixed = rows.new_zeros(merged.size, *rows.shape[1:])
     outside = torch.ones(ref.size, dtype=torch.bool)
@@ -217,35 +217,36 @@ def _mix_axis(weight: Tensor, axis: int, ref: AxisRef, maps: Maps, source: int, 
 
 
 def apply_maps(weight: Tensor, axes: Sequence[AxisRef | None], maps: Maps, source: int) -> Tensor:
-    """M_i W_i U_i over the axes of a parameter of one source model (ZipIt!, section 4).
+    """Compute M_i W_i U_i over the axes of a parameter of one source model (ZipIt!, section 4).
 
     Args:
         weight: the parameter.
-        axes: per axis, the spaces that it writes or reads; ``None`` leaves the axis as it is.
+        axes: per axis, the spaces that it writes or reads; ``None`` leaves the axis unchanged.
         maps: the map of each space.
-        source: the number i of the source model.
+        source: the index i of the source model.
 
     Returns:
-        float64, of the shape of ``weight`` but for axes of spaces that are resized.
+        float64, with the shape of ``weight`` except for axes of resized spaces.
     """
     weight = weight.detach().cpu().double()
     known = [(axis, ref) for axis, ref in enumerate(axes) if ref is not None]
-    for axis, ref in sorted(known, key=lambda item: item[1].groups == 1):  # groups are rows of the source's order
+    # Grouped axes come first: their groups refer to the rows in the source's order.
+    for axis, ref in sorted(known, key=lambda item: item[1].groups == 1):
         weight = along_axis(weight, axis, ref, maps, source)
     return weight
 
 
 def _targets_along(ref: AxisRef, maps: Maps, source: int) -> dict[str, Tensor]:
-    """U_i of the spaces along an axis, as indices, for maps by labels."""
+    """Return U_i as indices for the spaces along an axis, for maps by labels."""
     found = {space: maps[space].targets(source) for space in ref.spaces}
     return {space: targets for space, targets in found.items() if targets is not None}
 
 
 def unmerge_along(ref: AxisRef, maps: Maps, source: int) -> Tensor:
-    """U_i over a whole axis of one source model: from its entries to the merged ones.
+    """Compute U_i over a whole axis of one source model, from source entries to merged entries.
 
     Returns:
-        int64 ``(size,)``, the merged entry that stands for each; or float64 ``(size, merged size)`` if a map mixes.
+        int64 ``(size,)``, the merged entry of each source entry; or float64 ``(size, merged size)`` if a map mixes.
     """
     if mixes(ref, maps):
         return along_axis(torch.eye(ref.size, dtype=torch.float64), 1, replace(ref, role="consumer"), maps, source)
@@ -253,18 +254,18 @@ def unmerge_along(ref: AxisRef, maps: Maps, source: int) -> Tensor:
 
 
 def merged_axis(ref: AxisRef, maps: Maps) -> AxisRef:
-    """The axis of the merged network that an axis of a source model becomes."""
+    """Return the axis of the merged network that corresponds to an axis of a source model."""
     return ref.resized({space: maps[space].width for space in ref.spaces})
 
 
 def shares_along(ref: AxisRef, maps: Maps, source: int, elsewhere: float = 1.0) -> Tensor:
-    """What each entry of an axis of one source model contributes to its merged entry: M_i as a vector.
+    """Compute the contribution of each entry of an axis to its merged entry: M_i as a vector.
 
     Args:
-        ref: what the axis holds.
+        ref: the spaces along the axis.
         maps: the map of each space, by labels.
-        source: the number i of the source model.
-        elsewhere: of entries that hold no feature.
+        source: the index i of the source model.
+        elsewhere: the contribution of entries that hold no feature.
 
     Returns:
         float64 ``(size,)``.
@@ -278,5 +279,5 @@ def shares_along(ref: AxisRef, maps: Maps, source: int, elsewhere: float = 1.0) 
 
 
 def model_shares(num_models: int, weights: Sequence[float] | None = None) -> Tensor:
-    """What each model contributes to parameters that hold no features, float64 ``(N,)``."""
+    """Compute the contribution of each model to parameters without features, float64 ``(N,)``."""
     return F.merge_shares(torch.zeros(num_models, dtype=torch.int64), num_models, weights)

@@ -15,21 +15,22 @@ from lightning_zipit._matching.spaces import Spaces
 
 
 class Matcher(ABC):
-    """Decides which features of N models become one; subclass it to write your own.
+    """Base class of matchers, which decide which features of N models are merged. Subclass it to write your own.
 
-    Most matchers look at one space at a time: they define ``__call__``, from the similarity of one space to labels. A
-    matcher that looks at several spaces, or at weights, also overrides :meth:`match`, and sets ``joint = True`` if it
-    must be given all spaces at once.
+    Most matchers match one space at a time: they define ``__call__``, which turns the similarity of one space into
+    labels. A matcher that uses several spaces, or weights, also overrides :meth:`match`. It sets ``joint = True`` if
+    it needs all spaces at once.
 
     Attributes:
-        similarity: the only similarity that the matcher takes, such as ``"covariance"`` for a matcher that returns
-            :class:`DenseMaps`, which depend on the scale of features. ``None`` leaves the choice to ``similarity=`` of
-            the merge.
-        any_width: whether the matcher can leave any number of features, as ``width=`` of a merge asks for.
-        joint: whether :meth:`match` must be given all spaces at once. Their similarities are then in memory together.
-        needs_data: whether the matcher looks at activations. If not, no space is measured for it.
+        similarity: the only similarity that the matcher accepts, for example ``"covariance"`` for a matcher that
+            returns :class:`DenseMaps`, which depend on the scale of features. With ``None``, ``similarity=`` of the
+            merge decides.
+        any_width: whether the matcher supports any number of merged features (``width=`` of a merge).
+        joint: whether :meth:`match` needs all spaces at once. All similarities are then in memory at the same time.
+        needs_data: whether the matcher uses activations. If not, no activations are measured for it.
         by_index: whether feature k of every model always becomes merged feature k.
-        dense: whether the matcher returns :class:`DenseMaps`. The report then lists the spaces that cannot take them.
+        dense: whether the matcher returns :class:`DenseMaps`. The report then lists the spaces that do not support
+            them.
     """
 
     similarity: ClassVar[SimilarityKind | None] = None
@@ -41,7 +42,7 @@ class Matcher(ABC):
 
     @property
     def per_space(self) -> Matcher:
-        """The matcher that turns the similarity of one space into labels: this one, unless it wraps another."""
+        """The matcher that turns the similarity of one space into labels: ``self``, or the wrapped matcher."""
         return self
 
     @abstractmethod
@@ -49,20 +50,20 @@ class Matcher(ABC):
         """Match the features of one space.
 
         Args:
-            similarity: float64 ``(N·C, N·C)``, the models side by side; a dead feature has a row of zeros.
+            similarity: float64 ``(N·C, N·C)``, the models side by side. A dead feature has a row of zeros.
             num_models: N.
 
         Returns:
-            int64 labels ``(N·C,)`` with C clusters: the merged feature that each source feature becomes; or dense maps.
+            int64 labels ``(N·C,)`` with C clusters (the merged feature of each source feature), or dense maps.
         """
 
     def match_space(self, similarity: Tensor, num_models: int, width: int | None = None) -> Tensor | DenseMaps:
-        """Call the matcher for one space, with the width if it takes one.
+        """Call the matcher for one space, with the width if the matcher supports it.
 
         Args:
             similarity: see :meth:`__call__`.
             num_models: N.
-            width: the number of features to leave; C by default.
+            width: the number of merged features; C by default.
 
         Returns:
             Labels or dense maps.
@@ -70,10 +71,10 @@ class Matcher(ABC):
         return self(similarity, num_models)
 
     def match(self, spaces: Spaces) -> Mapping[str, Match]:
-        """Match several spaces; by default each family by itself, from the similarity of its activations.
+        """Match several spaces. By default, match each family separately by the similarity of its activations.
 
         Args:
-            spaces: the spaces to match: one family, or all of them if :attr:`joint`.
+            spaces: the spaces to match: one family, or all families if :attr:`joint`.
 
         Returns:
             The matching of each space.
@@ -85,7 +86,7 @@ class Matcher(ABC):
 
 
 class AnyWidthMatcher(Matcher):
-    """A matcher that can leave more or fewer features than one model has, as ``width=`` of a merge asks for."""
+    """Base class of matchers that support any number of merged features (``width=`` of a merge)."""
 
     any_width = True
 
@@ -94,12 +95,12 @@ class AnyWidthMatcher(Matcher):
         """Match the features of one space.
 
         Args:
-            similarity: float64 ``(N·C, N·C)``, the models side by side; a dead feature has a row of zeros.
+            similarity: float64 ``(N·C, N·C)``, the models side by side. A dead feature has a row of zeros.
             num_models: N.
-            width: the number of features to leave, 1 to N·C; C by default.
+            width: the number of merged features, 1 to N·C; C by default.
 
         Returns:
-            int64 labels ``(N·C,)`` with ``width`` clusters; or dense maps of that width.
+            int64 labels ``(N·C,)`` with ``width`` clusters, or dense maps of this width.
         """
 
     def match_space(self, similarity: Tensor, num_models: int, width: int | None = None) -> Tensor | DenseMaps:

@@ -1,4 +1,4 @@
-"""The matching phase: from statistics to the maps of all spaces, by all processes together."""
+"""Matching phase: match all spaces from their statistics, distributed over the processes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lightning_zipit.graph import MergeGraph
 from lightning_zipit.graph.rigid import find_rigid
 
 Choices = Mapping[str, Sequence[int]]
-"""Per space, the widths that it may have."""
+"""The allowed widths of each space."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Matched:
 
     Attributes:
         space_map: the map.
-        report: the matching in numbers.
-        loss: what it loses, to compare widths by; see :func:`~lightning_zipit.functional.zip_loss`.
+        report: the measurements of the matching.
+        loss: the loss of the matching, to compare widths; see :func:`~lightning_zipit.functional.zip_loss`.
     """
 
     space_map: FeatureMap
@@ -40,33 +40,34 @@ class Matched:
 
 
 class Matchings:
-    """Matches the spaces of N models, each for every width that it may have.
+    """Match the spaces of N models, each space for each of its allowed widths.
 
     Args:
         matcher: the matcher.
-        similarity: the similarity that it is given.
+        similarity: the kind of similarity for the matcher.
         num_models: N.
 
     Attributes:
-        found: per space, its matchings in the order of its widths; the same on all processes.
+        found: per space, its matchings in the order of its widths. All processes hold the same matchings.
     """
 
     def __init__(self, matcher: Matcher, similarity: SimilarityKind, num_models: int) -> None:
         self.matcher, self.similarity, self.num_models = matcher, similarity, num_models
         self.found: dict[str, list[Matched]] = {}
         self._sampled: dict[str, Sampled] = {}
-        self._similarities: dict[str, Tensor] = {}  # of all spaces, for a joint matcher
+        self._similarities: dict[str, Tensor] = {}  # only for a joint matcher
 
     def add(self, graph: MergeGraph, turn: Sequence[Sequence[str]], calibration: Calibration, choices: Choices) -> None:
-        """Match some families of spaces from their statistics, which are used up; each process matches a part of them.
+        """Match some families of spaces. Each process matches a part of them.
 
-        For a joint matcher, their similarities are kept until :meth:`finish`.
+        The statistics of these spaces are removed from ``calibration``. For a joint matcher, the similarities are
+        stored until :meth:`finish`.
 
         Args:
             graph: the merge graph of the first model.
             turn: some of :func:`~lightning_zipit._matching.families.families`.
             calibration: the statistics of all processes.
-            choices: per space its widths, in rising order.
+            choices: per space its widths, in ascending order.
         """
 
         def similarity_of(space: str) -> Tensor | None:
@@ -87,7 +88,7 @@ class Matchings:
             self.found.update(part)
 
     def finish(self, graph: MergeGraph, networks: Sequence[nn.Module], choices: Choices) -> None:
-        """Match all spaces together, by a joint matcher."""
+        """Match all spaces together, if the matcher is joint."""
         if self.matcher.joint:
             widths = {name: chosen for name, (chosen,) in choices.items()}
             every = families(graph)
@@ -98,12 +99,12 @@ class Matchings:
             self.found = {name: [matched[name]] for name in graph.spaces}
 
     def _match_part(self, spaces: Spaces, choices: Choices) -> dict[str, list[Matched]]:
-        """Match the families that are the part of this process, with each of their widths."""
+        """Match the families assigned to this process, with each of their widths."""
         rank, processes = rank_and_size()
         costs = [sum(spaces[name].size ** 2 for name in family) for family in spaces.families]
         matched: dict[str, list[Matched]] = {}
-        for number in split_evenly(costs, processes)[rank]:
-            family, once = spaces.families[number], cache(spaces.similarity_of)
+        for index in split_evenly(costs, processes)[rank]:
+            family, once = spaces.families[index], cache(spaces.similarity_of)
             for widths in _widths_of(family, choices):
                 found = self._match(replace(spaces, families=[family], widths=widths, similarity_of=once))
                 for name, one in found.items():
@@ -111,7 +112,7 @@ class Matchings:
         return matched
 
     def _match(self, spaces: Spaces) -> dict[str, Matched]:
-        """Ask the matcher for some spaces, and measure its answer."""
+        """Call the matcher for some spaces, and measure the matchings."""
         answers = self.matcher.match(spaces)
         maps = maps_from(answers, spaces, self.matcher)
         return {name: self._measured(spaces, name, space_map, answers[name]) for name, space_map in maps.items()}
@@ -122,26 +123,26 @@ class Matchings:
 
 
 def _widths_of(family: Sequence[str], choices: Choices) -> list[dict[str, int]]:
-    """The widths to match a family with, one after the other; a family of several spaces has only one."""
+    """List the widths with which to match a family. A family of several spaces keeps its size."""
     if len(family) > 1:
         return [{}]
     return [{name: width} for name in family for width in choices[name]]
 
 
 def split_evenly(costs: Sequence[float], parts: int) -> list[list[int]]:
-    """Split pieces of work into parts: the largest piece first, always to the part with the lowest load.
+    """Split pieces of work into parts of similar cost (greedy: largest piece first, to the part with the lowest load).
 
     Args:
         costs: the cost of each piece.
         parts: the number of parts.
 
     Returns:
-        Per part, the numbers of its pieces.
+        Per part, the indices of its pieces.
     """
     chosen: list[list[int]] = [[] for _ in range(parts)]
     loads = [0.0] * parts
-    for number in sorted(range(len(costs)), key=lambda number: -costs[number]):
+    for piece in sorted(range(len(costs)), key=lambda piece: -costs[piece]):
         part = loads.index(min(loads))
-        chosen[part].append(number)
-        loads[part] += costs[number]
+        chosen[part].append(piece)
+        loads[part] += costs[piece]
     return chosen

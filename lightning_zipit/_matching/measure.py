@@ -1,4 +1,4 @@
-"""Measures the matching of one space: clusters, similarity, losses, dead features."""
+"""Measurements of a space's matching: clusters, similarity, losses, dead features."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from lightning_zipit.graph import FeatureSpace
 
 @dataclass(frozen=True)
 class SpaceReport:
-    """The matching of one feature space in numbers.
+    """Measurements of the matching of one feature space.
 
     Attributes:
-        name: the module that writes the space first.
-        tap: the module that reads it where it was measured, "the cut", or "" if it was matched by index.
-        size: features of one model.
-        width: features of the merged network.
-        within: clusters of two or more features that lie within one model.
-        across: clusters with features of several models.
-        similarity: mean similarity of the pairs of features that share a cluster, at most 1; NaN if there are none or
-            the space was not measured. For merged features that are linear combinations, the mean similarity of the
-            contributions of two models to the same merged feature.
+        name: the first module that writes the space.
+        tap: the module in front of which the space was measured, "the cut", or "" if it was matched by index.
+        size: the number of features of one model.
+        width: the number of merged features.
+        within: the number of clusters with two or more features, all of one model.
+        across: the number of clusters with features of several models.
+        similarity: mean similarity of all pairs of features in the same cluster, at most 1. NaN if there is no such
+            pair, or if the space was not measured. If merged features are linear combinations, it is the mean
+            similarity of the contributions of two models to the same merged feature.
         lowest: the lowest similarity of such a pair.
-        chance: expected mean if each model's features were dealt out to the clusters at random.
-        deviation: standard deviation of that mean over deals.
-        losses: of each model, the ratio of its features' variance that is lost when every feature becomes the mean of
-            its cluster; see :func:`~lightning_zipit.functional.zip_losses`.
-        samples: the number of samples of the similarity: images times positions, if there are positions.
-        dead: of each model, the number of features that are constant on the calibration data.
+        chance: the expected mean similarity if each model's features were assigned to the clusters at random.
+        deviation: the standard deviation of this mean over random assignments.
+        losses: per model, the ratio of its features' variance that is lost when the mean of the cluster replaces every
+            feature; see :func:`~lightning_zipit.functional.zip_losses`.
+        samples: the number of samples of the similarity: images, times positions if there are any.
+        dead: per model, the number of features that are constant on the calibration data.
     """
 
     name: str
@@ -54,19 +54,19 @@ class SpaceReport:
 
     @property
     def alone(self) -> int:
-        """Clusters of one feature."""
+        """The number of clusters with one feature."""
         return self.width - self.within - self.across
 
 
 class Sampled(NamedTuple):
-    """Samples and dead features of a space's statistics; see :class:`SpaceReport`."""
+    """Number of samples and of dead features of a space; see :class:`SpaceReport`."""
 
     samples: int = 0
     dead: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, moments: Moments, num_models: int) -> Sampled:
-        """From the statistics of N models, side by side."""
+        """Count samples and dead features in the moments of N models, side by side."""
         constant = (moments.covariance.diagonal() == 0).view(num_models, -1).sum(1)
         return cls(moments.count, tuple(constant.tolist()))
 
@@ -79,8 +79,8 @@ def measure_space(
     Args:
         space: the space.
         space_map: its map.
-        similarity: ``(N·C, N·C)``, if the space was measured; the covariance for dense maps.
-        sampled: samples and dead features of its statistics.
+        similarity: ``(N·C, N·C)``, or ``None`` if the space was not measured. For dense maps, the covariance.
+        sampled: the number of samples and of dead features.
     """
     sampled = sampled or Sampled()
     within, across = _count_clusters(space_map)
@@ -92,7 +92,7 @@ def measure_space(
     if space_map.labels is None:
         matched, losses = F.mixed_similarity(similarity, *space_map.matrices)
     else:
-        similarity = F.correlation(similarity.cpu())  # a covariance becomes one; all others are scaled already
+        similarity = F.correlation(similarity.cpu())  # only changes a covariance
         matched = similarity[(space_map.labels[:, None] == space_map.labels).fill_diagonal_(False)]
         losses = F.zip_losses(similarity, space_map.labels, space_map.num_models)
         chance, deviation = F.by_chance(similarity, space_map.labels, space_map.num_models)
@@ -103,7 +103,7 @@ def measure_space(
 
 
 def _count_clusters(space_map: FeatureMap) -> tuple[int, int]:
-    """Clusters within one model and across models; linear combinations count as clusters across models."""
+    """Count the clusters within one model and across models. Linear combinations count as across models."""
     if space_map.labels is None:
         return 0, space_map.width
     model = torch.arange(space_map.num_models).repeat_interleave(len(space_map.labels) // space_map.num_models)
@@ -114,7 +114,7 @@ def _count_clusters(space_map: FeatureMap) -> tuple[int, int]:
 
 
 def loss_of(space_map: FeatureMap, similarity: Tensor | None, measured: SpaceReport) -> float:
-    """What a matching loses, to compare widths by; see :func:`~lightning_zipit.functional.zip_loss`."""
+    """Compute the loss of a matching, to compare widths; see :func:`~lightning_zipit.functional.zip_loss`."""
     if space_map.labels is None:
         return sum(measured.losses) / len(measured.losses)
     return 0.0 if similarity is None else F.zip_loss(similarity, space_map.labels)

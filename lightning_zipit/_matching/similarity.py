@@ -17,14 +17,14 @@ ROWS_AT_ONCE = 1024
 
 
 def similarity_from(moments: Moments, kind: SimilarityKind = "correlation") -> Tensor:
-    """Similarity of features, lowered by up to a millionth for pairs of different scale.
+    """Compute the similarity of features. Reduce it by up to 10⁻⁶ for pairs of different scale.
 
-    Features that are active on the same few samples have a correlation of 1. Only their scales tell them apart.
+    Features that are active on the same few samples have a correlation of 1. Only their scales distinguish them.
 
     Args:
-        moments: of the features, models side by side.
-        kind: ``"correlation"``, ``"absolute"`` (its absolute value), ``"cosine"`` (of activations that are not
-            centred), or ``"covariance"``.
+        moments: the moments of the features, models side by side.
+        kind: ``"correlation"``, ``"absolute"`` (the absolute value of the correlation), ``"cosine"`` (of uncentred
+            activations), or ``"covariance"``.
 
     Returns:
         float64 ``(N·C, N·C)``.

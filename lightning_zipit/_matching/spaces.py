@@ -1,4 +1,4 @@
-"""The feature spaces of a merge, as a matcher is given them."""
+"""The feature spaces of a merge: the input of a matcher."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ from lightning_zipit.graph.table import Table
 
 @dataclass(frozen=True, eq=False)
 class Spaces(Mapping[str, FeatureSpace]):
-    """The feature spaces to match: a mapping from their names, in the order of the families.
+    """The feature spaces to match: a mapping from space names to spaces, in the order of the families.
 
     Attributes:
-        graph: the merge graph of the first model. It may have more spaces than are to be matched.
+        graph: the merge graph of the first model. It may contain further spaces.
         networks: the N source networks.
-        families: the names of the spaces by family. The spaces of a family must be matched together: groups or heads
+        families: the names of the spaces by family. The spaces of a family must be matched together. Groups or heads
             come before the features inside them. Every other space is a family of its own.
-        widths: the number of merged features of each space without groups or heads; by default that of one model.
+        widths: the number of merged features of each space without groups or heads; by default the number of features
+            of one model.
         similarity_of: see :meth:`similarity`.
-        rigid_of: gives the spaces to which dense maps cannot be applied.
+        rigid_of: returns the spaces to which dense maps cannot be applied.
     """
 
     graph: MergeGraph
@@ -54,29 +55,30 @@ class Spaces(Mapping[str, FeatureSpace]):
         return sum(map(len, self.families))
 
     def width(self, name: str) -> int:
-        """The number of merged features that a space must have."""
+        """Return the required number of merged features of a space."""
         return self.widths.get(name, self[name].size)
 
     def similarity(self, name: str) -> Tensor | None:
-        """Similarity of the features of a space by their activations.
+        """Return the similarity of the activations of a space.
 
         Returns:
-            float64 ``(N·C, N·C)``, models side by side; ``None`` if the space is not measured. A dead feature has a row
-            of zeros.
+            float64 ``(N·C, N·C)``, models side by side, or ``None`` if the space is not measured. A dead feature has a
+            row of zeros.
         """
         return self.similarity_of(name)
 
     def weights(self, name: str, labels: Mapping[str, Tensor]) -> Tensor | None:
-        """The weights that write or read each feature of a space.
+        """Return the weights that write or read each feature of a space.
 
-        Their other axes are brought into the order of the merged network. So the rows of two models can be compared.
+        Their other axes are mapped to the order of the merged network, so that rows of different models are
+        comparable.
 
         Args:
             name: the space.
-            labels: int64 ``(N·C,)`` of other spaces. A space that is left out is taken to be matched by index.
+            labels: int64 ``(N·C,)`` for other spaces. Missing spaces are matched by index.
 
         Returns:
-            float64 ``(N·C, weights)``; ``None`` if no weight writes or reads the space.
+            float64 ``(N·C, weights)``, or ``None`` if no weight writes or reads the space.
         """
         by_index = {
             other: F.average(self.num_models * space.size, self.num_models)
@@ -93,19 +95,19 @@ class Spaces(Mapping[str, FeatureSpace]):
     def match_family(
         self, family: Sequence[str], rule: Rule, similarities: Mapping[str, Tensor | None] | None = None
     ) -> dict[str, Match]:
-        """Match one family of spaces, with its groups or heads, by a matcher for one space.
+        """Match one family of spaces, including its groups or heads, with a matcher for one space.
 
         Args:
             family: one of :attr:`families`.
-            rule: the matcher whose ``__call__`` matches the features of one space.
-            similarities: the similarity of each space, ``(N·C, N·C)``; by default that of the activations. A space
-                without one is matched by index.
+            rule: the matcher. Its ``__call__`` matches the features of one space.
+            similarities: the similarity of each space, ``(N·C, N·C)``; by default the similarity of the activations. A
+                space without a similarity is matched by index.
 
         Returns:
-            Per space its matching.
+            The matching of each space.
 
         Raises:
-            ConfigurationError: if the matcher returns matrices that do not fit.
+            ConfigurationError: if the matcher returns matrices of a wrong shape, or with NaN or Inf.
         """
         given = {name: self.similarity(name) for name in family} if similarities is None else similarities
         known = {name: similarity for name, similarity in given.items() if similarity is not None}

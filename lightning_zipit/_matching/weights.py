@@ -1,4 +1,4 @@
-"""The weights that write and read the features of a space."""
+"""Weights along a feature space, for matching by weights."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from lightning_zipit.graph import AxisRef, MergeGraph
 from lightning_zipit.graph.notes import reached
 from lightning_zipit.graph.table import Table, bind, named_tensors
 
-ALIKE = 0.5
-"""Cosine from which the weights of networks count as alike."""
+SAME_INITIALISATION = 0.5
+"""Lowest cosine of the weights of networks that seem to be trained from the same initialisation."""
 
 
 def weights_of_space(table: Table, networks: Sequence[nn.Module], space: str, maps: Maps) -> Tensor | None:
-    """The weights that write or read each feature of a space, with all other axes in the order of the merged network.
+    """Collect the weights that write or read each feature of a space, other axes in the order of the merged network.
 
     Args:
         table: the axes of the weights.
         networks: the source networks.
-        space: the space.
+        space: the name of the space.
         maps: the map of each space.
 
     Returns:
-        float64 ``(N·C, weights)``; ``None`` if no weight writes or reads the space.
+        float64 ``(N·C, weights)``, or ``None`` if no weight writes or reads the space.
     """
     per_model = [
         [
@@ -42,36 +42,36 @@ def weights_of_space(table: Table, networks: Sequence[nn.Module], space: str, ma
 
 
 def weights_along(weight: Tensor, axes: Sequence[AxisRef | None], space: str, maps: Maps, source: int) -> list[Tensor]:
-    """The entries of a parameter along the features of a space, all other axes in the order of the merged network.
+    """Collect the entries of a parameter along the features of a space, other axes in the order of the merged network.
 
     Args:
         weight: the parameter of one source model.
-        axes: what its axes hold.
-        space: the space.
+        axes: per axis, the spaces that it writes or reads.
+        space: the name of the space.
         maps: the map of each space.
-        source: the number of the source model.
+        source: the index of the source model.
 
     Returns:
-        float64 ``(C, entries)``, one for every block of an axis that holds the space.
+        float64 ``(C, entries)`` for every block of an axis that holds the space.
     """
     weight, axes = _ungrouped(weight, axes)
     found = []
     for axis, ref in enumerate(axes):
         if ref is not None and space in ref.spaces:
-            others = [None if number == axis else _moved(other) for number, other in enumerate(axes)]
+            others = [None if index == axis else _as_consumer(other) for index, other in enumerate(axes)]
             aligned = apply_maps(weight, others, maps, source).movedim(axis, 0)
             aligned = aligned.reshape(len(aligned), -1)
             found += [aligned[block.entries()].flatten(1) for block in ref.blocks if block.space == space]
     return found
 
 
-def _moved(ref: AxisRef | None) -> AxisRef | None:
-    """An axis whose entries are summed into the merged ones, each with factor 1."""
+def _as_consumer(ref: AxisRef | None) -> AxisRef | None:
+    """Turn an axis into a consumer axis, whose entries are summed into the merged entries with factor 1."""
     return None if ref is None else replace(ref, role="consumer")
 
 
 def _ungrouped(weight: Tensor, axes: Sequence[AxisRef | None]) -> tuple[Tensor, list[AxisRef | None]]:
-    """A grouped weight with zeros for the entries that a row does not read, so that axis 1 is the same for all rows."""
+    """Convert a grouped weight to a dense weight with zeros, so that axis 1 is the same for all rows."""
     ref = next((ref for ref in axes if ref is not None and ref.groups > 1), None)
     if ref is None:
         return weight, list(axes)
@@ -82,7 +82,7 @@ def _ungrouped(weight: Tensor, axes: Sequence[AxisRef | None]) -> tuple[Tensor, 
 
 
 def trunk_parameters(graph: MergeGraph) -> Table:
-    """The axes of the parameters that the trunk holds; those of heads belong to different outputs."""
+    """Return the axes of the trunk's parameters. Heads are excluded, because their outputs differ between tasks."""
     nodes = list(graph.trunk_graph())
     used = set(reached(nodes, set(nodes), named_tensors(graph.module)))
     rows = {name: row for name, row in graph.axes.items() if name in used}
@@ -92,9 +92,10 @@ def trunk_parameters(graph: MergeGraph) -> Table:
 
 
 def common_start(graph: MergeGraph, networks: Sequence[nn.Module], maps: Maps) -> tuple[str, ...]:
-    """Note that the networks seem to be trained from one start, because their weights are alike index by index.
+    """Write a note if the networks seem to be trained from the same initialisation.
 
-    Networks that were initialised apart have cosines near 0.
+    The weights of such networks are similar index by index. For networks with different initialisations, the cosine of
+    the weights is near 0.
 
     Args:
         graph: the merge graph.
@@ -102,7 +103,7 @@ def common_start(graph: MergeGraph, networks: Sequence[nn.Module], maps: Maps) -
         maps: the map of each space.
 
     Returns:
-        The note, or nothing.
+        The note, or an empty tuple.
     """
     matrices = [name for name in trunk_parameters(graph) if graph.module.get_parameter(name).ndim > 1]
     products = torch.zeros(len(networks), len(networks), dtype=torch.float64)
@@ -110,12 +111,12 @@ def common_start(graph: MergeGraph, networks: Sequence[nn.Module], maps: Maps) -
         own = torch.stack([network.get_parameter(name).detach().flatten().cpu().float() for network in networks])
         products += own @ own.T
     cosine = min(F.correlation(products)[0, 1:].tolist(), default=0.0)
-    if cosine < ALIKE:
+    if cosine < SAME_INITIALISATION:
         return ()
     labels = [space_map.labels for space_map in maps.values() if space_map.labels is not None]
     same = sum(int((own == F.average(len(own), len(networks))).sum()) for own in labels)
-    matched = f"{same / sum(map(len, labels)):.0%} of the features were matched by index; " if labels else ""
+    matched = f"{same / sum(map(len, labels)):.0%} of the features were matched by index. " if labels else ""
     return (
-        f"The sources seem to be trained from one start: their weights are alike, feature by feature (cosine "
-        f"{cosine:.2f}). {matched}matcher=Average() does so with all.",
+        f"The sources seem to be trained from the same initialisation: their weights are similar index by index "
+        f"(cosine {cosine:.2f}). {matched}matcher=Average() matches all features by index.",
     )

@@ -1,1 +1,1 @@
-"""Maps to merged weights, and these to real modules."""
+"""Merging: compute merged weights from maps, and build stems, trunk and heads."""

@@ -19,16 +19,16 @@ from lightning_zipit.graph.replay import working_copy
 from lightning_zipit.graph.table import Row, Table, bind, named_tensors
 
 FlopCounts: TypeAlias = Mapping[tuple[str, str], float]
-"""FLOPs by the node of the graph and the name of the weight that it multiplies with, ``""`` without a weight."""
+"""FLOPs by the name of the node and the name of its weight (``""`` for a node without a weight)."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """The cost of a network.
+    """FLOPs and parameters of a network.
 
     Attributes:
-        flops: floating point operations of the forward of one sample (a multiply-add counts as two).
-        parameters: number of parameters.
+        flops: floating-point operations of the forward of one sample (a multiply-add counts as two).
+        parameters: the number of parameters.
     """
 
     flops: int
@@ -42,8 +42,8 @@ def measure_cost(module: nn.Module, x: Inputs) -> Cost:
     """Count the FLOPs of one forward and the parameters of a network.
 
     Args:
-        module: a network; a copy of it is run, in eval mode.
-        x: an input of one sample, on its device, or one of each task.
+        module: a network. A copy of it runs in eval mode.
+        x: an input of one sample on the network's device, or one input per task.
 
     Returns:
         FLOPs (by :class:`torch.utils.flop_counter.FlopCounterMode`) and parameters.
@@ -59,9 +59,10 @@ def measure_cost(module: nn.Module, x: Inputs) -> Cost:
 
 
 def _of_one_sample(network: nn.Module, x: Inputs, count: Callable[[Inputs], Counter[Any]]) -> Counter[Any]:
-    """What a count gives for one sample.
+    """Count FLOPs for one sample.
 
-    Batch norm without running statistics cannot take one sample. The count is then what a third sample adds.
+    Batch norm without running statistics fails on one sample. The count is then extrapolated from two and three
+    samples.
     """
 
     def count_of(samples: int) -> Counter[Any]:
@@ -77,12 +78,12 @@ def count_flops(network: nn.Module, graph: MergeGraph, x: Tensor) -> FlopCounts:
     """Count the FLOPs of one forward by node and weight.
 
     Args:
-        network: a source network; a copy of it is run, in eval mode.
-        graph: its merge graph; where it is cut does not matter.
-        x: an input of one sample, on its device.
+        network: a source network. A copy of it runs in eval mode.
+        graph: the merge graph of the network. The position of its cut does not matter.
+        x: an input of one sample, on the network's device.
 
     Returns:
-        The counts, which sum up to the FLOPs of the network. A tied weight has one name, the first that it has.
+        The counts. Their sum is the FLOPs of the network. A tied weight is counted under the first of its names.
     """
     working = working_copy(network)
 
@@ -97,18 +98,19 @@ def count_flops(network: nn.Module, graph: MergeGraph, x: Tensor) -> FlopCounts:
 
 
 class _FlopInterpreter(fx.Interpreter):
-    """Runs a graph, and notes for each product the node and the weight that it comes from."""
+    """Run a graph, and attribute the FLOPs of each product to its node and weight."""
 
     def __init__(self, network: nn.Module, graph: fx.Graph) -> None:
         super().__init__(network, graph=graph)
         self.counts: Counter[tuple[str, str]] = Counter()
         self.node = ""
         self.only_weight = ""
-        self.weights: dict[int, str] = {}  # by the address of their memory, which views share
+        self.weights: dict[int, str] = {}  # address of the storage → name: views share their storage
         for name, tensor in named_tensors(network).items():
             if tensor.ndim > 1:
                 self.weights.setdefault(_address(tensor), name)
-        self.computed: dict[fx.Node, Tensor] = {}  # weights that are computed from others: held, so no address recurs
+        # Weights that are computed from others. They are kept alive, so that no address is reused.
+        self.computed: dict[fx.Node, Tensor] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         self.node, self.only_weight = n.name, self._weight_inside(n)
@@ -122,7 +124,7 @@ class _FlopInterpreter(fx.Interpreter):
         return value
 
     def _weight_inside(self, node: fx.Node) -> str:
-        """The weight of a module that has only one, which may compute another weight of it."""
+        """Return the weight's name if a module has only one, because the module may use a tensor computed from it."""
         if node.op != "call_module":
             return ""
         inside = self.module.get_submodule(str(node.target)).parameters()
@@ -130,12 +132,12 @@ class _FlopInterpreter(fx.Interpreter):
         return names.pop() if len(names) == 1 else ""
 
     def _weight_in(self, *values: Any) -> str:
-        """The name of the first weight among values; empty if there is none."""
+        """Return the name of the first weight among values, or an empty string."""
         tensors = (each for each in pytree.tree_leaves(values) if isinstance(each, Tensor))
         return next((self.weights[address] for each in tensors if (address := _address(each)) in self.weights), "")
 
     def attributed(self, known: Callable[..., int]) -> Callable[..., int]:
-        """The formula for the FLOPs of an operator, which notes them by node and weight."""
+        """Wrap the FLOP formula of an operator to also attribute its FLOPs to the node and the weight."""
 
         def count(*args: Any, **kwargs: Any) -> int:
             flops = known(*args, **kwargs)
@@ -155,9 +157,9 @@ class FlopsModel:
     """The FLOPs of the merged network for any widths of its spaces.
 
     Attributes:
-        layers: per product with a weight, its FLOPs in a source, and what the axes of the weight hold.
-        rest: FLOPs that do not depend on the spaces.
-        source: FLOPs of one source network.
+        layers: for every product with a weight, its FLOPs in a source and the axes of the weight.
+        rest: the FLOPs that do not depend on the spaces.
+        source: the FLOPs of one source network.
     """
 
     layers: tuple[tuple[float, tuple[AxisRef, ...]], ...]
@@ -166,37 +168,39 @@ class FlopsModel:
 
     @classmethod
     def of(cls, graphs: Sequence[MergeGraph], counts: Sequence[FlopCounts]) -> FlopsModel:
-        """From all of the first network, and the heads of the others; from all of all networks if they have stems.
+        """Create the model from the first network and the heads of the others.
+
+        If the networks have stems, all nodes of all networks count, because the trunk runs once for each task.
 
         Args:
             graphs: the merge graph of each network.
-            counts: of each network, see :func:`count_flops`.
+            counts: the FLOPs of each network; see :func:`count_flops`.
         """
         products = [
             (flops, tuple(ref for ref in row if ref is not None))
-            for number, (graph, count) in enumerate(zip(graphs, counts, strict=True))
+            for source, (graph, count) in enumerate(zip(graphs, counts, strict=True))
             for node, flops, row in _with_rows(graph, count)
-            if number == 0 or graph.stem_nodes or node not in graph.trunk_nodes
+            if source == 0 or graph.stem_nodes or node not in graph.trunk_nodes
         ]
         layers = tuple((flops, refs) for flops, refs in products if refs)
         rest = sum(flops for flops, refs in products if not refs)
         return cls(layers, rest, sum(counts[0].values()))
 
     def __call__(self, widths: Mapping[str, int]) -> float:
-        """The FLOPs of the merged network with these widths; a space that is left out has its own."""
-        return self.rest + sum(self.of_layer(number, widths) for number in range(len(self.layers)))
+        """Compute the FLOPs of the merged network with given widths. Missing spaces keep their source width."""
+        return self.rest + sum(self.of_layer(index, widths) for index in range(len(self.layers)))
 
     def touched_by(self, space: str) -> list[int]:
-        """The layers whose FLOPs change with the width of a space."""
+        """Return the indices of the layers whose FLOPs depend on the width of a space."""
         return [
-            number
-            for number, (_, refs) in enumerate(self.layers)
+            index
+            for index, (_, refs) in enumerate(self.layers)
             if any(ref.groups == 1 and space in ref.spaces for ref in refs)
         ]
 
-    def of_layer(self, number: int, widths: Mapping[str, int]) -> float:
-        """The FLOPs of one layer."""
-        flops, refs = self.layers[number]
+    def of_layer(self, index: int, widths: Mapping[str, int]) -> float:
+        """Compute the FLOPs of one layer with given widths."""
+        flops, refs = self.layers[index]
         for ref in refs:
             if ref.groups == 1:
                 flops *= ref.resized(widths).size / ref.size
@@ -204,7 +208,7 @@ class FlopsModel:
 
 
 def _with_rows(graph: MergeGraph, counts: FlopCounts) -> Iterator[tuple[str, float, Row]]:
-    """Each count with its node and the row of its weight, as the part that the node belongs to uses the weight."""
+    """Yield node, FLOPs and the table row of the weight, from the table of the node's part (trunk, stem or head)."""
     in_trunk, in_head = _rows_by_first_name(graph, graph.axes), _rows_by_first_name(graph, graph.head_axes)
     for (node, weight), flops in counts.items():
         rows = in_trunk if node in graph.trunk_nodes else {} if node in graph.stem_nodes else in_head
@@ -212,7 +216,7 @@ def _with_rows(graph: MergeGraph, counts: FlopCounts) -> Iterator[tuple[str, flo
 
 
 def _rows_by_first_name(graph: MergeGraph, table: Table) -> dict[str, Row]:
-    """The row of each tensor of a network, by the first name that the tensor has."""
+    """Return the table row of each tensor of a network, by the first name of the tensor."""
     first: dict[int, str] = {}
     for name, tensor in named_tensors(graph.module).items():
         first.setdefault(id(tensor), name)

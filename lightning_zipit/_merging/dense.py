@@ -1,4 +1,4 @@
-"""Batch norm where merged features are linear combinations."""
+"""Merging of batch norms under dense maps, where merged features are linear combinations."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from lightning_zipit.graph.rigid import find_folded
 
 
 def fold_norms(trunk: nn.Module, networks: Sequence[nn.Module], graph: MergeGraph, maps: Maps) -> None:
-    """Merge layers with a batch norm right after them, if dense maps act on the output of the norm.
+    """Merge each layer together with the batch norm directly after it, if dense maps act on the output of the norm.
 
-    Scale, shift and statistics of a norm belong to single features, and have no image under a dense map. In eval mode,
-    layer and norm are one layer. Its weights and bias are merged exactly, and then divided into layer and norm again.
-    Scale and shift are such that re-estimated statistics give merged features the mean and the deviation of what the
-    sources contribute to them; see :func:`moments_under`. Before re-estimation, layer and norm together are exact.
+    Scale, shift and statistics of a norm belong to single features, so a dense map cannot be applied to them. In eval
+    mode, layer and norm are together one linear layer. Its weights and bias are merged exactly, and then split into
+    layer and norm again. Scale and shift are chosen for the later re-estimation of the statistics: the merged features
+    then get the mean and the standard deviation of the sources' contributions; see :func:`moments_under`. Before
+    re-estimation, layer and norm together are exact.
 
     Args:
-        trunk: the merged trunk; it is changed.
+        trunk: the merged trunk, which is changed in place.
         networks: the source networks.
         graph: the merge graph.
         maps: the matching of each space.
@@ -60,7 +61,7 @@ def _merge_folded(
         variances = own_norm.get_buffer("running_var").cpu().double()
         before = before + (space_map.merging(source).square() @ variances).sqrt()
     assert norm is not None
-    ratio = torch.where(deviation > 0, before / deviation, 1.0)  # of the deviations before and after the norm
+    ratio = torch.where(deviation > 0, before / deviation, 1.0)  # standard deviation before the norm / after it
     layer.weight.copy_(weight * ratio.reshape(-1, *[1] * (weight.ndim - 1)))
     if layer.bias is not None:
         layer.bias.zero_()
@@ -70,14 +71,14 @@ def _merge_folded(
 
 
 def _folded(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
-    """Factor and offset that a batch norm applies to each feature in eval mode."""
+    """Return the factor and the offset that a batch norm applies to each feature in eval mode."""
     mean, variance = (norm.get_buffer(name).cpu().double() for name in ("running_mean", "running_var"))
     scale = norm.weight.detach().cpu().double() / (variance + norm.eps).sqrt()
     return scale, norm.bias.detach().cpu().double() - scale * mean
 
 
 def set_moments(norm: nn.Module, mean: Tensor, deviation: Tensor) -> None:
-    """Set scale and shift of a batch norm so that its output has a given mean and deviation."""
+    """Set scale and shift of a batch norm so that its output has a given mean and standard deviation."""
     assert isinstance(norm, _BatchNorm)
     variance = norm.get_buffer("running_var").cpu().double()
     norm.weight.copy_(deviation * torch.where(variance > 0, (1 + norm.eps / variance).sqrt(), 1.0))
@@ -85,14 +86,14 @@ def set_moments(norm: nn.Module, mean: Tensor, deviation: Tensor) -> None:
 
 
 def moments_under(space_map: FeatureMap, source: int, norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of M_i z, with z the output of a batch norm of source i.
+    """Compute mean and standard deviation of M_i z, where z is the output of a batch norm of source i.
 
-    Features are taken to be uncorrelated, because the norm has only their means and variances.
+    Features are assumed to be uncorrelated, because the norm has only their means and variances.
 
     Args:
-        space_map: the maps.
-        source: the number i of the source model.
-        norm: the norm, as it is in the source.
+        space_map: the map of the space.
+        source: the index i of the source model.
+        norm: the batch norm of the source model.
 
     Returns:
         float64 ``(W,)`` each.

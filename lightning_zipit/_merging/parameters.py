@@ -1,4 +1,4 @@
-"""Merged weights from maps: one generic loop over the table of axes."""
+"""Computation of merged weights from maps: one generic loop over the table of axes."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ def merge_parameter(
 ) -> Tensor:
     """Merge one parameter of N source models: Σ_i M_i W_i U_i over its axes (ZipIt!, section 4).
 
-    A parameter that writes no space is averaged. Integers, and equal copies that hold no features, are copied.
+    A parameter that writes no space is averaged. Integers are copied from the first model. A parameter without
+    features is also copied if it is equal in all models.
 
     Args:
         copies: the parameter in each source model, all of one shape.
-        axes: per axis, the spaces that it writes or reads; ``None`` leaves the axis as it is.
+        axes: per axis, the spaces that it writes or reads; ``None`` leaves the axis unchanged.
         maps: the map of each space.
-        weights: how much each model counts in a parameter that writes no space; all the same by default.
+        weights: the weight of each model in a parameter that writes no space; equal weights by default.
 
     Returns:
-        The merged parameter, of the type of the first copy, on the CPU.
+        The merged parameter on the CPU, with the dtype of the first copy.
     """
     first = copies[0].detach()
     untouched = not any(axes)
@@ -52,12 +53,11 @@ def merge_into(
     """Write the merged parameters and buffers into a trunk.
 
     Args:
-        target: a module with parameters under the names that they have in the sources, of the sizes of the merged
-            network.
+        target: a module with the parameter names of the sources, and the sizes of the merged network.
         sources: the source networks.
-        table: the rows of its parameters.
-        maps: the matching of each space.
-        weights: how much each network counts in parameters that write no space; all the same by default.
+        table: the axes of the parameters of ``target``.
+        maps: the map of each space.
+        weights: the weight of each network in parameters that write no space; equal weights by default.
     """
     with torch.no_grad():
         for name, tensor, row in bind(table, target):
@@ -72,15 +72,15 @@ def unmerge_into(
     maps: Maps,
     source: int,
 ) -> None:
-    """Write U_i into the first layers of one head, so that they read merged features: W_i U_i.
+    """Write W_i U_i into the first layers of a head, so that they read merged features.
 
     Args:
-        target: the head of one source model, with parameters under the names that they have there, of the sizes of the
-            merged network.
-        network: that model.
-        table: the rows of its parameters.
-        maps: the matching of each space.
-        source: the number i of the source model.
+        target: the head of one source model, with the parameter names of the source and the sizes of the merged
+            network.
+        network: the source network.
+        table: the axes of the parameters of ``target``.
+        maps: the map of each space.
+        source: the index i of the source model.
     """
     with torch.no_grad():
         for name, tensor, row in bind(table, target):

@@ -1,4 +1,4 @@
-"""Builds stems, trunk and heads of a merged network as plain modules."""
+"""Construction of stems, trunk and heads of a merged network as plain modules."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from lightning_zipit._common.copying import copy_module
-from lightning_zipit._matching.maps import Maps, counting_alone, shares_along, unmerge_along
+from lightning_zipit._matching.maps import Maps, of_one_model, shares_along, unmerge_along
 from lightning_zipit._merging.dense import fold_norms
 from lightning_zipit._merging.parameters import merge_into, unmerge_into
 from lightning_zipit.graph import MergeGraph
@@ -28,13 +28,13 @@ class Unmerge(nn.Module):
     """U_i as a layer: from merged features to the features of one source model.
 
     Args:
-        size: entries along the axis.
-        axis: the axis that holds the features.
+        size: the number of output entries along the axis.
+        axis: the axis of the features.
 
     Attributes:
-        index: the merged entry that stands for each.
-        matrix: U_i itself, if merged features are linear combinations. The buffer exists once :meth:`set` has made it,
-            or a loaded state dict contains it.
+        index: the merged entry of each output entry.
+        matrix: U_i, if merged features are linear combinations; otherwise ``None``. :meth:`set` creates this buffer,
+            or loading a state dict that contains it.
     """
 
     index: Tensor
@@ -47,20 +47,20 @@ class Unmerge(nn.Module):
         self.register_buffer("matrix", None)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x`` with ``size`` entries along the axis."""
+        """Return ``x`` with ``size`` entries along the axis."""
         if self.matrix is None:
             return x.index_select(self.axis, self.index)
         return (x.movedim(self.axis, -1) @ self.matrix.mT).movedim(-1, self.axis)
 
     def set(self, found: Tensor, dtype: torch.dtype) -> None:
-        """Set an index ``(size,)``, or a matrix ``(size, merged size)`` of a given type."""
+        """Set an index ``(size,)``, or a matrix ``(size, merged size)`` of a given dtype."""
         if found.is_floating_point():
             self.matrix = found.to(self.index.device, dtype)
         else:
             self.index.copy_(found)
 
     def composed_with(self, found: Tensor) -> Tensor:
-        """This unmerge after another one, as one index or matrix."""
+        """Compose this unmerge with another one that runs before it, as one index or matrix."""
         if self.matrix is None:
             return found[self.index.cpu()]
         own = self.matrix.cpu().double()
@@ -78,14 +78,14 @@ class Unmerge(nn.Module):
 
 
 class Merge(nn.Module):
-    """M_i as a layer: every merged feature is the mean over the features of one source model in its cluster.
+    """M_i as a layer: every merged feature is the mean of one source model's features in its cluster.
 
-    A merged feature without any of them is 0. A one-to-one matching has no such feature.
+    A merged feature whose cluster has no feature of this model is 0. A one-to-one matching has no such cluster.
 
     Args:
-        inputs: entries along the axis in the source.
-        outputs: entries along the axis in the merged network.
-        axis: the axis that holds the features.
+        inputs: the number of entries along the axis in the source.
+        outputs: the number of entries along the axis in the merged network.
+        axis: the axis of the features.
     """
 
     index: Tensor
@@ -98,7 +98,7 @@ class Merge(nn.Module):
         self.register_buffer("shares", torch.ones(inputs))
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x`` with ``outputs`` entries along the axis."""
+        """Return ``x`` with ``outputs`` entries along the axis."""
         shares = self.shares.to(x.dtype).reshape(-1, *[1] * (x.ndim - self.axis - 1))
         shape = [*x.shape[: self.axis], self.outputs, *x.shape[self.axis + 1 :]]
         return x.new_zeros(shape).index_add(self.axis, self.index, x * shares)
@@ -119,9 +119,9 @@ def build_merged(
     Args:
         graphs: the merge graph of each source network.
         networks: the source networks.
-        maps: the matching of each space.
-        weights: how much each model counts in parameters that hold no features; all the same by default.
-        models: the number of the model that each network is a part of, if several are paths of one merged model.
+        maps: the map of each space.
+        weights: the weight of each model in parameters without features; equal weights by default.
+        models: the model index of each network, if several networks are paths of one merged model.
 
     Returns:
         The trunk, and the head of each network, in eval mode.
@@ -129,7 +129,7 @@ def build_merged(
     models = range(len(networks)) if models is None else models
     widths = {name: space_map.width for name, space_map in maps.items()}
     trunk = build_trunk(graphs[0], widths).eval()
-    leads = [networks[models.index(number)] for number in sorted(set(models))]
+    leads = [networks[models.index(model)] for model in sorted(set(models))]
     merge_into(trunk, leads, graphs[0].axes, maps, weights)
     fold_norms(trunk, leads, graphs[0], maps)
     heads = []
@@ -142,14 +142,14 @@ def build_merged(
 
 
 def build_stems(graphs: Sequence[MergeGraph], maps: Maps) -> list[fx.GraphModule]:
-    """Build the stems of a merge: each network up to the trunk, and the merge of its features.
+    """Build the stems of a merge: the part of each network before the trunk, and the merge of its features.
 
     Args:
         graphs: the merge graph of each source network.
-        maps: the matching of each space.
+        maps: the map of each space.
 
     Returns:
-        The stems in eval mode; none if the trunk starts at the input.
+        The stems in eval mode, or an empty list if the trunk starts at the input.
     """
     widths = {name: space_map.width for name, space_map in maps.items()}
     stems = [build_stem(graph, widths).eval() for graph in graphs if graph.stem_nodes]
@@ -159,15 +159,15 @@ def build_stems(graphs: Sequence[MergeGraph], maps: Maps) -> list[fx.GraphModule
 
 
 def build_stem(graph: MergeGraph, widths: Mapping[str, int] | None = None) -> fx.GraphModule:
-    """Build the stem of one task: its network up to the trunk, with copies of its weights.
+    """Build the stem of one task: the part of its network before the trunk, with copies of its weights.
 
     Args:
-        graph: the merge graph of that task's network.
-        widths: per space of the trunk its number of features, if it differs from the source's.
+        graph: the merge graph of the task's network.
+        widths: the number of features of each space of the trunk whose width differs from the source's.
 
     Returns:
-        A module from the input to a tuple: the inputs of the trunk, their features merged by a :class:`Merge`, and
-        the values that go directly to the head.
+        A module that maps the input to a tuple: the inputs of the trunk, whose features a :class:`Merge` has merged,
+        and the values that bypass the trunk and go directly to the head.
     """
     root, merges = _with_submodule(graph.module, MERGE)
     stem = fx.Graph()
@@ -175,28 +175,28 @@ def build_stem(graph: MergeGraph, widths: Mapping[str, int] | None = None) -> fx
     for node in graph.stem_graph():
         built[node.name] = stem.node_copy(node, lambda source: built[source.name])
     passed = _passed(graph)
-    handed = []
+    entering = []
     for entry in graph.entries:
         value = built[entry.node]
         if entry.ref is not None and entry.axis is not None:
             merges[entry.node] = Merge(entry.ref.size, entry.ref.resized(widths or {}).size, entry.axis)
             value = stem.call_module(f"{MERGE}.{entry.node}", (value,))
         elif entry.node in passed and entry.shape:
-            value = stem.call_method("clone", (value,))  # the trunk may write into it
-        handed.append(value)
-    stem.output((*handed, *(built[name] for name in passed)))
+            value = stem.call_method("clone", (value,))  # the trunk may change it in place
+        entering.append(value)
+    stem.output((*entering, *(built[name] for name in passed)))
     dtype = next((each.dtype for each in root.parameters() if each.is_floating_point()), None)
     merges.to(dtype)
     return _module(root, stem, "Stem", {}, None)
 
 
 def _passed(graph: MergeGraph) -> list[str]:
-    """The values of a stem that go directly to the head."""
+    """List the values that a stem passes directly to the head."""
     return [crossing.node for crossing in graph.crossings if crossing.node in graph.stem_nodes]
 
 
 def _with_submodule(module: nn.Module, name: str) -> tuple[nn.Module, nn.ModuleDict]:
-    """A shallow copy of a module with one more, empty submodule."""
+    """Return a shallow copy of a module with an additional empty submodule, and this submodule."""
     root = copy.copy(module)
     root._modules = dict(module._modules)
     added = root._modules[name] = nn.ModuleDict()
@@ -204,20 +204,20 @@ def _with_submodule(module: nn.Module, name: str) -> tuple[nn.Module, nn.ModuleD
 
 
 def set_merges(stem: nn.Module, graph: MergeGraph, maps: Maps, source: int) -> None:
-    """Set the merges of a stem: the merged feature of each source feature, and its contribution to it.
+    """Set the merges of a stem: the merged feature of each source feature, and the contribution of the source feature.
 
     Args:
-        stem: a stem made by :func:`build_stem` from ``graph``.
-        graph: the merge graph of that source.
-        maps: the matching of each space.
-        source: the number of the source model.
+        stem: a stem that :func:`build_stem` made from ``graph``.
+        graph: the merge graph of the source model.
+        maps: the map of each space.
+        source: the index of the source model.
     """
-    alone = counting_alone(maps, source)
+    own_maps = of_one_model(maps, source)
     for entry in graph.entries:
         if entry.ref is not None:
             merge = stem.get_submodule(f"{MERGE}.{entry.node}")
             merge.get_buffer("index").copy_(unmerge_along(entry.ref, maps, source))
-            merge.get_buffer("shares").copy_(shares_along(entry.ref, alone, source))
+            merge.get_buffer("shares").copy_(shares_along(entry.ref, own_maps, source))
 
 
 def build_trunk(graph: MergeGraph, widths: Mapping[str, int] | None = None) -> fx.GraphModule:
@@ -225,10 +225,11 @@ def build_trunk(graph: MergeGraph, widths: Mapping[str, int] | None = None) -> f
 
     Args:
         graph: the merge graph of the network.
-        widths: per space its number of features, if it differs from the source's; resized parameters are zeros.
+        widths: the number of features of each space whose width differs from the source's. Resized parameters are
+            zeros.
 
     Returns:
-        A module from the input, or the outputs of the stems, to a tuple of the inputs of the heads.
+        A module that maps the input, or the output of a stem, to a tuple of the inputs of the heads.
     """
     trunk = fx.Graph()
     built = {entry.node: trunk.placeholder(entry.node) for entry in graph.entries}
@@ -241,16 +242,16 @@ def build_trunk(graph: MergeGraph, widths: Mapping[str, int] | None = None) -> f
 
 
 def build_head(graph: MergeGraph, widths: Mapping[str, int] | None = None) -> fx.GraphModule:
-    """Build the head of one task: the rest of its network, with copies of its weights.
+    """Build the head of one task: the part of its network after the trunk, with copies of its weights.
 
     Args:
-        graph: the merge graph of that task's network.
-        widths: per space of the trunk its number of features, if it differs from the source's; resized parameters are
-            zeros.
+        graph: the merge graph of the task's network.
+        widths: the number of features of each space of the trunk whose width differs from the source's. Resized
+            parameters are zeros.
 
     Returns:
-        A module from the outputs of the trunk to the network's own output. It starts with an :class:`Unmerge` of each
-        value that is also read by operators other than layers, whose weights could take U_i.
+        A module that maps the outputs of the trunk to the output of the network. If all readers of a value are layers,
+        U_i is absorbed into their weights. All other values first go through an :class:`Unmerge`.
     """
     root, unmerges = _with_submodule(graph.module, UNMERGE)
     head = fx.Graph()
@@ -263,16 +264,16 @@ def build_head(graph: MergeGraph, widths: Mapping[str, int] | None = None) -> fx
             unmerges[crossing.node] = Unmerge(crossing.ref.size, crossing.axis)
             value = head.call_module(f"{UNMERGE}.{crossing.node}", (value,))
         elif _changed_in_place(by_name[crossing.node], graph):
-            value = head.call_method("clone", (value,))  # the other heads read it too
+            value = head.call_method("clone", (value,))  # the other heads also read it
         built[by_name[crossing.node]] = value
     for node in graph.head_graph():
-        if node.op != "placeholder":  # one that is not used
+        if node.op != "placeholder":  # an unused input
             built[node] = head.node_copy(node, built.__getitem__)
     return _module(root, head, "Head", graph.head_axes, widths)
 
 
 def _changed_in_place(node: fx.Node, graph: MergeGraph) -> bool:
-    """Whether the head writes into a value of the trunk."""
+    """Whether the head changes a value of the trunk in place."""
     for user in node.users:
         if user.name in graph.trunk_nodes | graph.stem_nodes or user.op == "output":
             continue
@@ -283,9 +284,9 @@ def _changed_in_place(node: fx.Node, graph: MergeGraph) -> bool:
 
 
 def set_unmerges(head: nn.Module, graph: MergeGraph, network: nn.Module, maps: Maps, source: int) -> None:
-    """Set the explicit unmerges of a head: the merged feature that stands for each source feature.
+    """Set the explicit unmerges of a head: the merged feature of each source feature.
 
-    Unmerges of a source that was merged before are composed with the new ones.
+    If the source is itself a merged model, its unmerges are composed with the new ones.
 
     Args:
         head: a head made by :func:`build_head` from ``graph``.
@@ -312,7 +313,7 @@ def _module(
 ) -> fx.GraphModule:
     graph.lint()
     module = fx.GraphModule(root, graph, class_name=name)
-    module = copy_module(module)  # own weights: the traced network stays as it is
+    module = copy_module(module)  # copies the weights, so that the traced network stays unchanged
     module.meta.clear()
     untie(module, table)
     if widths:
@@ -321,13 +322,13 @@ def _module(
 
 
 def _resize(module: nn.Module, table: Table, widths: Mapping[str, int]) -> None:
-    """Resize parameters and buffers to given widths, and update the sizes that their modules state."""
+    """Resize parameters and buffers to given widths, and update the size attributes of their modules."""
     names: dict[int, list[str]] = {}
     for name, tensor in named_tensors(module).items():
         names.setdefault(id(tensor), []).append(name)
     holders: dict[nn.Module, None] = {}
     for _, tensor, row in list(bind(table, module)):
-        # An axis in groups is shorter than what it refers to, and never resized.
+        # A grouped axis is shorter than the axis of its spaces, and is never resized.
         shape = [
             size if ref is None or ref.groups > 1 else ref.resized(widths).size
             for ref, size in zip(row, tensor.shape, strict=True)
@@ -336,19 +337,19 @@ def _resize(module: nn.Module, table: Table, widths: Mapping[str, int]) -> None:
             continue
         zeros = tensor.new_zeros(shape)
         resized = nn.Parameter(zeros, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else zeros
-        for name in names[id(tensor)]:  # tied weights stay one
+        for name in names[id(tensor)]:  # tied weights stay tied
             owner, _, attribute = name.rpartition(".")
             setattr(module.get_submodule(owner), attribute, resized)
             holders[module.get_submodule(owner)] = None
     for holder in holders:
-        _tell_sizes(holder)
+        _update_sizes(holder)
 
 
-def _tell_sizes(module: nn.Module) -> None:
+def _update_sizes(module: nn.Module) -> None:
     """Set the size attributes of a module from its parameters."""
     weight = getattr(module, "weight", None)
     if isinstance(module, _ConvNd):
-        depthwise = module.groups > 1 and module.weight.shape[1] == 1  # other groups are not resized
+        depthwise = module.groups > 1 and module.weight.shape[1] == 1  # other grouped convolutions are never resized
         module.groups = len(module.weight) if depthwise else module.groups
         sizes = [len(module.weight), module.weight.shape[1] * module.groups]
         module.in_channels, module.out_channels = sizes if isinstance(module, _ConvTransposeNd) else sizes[::-1]

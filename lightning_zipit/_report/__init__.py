@@ -1,1 +1,1 @@
-"""The report of a merge, and its diagnosis."""
+"""Report and diagnosis of a merge."""

@@ -1,4 +1,4 @@
-"""Diagnosis of a merge: what its measurements mean, and what to try."""
+"""Diagnosis of a merge: find problems in its measurements, and suggest remedies."""
 
 from __future__ import annotations
 
@@ -14,31 +14,32 @@ from lightning_zipit.refine.refinement import NormShift
 Kind = Literal["chance", "samples", "dead", "crowded", "collapse", "norms"]
 
 DEVIATIONS = 2.0
-"""How far above chance a similarity must be, in standard deviations of a random matching."""
-ALIKE = 0.9
-"""Similarity from which features are so alike that any matching is good."""
+"""Required distance of a similarity from chance, in standard deviations of a random matching."""
+SIMILAR = 0.9
+"""Similarity from which features are so similar that any matching is good."""
 NOISE = 0.5
-"""Ratio of a matched similarity that may be noise."""
+"""Highest acceptable ratio of noise to matched similarity."""
 DEAD = 0.1
-"""Ratio of a model's features of a space that may be constant."""
+"""Highest acceptable ratio of constant features of a model in a space."""
 CROWDED = 1.5
-"""Ratio of the losses of two models that is acceptable, unless they differ by less than LOST of the variance."""
+"""Highest acceptable ratio of the losses of two models. Differences below LOST are always acceptable."""
 LOST = 0.1
+"""Acceptable difference of the losses of two models, as a ratio of the variance."""
 COLLAPSE = 0.5
-"""Ratio of the similarity (above chance) of earlier spaces that later spaces must have."""
+"""Lowest acceptable ratio of the similarity (above chance) of later spaces to that of earlier spaces."""
 MOVED = 0.5
-"""Standard deviations by which re-estimation may move the means of a batch norm."""
+"""Highest acceptable change of the means of a batch norm by re-estimation, in standard deviations."""
 SHRUNK = 1 / 3
-"""Lowest ratio, and inverse of the highest, by which re-estimation may change variances."""
+"""Lowest acceptable ratio of new to old variances by re-estimation. The highest is its inverse."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A problem that a merge may have.
+    """A possible problem of a merge.
 
     Attributes:
         kind: the kind of problem.
-        message: what was measured, and what to try.
+        message: the measurement, and a suggestion.
     """
 
     kind: Kind
@@ -49,12 +50,12 @@ class Finding:
 
 
 def diagnose(spaces: Sequence[SpaceReport], models: Sequence[str], shifts: Mapping[str, NormShift]) -> list[Finding]:
-    """Find what is likely to cost accuracy; see :meth:`MergeReport.diagnose`.
+    """Find likely causes of low accuracy; see :meth:`MergeReport.diagnose`.
 
     Args:
-        spaces: the matching of every space, in the order of the network.
+        spaces: the measurements of every space, in the order of the network.
         models: the names of the models.
-        shifts: how far re-estimation moved each batch norm.
+        shifts: the change of each batch norm by re-estimation.
     """
     measured = [space for space in spaces if not math.isnan(space.similarity)]
     return [
@@ -74,18 +75,18 @@ def _find_chance(spaces: Sequence[SpaceReport]) -> Iterator[Finding]:
         yield Finding(
             "chance",
             f"{len(random)} of {len(spaces)} measured spaces are matched no better than at random "
-            f"({_listed([space.name for space in random])}): the similarity is {mean:.2f} on average, a random "
-            f"matching's {chance:.2f}. Match features by activation: matcher=GreedyZip() or Permute().",
+            f"({_listed([space.name for space in random])}): their mean similarity is {mean:.2f}, and that of a random "
+            f"matching is {chance:.2f}. Match features by activation: matcher=GreedyZip() or Permute().",
         )
 
 
 def _is_random(space: SpaceReport) -> bool:
-    """Whether a space is matched no better than at random; False if chance is not known."""
-    return space.similarity < ALIKE and space.similarity < space.chance + DEVIATIONS * space.deviation
+    """Whether a space is matched no better than at random; False if the similarity at random is unknown."""
+    return space.similarity < SIMILAR and space.similarity < space.chance + DEVIATIONS * space.deviation
 
 
 def noise_of(samples: int, features: int) -> float:
-    """The highest correlation of a feature with n independent ones that noise gives: the median over draws.
+    """Compute the highest correlation of a feature with n independent features that is due to noise (median).
 
     Example:
         >>> round(noise_of(samples=100, features=128), 2)
@@ -109,25 +110,26 @@ def _find_few_samples(spaces: Sequence[SpaceReport], num_models: int) -> Iterato
         features = num_models * worst.size
         yield Finding(
             "samples",
-            f"There is too little calibration data for {len(few)} of {len(spaces)} measured spaces "
+            f"{len(few)} of {len(spaces)} measured spaces have too little calibration data "
             f"({_listed([space.name for space in few])}): `{worst.name}` has {worst.samples} samples for {features} "
-            f"features, so that noise alone gives correlations of {noise_of(worst.samples, features):.2f}, and the "
-            f"matched similarity is {worst.similarity:.2f}. Give more calibration data.",
+            f"features. Noise causes correlations of {noise_of(worst.samples, features):.2f}, and the matched "
+            f"similarity is {worst.similarity:.2f}. Use more calibration data.",
         )
 
 
 def _find_dead(spaces: Sequence[SpaceReport], models: Sequence[str]) -> Iterator[Finding]:
-    for number, model in enumerate(models):
-        dead = {space.name: (space.dead[number], space.size) for space in spaces if space.dead}
+    for index, model in enumerate(models):
+        dead = {space.name: (space.dead[index], space.size) for space in spaces if space.dead}
         dead = {name: (count, size) for name, (count, size) in dead.items() if count > DEAD * size}
         if dead:
             worst = max(dead, key=lambda name: dead[name][0] / dead[name][1])
             count, size = dead[worst]
             yield Finding(
                 "dead",
-                f"{count} of {size} features of model {model!r} in `{worst}` are constant on the calibration data, and "
-                f"more than {DEAD:.0%} in {len(dead)} of {len(spaces)} spaces: they cannot be matched. "
-                "Calibrate with data of every task. If they are constant there too, a width below 1 leaves them out.",
+                f"{count} of {size} features of model {model!r} in `{worst}` are constant on the calibration data, so "
+                f"they cannot be matched. In {len(dead)} of {len(spaces)} spaces, more than {DEAD:.0%} of the features "
+                "are constant. Calibrate with data of every task. If the features are still constant, a width below 1 "
+                "removes them.",
             )
 
 
@@ -140,9 +142,9 @@ def _find_crowded(spaces: Sequence[SpaceReport], models: Sequence[str]) -> Itera
     if losses[most] > CROWDED * losses[least] and losses[most] > losses[least] + LOST:
         yield Finding(
             "crowded",
-            f"The features of model {most!r} are crowded out: merging loses {losses[most]:.0%} of their variance, and "
-            f"{losses[least]:.0%} of model {least!r}'s. Calibrate with data of every task, and give the features more "
-            "room: width=1.2.",
+            f"The features of model {most!r} are crowded out: merging loses {losses[most]:.0%} of their variance, but "
+            f"only {losses[least]:.0%} of the variance of model {least!r}. Calibrate with data of every task, and "
+            "increase the width: width=1.2.",
         )
 
 
@@ -158,14 +160,14 @@ def _find_collapse(spaces: Sequence[SpaceReport]) -> Iterator[Finding]:
         similarities = [[space.similarity for space in part] for part in (spaces[:depth], spaces[depth:])]
         yield Finding(
             "collapse",
-            f"From `{spaces[depth].name}` on, the models have little in common: the matched similarity is "
-            f"{_mean(similarities[1]):.2f} on average, and {_mean(similarities[0]):.2f} before. Share the network up "
-            f'to there: stop_at="{stop_at}".',
+            f"From `{spaces[depth].name}` on, the models have little in common: the mean matched similarity is "
+            f"{_mean(similarities[1]):.2f}, and {_mean(similarities[0]):.2f} before it. Merge only the layers before "
+            f'it: stop_at="{stop_at}".',
         )
 
 
 def _last_before(name: str, following: str) -> str:
-    """The outermost module around one module that is not around the following one.
+    """Return the outermost module that contains a module but not the following module.
 
     Example:
         >>> _last_before("layer2.2.conv1", "layer3.0.conv1")
@@ -187,10 +189,11 @@ def _find_far_norms(shifts: Mapping[str, NormShift]) -> Iterator[Finding]:
         ratio = _mean([shift.variance for shift in far.values()])
         yield Finding(
             "norms",
-            f"{len(far)} of {len(shifts)} batch norms were far from the sources' before re-estimation "
-            f"({_listed(list(far))}): their means moved by {moved:.2f} deviations on average, and their variances are "
-            f"{ratio:.2f} of what they were. Layers give other features than the sources', or the calibration data is "
-            'of another kind than the training data: refine="least_squares" fits the layers.',
+            f"Re-estimation changed the statistics of {len(far)} of {len(shifts)} batch norms strongly "
+            f"({_listed(list(far))}): their means moved by {moved:.2f} standard deviations on average, and their "
+            f"variances are {ratio:.2f} times the old ones. The merged layers compute other features than the sources, "
+            "or the calibration data differs from the training data. Fit the layers to the sources: "
+            'refine="least_squares".',
         )
 
 

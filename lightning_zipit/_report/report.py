@@ -1,4 +1,4 @@
-"""The report of a merge: the matching per space, the cost per network."""
+"""Report of a merge: the matching per space, and the cost per network."""
 
 from __future__ import annotations
 
@@ -25,19 +25,20 @@ from lightning_zipit.refine.refinement import NormShift
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What a merge did.
+    """Report of a merge: matching, fits, notes and cost.
 
     Attributes:
-        spaces: one entry per feature space, in the order of the network.
+        spaces: the measurements of each feature space, in the order of the network.
         sources: the cost of each source network by task.
         merged: the cost of the merged network for all tasks together.
-        notes: what is matched by index instead of by activation, with reasons; see :attr:`MergeGraph.notes`.
-        fits: for ``refine="least_squares"``, the ratio of the variance of its target that each layer explains, in the
-            order of the network. A layer is named ``trunk.`` or ``heads.TASK.`` and its name in the backbone.
-        models: the names of the models, in the order of ``losses`` and ``dead``: the tasks, unless a model that was
-            merged before has several of them.
-        shifts: for ``refine="batch_norm"``, how far re-estimation moved the statistics of each batch norm; norms are
-            named as in ``fits``.
+        notes: the parts that are matched by index instead of by activation, with reasons; see
+            :attr:`MergeGraph.notes`.
+        fits: for ``refine="least_squares"``, the ratio of its target's variance that each layer explains, in the order
+            of the network. The name of a layer is ``trunk.`` or ``heads.TASK.`` plus its name in the backbone.
+        models: the names of the models, in the order of ``losses`` and ``dead``. These are the tasks, unless a source
+            is a merged model with several tasks.
+        shifts: for ``refine="batch_norm"``, the change of the statistics of each batch norm by re-estimation. Norms
+            are named like layers in ``fits``.
     """
 
     spaces: tuple[SpaceReport, ...]
@@ -58,7 +59,7 @@ class MergeReport:
         return sum(self.sources.values(), Cost(0, 0))
 
     def to_table(self) -> Table:
-        """The matching of every space as a table to print."""
+        """Return the matching of every space as a printable table."""
         table = Table()
         for heading in ("space", "read by", "features", "merged", "within", "across", "alone", "similarity", "lowest"):
             table.add_column(heading, justify="left" if heading in ("space", "read by") else "right", overflow="fold")
@@ -69,7 +70,7 @@ class MergeReport:
         return table
 
     def summary(self) -> str:
-        """One line: the cost of the merged network, of one source and of the ensemble."""
+        """Return one line with the cost of the merged network, of one source and of the ensemble."""
         one = next(iter(self.sources.values()))
         return (
             f"merged {_short(self.merged.flops)} FLOPs, {_short(self.merged.parameters)} parameters; "
@@ -88,25 +89,25 @@ class MergeReport:
         return buffer.getvalue()
 
     def show(self) -> None:
-        """Print the report and its diagnosis: as wide as the terminal, or as plain text elsewhere."""
+        """Print the report and its diagnosis: with the width of the terminal, or as plain text without a terminal."""
         console = Console()
         if console.is_terminal:
             console.print(self)
         else:
             print(self, end="")
         for finding in self.diagnose():
-            print(f"Look at this: {finding}")
+            print(f"Possible problem: {finding}")
 
     def diagnose(self) -> list[Finding]:
-        """Find what is likely to cost accuracy, and what to try.
+        """Find likely causes of low accuracy, and suggest remedies.
 
-        A finding is about spaces that are matched no better than at random (``"chance"``), too little calibration data
-        (``"samples"``), features that are constant on it (``"dead"``), a task that loses more than another
-        (``"crowded"``), a depth after which the models have little in common (``"collapse"``), or batch norms that
-        re-estimation moved far (``"norms"``).
+        The kinds of findings are: spaces that are matched no better than at random (``"chance"``), too little
+        calibration data (``"samples"``), features that are constant on the calibration data (``"dead"``), a task that
+        loses more than another (``"crowded"``), a depth after which the models have little in common
+        (``"collapse"``), and batch norms whose statistics changed strongly by re-estimation (``"norms"``).
 
         Returns:
-            The findings; none for a merge in which nothing stands out.
+            The findings; an empty list if no problem was found.
         """
         return diagnose(self.spaces, self.models, self.shifts)
 
@@ -115,8 +116,8 @@ class MergeReport:
             lowest = min(self.fits, key=self.fits.__getitem__)
             mean = sum(self.fits.values()) / len(self.fits)
             yield (
-                f"{len(self.fits)} layers were fitted and explain {mean:.1%} of their targets on average, the least "
-                f"{self.fits[lowest]:.1%} (`{lowest}`)."
+                f"{len(self.fits)} layers were fitted. They explain {mean:.1%} of the variance of their targets on "
+                f"average, and at least {self.fits[lowest]:.1%} (`{lowest}`)."
             )
 
     def _shift_lines(self) -> Iterator[str]:
@@ -125,13 +126,14 @@ class MergeReport:
             ratios = {name: shift.variance for name, shift in self.shifts.items()}
             most, least = max(means, key=means.__getitem__), min(ratios, key=ratios.__getitem__)
             yield (
-                f"{len(self.shifts)} batch norms were re-estimated: means moved by {_mean(means.values()):.2f} "
-                f"deviations on average, the most {means[most]:.2f} (`{most}`); variances are "
-                f"{_mean(ratios.values()):.2f} of the merged ones, the least {ratios[least]:.2f} (`{least}`)."
+                f"{len(self.shifts)} batch norms were re-estimated. Their means moved by {_mean(means.values()):.2f} "
+                f"standard deviations on average, and by at most {means[most]:.2f} (`{most}`). Their variances are "
+                f"{_mean(ratios.values()):.2f} times the merged ones on average, and at least {ratios[least]:.2f} "
+                f"times (`{least}`)."
             )
 
     def metrics(self) -> dict[str, float]:
-        """The report in a few numbers: means over spaces, layers or norms, and costs."""
+        """Summarise the report as scalar metrics: means over spaces, layers or norms, and costs."""
         known = [space for space in self.spaces if not math.isnan(space.similarity)]
         numbers = {
             "similarity": _mean(space.similarity for space in known),
@@ -149,13 +151,13 @@ class MergeReport:
         return {name: value for name, value in numbers.items() if not math.isnan(value)}
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as dicts, lists and numbers."""
+        """Convert the report to dicts, lists and numbers."""
         lists = {"notes": list(self.notes), "models": list(self.models)}
         return asdict(self) | lists | {"spaces": [asdict(space) for space in self.spaces]}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> MergeReport:
-        """Read what :meth:`to_dict` wrote."""
+        """Create a report from the result of :meth:`to_dict`."""
         return cls(
             spaces=tuple(SpaceReport(**_read(space)) for space in content["spaces"]),
             sources={task: Cost(**cost) for task, cost in content["sources"].items()},
@@ -167,7 +169,7 @@ class MergeReport:
         )
 
     def to_rows(self) -> list[dict[str, Any]]:
-        """One row per space; numbers of one model are under ``losses/MODEL`` and ``dead/MODEL``."""
+        """Convert to one row per space. Values of one model have the keys ``losses/MODEL`` and ``dead/MODEL``."""
         rows = []
         for space in self.spaces:
             row = asdict(space) | {"alone": space.alone}
@@ -178,7 +180,7 @@ class MergeReport:
         return rows
 
     def to_csv(self) -> str:
-        """:meth:`to_rows` as CSV, with a header; what was not measured is empty."""
+        """Convert :meth:`to_rows` to CSV with a header. Values that were not measured are empty."""
         rows = [{name: "" if value != value else value for name, value in row.items()} for row in self.to_rows()]
         buffer = io.StringIO()
         writer = csv.DictWriter(buffer, fieldnames=[*rows[0]] if rows else [], lineterminator="\n")
@@ -187,20 +189,20 @@ class MergeReport:
         return buffer.getvalue()
 
     def to_json(self) -> str:
-        """:meth:`to_dict` as JSON; what was not measured is null."""
+        """Convert :meth:`to_dict` to JSON. Values that were not measured are null."""
         return json.dumps(_without_nan(self.to_dict()), indent=2, allow_nan=False)
 
     def save(self, path: str | Path) -> None:
-        """Write the report to a JSON file; an existing file is replaced."""
+        """Write the report to a JSON file. An existing file is replaced atomically."""
         with replacing(Path(path)) as file:
             file.write_text(self.to_json(), encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> MergeReport:
-        """Read what :meth:`save` wrote.
+        """Read a file that :meth:`save` wrote.
 
         Raises:
-            CheckpointError: if the file holds no report.
+            CheckpointError: if the file is not a report.
         """
         try:
             return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
@@ -211,7 +213,7 @@ class MergeReport:
 
 
 def _mean(values: Iterable[float]) -> float:
-    """The mean; NaN without values."""
+    """Compute the mean; NaN without values."""
     known = list(values)
     return sum(known) / len(known) if known else math.nan
 
@@ -225,7 +227,7 @@ def _without_nan(value: Any) -> Any:
 
 
 def _read(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a dataclass from JSON, which has lists for tuples and null for NaN."""
+    """Convert the fields of a dataclass from JSON: lists to tuples, null to NaN."""
     return {
         name: tuple(value) if isinstance(value, list) else math.nan if value is None else value
         for name, value in content.items()
@@ -233,7 +235,7 @@ def _read(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _short(number: float) -> str:
-    """A count with three digits and a unit."""
+    """Format a count with three digits and a unit."""
     for unit in ("", " k", " M", " G"):
         if float(f"{number:.3g}") < 1000:
             return f"{number:.3g}{unit}"

@@ -1,4 +1,4 @@
-"""Refinements: what adapts merged networks to the calibration data."""
+"""Refinements: adapt merged networks to the calibration data."""
 
 from lightning_zipit._common.collectives import all_reduce_sums
 from lightning_zipit.refine.batch_norm import BatchNorm, BatchNormEstimator
@@ -8,7 +8,7 @@ from lightning_zipit.refine.refinement import Changes, MergedNetworks, NormShift
 from lightning_zipit.refine.repair import Repair
 
 NAMED: dict[str, Refinement] = {"batch_norm": BatchNorm(), "repair": Repair(), "least_squares": LeastSquares()}
-"""Refinements with their default settings, by the names that ``refine=`` takes."""
+"""Refinements with default settings, by the names that ``refine=`` accepts."""
 
 __all__ = [
     "NAMED",

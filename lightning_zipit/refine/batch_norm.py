@@ -1,4 +1,4 @@
-"""Re-estimates the running statistics of batch norm, which merging invalidates (ZipIt!, section 4.3, after REPAIR)."""
+"""Batch-norm re-estimation: recompute running statistics, which merging invalidates (ZipIt!, section 4.3)."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_zipit._common.collectives import all_reduce_sums, exchange
 from lightning_zipit._common.views import Inputs
 from lightning_zipit.errors import CalibrationError
-from lightning_zipit.refine.finite import WAY_OUT
+from lightning_zipit.refine.finite import REMEDY
 from lightning_zipit.refine.moments import FeatureMoments
 from lightning_zipit.refine.refinement import Changes, MergedNetworks, NormShift, Refinement, Refining
 
 
 @dataclass(frozen=True)
 class BatchNorm(Refinement):
-    """Re-estimates the running statistics of batch norm: the trunk's on all data, a head's on the data of its task.
+    """Re-estimate the running statistics of batch norms: in the trunk on all data, in a head on the data of its task.
 
     Args:
-        per_task: give the trunk a batch norm for each task, with the statistics of that task's data. The trunk then
-            runs once for each task that is asked for.
+        per_task: give the trunk a separate batch norm for each task, with the statistics of the task's data. The trunk
+            then runs once for each requested task.
     """
 
     per_task: bool = False
@@ -38,9 +38,9 @@ class BatchNorm(Refinement):
 
 
 class ReEstimation(Refining):
-    """Re-estimates the running statistics of the batch norms in trunk and heads; see :class:`BatchNorm`.
+    """Re-estimate the running statistics of the batch norms in trunk and heads; see :class:`BatchNorm`.
 
-    Stems are the sources' own, and keep their statistics.
+    The batch norms of stems keep their statistics, because stems are not merged.
 
     Args:
         merged: working copies of the merged networks, and their sources.
@@ -50,7 +50,7 @@ class ReEstimation(Refining):
         super().__init__(merged)
         self._before = statistics_of(merged.parts)
         self._estimator = BatchNormEstimator(merged.parts)
-        self._suspects: set[str] = set()  # the tasks whose batches gave NaN or Inf
+        self._suspects: set[str] = set()  # tasks whose batches produced NaN or Inf
 
     def add(self, inputs: Inputs, tasks: Iterable[str]) -> None:
         if isinstance(inputs, Tensor) and not self.merged.runs_per_task:
@@ -78,19 +78,20 @@ class ReEstimation(Refining):
 
 
 class BatchNormEstimator:
-    """Mean and variance of all samples that reach the batch norms of some modules.
+    """Estimate mean and variance of the inputs of batch norms over all samples.
 
-    Every position of every sample counts once, in whichever batch, process or call of the norm. The statistics are
-    known only after the last batch. Until then a norm normalises each batch by the batch's own mean and variance, as
-    in training mode. A batch with one value per feature has no variance; the norm's old statistics normalise it.
+    Every position of every sample counts once, independent of the split into batches and processes. The statistics are
+    known only after the last batch. Until then, a norm normalises each batch by the mean and variance of this batch,
+    like in training mode. A batch with one value per feature has no variance. Such a batch is normalised by the old
+    statistics.
 
     Args:
-        modules: the modules, in eval mode, by their names in errors.
+        modules: the modules in eval mode, by their names in error messages.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         self.norms: dict[str, Estimate] = {}
-        self._estimates: dict[int, Estimate] = {}  # by the identity of the running mean, which norms may share
+        self._estimates: dict[int, Estimate] = {}  # by the id of the running mean, which several norms may share
         for prefix, module in modules.items():
             for name, norm in running_norms(module):
                 mean = norm.get_buffer("running_mean")
@@ -98,7 +99,7 @@ class BatchNormEstimator:
 
     @contextmanager
     def collecting(self, module: nn.Module) -> Iterator[None]:
-        """Inside, a forward of ``module`` adds its batch to the statistics."""
+        """Context manager: a forward of ``module`` adds its batch to the statistics."""
         hooks = [
             norm.register_forward_pre_hook(self._estimates[id(norm.get_buffer("running_mean"))].add, with_kwargs=True)
             for _, norm in running_norms(module)
@@ -110,39 +111,39 @@ class BatchNormEstimator:
                 hook.remove()
 
     def finish(self, suspects: Collection[str] = ()) -> None:
-        """Sum over the samples of all processes: a few collectives, the same on every rank.
+        """Sum the statistics over all processes, and write them into the norms. Every rank must call this.
 
         Args:
-            suspects: the tasks whose batches gave NaN or Inf, for the error.
+            suspects: the tasks whose batches produced NaN or Inf, for the error message.
 
         Raises:
-            CalibrationError: naming the norms that fewer than two samples have reached, or NaN or Inf.
+            CalibrationError: if a norm has received fewer than two samples, or NaN or Inf. It names the norms.
         """
         estimates = list(self._estimates.values())
         all_reduce_sums([sums for each in estimates for sums in (each.moments.sums, each.calls)])
         empty = [f"`{name}`" for name, each in self.norms.items() if each.moments.count < 2]
         if empty:
             raise CalibrationError(
-                f"Fewer than two samples reached batch norm {', '.join(empty[:5])}, so that its statistics cannot be "
-                "re-estimated. Use more calibration data, or refine=None to keep the merged statistics."
+                f"The statistics of batch norm {', '.join(empty[:5])} cannot be re-estimated: fewer than two samples "
+                "reached it. Use more calibration data, or refine=None to keep the merged statistics."
             )
         bad = [f"`{name}`" for name, each in self.norms.items() if not bool(each.moments.sums.isfinite().all())]
         if bad:
             of = f" in batches of task {', '.join(map(repr, suspects))}" * bool(suspects)
-            raise CalibrationError(f"NaN or Inf in what reaches batch norm {', '.join(bad[:5])}{of}. {WAY_OUT}")
+            raise CalibrationError(f"NaN or Inf in the inputs of batch norm {', '.join(bad[:5])}{of}. {REMEDY}")
         for each in estimates:
             each.finish()
 
 
 class Estimate:
-    """The statistics of one batch norm while batches are added.
+    """Accumulate the statistics of one batch norm.
 
     Args:
-        norm: the norm.
+        norm: the batch norm.
 
     Attributes:
         moments: the moments of all samples so far.
-        calls: how often the norm was called, ``(1,)``.
+        calls: the number of calls of the norm, ``(1,)``.
     """
 
     def __init__(self, norm: _BatchNorm) -> None:
@@ -153,20 +154,20 @@ class Estimate:
         self.calls = self.moments.sums.new_zeros(1)
 
     def add(self, norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Add the input of a norm, and let the norm normalise it by the input's own mean and variance."""
+        """Add an input of the norm (forward hook). The norm then normalises it by the input's own mean and variance."""
         x: Tensor = args[0] if args else kwargs["input"]
         count = x.numel() // x.shape[1]
         if not count:
             return
-        values, around = x.to(torch.promote_types(x.dtype, torch.float32)), [0, *range(2, x.ndim)]
-        mean = values.mean(around)
-        variance = (values - mean.reshape(-1, *[1] * (x.ndim - 2))).square().mean(around)
+        values, axes = x.to(torch.promote_types(x.dtype, torch.float32)), [0, *range(2, x.ndim)]
+        mean = values.mean(axes)
+        variance = (values - mean.reshape(-1, *[1] * (x.ndim - 2))).square().mean(axes)
         self.moments.add_summary(count, mean, variance)
         self.calls += 1
         self._set(*((mean, variance) if count > 1 else self._before))
 
     def finish(self) -> None:
-        """Give the norm the statistics of all samples."""
+        """Write the statistics of all samples into the norm."""
         self._set(self.moments.mean, self.moments.variance)
         self.batches.copy_(self.calls[0])
 
@@ -176,18 +177,18 @@ class Estimate:
 
 
 def running_norms(module: nn.Module) -> list[tuple[str, _BatchNorm]]:
-    """The batch norms with running statistics in a module, and their names."""
+    """List the batch norms with running statistics of a module, with their names."""
     norms = [(name, norm) for name, norm in module.named_modules() if isinstance(norm, _BatchNorm)]
     return [(name, norm) for name, norm in norms if norm.track_running_stats]
 
 
 def has_batch_norm(module: nn.Module) -> bool:
-    """Whether a network has batch norm with running statistics."""
+    """Whether a network has a batch norm with running statistics."""
     return bool(running_norms(module))
 
 
 def statistics_of(parts: Mapping[str, nn.Module]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Running mean and variance (plus ε) of each batch norm by its full name, float64 on the CPU."""
+    """Return running mean and variance (plus ε) of each batch norm by its full name, float64 on the CPU."""
     return {
         f"{prefix}.{name}".rstrip("."): (
             norm.get_buffer("running_mean").detach().double().cpu().clone(),
@@ -205,6 +206,6 @@ def measure_shifts(
     shifts = {}
     for name, (mean, variance) in before.items():
         new_mean, new_variance = after[name]
-        apart = (new_mean - mean).abs() / variance.sqrt()
-        shifts[name] = NormShift(float(apart.mean()), float((new_variance / variance).log().mean().exp()))
+        distance = (new_mean - mean).abs() / variance.sqrt()
+        shifts[name] = NormShift(float(distance.mean()), float((new_variance / variance).log().mean().exp()))
     return shifts

@@ -1,4 +1,4 @@
-"""Checks of what a refinement computes: NaN and Inf are errors that name the place and the network."""
+"""Validation of the results of a refinement: NaN, Inf and changed structure."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ from lightning_zipit.errors import CalibrationError, ConfigurationError
 
 MERGED = "the merged network"
 
-WAY_OUT = (
-    "Look at the sources' weights and at the data of this pass for NaN or Inf; under 16-bit precision an overflow is "
-    "likely: merge with precision='32-true'."
+REMEDY = (
+    "Check the weights of the source models and the calibration data for NaN or Inf. In 16-bit precision, an overflow "
+    "is likely: merge with precision='32-true'."
 )
 
 
 def source_of(tasks: list[str]) -> str:
-    """Name the source model of some tasks in an error."""
+    """Describe the source model of some tasks in an error message."""
     return f"the source of task {', '.join(map(repr, tasks))}"
 
 
 def check_values(place: str, sums: Mapping[str, Tensor]) -> None:
-    """Look for NaN and Inf in sums over the values of networks at one place.
+    """Check sums over the values of networks at one layer for NaN and Inf.
 
     Args:
-        place: the layer or norm, by its full name.
-        sums: sums over all processes by the name of the network. The merged network is named only if no source is,
-            because its inputs and targets come from the sources.
+        place: the full name of the layer or norm.
+        sums: sums over all processes, by the description of the network. The error names the merged network only if
+            all sources are finite, because its inputs and targets come from the sources.
 
     Raises:
-        CalibrationError: naming the place and the networks.
+        CalibrationError: if a sum is not finite. It names the layer and the networks.
     """
     bad = [network for network, values in sums.items() if not bool(values.isfinite().all())]
     if bad := [network for network in bad if network != MERGED] or bad:
-        raise CalibrationError(f"NaN or Inf at `{place}` in what {' and '.join(bad)} computes. {WAY_OUT}")
+        raise CalibrationError(f"NaN or Inf at `{place}` in the values of {' and '.join(bad)}. {REMEDY}")
 
 
 def check_structure(before: Mapping[str, nn.Module], after: Mapping[str, nn.Module], refinement: str) -> None:
@@ -43,7 +43,7 @@ def check_structure(before: Mapping[str, nn.Module], after: Mapping[str, nn.Modu
     Args:
         before: modules by name.
         after: the same modules, refined.
-        refinement: the name of the refinement, for the error.
+        refinement: the name of the refinement, for the error message.
 
     Raises:
         ConfigurationError: if they differ.
@@ -53,20 +53,20 @@ def check_structure(before: Mapping[str, nn.Module], after: Mapping[str, nn.Modu
         if had != has:
             keys = ", ".join(f"`{name}.{key}`" for key in {**had, **has} if had.get(key) != has.get(key))
             raise ConfigurationError(
-                f"Refinement {refinement} added, removed or reshaped {keys}. A refinement may change the values of "
-                "parameters and buffers only: write to them in place, such as with `tensor.copy_(…)`."
+                f"Refinement {refinement} added, removed or reshaped {keys}. A refinement may only change the values "
+                "of parameters and buffers: write to them in place, for example with `tensor.copy_(…)`."
             )
 
 
 def check_results(before: Mapping[str, nn.Module], after: Mapping[str, nn.Module]) -> None:
-    """Look for NaN and Inf in the results of a refinement.
+    """Check the results of a refinement for NaN and Inf.
 
     Args:
         before: modules by name.
-        after: the same modules, refined. Entries that are not finite in both, such as those of a mask, are ignored.
+        after: the same modules, refined. Entries that were not finite before, such as those of a mask, are ignored.
 
     Raises:
-        CalibrationError: naming parameters and buffers.
+        CalibrationError: if a result is not finite. It names the parameters and buffers.
     """
     bad = []
     for prefix, module in after.items():
@@ -75,4 +75,4 @@ def check_results(before: Mapping[str, nn.Module], after: Mapping[str, nn.Module
                 bad.append(f"`{prefix}.{name}`")
     if bad:
         listed = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
-        raise CalibrationError(f"Refining gave NaN or Inf in {listed}. {WAY_OUT}")
+        raise CalibrationError(f"The refinement produced NaN or Inf in {listed}. {REMEDY}")

@@ -1,4 +1,4 @@
-"""Refinements that go through the layers of a merged network in order."""
+"""Layer-by-layer refinements: adapt the layers of a merged network in order."""
 
 from __future__ import annotations
 
@@ -31,17 +31,19 @@ from lightning_zipit.refine.zip import Zip
 
 @dataclass(frozen=True)
 class LayerByLayer(Refinement):
-    """A refinement that adapts the layers of trunk and heads one by one, in the order of the network.
+    """Base class of refinements that adapt the layers of trunk and heads one by one, in the order of the network.
 
-    A subclass has the method :meth:`adapt`. Batch norms that follow no adapted layer get the statistics of their input.
+    A subclass implements :meth:`adapt`. A batch norm that does not follow an adapted layer gets the statistics of its
+    input.
 
     Args:
-        positions: how many positions of each image or sequence a layer is adapted on, at random; ``None`` for all.
-        cache_bytes: memory for the activations of all batches between two layers. If they need more, they are computed
-            again for each layer, from the last layer where they fitted.
+        positions: the number of random positions of each image or sequence that are used for a layer; ``None`` for
+            all.
+        cache_bytes: memory for the activations of all batches between two layers. If the activations need more, they
+            are recomputed for each layer, from the last layer whose activations did fit.
 
     Raises:
-        ValueError: if a number is out of range.
+        ValueError: if ``positions`` is below 1, or ``cache_bytes`` is negative.
     """
 
     positions: int | None = 64
@@ -49,7 +51,7 @@ class LayerByLayer(Refinement):
 
     def __post_init__(self) -> None:
         if self.positions is not None and self.positions < 1:
-            raise ValueError(f"`positions` must be at least 1, or None for all, got {self.positions}.")
+            raise ValueError(f"`positions` must be at least 1, or None for all positions, got {self.positions}.")
         if self.cache_bytes < 0:
             raise ValueError(f"`cache_bytes` must not be negative, got {self.cache_bytes}.")
 
@@ -61,20 +63,20 @@ class LayerByLayer(Refinement):
         """Change the weights of one layer of the merged network.
 
         Args:
-            part: the trunk or head, with the values that reach the layer.
+            part: the trunk or head, with the inputs of the layer.
             stop: the layer.
 
         Returns:
-            The share of the variance of its target that the layer explains, for the report.
+            The ratio of its target's variance that the layer explains, for the report; ``None`` if unknown.
         """
 
     def obstacle(self, layer: Fitted) -> str:
-        """Why a layer keeps the weights that merging gave it; empty if it is adapted."""
+        """Return why a layer keeps its merged weights, or an empty string if it is adapted."""
         return ""
 
 
 class _Collecting(Refining):
-    """Keeps all batches, and goes through the layers in the end."""
+    """Store all batches, and adapt the layers after the last batch."""
 
     def __init__(self, merged: MergedNetworks, how: LayerByLayer) -> None:
         super().__init__(merged)
@@ -90,7 +92,10 @@ class _Collecting(Refining):
 
 
 class _Planned(NamedTuple):
-    """A part of the merged network, its layers, and what sets it on its way; ``None`` for a part without nodes."""
+    """A part of the merged network, its layers, and a function that creates the :class:`Part`.
+
+    The function returns ``None`` for a part without nodes.
+    """
 
     name: str
     found: Stops
@@ -98,14 +103,14 @@ class _Planned(NamedTuple):
 
 
 class Walk:
-    """Adapts merged networks, layer by layer, on the calibration data of all processes.
+    """Adapt merged networks layer by layer, on the calibration data of all processes.
 
-    With stems, or an input of each task, the merged trunk runs on every batch once for each task.
+    With stems, or with a separate input for each task, the merged trunk runs on every batch once per task.
 
     Args:
-        merged: the merged networks, which are changed, and their sources.
-        how: what to do with each layer.
-        batches: the inputs of this process.
+        merged: the merged networks, which are changed in place, and their sources.
+        how: the refinement that adapts each layer.
+        batches: the input batches of this process.
     """
 
     def __init__(self, merged: MergedNetworks, how: LayerByLayer, batches: Sequence[Inputs]) -> None:
@@ -118,10 +123,10 @@ class Walk:
         self.entries = [by_name[entry.node] for entry in self.graph.entries]
         tasks = list(merged.sources)
         self.of_models = [
-            [task for task in tasks if merged.models[task] == number] for number in sorted(set(merged.models.values()))
+            [task for task in tasks if merged.models[task] == model] for model in sorted(set(merged.models.values()))
         ]
         self.leads = [of_model[0] for of_model in self.of_models]
-        # The tasks on whose inputs the merged trunk runs: one stands for all where they have the same.
+        # The tasks on whose inputs the merged trunk runs. If all tasks have the same input, one task is enough.
         separate = merged.stems or any(isinstance(batch, Mapping) for batch in batches)
         self.paths = tasks if separate else self.leads[:1]
         own = [merged.sources[task] for task in self.leads]
@@ -130,10 +135,10 @@ class Walk:
         self.trunk = Frontier(runs, len(batches), self._begin_trunk, int(how.cache_bytes))
 
     def run(self) -> Changes:
-        """Go through the trunk, then through every head.
+        """Adapt the trunk, then every head.
 
         Returns:
-            How well each layer fits, where the refinement says so, and which layers were left.
+            The fit of each layer for which the refinement returns it, and a note on the layers that were not adapted.
 
         Raises:
             CalibrationError: if a network computes NaN or Inf.
@@ -158,7 +163,7 @@ class Walk:
         return Changes(fits=fits, notes=note_of(left))
 
     def _visit(self, part: Part, stop: Layer | Norm) -> tuple[float | None, str]:
-        """Adapt a layer or norm: how well it fits, or why it was left."""
+        """Adapt a layer or norm, and return its fit, or the reason why it was not adapted."""
         if isinstance(stop, Norm):
             part.renew(stop)
             return None, ""
@@ -204,7 +209,7 @@ class Walk:
         return Part(name, frontier, zip_of, self.marks, named, self.how.positions, self.images, paths)
 
     def _begin_trunk(self, batch: int) -> list[Values]:
-        """The values from which the merged trunk starts for each path, and then each source."""
+        """Compute the start values of the merged trunk for each path, followed by those of each source."""
         x, stems = self.batches[batch], self.merged.stems
         if not stems:
             inputs = next(node for node in self.trunk.runs[0].nodes if node.op == "placeholder")
@@ -217,7 +222,7 @@ class Walk:
         return run_of_stem(self.merged.graphs[task], self.merged.sources[task])
 
     def _begin_head(self, task: str, batch: int) -> list[Values]:
-        """The values from which a head starts: those of the merged trunk, and those of its source."""
+        """Compute the start values of a head: from the merged trunk, and from the head's source."""
         path = self.paths.index(task) if task in self.paths else 0
         merged, own = self.trunk.finish(batch, (path, len(self.paths) + self.merged.models[task]))
         graph = self.merged.graphs[task]
@@ -230,11 +235,11 @@ class Walk:
                 for known, network in zip(values, (head, source), strict=True):
                     if network is head or isinstance(network, Joined):
                         known[node] = network.get_submodule(f"{UNMERGE}.{crossing.node}")(known[node])
-        self._pass_by(graph, task, batch, values)
+        self._add_bypassing(graph, task, batch, values)
         return values
 
-    def _pass_by(self, graph: MergeGraph, task: str, batch: int, values: Sequence[Values]) -> None:
-        """Add the values that the stem of a task passes to its head."""
+    def _add_bypassing(self, graph: MergeGraph, task: str, batch: int, values: Sequence[Values]) -> None:
+        """Add the values that the stem of a task passes directly to its head."""
         by_name = {node.name: node for node in graph.fx_graph.nodes}
         passed: list[fx.Node] = [
             by_name[crossing.node] for crossing in graph.crossings if crossing.node in graph.stem_nodes
@@ -248,7 +253,7 @@ class Walk:
 
 @contextmanager
 def progress_over(total: int) -> Iterator[Callable[[], None]]:
-    """A progress bar on the terminal of the first process; inside, call the function once per layer."""
+    """Context manager: show a progress bar on the terminal of rank 0. Call the yielded function once per layer."""
     silent = rank_and_size()[0] != 0 or not Console().is_terminal
     with Progress(transient=True, disable=silent) as progress:
         bar = progress.add_task("refining layers", total=total)
@@ -256,9 +261,9 @@ def progress_over(total: int) -> Iterator[Callable[[], None]]:
 
 
 def note_of(left: Mapping[str, str]) -> tuple[str, ...]:
-    """A note that lists the layers that keep the weights of the merge, and the reasons; empty if there are none."""
+    """Write a note on the layers that keep their merged weights, with reasons; empty if there are no such layers."""
     named: dict[str, list[str]] = {}
     for name, why in left.items():
         named.setdefault(why, []).append(f"`{name}`")
     listed = "; ".join(f"{', '.join(names)} ({why})" for why, names in named.items())
-    return (f"Kept the weights that merging gave them: {listed}.",) * bool(listed)
+    return (f"The refinement skipped these layers: {listed}.",) * bool(listed)

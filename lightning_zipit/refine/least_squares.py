@@ -1,4 +1,4 @@
-"""Fits every layer of a merged network to its sources in closed form."""
+"""Least-squares refinement: fit every layer of a merged network to its sources in closed form."""
 
 from __future__ import annotations
 
@@ -17,29 +17,31 @@ from lightning_zipit.refine.part import Part
 from lightning_zipit.refine.patches import patches, samples
 
 MOST_INPUTS = 8192
-"""Layers with more inputs keep their weights: the normal equations of one take half a GiB at this size."""
+"""Largest number of inputs of a fitted layer. At this size, the normal equations take half a GiB."""
 
 
 @dataclass(frozen=True)
 class LeastSquares(LayerByLayer):
-    """Fits every convolution and linear layer to the outputs of the sources, in closed form.
+    """Fit every convolution and linear layer to the outputs of the sources, in closed form.
 
-    The inputs of a layer are those of the merged network. The target of a layer of the trunk is the zipped output of
-    the sources; at the end of a residual branch, it is the zipped sum less the merged shortcut. The target of a layer
-    of a head is the output of its source. Neither labels nor gradients are used.
+    The inputs of a layer come from the merged network. For a layer of the trunk, the target is the zipped output of the
+    sources. At the end of a residual branch, the target is the zipped sum minus the merged shortcut. For a layer of a
+    head, the target is the output of its source. Neither labels nor gradients are used.
 
     Args:
-        positions: how many positions of each image or sequence a layer is adapted on, at random; ``None`` for all.
-        cache_bytes: memory for the activations of all batches between two layers. If they need more, they are computed
-            again for each layer, from the last layer where they fitted.
-        ridge: how strongly weights are held to the zipped weights, relative to the mean square of a layer's inputs. One
-            divided by the number of images or sequences is added: the zipped weights count as one more of them.
-        pre_activations: measure features in front of their activation function, where layers are fitted. The paper
-            measures them behind it. Matchers that need covariances, such as those of linear maps, always get features
-            behind it.
+        positions: the number of random positions of each image or sequence that are used for a layer; ``None`` for
+            all.
+        cache_bytes: memory for the activations of all batches between two layers. If the activations need more, they
+            are recomputed for each layer, from the last layer whose activations did fit.
+        ridge: strength of the regularisation towards the zipped weights, relative to the mean square of a layer's
+            inputs. One divided by the number of images or sequences is added: the zipped weights count as one
+            additional sample.
+        pre_activations: measure features in front of the activation, where layers are fitted. The paper measures them
+            after the activation. Matchers that need covariances, such as matchers with linear maps, always get
+            features after the activation.
 
     Raises:
-        ValueError: if a number is out of range.
+        ValueError: if ``positions`` is below 1, ``cache_bytes`` is negative, or ``ridge`` is not above 0.
     """
 
     ridge: float = 3e-3
@@ -56,23 +58,23 @@ class LeastSquares(LayerByLayer):
     def adapt(self, part: Part, stop: Layer) -> float:
         layer, norm = layer_of(part.merged, stop)
         outcome = Outputs(stop, part.merged)
-        ridge = self.ridge + 1 / part.images  # what merging gave counts as one image more
+        ridge = self.ridge + 1 / part.images  # the merged weights count as one additional image
         return solve_layer(layer, norm, equations_of(part, stop, outcome).centred(), ridge, outcome.scale())
 
 
 def equations_of(part: Part, stop: Layer, outcome: Outputs) -> NormalEquations:
     """Sum the normal equations of a layer over the batches of all processes.
 
-    The inputs are those of the merged network; the targets are the zipped targets of the sources, less the other
-    summand of the merged network where the target is a sum.
+    The inputs come from the merged network. The targets are the zipped targets of the sources. If the target is a sum,
+    the merged network's other summand is subtracted.
 
     Args:
         part: the trunk or head.
         stop: the layer.
-        outcome: reads values of the merged network as outputs of the layer.
+        outcome: converts values of the merged network to outputs of the layer.
 
     Raises:
-        CalibrationError: if a network computes NaN or Inf there.
+        CalibrationError: if a network computes NaN or Inf at the layer.
     """
     layer, _ = layer_of(part.merged, stop)
     groups, zipped = groups_of(layer), part.zip_of(stop.name)
@@ -100,21 +102,21 @@ def equations_of(part: Part, stop: Layer, outcome: Outputs) -> NormalEquations:
 def solve_layer(
     layer: Fitted, norm: _BatchNorm | None, equations: CentredEquations, ridge: float, scale: Tensor | None = None
 ) -> float:
-    """Set the weights of a layer, and the norm behind it, to the solution of its normal equations.
+    """Set the weights of a layer, and the batch norm after it, to the solution of its normal equations.
 
-    The norm gets the statistics of what the layer gives now, and the scale and shift that undo them: in eval mode it
-    is then no more than a bias.
+    The norm gets the statistics of the layer's new outputs, and a scale and shift that cancel them. In eval mode, the
+    norm then only adds a bias.
 
     Args:
-        layer: the layer; its weights are what the solution is held to.
-        norm: the batch norm behind it.
-        equations: with the samples of all processes.
+        layer: the layer. The solution is regularised towards its current weights.
+        norm: the batch norm after the layer.
+        equations: the equations of all processes.
         ridge: see :meth:`CentredEquations.solve`.
-        scale: what the network multiplies the outputs by before they reach the target, ``(outputs,)``. An output that
-            it multiplies by 0 keeps its weights.
+        scale: the factor of each output between the layer and the target, ``(outputs,)``. An output with factor 0
+            keeps its weights.
 
     Returns:
-        The share of the target's variance that the layer explains.
+        The ratio of the target's variance that the layer explains.
     """
     old: Tensor = layer.weight.detach()
     old_weight, old_bias = folded(layer, norm)
@@ -139,7 +141,7 @@ def solve_layer(
 
 
 def folded(layer: Fitted, norm: _BatchNorm | None) -> tuple[Tensor, Tensor]:
-    """A layer and the batch norm behind it as one layer: weights ``(outputs, inputs)`` and bias, float64."""
+    """Fold a batch norm into the layer before it: weights ``(outputs, inputs)`` and bias of one layer, float64."""
     weight = layer.weight.detach().flatten(1).double()
     bias = weight.new_zeros(len(weight)) if layer.bias is None else layer.bias.detach().double()
     if norm is None:

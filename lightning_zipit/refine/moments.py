@@ -7,16 +7,16 @@ from torch import Tensor
 
 
 class FeatureMoments:
-    """Mean and variance per feature. Every sample counts once, however samples are split into batches.
+    """Mean and variance per feature. Every sample counts once, independent of the split into batches.
 
     Args:
         size: the number of features.
-        device: where the samples are.
-        origin: values near the means, the same on every process, so that no digit is lost; 0 by default.
+        device: the device of the samples.
+        origin: values near the means, to keep precision; identical on every process; 0 by default.
 
     Attributes:
-        sums: per feature the number of samples, the sum of their offsets from the origin, and that of their squares,
-            float64 ``(3, features)``; they add up over processes.
+        sums: per feature the number of samples, the sum of their offsets from the origin, and the sum of the squared
+            offsets, float64 ``(3, features)``. The sums of several processes can be added.
     """
 
     def __init__(self, size: int, device: torch.device, origin: Tensor | None = None) -> None:
@@ -30,7 +30,7 @@ class FeatureMoments:
         self.sums += torch.stack([count, offsets.sum(0), offsets.square().sum(0)])
 
     def add_summary(self, count: int, mean: Tensor, variance: Tensor) -> None:
-        """Add samples of which the number, and per feature the mean and the variance (divided by it), are known."""
+        """Add samples by their number, and their mean and variance (divided by the number) per feature."""
         offset = mean.double() - self.origin
         squares = variance.double() + offset.square()
         self.sums += count * torch.stack([torch.ones_like(offset), offset, squares])
@@ -42,11 +42,11 @@ class FeatureMoments:
 
     @property
     def mean(self) -> Tensor:
-        """``(features,)``."""
+        """Mean per feature, ``(features,)``."""
         return self.origin + self.sums[1] / self.sums[0]
 
     @property
     def variance(self) -> Tensor:
-        """``(features,)``, with Bessel's correction."""
+        """Variance per feature, ``(features,)``, with Bessel's correction."""
         count, total, squares = self.sums
         return ((squares - total.square() / count) / (count - 1).clamp(min=1)).clamp(min=0)

@@ -1,4 +1,4 @@
-"""Normal equations of linear regression, summed over batches and processes."""
+"""Normal equations of linear regression over batches and processes."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from lightning_zipit._calibration.statistics import AT_ONCE, add_gram
 from lightning_zipit.errors import CalibrationError
 
 MOST_TRIES = 40
-"""Strengths of the ridge that are tried, each ten times the last: rounding is made up for long before."""
+"""Highest number of ridge strengths that are tried, each ten times the last. Far fewer compensate for rounding."""
 
 
 class NormalEquations:
-    """Sums over samples from which the best weights of a layer follow; they add up over batches and processes.
+    """Sums over samples that determine the optimal weights of a layer. Sums of batches and processes can be added.
 
     Args:
         groups: the number of groups.
-        inputs: inputs of a group.
-        outputs: outputs of a group.
-        device: where the samples are.
+        inputs: the number of inputs of a group.
+        outputs: the number of outputs of a group.
+        device: the device of the samples.
     """
 
     def __init__(self, groups: int, inputs: int, outputs: int, device: torch.device) -> None:
@@ -30,7 +30,7 @@ class NormalEquations:
 
         self.count = zeros(1)[:1]
         self.inputs, self.outputs = zeros(inputs), zeros(outputs)
-        # Of the Gram matrices, what lies below the diagonal means nothing.
+        # The entries of the Gram matrices below the diagonal are undefined.
         self.gram, self.cross, self.power = zeros(inputs, inputs), zeros(inputs, outputs), zeros(outputs)
 
     def add(self, x: Tensor, target: Tensor) -> None:
@@ -40,8 +40,8 @@ class NormalEquations:
             x: ``(groups, samples, inputs)``.
             target: ``(groups, samples, outputs)``.
         """
-        # In double precision throughout: what rounding would differ by with the split into batches, a nearly singular
-        # Gram matrix magnifies. (Forwards on a CPU give a sample the same digits in any batch of two or more.)
+        # Everything is in double precision: rounding depends on the split into batches, and a nearly singular Gram
+        # matrix amplifies it. (A forward on a CPU computes a sample identically in any batch of two or more.)
         rows = max(1, AT_ONCE // (len(x) * (x.shape[2] + target.shape[2])))
         for some, wanted in zip(x.split(rows, 1), target.split(rows, 1), strict=True):
             x, target = some.double(), wanted.double()
@@ -57,17 +57,17 @@ class NormalEquations:
 
     @property
     def sums(self) -> list[Tensor]:
-        """All sums; they add up over processes."""
+        """All sums, to be added over processes."""
         return [self.count, self.inputs, self.outputs, self.gram, self.cross, self.power]
 
     @property
     def totals(self) -> Tensor:
-        """What is not finite if any sum is not: off the diagonal, the Gram matrix is no larger than on it."""
+        """Sums that are finite only if all sums are finite: the diagonal bounds the Gram matrix."""
         diagonal = self.gram.diagonal(dim1=1, dim2=2)
         return torch.cat([sums.flatten() for sums in (self.inputs, self.outputs, self.power, diagonal)])
 
     def centred(self) -> CentredEquations:
-        """The equations of the samples less their mean."""
+        """Compute the equations of the centred samples."""
         mean, offset = self.inputs / self.count, self.outputs / self.count
         gram = self.gram.triu()
         gram += gram.triu(1).mT
@@ -78,14 +78,14 @@ class NormalEquations:
 
 
 class CentredEquations(NamedTuple):
-    """What the weights of a layer and their fit follow from.
+    """Normal equations of centred samples: they determine the weights of a layer, and the fit of any weights.
 
     Attributes:
-        mean: of the inputs, ``(groups, inputs)``.
+        mean: the mean of the inputs, ``(groups, inputs)``.
         offset: the mean of the targets, ``(groups, outputs)``.
         gram: the covariance of the inputs, ``(groups, inputs, inputs)``.
-        cross: that of inputs and targets, ``(groups, inputs, outputs)``.
-        variance: of all targets together.
+        cross: the covariance of inputs and targets, ``(groups, inputs, outputs)``.
+        variance: the sum of the variances of all targets.
         squares: the mean square of the inputs of each group, ``(groups,)``.
     """
 
@@ -97,19 +97,19 @@ class CentredEquations(NamedTuple):
     squares: Tensor
 
     def solve(self, prior: Tensor, ridge: float, intercept: bool = True) -> tuple[Tensor, Tensor]:
-        """The weights and bias that minimise Σ‖W x + b - t‖² + λ‖W - prior‖².
+        """Compute the weights and bias that minimise Σ‖W x + b - t‖² + λ‖W - prior‖².
 
         Args:
-            prior: ``(groups, outputs, inputs)``.
-            ridge: λ as a share of the mean square of the inputs. Where they hardly vary beside their mean, little but
-                rounding tells samples apart, and the weights stay near the prior.
-            intercept: whether there is a bias; without one it is 0.
+            prior: the weights of the regularisation term, ``(groups, outputs, inputs)``.
+            ridge: λ as a ratio to the mean square of the inputs. If the inputs vary little compared with their mean,
+                rounding dominates their differences, and the weights stay near the prior.
+            intercept: whether the layer has a bias; otherwise it is 0.
 
         Returns:
-            float64 ``(groups, outputs, inputs)`` and ``(groups, outputs)``.
+            The weights, float64 ``(groups, outputs, inputs)``, and the bias, float64 ``(groups, outputs)``.
 
         Raises:
-            CalibrationError: if there is no solution, as where sums are not finite.
+            CalibrationError: if the equations have no solution, for example because sums are not finite.
         """
         gram, cross = self.gram, self.cross
         if not intercept:
@@ -125,21 +125,21 @@ class CentredEquations(NamedTuple):
             strength = torch.where(failed > 0, strength * 10, strength)
         else:
             raise CalibrationError(
-                "A layer's normal equations have no solution: its inputs are too large, or NaN or Inf. Merge with "
-                "refine='batch_norm' or None instead, or look for such values in weights and data."
+                "The normal equations of a layer have no solution: its inputs are too large, NaN or Inf. Check weights "
+                "and data for such values, or merge with refine='batch_norm' or refine=None."
             )
         weight = torch.cholesky_solve(cross + strength[:, None, None] * prior.double().mT, factor).mT
         bias = self.offset - self._through(weight)
         return weight, bias if intercept else torch.zeros_like(bias)
 
     def explained(self, weight: Tensor, bias: Tensor) -> float:
-        """The share of the target's variance that weights explain, over all outputs; 1 at best."""
+        """Compute the ratio of the target's variance that weights explain, over all outputs; at most 1."""
         fitted = 2 * (weight * self.cross.mT).sum() - ((weight @ self.gram) * weight).sum()
         shift = (self._through(weight) + bias - self.offset).square().sum()
         return ((fitted - shift) / self.variance.clamp(min=torch.finfo(torch.float64).tiny)).item()
 
     def moments_of(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and variance of W x per output, ``(groups, outputs)`` each."""
+        """Compute mean and variance of W x per output, ``(groups, outputs)`` each."""
         return self._through(weight), ((weight @ self.gram) * weight).sum(2).clamp(min=0)
 
     def _through(self, weight: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Converts values after a layer to the shape of its outputs."""
+"""Conversion of values after a layer to the shape of the layer's outputs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning_zipit.refine.patches import samples
 
 
 class Outputs:
-    """Converts the values at the end of a layer's branch to the layout of the layer's outputs.
+    """Convert the values at the end of a layer's branch to the layout of the layer's outputs.
 
     Args:
         stop: the layer.
@@ -25,11 +25,11 @@ class Outputs:
         self._known: dict[tuple[int, ...], tuple[Tensor, torch.Size]] = {}
 
     def __call__(self, value: Tensor, like: Sequence[int]) -> Tensor:
-        """A value at the end of the branch, or one that broadcasts with it, in the shape of the layer's outputs.
+        """Convert a value at the end of the branch, or a value that broadcasts with it, to the shape of the outputs.
 
         Args:
             value: the value.
-            like: the shape of the outputs of this layer in a network of perhaps another width.
+            like: the shape of the outputs of this layer, possibly in a network of another width.
         """
         shape = self._own(like)
         if not self.branch.moves:
@@ -40,7 +40,7 @@ class Outputs:
         return value.expand(moved).flatten()[places]
 
     def scale(self) -> Tensor | None:
-        """The factor of the branch for each output, ``(outputs,)``; ``None`` if it multiplies by nothing."""
+        """Return the factor of the branch for each output, ``(outputs,)``, or ``None`` if it has no products."""
         if not self.branch.products:
             return None
         return samples(self.layer, self.branch.scales(self.network, self._own(self.branch.shape)))[0]
@@ -52,5 +52,5 @@ class Outputs:
 
 
 def outputs_shape(layer: Fitted, x: Tensor) -> tuple[int, ...]:
-    """The shape of a layer's output."""
+    """Compute the shape of a layer's output."""
     return (len(x), *layer(x[:1]).shape[1:])

@@ -1,4 +1,4 @@
-"""The trunk or a head on its way through its layers, with the values that reach each of them."""
+"""The trunk or a head during a layer-by-layer refinement, with the inputs of each layer."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class AtLayer(NamedTuple):
     """Values of one batch at one layer.
 
     Attributes:
-        merged: of the merged network, just before the layer; once for each task with an input of its own.
-        sources: of each source network, just after the target of the layer.
-        marks: a number for each sample that decides which positions are looked at.
+        merged: the values of the merged network just before the layer; one entry for each separate input.
+        sources: the values of each source network just after the target of the layer.
+        marks: a number for each sample that determines the chosen positions.
     """
 
     merged: list[Values]
@@ -32,17 +32,17 @@ class AtLayer(NamedTuple):
 
 
 class Part:
-    """The trunk or a head, with its sources, on the way from layer to layer.
+    """The trunk or a head with its sources, during a layer-by-layer refinement.
 
     Args:
-        name: its name: ``trunk`` or ``heads.TASK``.
-        frontier: the merged network as often as it runs, then the sources.
-        zip_of: from the name of a layer to what zips the sources' outputs of that layer.
+        name: ``trunk`` or ``heads.TASK``.
+        frontier: the merged network, ``paths`` times, followed by the sources.
+        zip_of: returns, for the name of a layer, the :class:`Zip` of the sources' outputs.
         marks: per batch, a number for each sample; see :func:`~lightning_zipit._calibration.positions.marks`.
-        sources: how errors call each source.
-        positions: how many positions of a sample are looked at; ``None`` for all.
+        sources: the description of each source in error messages.
+        positions: the number of positions of a sample that are used; ``None`` for all.
         images: the number of samples of all processes.
-        paths: how often the merged network runs.
+        paths: the number of runs of the merged network for each batch.
     """
 
     def __init__(
@@ -59,8 +59,8 @@ class Part:
         self.name, self.zip_of, self.images = name, zip_of, images
         self._frontier, self._marks, self._sources = frontier, marks, list(sources)
         self._count, self._paths = positions, paths
-        self._position = {node: number for number, node in enumerate(frontier.runs[0].nodes)}
-        self._sources_at = 0
+        self._node_index = {node: index for index, node in enumerate(frontier.runs[0].nodes)}
+        self._sources_end = 0  # index of the node before which the sources stop
 
     @property
     def merged(self) -> nn.Module:
@@ -73,22 +73,22 @@ class Part:
         return [run.network for run in self._frontier.runs[self._paths :]]
 
     def batches(self, stop: Layer | Norm, target: fx.Node | None = None) -> Iterator[AtLayer]:
-        """Take all batches to a layer.
+        """Run all batches up to a layer.
 
         Args:
-            stop: the layer, behind that of the last call.
-            target: the node that the sources are run to, itself included; by default they stay where they are.
+            stop: the layer. It must come after the layer of the last call.
+            target: the last node that the sources run; by default the sources do not advance.
         """
         if target is not None:
-            self._sources_at = max(self._sources_at, self._position[target] + 1)
-        ends = [self._position[stop.node]] * self._paths + [self._sources_at] * len(self.sources)
+            self._sources_end = max(self._sources_end, self._node_index[target] + 1)
+        ends = [self._node_index[stop.node]] * self._paths + [self._sources_end] * len(self.sources)
         for marks, values in zip(self._marks, self._frontier.visit(ends), strict=True):
-            yield AtLayer(values[: self._paths], values[self._paths :], marks + self._position[stop.node])
+            yield AtLayer(values[: self._paths], values[self._paths :], marks + self._node_index[stop.node])
 
     def positions(self, layer: Fitted, value: Tensor, marks: Tensor) -> Tensor | None:
-        """The positions of each sample to look at; ``None`` for all.
+        """Choose the positions of each sample for a layer; ``None`` for all.
 
-        They depend on the sample and the layer alone, so that they are the same on every process.
+        The choice depends only on the sample and the layer, so it is the same on every process.
 
         Args:
             layer: the layer.
@@ -98,21 +98,21 @@ class Part:
         count = value[0].numel() // (value.shape[-1] if isinstance(layer, nn.Linear) else value.shape[1])
         if self._count is None or count <= self._count:
             return None
-        each, rest = divmod(len(value), len(marks))  # windows are samples
+        each, rest = divmod(len(value), len(marks))  # each window counts as a sample
         own = marks.repeat_interleave(each) if not rest else marks.new_zeros(len(value))
         return choose_positions(own, count, self._count)
 
     def check(self, stop: Layer | Norm, merged: Tensor, sources: Iterable[Tensor] = ()) -> None:
-        """Look for NaN and Inf in sums over what the merged network and the sources compute at a layer.
+        """Check sums over values of the merged network and the sources at a layer for NaN and Inf.
 
         Raises:
-            CalibrationError: naming the layer and the networks.
+            CalibrationError: if a sum is not finite. It names the layer and the networks.
         """
         sums = {MERGED: merged, **dict(zip(self._sources, sources, strict=False))}
         check_values(f"{self.name}.{stop.name}", sums)
 
     def renew(self, stop: Norm) -> None:
-        """Give a batch norm the statistics of what reaches it."""
+        """Set the running statistics of a batch norm to the statistics of its input."""
         norm = self.merged.get_submodule(stop.name)
         mean = norm.get_buffer("running_mean")
         now = FeatureMoments(len(mean), mean.device)

@@ -1,4 +1,4 @@
-"""Inputs and outputs of a layer as rows of samples."""
+"""Inputs and outputs of a layer as rows of samples (im2col)."""
 
 from __future__ import annotations
 
@@ -12,17 +12,16 @@ from lightning_zipit.graph.layers import Fitted
 
 
 def patches(layer: Fitted, x: Tensor, positions: Tensor | None = None) -> Tensor:
-    """What a layer multiplies its weights with, group by group.
+    """Extract the patches that a layer multiplies with its weights, group by group.
 
     Args:
-        layer: a convolution of one or two dimensions, or a linear layer.
-        x: its input.
-        positions: which output positions to take of every sample, counted row by row, ``(batch, count)``; all by
-            default.
+        layer: a one- or two-dimensional convolution, or a linear layer.
+        x: the input of the layer.
+        positions: the output positions to use of every sample, in row-major order, ``(batch, count)``; all by default.
 
     Returns:
-        ``(groups, samples × positions, inputs of a group)``; the product with the weights of the group, ``(outputs,
-        inputs)``, is the layer's output without bias.
+        ``(groups, samples × positions, inputs of a group)``. Their product with the weights of the group, ``(outputs,
+        inputs)``, is the output of the layer without bias.
     """
     if isinstance(layer, nn.Linear):
         return taken(x.reshape(len(x), -1, x.shape[-1]), positions).reshape(1, -1, x.shape[-1])
@@ -52,12 +51,12 @@ def _windows(
     padding: Sequence[int],
     stride: Sequence[int],
 ) -> Tensor:
-    """What :func:`torch.nn.functional.unfold` gives, at some positions of each sample: ``(batch, count, inputs)``."""
+    """Compute :func:`torch.nn.functional.unfold` at some positions of each sample: ``(batch, count, inputs)``."""
     x = F.pad(x, (padding[1], padding[1], padding[0], padding[0])).movedim(1, 3)
     height, width = x.shape[1:3]
     per_row = (width - dilation[1] * (kernel[1] - 1) - 1) // stride[1] + 1
     steps = [torch.arange(size, device=x.device) * step for size, step in zip(kernel, dilation, strict=True)]
-    offsets = (steps[0][:, None] * width + steps[1]).flatten()  # of the inputs of a window from its corner
+    offsets = (steps[0][:, None] * width + steps[1]).flatten()  # from the corner of a window to its inputs
     corners = positions // per_row * stride[0] * width + positions % per_row * stride[1]
     corners = corners + torch.arange(len(x), device=x.device)[:, None] * height * width
     index = corners[:, :, None] + offsets
@@ -66,13 +65,13 @@ def _windows(
 
 
 def samples(layer: Fitted, value: Tensor, positions: Tensor | None = None) -> Tensor:
-    """Values of the shape of a layer's output, ``(samples × positions, outputs)``, in the order of :func:`patches`."""
+    """Reshape an output of a layer to ``(samples × positions, outputs)``, in the order of :func:`patches`."""
     rows = value.reshape(len(value), -1, value.shape[-1]) if isinstance(layer, nn.Linear) else value.flatten(2).mT
     return taken(rows, positions).flatten(0, 1)
 
 
 def taken(rows: Tensor, positions: Tensor | None) -> Tensor:
-    """Of ``(batch, positions, …)``, those in ``(batch, count)``, or all."""
+    """Select positions ``(batch, count)`` from rows ``(batch, positions, …)``; all if ``positions`` is ``None``."""
     if positions is None:
         return rows
     return rows[torch.arange(len(rows), device=rows.device)[:, None], positions]

@@ -1,4 +1,4 @@
-"""The interface of a refinement: what adapts merged networks to the calibration data."""
+"""Interface of a refinement, which adapts merged networks to the calibration data."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from lightning_zipit.refine.task_norms import has_task_norms
 
 @dataclass(frozen=True)
 class MergedNetworks:
-    """Merged networks and their sources: what a refinement is given.
+    """Merged networks and their sources: the input of a refinement.
 
     Attributes:
-        trunk: the shared part; it takes what a stem returns, or the input, and returns a tuple of what heads take.
-        heads: the last part of each task.
-        stems: the first part of each task; empty if the trunk takes the input.
+        trunk: the shared part. It maps the input, or the output of a stem, to a tuple of the inputs of the heads.
+        heads: the last part of each task's network.
+        stems: the first part of each task's network; empty if the trunk starts at the input.
         sources: the source network of each task, in eval mode. A refinement must not change them.
-        graphs: the merge graph of each task.
+        graphs: the merge graph of each task's network.
         maps: the merge and unmerge matrices of each feature space.
-        models: the number of the model of each task. Several tasks have one number if their model was merged before.
-        weights: how much each model counts; ``None`` if all count the same.
+        models: the model index of each task. Several tasks have the same index if their source is a merged model.
+        weights: the weight of each model; ``None`` for equal weights.
         device: the device of the batches.
     """
 
@@ -45,35 +45,35 @@ class MergedNetworks:
 
     @property
     def parts(self) -> dict[str, nn.Module]:
-        """Trunk and heads by their names in reports and errors: ``trunk`` and ``heads.TASK``."""
+        """Trunk and heads by their names in reports and error messages: ``trunk`` and ``heads.TASK``."""
         return {"trunk": self.trunk, **{f"heads.{task}": head for task, head in self.heads.items()}}
 
     @property
     def runs_per_task(self) -> bool:
-        """Whether the trunk computes different values for each task: it has stems or norms of a task."""
+        """Whether the trunk computes different values for each task, because of stems or a batch norm per task."""
         return bool(self.stems) or has_task_norms(self.trunk)
 
     def enter_trunk(self, inputs: Inputs, task: str) -> tuple[Any, ...]:
-        """The arguments of the trunk for one task.
+        """Compute the arguments of the trunk for one task.
 
         Args:
-            inputs: a batch, as a refinement gets it.
+            inputs: a batch, as in :meth:`Refining.add`.
             task: the name of the task.
         """
-        view = view_of(inputs, task).clone()  # a first layer may work in place
+        view = view_of(inputs, task).clone()  # the first layer may change its input in place
         entering = tuple(self.stems[task](view)) if self.stems else (view,)
         return (*entering, task) if has_task_norms(self.trunk) else entering
 
     def output(self, inputs: Inputs, task: str) -> Any:
-        """What the merged networks return for one task; arguments as for :meth:`enter_trunk`."""
+        """Compute the output of the merged networks for one task. For the arguments, see :meth:`enter_trunk`."""
         return self.heads[task](*self.trunk(*self.enter_trunk(inputs, task)))
 
     def source_output(self, inputs: Inputs, task: str) -> Any:
-        """What the source network of one task returns; arguments as for :meth:`enter_trunk`."""
+        """Compute the output of the source network of one task. For the arguments, see :meth:`enter_trunk`."""
         return self.sources[task](view_of(inputs, task).clone())
 
     def working_copy(self) -> MergedNetworks:
-        """The same with copies of trunk, heads and stems, in eval mode, on the device and of the sources' type."""
+        """Copy trunk, heads and stems, in eval mode, to the device of the batches and the dtype of the sources."""
         dtype = next(next(iter(self.sources.values())).parameters()).dtype
 
         def copied(module: nn.Module) -> nn.Module:
@@ -89,12 +89,12 @@ class MergedNetworks:
 
 @dataclass(frozen=True)
 class NormShift:
-    """How far the running statistics of a batch norm were from what they are after re-estimation.
+    """Change of the running statistics of a batch norm by re-estimation.
 
     Attributes:
-        mean: how far the means moved, in deviations before; the mean over features.
-        variance: the variances after, as a ratio to those before; the geometric mean over features. Below 1 where
-            merging made features vary less (the variance collapse of REPAIR, arXiv 2211.08403).
+        mean: the change of the means in old standard deviations, averaged over features.
+        variance: the ratio of new to old variances, as geometric mean over features. It is below 1 if merging reduced
+            the variance of features (the variance collapse of REPAIR, arXiv 2211.08403).
     """
 
     mean: float
@@ -103,11 +103,11 @@ class NormShift:
 
 @dataclass(frozen=True)
 class Changes:
-    """What a refinement changed, for the merge report.
+    """The changes that a refinement made, for the merge report.
 
     Attributes:
-        fits: per layer, the share of the variance of its target that it explains (1 at best).
-        shifts: per batch norm, how far its running statistics moved.
+        fits: per layer, the ratio of its target's variance that the layer explains (at most 1).
+        shifts: per batch norm, the change of its running statistics.
         notes: sentences for the report.
     """
 
@@ -117,9 +117,9 @@ class Changes:
 
 
 class Refining(ABC):
-    """A refinement at work: it takes the batches of one pass over the calibration data.
+    """A running refinement, which receives the batches of one pass over the calibration data.
 
-    The methods run without gradients and outside of inference mode.
+    The methods are called without gradients and outside of inference mode.
 
     Args:
         merged: working copies of the merged networks, and their sources.
@@ -130,39 +130,39 @@ class Refining(ABC):
 
     @abstractmethod
     def add(self, inputs: Inputs, tasks: Iterable[str]) -> None:
-        """Take a batch.
+        """Add a batch.
 
         Args:
-            inputs: the input of the networks, or the input of each network by task.
-            tasks: the tasks that the batch belongs to.
+            inputs: one input for all networks, or one input per task.
+            tasks: the tasks to which the batch belongs.
         """
 
     @abstractmethod
     def finish(self) -> Changes:
         """Change the parameters and buffers of trunk and heads in place, after the last batch.
 
-        With several processes, each has seen its own batches; sum over them with
-        :func:`~lightning_zipit.refine.all_reduce_sums`. Afterwards all processes must hold the same values. If a value
-        is then NaN or Inf, the merge ends with an error; otherwise the values are copied to the merged networks.
+        With several processes, each process has seen only its own batches. Sum over all processes with
+        :func:`~lightning_zipit.refine.all_reduce_sums`, so that all processes hold the same values afterwards. If a
+        value is NaN or Inf, the merge ends with an error. Otherwise the values are copied to the merged networks.
 
         Returns:
-            What changed.
+            The changes, for the report.
         """
 
 
 class Refinement(ABC):
-    """Settings of a refinement, and how to start it. Subclass it, and :class:`Refining`, to add a refinement.
+    """Base class of refinements: the settings. Subclass it and :class:`Refining` to write your own.
 
     Attributes:
-        per_task: whether the trunk gets a batch norm for each task.
-        pre_activations: whether features are measured, and so matched, in front of their activation functions.
+        per_task: whether the trunk gets a separate batch norm for each task.
+        pre_activations: whether features are measured and matched in front of the activation.
     """
 
     per_task: bool = False
     pre_activations: bool = False
 
     def needs_data(self, networks: Iterable[nn.Module]) -> bool:
-        """Whether these source networks make a pass over the calibration data necessary."""
+        """Whether the refinement of these source networks needs a pass over the calibration data."""
         return True
 
     @abstractmethod

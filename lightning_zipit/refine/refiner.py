@@ -1,4 +1,4 @@
-"""Runs a refinement on copies of merged networks, and copies its results back."""
+"""Execution of a refinement on copies of merged networks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning_zipit.refine.refinement import Changes, MergedNetworks, Refinemen
 
 
 class Refiner:
-    """Runs a refinement on copies of merged networks, which change only if the refinement succeeds.
+    """Run a refinement on copies of merged networks. The merged networks change only if the refinement succeeds.
 
     Args:
         refinement: the refinement.
@@ -30,8 +30,8 @@ class Refiner:
         """Pass a batch to the refinement.
 
         Args:
-            inputs: the input of the networks, or the input of each network by task.
-            tasks: the tasks that the batch belongs to.
+            inputs: one input for all networks, or one input per task.
+            tasks: the tasks to which the batch belongs.
         """
         with torch.inference_mode(False), torch.no_grad():
             self._refining.add(inputs, tasks)
@@ -40,11 +40,11 @@ class Refiner:
         """Complete the refinement after the last batch, and copy its results to the merged networks.
 
         Returns:
-            What changed.
+            The changes, for the report.
 
         Raises:
             CalibrationError: if a result is NaN or Inf.
-            ConfigurationError: if the refinement replaced parameters or buffers by others of another name or shape.
+            ConfigurationError: if the refinement changed the name or shape of parameters or buffers.
         """
         with torch.inference_mode(False), torch.no_grad():
             changes = self._refining.finish()

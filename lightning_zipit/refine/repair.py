@@ -1,4 +1,4 @@
-"""REPAIR: gives the outputs of layers the means and deviations of the sources (arXiv 2211.08403)."""
+"""REPAIR: restore means and standard deviations of the outputs of layers (arXiv 2211.08403)."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from lightning_zipit.refine.patches import samples
 
 @dataclass(frozen=True)
 class Repair(LayerByLayer):
-    """Gives every output of a layer the average mean and deviation of the sources' outputs.
+    """Set mean and standard deviation of every output of a layer to the average over the sources' outputs.
 
-    This is REPAIR (arXiv 2211.08403), applied to the heads too. It changes the running statistics and affine parameters
-    of the batch norm behind a layer, or the weights of a layer without one.
+    This is REPAIR (arXiv 2211.08403), also applied to the heads. If a batch norm follows a layer, its running
+    statistics and affine parameters are changed. Otherwise the weights of the layer are changed.
     """
 
     def adapt(self, part: Part, stop: Layer) -> None:
@@ -33,18 +33,18 @@ class Repair(LayerByLayer):
 
 
 def moments_at(part: Part, stop: Layer) -> tuple[FeatureMoments, list[FeatureMoments]]:
-    """Moments of the outputs of a layer over the batches of all processes.
+    """Compute the moments of the outputs of a layer over the batches of all processes.
 
     Args:
         part: the trunk or head.
         stop: the layer.
 
     Returns:
-        Those of the merged network in front of its norm; and those of each source behind its norm, or of its share of
-        the merged features if these are combinations of all of its own.
+        The moments of the merged network before the norm, and the moments of each source after the norm. If merged
+        features are linear combinations, the latter are the moments of the source's contribution to them.
 
     Raises:
-        CalibrationError: if a network computes NaN or Inf there.
+        CalibrationError: if a network computes NaN or Inf at the layer.
     """
     layer, _ = layer_of(part.merged, stop)
     size, device, zipped, at = len(layer.weight), layer.weight.device, part.zip_of(stop.name), stop.norm or stop.node
@@ -64,23 +64,23 @@ def moments_at(part: Part, stop: Layer) -> tuple[FeatureMoments, list[FeatureMom
 
 
 def zipped_moments(part: Part, stop: Layer, moments: Sequence[FeatureMoments]) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of each merged feature: the zipped means and deviations of the sources, ``(outputs,)``."""
+    """Zip the means and standard deviations of the sources: those of each merged feature, ``(outputs,)`` each."""
     zipped = part.zip_of(stop.name)
     means, deviations = [each.mean[None] for each in moments], [each.variance.sqrt()[None] for each in moments]
-    if zipped.mixes:  # each source's share is in its moments
+    if zipped.mixes:  # the moments already contain the weight of each source
         return torch.stack(means).sum(0)[0], torch.stack(deviations).sum(0)[0]
     return zipped(means)[0], zipped(deviations)[0]
 
 
 def rescale_layer(layer: Fitted, norm: _BatchNorm | None, now: FeatureMoments, mean: Tensor, std: Tensor) -> None:
-    """Let the outputs of a layer, behind its norm if it has one, have other means and deviations.
+    """Set means and standard deviations of the outputs of a layer, after its norm if it has one.
 
     Args:
         layer: the layer.
-        norm: the batch norm behind it.
-        now: the moments of what the layer gives, before the norm.
-        mean: the means to have, ``(outputs,)``.
-        std: the deviations to have, ``(outputs,)``.
+        norm: the batch norm after the layer.
+        now: the moments of the outputs of the layer, before the norm.
+        mean: the target means, ``(outputs,)``.
+        std: the target standard deviations, ``(outputs,)``.
     """
     dead = now.variance <= torch.finfo(torch.float32).tiny
     ratio = torch.where(dead, torch.ones_like(std), std / now.variance.where(~dead, torch.ones_like(std)).sqrt())

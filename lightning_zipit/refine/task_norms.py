@@ -1,4 +1,4 @@
-"""Batch norm that is a task's own, inside a trunk that all tasks share."""
+"""Batch norm per task inside a shared trunk."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_zipit._matching.maps import Maps, apply_maps, counting_alone
+from lightning_zipit._matching.maps import Maps, apply_maps, of_one_model
 from lightning_zipit._merging.dense import moments_under, set_moments
 from lightning_zipit.graph.table import Row, Table, bind
 
 TASK = "task"
-"""Name of the input by which a trunk with a batch norm per task is told its task."""
+"""Name of the trunk's input for the task name, if the trunk has a batch norm per task."""
 
 
 class TaskNorms(nn.ModuleDict):
-    """A norm for every task, in the place of one.
+    """One norm per task, in place of a single norm.
 
     Args:
-        norm: what each of them starts as.
+        norm: the norm that is copied for each task.
         tasks: the names of the tasks.
     """
 
@@ -33,7 +33,7 @@ class TaskNorms(nn.ModuleDict):
 
 
 def find_norms(module: nn.Module, nodes: Collection[fx.Node]) -> list[fx.Node]:
-    """The calls of batch norms with running statistics, less those whose parameters are used elsewhere too.
+    """Find calls of batch norms with running statistics, without norms whose parameters are also read elsewhere.
 
     Args:
         module: the network.
@@ -51,10 +51,10 @@ def find_norms(module: nn.Module, nodes: Collection[fx.Node]) -> list[fx.Node]:
 
 
 def give_norms(trunk: fx.GraphModule, tasks: Collection[str]) -> None:
-    """Give a trunk a batch norm per task; it then takes the name of the task as its last input.
+    """Replace the batch norms of a trunk by one batch norm per task. The task name becomes the trunk's last input.
 
     Args:
-        trunk: a trunk without; it is changed.
+        trunk: a trunk without batch norm per task, which is changed in place.
         tasks: the names of the tasks.
     """
     graph = trunk.graph
@@ -78,29 +78,29 @@ def set_affine(
     maps: Maps,
     models: Mapping[str, int],
 ) -> None:
-    """Set scale and shift of the norms of each task to the mean over its own features of each cluster.
+    """Set scale and shift of each task's norms to the mean over the task's features in each cluster.
 
-    A merged feature that stands for no feature of the task has scale and shift 0.
+    A merged feature whose cluster has no feature of the task gets scale and shift 0.
 
     Args:
-        trunk: a trunk that :func:`give_norms` has changed.
+        trunk: a trunk after :func:`give_norms`.
         networks: the source networks by task.
         axes: the table of axes.
-        maps: the matching of each space.
-        models: the number of the model that each network is a part of.
+        maps: the map of each space.
+        models: the model index of each task.
     """
     own = {name: module for name, module in trunk.named_modules() if isinstance(module, TaskNorms)}
     with torch.no_grad():
         for task, network in networks.items():
             source = models[task]
-            own_maps = counting_alone(maps, source)
+            own_maps = of_one_model(maps, source)
             rows = {id(tensor): row for _, tensor, row in bind(axes, network)}
             for name, norms in own.items():
                 _set_norm(norms[task], network.get_submodule(name), rows, own_maps, source)
 
 
 def _set_norm(norm: nn.Module, own: nn.Module, rows: Mapping[int, Row], maps: Maps, source: int) -> None:
-    """Set the norm of one task from the norm of its source; ``rows`` are by the id of a tensor of the source."""
+    """Set the norm of one task from the norm of its source. ``rows`` holds table rows by the id of a source tensor."""
     (ref,) = rows[id(own.weight)] if own.weight is not None else (None,)
     if ref is not None and maps[ref.spaces[0]].mixes:
         set_moments(norm, *moments_under(maps[ref.spaces[0]], source, own))
@@ -111,5 +111,5 @@ def _set_norm(norm: nn.Module, own: nn.Module, rows: Mapping[int, Row], maps: Ma
 
 
 def has_task_norms(trunk: nn.Module) -> bool:
-    """Whether a trunk takes the name of its task."""
+    """Whether a trunk has a batch norm per task, and so takes the task name as its last input."""
     return any(isinstance(module, TaskNorms) for module in trunk.modules())

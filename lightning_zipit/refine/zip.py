@@ -1,4 +1,4 @@
-"""Zips values of the sources: their features become those of the merged network."""
+"""Zipping of source values: map source features to merged features."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ class Zip:
 
     @property
     def mixes(self) -> bool:
-        """Whether merged features are combinations of all."""
+        """Whether merged features are linear combinations of source features."""
         return self.ref is not None and mixes(self.ref, self.maps)
 
     def part(self, source: int, value: Tensor) -> Tensor:
-        """M_i z_i ``(samples, W)``, of the values of one source ``(samples, C)``."""
+        """Compute M_i z_i ``(samples, W)`` from the values of one source ``(samples, C)``."""
         share = float(self.shares[source])
         if self.ref is None:
             return value * share
         return along_axis(value, 1, self.ref, self.maps, source, elsewhere=share)
 
     def __call__(self, values: Sequence[Tensor]) -> Tensor:
-        """M·[z_1 … z_N], ``(samples, W)``, of the values of all sources."""
+        """Compute M·[z_1 … z_N], ``(samples, W)``, from the values of all sources."""
         return sum((self.part(source, value) for source, value in enumerate(values[1:], 1)), self.part(0, values[0]))

@@ -133,8 +133,8 @@ def test_samples_that_are_counted_twice_or_not_at_all_are_an_error_on_every_rank
 def test_data_that_turns_bad_on_one_rank_is_an_error_on_every_rank(two):
     *_, messages = two
     for rank in (0, 1):
-        assert f"rank {rank}: NaN or Inf in what reaches batch norm `trunk.bn1`" in messages
-        assert f"rank {rank}: NaN or Inf at `trunk.conv1` in what the source of task 'a'" in messages
+        assert f"rank {rank}: NaN or Inf in the inputs of batch norm `trunk.bn1`" in messages
+        assert f"rank {rank}: NaN or Inf at `trunk.conv1` in the values of the source of task 'a'" in messages
 
 
 def test_sharding_strategies_test_a_merged_module_but_do_not_merge(two):

@@ -41,7 +41,7 @@ def estimated(module, batches, prefix="module"):
 
 @torch.no_grad()
 @pytest.mark.parametrize("sizes", [[33], [32, 1], [1, 32], [1] * 33, [5, 20, 8]])
-def test_every_sample_counts_once(sizes):
+def test_batch_norm_estimate_counts_every_sample_once(sizes):
     x, net = uneven(), Net()
     merged = merge_backbones({"a": net, "b": copy.deepcopy(net)}, list(x.split(sizes)), HOW)
     norm, reaching = merged.trunk.norm, net.conv(x)
@@ -51,7 +51,7 @@ def test_every_sample_counts_once(sizes):
 
 
 @torch.no_grad()
-def test_one_batch_gives_what_torch_gives_for_it():
+def test_batch_norm_estimate_of_one_batch_equals_torch():
     x, net = torch.randn(16, 3, 16, 16), SmallResNet()
     expected = copy.deepcopy(net).train()
     for module in expected.modules():
@@ -64,7 +64,7 @@ def test_one_batch_gives_what_torch_gives_for_it():
 
 
 @torch.no_grad()
-def test_means_that_are_large_beside_deviations_cost_no_precision():
+def test_batch_norm_estimate_is_precise_for_large_means():
     x, norm = torch.randn(64, 5).double() * 1e-3 + 1e4, nn.BatchNorm1d(5).double()
     norm.running_mean.fill_(1e4 + 0.1)  # as merging left it: near the mean
     estimated(norm, x.split(10))
@@ -94,7 +94,7 @@ class Shared(Twice):
 
 @torch.no_grad()
 @pytest.mark.parametrize("make", [Twice, Shared])
-def test_a_norm_that_is_called_twice_has_the_statistics_of_both_calls(make):
+def test_batch_norm_called_twice_has_statistics_of_both_calls(make):
     x, net = uneven(12), make()
     first = net.conv(x)
     own = (first - first.mean((0, 2, 3), keepdim=True)) / first.var((0, 2, 3), False, keepdim=True).add(1e-5).sqrt()
@@ -106,7 +106,7 @@ def test_a_norm_that_is_called_twice_has_the_statistics_of_both_calls(make):
 
 
 @torch.no_grad()
-def test_batches_with_one_value_per_feature_are_normalised_by_the_statistics_that_were():
+def test_batches_with_one_value_per_feature_use_old_statistics():
     net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 6), nn.BatchNorm1d(6)).eval()
     net[1].running_mean.normal_(), net[1].running_var.uniform_(0.5, 2)
     x = torch.randn(20, 4)
@@ -117,7 +117,7 @@ def test_batches_with_one_value_per_feature_are_normalised_by_the_statistics_tha
 
 
 @torch.no_grad()
-def test_per_task_norms_count_their_own_samples():
+def test_per_task_norms_count_samples_of_their_task():
     x, other = uneven(9), torch.randn(20, 3, 8, 8)
     net = Net()
     settings = MergeSettings(refine=BatchNorm(per_task=True))
@@ -127,16 +127,16 @@ def test_per_task_norms_count_their_own_samples():
 
 
 @pytest.mark.parametrize(("count", "size"), [(0, 8), (1, 3)])
-def test_a_norm_that_no_two_samples_reach_is_an_error(count, size):
+def test_batch_norm_with_fewer_than_two_samples_is_an_error(count, size):
     nets = {task: Net().eval() for task in "ab"}
     estimator = BatchNormEstimator({"trunk": nets["a"]})
     with torch.no_grad(), estimator.collecting(nets["a"]):
         nets["a"](torch.randn(count, 3, size, size))
-    with pytest.raises(CalibrationError, match=r"Fewer than two samples reached batch norm `trunk\.norm`"):
+    with pytest.raises(CalibrationError, match=r"batch norm `trunk\.norm` cannot be re-estimated: fewer than two"):
         estimator.finish()
 
 
-def test_heads_see_their_own_tasks_and_the_trunk_all():
+def test_heads_use_data_of_their_task_and_trunk_uses_all_data():
     torch.manual_seed(0)
     nets = {task: settle(SmallResNet(), torch.randn(16, 3, 16, 16)) for task in "ab"}
     loaders = [torch.randn(9, 3, 16, 16).split(8), torch.randn(12, 3, 16, 16).split(5)]
@@ -150,7 +150,7 @@ def test_heads_see_their_own_tasks_and_the_trunk_all():
 
 @torch.no_grad()
 @pytest.mark.parametrize("refine", [None, "batch_norm", "least_squares"])
-def test_norms_without_running_statistics_need_no_sample_alone(refine):
+def test_batch_norm_without_running_statistics_needs_no_single_sample(refine):
     net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8, track_running_stats=False), nn.ReLU(), nn.Linear(8, 3))
     x = torch.randn(32, 6)
     merged = merge_backbones({"a": net, "b": copy.deepcopy(net)}, x.split(16), MergeSettings(refine=refine))

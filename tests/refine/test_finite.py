@@ -37,14 +37,14 @@ def nets():
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("refine", REFINEMENTS)
-def test_data_that_turns_bad_is_an_error(nets, refine, value):
+def test_nan_in_data_of_refinement_is_an_error(nets, refine, value):
     data = TurnsBad(torch.randn(16, 3, 16, 16).split(8), value)
     with pytest.raises(CalibrationError, match=r"NaN or Inf .*`trunk\.(conv1|bn1)`.*'a'.*'b'.*precision"):
         merge_backbones(nets, data, MergeSettings(refine=refine))
 
 
 @pytest.mark.parametrize("refine", REFINEMENTS)
-def test_the_task_is_named_whose_values_are_bad(nets, refine):
+def test_error_names_the_task_with_nan(nets, refine):
     """Each has a head of its own; one overflows on its own images, which are not calibrated on."""
     good, wild = torch.randn(16, 3, 16, 16), TurnsBad(torch.randn(16, 3, 16, 16).split(8), 1e30)
     with torch.no_grad():
@@ -57,7 +57,7 @@ def test_the_task_is_named_whose_values_are_bad(nets, refine):
     assert "'a'" not in str(caught.value) and "heads.a." not in str(caught.value)
 
 
-def test_an_overflow_of_the_merged_network_alone_is_an_error():
+def test_overflow_in_the_merged_network_is_an_error():
     """Half precision holds what sources compute, and not what comes of weights that were fitted to it."""
     torch.manual_seed(0)
     nets = {
@@ -73,7 +73,7 @@ def test_an_overflow_of_the_merged_network_alone_is_an_error():
         merge_backbones(nets, [x * 30], MergeSettings(refine=LeastSquares(ridge=1e-9)))
 
 
-def test_sums_that_are_not_finite_have_no_solution_and_no_loop():
+def test_normal_equations_with_nan_are_an_error():
     equations = NormalEquations(1, 3, 2, torch.device("cpu"))
     x = torch.randn(1, 20, 3)
     x[0, 3, 1] = float("nan")
@@ -83,7 +83,7 @@ def test_sums_that_are_not_finite_have_no_solution_and_no_loop():
         equations.centred().solve(torch.zeros(1, 2, 3), 1e-3)
 
 
-def test_what_was_not_finite_before_is_no_result_of_refining():
+def test_values_that_were_not_finite_before_refinement_are_ignored():
     module, refined = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
     for each in (module, refined):
         each.register_buffer("mask", torch.full((2,), float("-inf")))

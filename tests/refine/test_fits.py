@@ -160,7 +160,7 @@ CASES = [
 
 @torch.no_grad()
 @pytest.mark.parametrize(("name", "bias", "behind"), CASES)
-def test_a_layer_is_the_best_that_a_dense_computation_finds(name, bias, behind):
+def test_fitted_layer_equals_dense_least_squares(name, bias, behind):
     nets, x = {task: make_net(name, bias, behind) for task in "ab"}, input_of(name)
     averaged = copy.deepcopy(nets["a"])  # matched by number, the merged weights are the means
     for parameter, *others in zip(*(each.state_dict().values() for each in (averaged, *nets.values())), strict=True):
@@ -199,7 +199,7 @@ class ChannelsLast(nn.Module):
 
 
 @torch.no_grad()
-def test_outputs_that_are_moved_and_scaled_are_fitted_to_the_sum():
+def test_permuted_and_scaled_outputs_are_fitted_to_the_sum():
     nets, x = {task: ChannelsLast().eval() for task in "ab"}, torch.randn(30, 4, 4, 3)
     nets["a"].scale[2] = nets["b"].scale[2] = 0  # its weights say nothing, and stay as they are
     how = LeastSquares(positions=None, ridge=RIDGE)

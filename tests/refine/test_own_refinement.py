@@ -123,7 +123,7 @@ def test_own_refinement_may_not_change_the_structure(nets, change, named):
         merge_backbones(nets, X.split(16), MergeSettings(refine=Calls(change)))
 
 
-def test_a_refinement_says_whether_it_needs_data(nets):
+def test_needs_data_of_own_refinement_decides_on_the_pass(nets):
     plain = {"a": nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))}
     assert not BatchNorm().needs_data(plain.values()) and BatchNorm().needs_data(nets.values())
     assert LeastSquares().needs_data(plain.values()) and MatchMeans().needs_data(plain.values())
@@ -140,5 +140,5 @@ def test_a_refinement_says_whether_it_needs_data(nets):
         (LeastSquares(pre_activations=False), False, False),
     ],
 )
-def test_a_refinement_says_what_it_asks_of_the_merge(how, per_task, pre_activations):
+def test_attributes_of_own_refinement_change_the_merge(how, per_task, pre_activations):
     assert (how.per_task, how.pre_activations) == (per_task, pre_activations)

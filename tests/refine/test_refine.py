@@ -51,7 +51,7 @@ LAYERS = {
 @torch.no_grad()
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_patches_times_weights_are_what_the_layer_gives(name, memory_format):
+def test_patches_times_weights_equal_the_layer_output(name, memory_format):
     layer, shape = LAYERS[name]
     x = torch.randn(shape)
     if x.ndim == 4:
@@ -66,7 +66,7 @@ def test_patches_times_weights_are_what_the_layer_gives(name, memory_format):
 
 @pytest.mark.parametrize("ridge", [1e-9, 0.1])
 @pytest.mark.parametrize("intercept", [True, False])
-def test_normal_equations_give_the_solution_of_a_dense_computation(ridge, intercept):
+def test_normal_equations_equal_dense_least_squares(ridge, intercept):
     torch.manual_seed(0)
     x, prior = torch.randn(2, 300, 5).double() + 2, torch.randn(2, 3, 5).double()
     target = x @ torch.randn(2, 5, 3).double() + torch.randn(2, 300, 3).double() + 4
@@ -88,7 +88,7 @@ def test_normal_equations_give_the_solution_of_a_dense_computation(ridge, interc
         )
 
 
-def test_the_explained_share_is_that_of_the_residuals():
+def test_explained_variance_equals_that_of_the_residuals():
     x = torch.randn(1, 400, 5)
     target = x @ torch.randn(5, 3) + torch.randn(400, 3)
     equations = NormalEquations(1, 5, 3, x.device)
@@ -101,7 +101,7 @@ def test_the_explained_share_is_that_of_the_residuals():
     )
 
 
-def test_inputs_that_are_constant_or_the_same_leave_a_solution():
+def test_normal_equations_of_constant_or_equal_inputs_have_a_solution():
     x = torch.randn(1, 50, 1).expand(1, 50, 6).clone()
     x[..., 0] = 3
     equations = NormalEquations(1, 6, 2, x.device)
@@ -148,7 +148,7 @@ def test_a_model_merged_with_a_permuted_copy_stays_the_same_function(name, how, 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", by_name("depthwise", "concatenated", "shuffled"))
-def test_least_squares_come_closer_to_the_sources_than_zipping_alone(name):
+def test_least_squares_is_closer_to_the_sources_than_zipping(name):
     torch.manual_seed(0)
     make, size, cuts = NETWORKS[name]
     x = torch.randn(96 if size < 32 else 32, 3, size, size)
@@ -175,7 +175,7 @@ def models():
 
 @pytest.mark.parametrize("stop_at", [None, "layer1"])
 @pytest.mark.parametrize("cache_bytes", [0, 2**20])
-def test_activations_that_do_not_fit_into_the_cache_are_computed_anew(models, stop_at, cache_bytes, monkeypatch):
+def test_activations_beyond_cache_bytes_are_recomputed(models, stop_at, cache_bytes, monkeypatch):
     """All of them, or those of the first layers only: the last hold fewer positions."""
     batches_kept = []
 
@@ -191,7 +191,7 @@ def test_activations_that_do_not_fit_into_the_cache_are_computed_anew(models, st
 
 
 @pytest.mark.parametrize("positions", [9, None])
-def test_the_split_into_batches_changes_nothing(models, positions):
+def test_refinement_does_not_depend_on_the_split_into_batches(models, positions):
     """Not even where the inputs of a layer hardly vary: noise, averaged over positions, looks always the same."""
     x = [torch.randn(45, 3, 16, 16, generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
     eights, fives = (
@@ -204,7 +204,7 @@ def test_the_split_into_batches_changes_nothing(models, positions):
         assert torch.allclose(tensor, fives[name], rtol=0, atol=1e-5), name
 
 
-def test_the_result_can_be_saved(models, tmp_path):
+def test_refined_module_can_be_saved(models, tmp_path):
     run = trainer()
     merged = ZipIt(run).merge(models, images(), backbone="net", refine="least_squares")
     run.save_checkpoint(tmp_path / "merged.ckpt", weights_only=True)
@@ -214,11 +214,11 @@ def test_the_result_can_be_saved(models, tmp_path):
     assert again.report.fits == merged.report.fits
 
 
-def test_the_report_says_how_well_each_layer_fits_and_which_were_left(models):
+def test_report_lists_fits_and_skipped_layers(models):
     report = merge(models, "least_squares", stop_at="layer1").report
     assert "trunk.layer1.1.conv2" in report.fits and "heads.b.linear" in report.fits
     assert all(0 < fit <= 1 for fit in report.fits.values())
-    assert "layers were fitted" in str(report) and not any("Kept the weights" in note for note in report.notes)
+    assert "layers were fitted" in str(report) and not any("The refinement skipped" in note for note in report.notes)
 
     class Recurring(nn.Module):
         def __init__(self):
@@ -231,11 +231,11 @@ def test_the_report_says_how_well_each_layer_fits_and_which_were_left(models):
     merged = merge_backbones(
         {task: Recurring() for task in "ab"}, torch.randn(2, 16, 6), MergeSettings(refine="least_squares")
     )
-    assert any("Kept the weights that merging gave them: `trunk.again` (" in note for note in merged.report.notes)
+    assert any("The refinement skipped these layers: `trunk.again` (" in note for note in merged.report.notes)
     assert set(merged.report.fits) == {"trunk.first", "heads.a.last", "heads.b.last"}
 
 
-def test_in_training_mode_the_norms_have_the_statistics_of_what_reaches_them():
+def test_batch_norms_have_the_statistics_of_their_inputs():
     """So that fine-tuning starts from the fitted network."""
     torch.manual_seed(0)
     x = torch.randn(256, 3, 16, 16)
@@ -248,7 +248,7 @@ def test_in_training_mode_the_norms_have_the_statistics_of_what_reaches_them():
     assert all((trained[task] - output).abs().mean() < 1e-2 * output.std() for task, output in fitted.items())
 
 
-def test_repair_gives_outputs_the_mean_deviation_of_the_sources():
+def test_repair_sets_the_mean_standard_deviation_of_the_sources():
     torch.manual_seed(0)
     x = torch.randn(128, 3, 16, 16)
     nets = {task: PlainNet() for task in "ab"}
@@ -262,7 +262,7 @@ def test_repair_gives_outputs_the_mean_deviation_of_the_sources():
         assert torch.allclose(moment(own, (0, 2, 3)), expected, rtol=1e-3, atol=1e-4)
 
 
-def test_features_are_matched_by_what_is_fitted(models, tmp_path):
+def test_pre_activations_are_matched_for_least_squares(models, tmp_path):
     """In front of their activation function, unless it is asked for otherwise: that is then the matching of zipping."""
     behind, in_front = LeastSquares(pre_activations=False), LeastSquares()
     file = tmp_path / "statistics.safetensors"
@@ -278,14 +278,14 @@ def test_features_are_matched_by_what_is_fitted(models, tmp_path):
         merge(models, in_front, statistics=file)
 
 
-def test_taps_move_in_front_of_activation_functions_and_no_further():
+def test_taps_move_in_front_of_activations_only():
     spaces = before_activations(trace(SmallResNet())).spaces
     assert [spaces[name].tap.node for name in ("conv1", "layer1.0.conv1")] == ["add_1", "layer1_0_bn1"]
     pooled = trace(nn.Sequential(nn.Conv2d(3, 4, 3), nn.PReLU(4), nn.MaxPool2d(2), nn.Dropout(), nn.Conv2d(4, 2, 1)))
     assert [graph.spaces["0"].tap.node for graph in (pooled, before_activations(pooled))] == ["_3", "_2"]
 
 
-def test_heads_can_be_merged_and_fitted_too(models):
+def test_merged_heads_are_fitted(models):
     same = {"a": models["a"], "b": copy.deepcopy(models["a"])}
     merged = merge(same, "least_squares", merge_heads=True)
     x = torch.randn(8, 3, 16, 16)
@@ -304,6 +304,6 @@ def test_heads_can_be_merged_and_fitted_too(models):
         (lambda: Repair(cache_bytes=-1), "cache_bytes"),
     ],
 )
-def test_bad_settings_are_errors(make, message):
+def test_refinement_refuses_bad_settings(make, message):
     with pytest.raises((ConfigurationError, ValueError), match=message):
         make()

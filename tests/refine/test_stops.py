@@ -158,17 +158,17 @@ def pair(make, shape):
 @torch.no_grad()
 @pytest.mark.parametrize("how", REFINEMENTS, ids=["repair", "least squares"])
 @pytest.mark.parametrize("make", LEFT)
-def test_what_cannot_be_fitted_keeps_its_weights_and_is_said(make, how):
+def test_layers_that_cannot_be_fitted_keep_their_weights_and_are_reported(make, how):
     shape, left, why = LEFT[make]
     nets, x = pair(make, shape)
     merged = merge_backbones(nets, [x], MergeSettings(refine=how))
     assert relative_error(AllHeads(merged.trunk, merged.heads)(x), nets["a"](x)) < 1e-3
-    (note,) = (note for note in merged.report.notes if note.startswith("Kept the weights that merging gave them"))
+    (note,) = (note for note in merged.report.notes if note.startswith("The refinement skipped these layers"))
     assert why in note and note.count("`") == 2 * len(left) and all(f"`{name}`" in note for name in left)
     assert not set(left).intersection(merged.report.fits)
 
 
-def test_layers_with_too_many_inputs_are_said(monkeypatch):
+def test_layers_with_too_many_inputs_are_reported(monkeypatch):
     monkeypatch.setattr(least_squares, "MOST_INPUTS", 9)
     nets, x = pair(Mixer, (9, 6))
     notes = merge_backbones(nets, [x], MergeSettings()).report.notes
@@ -274,7 +274,7 @@ class Position(nn.Module):
 @torch.no_grad()
 @pytest.mark.parametrize("positions", [None, 4])
 @pytest.mark.parametrize("width", [1, 1.5])
-def test_a_summand_without_a_batch_axis_counts_for_every_sample(positions, width):
+def test_summand_without_batch_axis_counts_for_every_sample(positions, width):
     nets, x = pair(Position, (9, 6))
     settings = MergeSettings(width=width, refine=LeastSquares(positions))
     merged = merge_backbones(nets, list(x.split(20)), settings)
@@ -309,7 +309,7 @@ def test_layers_over_tokens_are_fitted_in_a_head_once_features_are_its_own():
     assert relative_error(AllHeads(merged.trunk, merged.heads)(x), nets["a"](x)) < 1e-3
     own = {f"heads.{task}.{name}" for task in "ab" for name in ("c1", "t3", "t4", "out")}
     assert set(merged.report.fits) == {"trunk.embed", *own}
-    (note,) = (note for note in merged.report.notes if "Kept the weights" in note)
+    (note,) = (note for note in merged.report.notes if "The refinement skipped" in note)
     assert all(f"`heads.{task}.{name}`" in note for task in "ab" for name in ("t1", "t2"))
 
 
@@ -352,4 +352,4 @@ def test_layers_of_trunk_and_head_that_share_a_tensor_are_fitted_in_both():
     nets, x = pair(OneBias, (6,))
     report = merge_backbones(nets, [x], MergeSettings("again")).report
     assert {"trunk.again", "heads.a.more", "heads.b.more"} < set(report.fits)
-    assert not any("Kept the weights" in note for note in report.notes)
+    assert not any("The refinement skipped" in note for note in report.notes)

@@ -33,7 +33,7 @@ def merged(data):
 
 
 @torch.no_grad()
-def test_statistics_of_the_trunk_are_those_of_the_tasks_own_data(merged, data):
+def test_per_task_norms_have_statistics_of_their_task(merged, data):
     for task, loader in zip("ab", data, strict=True):
         norm = merged.trunk.get_submodule("bn1")[task]
         means = [merged.trunk.get_submodule("conv1")(x).mean((0, 2, 3)) for x, _ in loader]
@@ -42,7 +42,7 @@ def test_statistics_of_the_trunk_are_those_of_the_tasks_own_data(merged, data):
 
 
 @torch.no_grad()
-def test_tasks_of_another_scale_are_told_apart():
+def test_per_task_norms_distinguish_tasks_of_different_scale():
     net = settle(SmallResNet(), torch.randn(48, 3, 16, 16))
     other = copy.deepcopy(net)
     other.conv1.weight /= 3
@@ -61,7 +61,7 @@ def test_tasks_of_another_scale_are_told_apart():
 
 
 @torch.no_grad()
-def test_a_norm_scales_as_its_source_does_and_silences_what_is_not_its_own():
+def test_per_task_norm_scales_own_features_and_zeroes_others():
     nets = {task: nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1)) for task in "ab"}
     for factor, net in enumerate(nets.values()):
         nn.init.uniform_(net[1].weight)
@@ -78,7 +78,7 @@ def test_a_norm_scales_as_its_source_does_and_silences_what_is_not_its_own():
 
 
 @torch.no_grad()
-def test_the_cost_counts_a_pass_of_the_trunk_for_each_task(merged):
+def test_cost_with_per_task_norms_counts_one_trunk_pass_per_task(merged):
     together = merged(X)
     assert all(torch.equal(together[task], merged(X, task=task)) for task in "ab")
     assert not torch.equal(merged.trunk(X, "a")[0], merged.trunk(X, "b")[0])
@@ -87,7 +87,7 @@ def test_the_cost_counts_a_pass_of_the_trunk_for_each_task(merged):
 
 
 @torch.no_grad()
-def test_it_is_saved_read_copied_pickled_and_exported_like_any_other(merged, data, tmp_path):
+def test_module_with_per_task_norms_is_saved_copied_pickled_and_exported(merged, data, tmp_path):
     run = trainer()
     results = {key: value for result in run.test(merged, data, verbose=False) for key, value in result.items()}
     hits = [merged(x, task="b").argmax(-1) == y for x, y in data[1]]
@@ -106,6 +106,6 @@ def test_it_is_saved_read_copied_pickled_and_exported_like_any_other(merged, dat
         assert all(torch.allclose(output, expected[task], atol=1e-5) for task, output in other(X).items()), number
 
 
-def test_a_trunk_without_batch_norm_is_refused():
+def test_per_task_norms_refuse_a_trunk_without_batch_norm():
     with pytest.raises(ConfigurationError, match="needs batch norm in the trunk"):
         ZipIt(trainer()).merge([Wrap(PlainNet()), Wrap(PlainNet())], images(), backbone="net", refine=PER_TASK)

@@ -1,4 +1,4 @@
-"""Samples that wait to be added to statistics together."""
+"""Buffer of samples that are added to statistics together."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from torch import Tensor
 from lightning_zipit._calibration.statistics import FeatureStatistics, empty_like_features
 
 
-class Waiting:
-    """Samples that are added to statistics together, once they are more than the features of a model.
+class SampleBuffer:
+    """Buffer of samples. It is flushed when it holds more samples than a model has features.
 
     Args:
-        statistics: what they are added to.
-        features: the first of them, of each model ``(C_i, samples, …)``.
+        statistics: the statistics to which the samples are added.
+        features: the first samples, of each model ``(C_i, samples, …)``. They determine layout and dtype.
     """
 
     def __init__(self, statistics: FeatureStatistics, features: Sequence[Tensor]) -> None:
         self.statistics = statistics
         first = features[0].flatten(1)
-        room = first[:, :1].expand(-1, statistics.few + first.shape[1])
-        with torch.inference_mode(False):  # may then be written to in either mode
+        room = first[:, :1].expand(-1, statistics.float64_limit + first.shape[1])
+        with torch.inference_mode(False):  # so that it is writable inside and outside inference mode
             self.rows = empty_like_features(sum(statistics.sizes), room, first.dtype)
         self.filled = 0
 
     def add(self, features: Sequence[Tensor]) -> None:
-        """Copy samples of each model, ``(C_i, samples, …)``: no operator that works in place can change them here."""
+        """Copy samples of each model, ``(C_i, samples, …)``, so that later in-place operators cannot change them."""
         samples = features[0][0].numel()
-        if self.filled + samples > self.rows.shape[1]:  # a batch larger than the first
+        if self.filled + samples > self.rows.shape[1]:  # the batch is larger than the first one
             self.flush()
         if samples > self.rows.shape[1]:
             self.statistics.update(features, features_first=True)
@@ -38,11 +38,11 @@ class Waiting:
         for part, feature in zip(free.split(self.statistics.sizes), features, strict=True):
             part.copy_(feature)
         self.filled += samples
-        if self.filled > self.statistics.few:
+        if self.filled > self.statistics.float64_limit:
             self.flush()
 
     def flush(self) -> None:
-        """Add what waits."""
+        """Add the buffered samples to the statistics."""
         if self.filled:
             self.statistics.consume(self.rows[:, : self.filled])
             self.filled = 0
