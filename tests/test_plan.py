@@ -83,14 +83,14 @@ def test_a_study_of_ones_own_goes_on(directions, tmp_path):
         assert trial.params["stop_at"] == settings.stop_at
         assert trial.params["alpha"] == pytest.approx(settings.matcher.alpha, rel=1e-3)
         assert (trial.state.name == "FAIL") == (settings.stop_at == "broken")
-    with pytest.raises(ConfigurationError, match="`study` has trials of other choices"):
+    with pytest.raises(ConfigurationError, match="`study` has trials with other choices"):
         search({"alpha": Range(0, 0.5)}, 12, study)
 
 
 def test_what_is_wrong_with_a_search_is_said_before(monkeypatch):
     wrong = optuna.create_study(directions=["maximize", "minimize"])
     with pytest.raises(
-        ConfigurationError, match=r"(?s)`trials` must be.*nothing to search.*\['maximize', 'minimize'\]"
+        ConfigurationError, match=r"(?s)`trials` must be.*no option has several values.*\['maximize', 'minimize'\]"
     ):
         search({"alpha": 0.1}, 0, wrong)
     with pytest.raises(ConfigurationError, match=r"alpha.*between 0 and 1"):

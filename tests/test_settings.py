@@ -74,7 +74,7 @@ def test_all_problems_are_in_one_message():
     wrong = {"stop_at": 3, "positions": 0, "width": "auto", "combine": Ties(), "weights": [1, 2]}
     with pytest.raises(ConfigurationError) as error:
         MergeSettings(**wrong)
-    for expected in ("5 problems", "`stop_at`", "`positions`", "`flops` is the budget", "`weights` are for averaging"):
+    for expected in ("5 problems", "`stop_at`", "`positions`", "`flops` is the budget", "`weights` are for an average"):
         assert expected in str(error.value)
     with pytest.raises(ConfigurationError) as error:  # a wrong value is no problem of other options, too
         MergeSettings(width=NAN, flops=1.0)

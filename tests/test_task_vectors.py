@@ -96,7 +96,7 @@ def test_the_driver_takes_a_base_with_another_head():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"combine": Ties(), "matcher": GreedyZip()}, "use matcher=Average"),
+        ({"combine": Ties(), "matcher": GreedyZip()}, "Use matcher=Average"),
         ({"combine": "ties", "matcher": Average()}, "must be a Combination such as Ties"),
     ],
 )

@@ -44,7 +44,7 @@ def replacing_with_companions(output: Path) -> Iterator[Path]:
 def locked(path: Path) -> Iterator[None]:
     """Lock a file. Other processes that lock the same file wait until the block ends.
 
-    The end of a process frees its locks. The lock is a hidden file in the folder of ``path``, and is deleted at the end.
+    The end of a process frees its locks. The lock is a hidden file in the folder of ``path``. It is deleted at the end.
     """
     lock = path.with_name(f".{path.name}.lock")
     with FileLock(lock):

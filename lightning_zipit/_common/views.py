@@ -81,7 +81,7 @@ def check_views(inputs: Inputs, tasks: Iterable[str]) -> Inputs:
     if not isinstance(inputs, Mapping):
         raise CalibrationError(
             "`get_input` must return a tensor with a batch axis, or a dict with such a tensor for every task, but it "
-            f"returned a {type(inputs).__name__}{' without axes' * isinstance(inputs, Tensor)}."
+            f"returned an object of type {type(inputs).__name__}{' without axes' * isinstance(inputs, Tensor)}."
         )
     tasks = list(tasks)
     if missing := [task for task in tasks if task not in inputs]:
@@ -93,8 +93,8 @@ def check_views(inputs: Inputs, tasks: Iterable[str]) -> Inputs:
     if wrong := [task for task, x in views.items() if not isinstance(x, Tensor) or x.ndim == 0]:
         x = views[wrong[0]]
         raise CalibrationError(
-            f"`get_input` must return tensors with a batch axis, but for task {wrong[0]!r} it returned a "
-            f"{type(x).__name__}{' without axes' * isinstance(x, Tensor)}."
+            f"`get_input` must return tensors with a batch axis, but for task {wrong[0]!r} it returned an object "
+            f"of type {type(x).__name__}{' without axes' * isinstance(x, Tensor)}."
         )
     if len({len(x) for x in views.values()}) > 1:
         counts = ", ".join(f"{len(x)} for {task!r}" for task, x in views.items())
