@@ -99,7 +99,7 @@ def test_what_is_wrong_with_a_search_is_said_before(monkeypatch):
         with pytest.raises(ConfigurationError, match="range"):
             Range(low, high, log)
     sweep = ZipIt(trainer()).sweep
-    with pytest.raises(ConfigurationError, match="`alpha`, `width` has a range: say with `trials`"):
+    with pytest.raises(ConfigurationError, match="A range of `alpha`, `width` needs `trials`"):
         sweep(settled_pair(8), alpha=Range(0, 1), width=Range(0.5, 1))
     with pytest.raises(ConfigurationError, match="`trials`"):
         sweep(settled_pair(8), study=wrong)

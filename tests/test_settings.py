@@ -136,7 +136,7 @@ def test_every_option_that_changes_a_merge_is_a_column_of_a_sweep(tmp_path):
     ],
 )
 def test_unknown_option_is_an_error_that_lists_the_options(take):
-    with pytest.raises(ConfigurationError, match=r"no option `stopat`\. Did you mean `stop_at`\?") as error:
+    with pytest.raises(ConfigurationError, match=r"option `stopat` does not exist\. Did you mean `stop_at`\?") as error:
         take(stopat="layer1")
     assert all(name in str(error.value) for name in OPTIONS)
 

@@ -292,7 +292,7 @@ def test_a_batch_with_the_tasks_as_keys_is_a_dict_of_views(models, merged):
         (lambda batch: {"rgb": batch[0]}, "but not for 'gray'. Every model sees every sample"),
         (lambda batch: {"rgb": batch[0], "gray": gray(batch[0])[:2]}, "batch sizes differ: 16 for 'rgb', 2 for 'gray'"),
         (lambda batch: {"rgb": batch[0], "gray": 3}, "for task 'gray' it returned an object of type int"),
-        (lambda batch: [batch[0]], "a dict of one for every task, got list"),
+        (lambda batch: [batch[0]], "a dict with such a tensor for every task, but it returned an object of type list"),
     ],
 )
 def test_inputs_that_do_not_fit_are_explained(models, get_input, message):
@@ -306,7 +306,7 @@ def test_what_was_merged_behind_stems_is_not_merged_again(models, merged):
     ):
         ZipIt(trainer()).merge({"both": merged, "other": LitSplit(1)}, COLOUR, **MERGE)
     pair = ZipIt(trainer()).merge({"a": LitSplit(), "b": LitSplit()}, images(), backbone="net", refine=None)
-    with pytest.raises(ConfigurationError, match="it was merged with start_at=None, and can be merged again"):
+    with pytest.raises(ConfigurationError, match="it was merged with start_at=None, and can only be merged again"):
         ZipIt(trainer()).merge({"pair": pair, "other": LitSplit()}, images(), backbone="net", start_at="body")
 
 

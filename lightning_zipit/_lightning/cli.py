@@ -211,9 +211,9 @@ class ZipItCLI(LightningCLI):
         if find_record(self._checkpoint) is not None:
             return MultiHeadModule.restore(self._checkpoint, str(self._ckpt_path), self._trust())
         description = describe_checkpoint(self._checkpoint)
-        said = {"model"} if description["class_path"] else set()
-        said |= {f"model.{name}" for name in description["hyperparameters"]}
-        missing = [name for name in self._missing() if name not in said]
+        described = {"model"} if description["class_path"] else set()
+        described |= {f"model.{name}" for name in description["hyperparameters"]}
+        missing = [name for name in self._missing() if name not in described]
         if self.subcommand not in MERGING:
             self._require(*missing)
         if description["hyperparameters"] or description["class_path"]:

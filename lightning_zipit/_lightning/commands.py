@@ -41,9 +41,7 @@ def inspect(
     start_at: str | None = None,
     trust: list[str] | str | None = None,
 ) -> None:
-    """Print the table of axes of a network: for each axis of each parameter, the feature space that it belongs to.
-
-    All axes of one feature space are merged together.
+    """Print which parameter axes of a network must be merged together: for each axis, its feature space.
 
     Args:
         model: the network's class or function, by dotted name, such as my_project.LitNet or

@@ -26,7 +26,7 @@ from lightning_zipit.settings import MergeOptions, MergeSettings, with_options
 
 
 class ZipItTrainer(Trainer):
-    """Lightning's Trainer with two more methods: ``merge`` and ``sweep``."""
+    """Lightning's Trainer, extended by merge and sweep."""
 
     @with_options
     def merge(

@@ -53,8 +53,8 @@ class Range:
 
 
 SHORTHANDS = {
-    "alpha": Spelled(Range | list[float] | float | None, None, "``alpha`` of ``GreedyZip``, instead of ``matcher``."),
-    "beta": Spelled(Range | list[float] | float | None, None, "``beta`` of ``GreedyZip``, instead of ``matcher``."),
+    "alpha": Spelled(Range | list[float] | float | None, None, "``alpha`` of ``GreedyZip``; not with ``matcher``."),
+    "beta": Spelled(Range | list[float] | float | None, None, "``beta`` of ``GreedyZip``; not with ``matcher``."),
 }
 """Arguments of a sweep that stand for the option ``matcher``."""
 
