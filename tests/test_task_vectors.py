@@ -108,7 +108,7 @@ def test_settings_that_do_not_fit_are_refused(arguments, message):
 def test_base_and_combination_need_each_other():
     base = SmallResNet()
     nets = {"a": fine_tuned(base, 0), "b": fine_tuned(base, 1)}
-    with pytest.raises(ConfigurationError, match="but got combine=None and a base. Give both or neither"):
+    with pytest.raises(ConfigurationError, match=r"but got combine=None and a base\. Give both or neither"):
         merge_backbones(nets, DATA, MergeSettings(), base)
     with pytest.raises(ConfigurationError, match="and no base"):
         merge_backbones(nets, DATA, MergeSettings(matcher=Average(), combine=Ties()))
