@@ -80,7 +80,7 @@ class MergeSettings:
             or ratios by the name of the space. A ratio above 1 makes the merged network more accurate and more
             expensive; a ratio below 1 does the opposite. The ratio N, for N models, merges no features. ``"auto"``
             chooses the widths within the budget ``flops``. A ratio below 1 also compresses a single model.
-        flops: the budget of ``width="auto"``: the FLOPs of the merged network as a ratio to those of one source.
+        flops: the budget of ``width="auto"``: the ratio of the merged network's FLOPs to one source's FLOPs.
         combine: the rule that combines the changes of the sources to their common base, instead of an average:
             ``TaskArithmetic()``, ``Ties()`` or ``Dare()``. Only for sources that were trained from one base. Features
             are then matched by index.

@@ -64,7 +64,7 @@ def unknown_names(given: Collection[str], known: Collection[str]) -> list[str]:
 
 
 def wrong_values(settings: Any) -> dict[str, str]:
-    """Return the problem of each option whose value has the wrong type or is out of range, by name.
+    """Find options whose value has the wrong type or is out of range, and return their problems by name.
 
     Args:
         settings: an instance of a dataclass of options.

@@ -280,11 +280,10 @@ def main(args: ArgsType = None) -> None:
     words: list[str] = sys.argv[1:] if args is None else args if isinstance(args, list) else []
     command = COMMANDS.get(words[0]) if words else None
     if command is None:
-        asks = not {"-h", "--help"}.isdisjoint(words)
+        # The help would be too long with the names of environment variables.
+        asks_help = not {"-h", "--help"}.isdisjoint(words)
         settings = {"prog": "lightning-zipit", "description": DESCRIPTION, "epilog": EPILOG}
-        ZipItCLI(
-            args=args, parser_kwargs={**settings, "default_env": not asks}
-        )  # the names of environment variables make the help too long
+        ZipItCLI(args=args, parser_kwargs={**settings, "default_env": not asks_help})
         return
     try:
         name = command.__name__

@@ -93,9 +93,8 @@ class Sweep:
             return row
 
         with quiet(), self._progress() as show, _restored(self.trainer, datamodule, attached):
-            if (
-                self.plan.asks and self.trainer.world_size > 1
-            ):  # sets up the process group, in which rank 0 asks the study for all ranks
+            if self.plan.asks and self.trainer.world_size > 1:
+                # This sets up the process group, in which rank 0 asks the study for all ranks.
                 measured = self._run_ensemble(module, show)
                 ensemble = ensemble or measured
             rows = self.plan.run(evaluate)

@@ -86,9 +86,7 @@ class ZipItTrainer(Trainer):
             problems = [*given.number_problems(settings), *problems, *_data_problems(datamodule, settings.statistics)]
         if test:
             problems += _test_problems(datamodule)
-        if problem := unsupported_strategy(
-            self
-        ):  # checked early, because an error in a spawned process loses its class
+        if problem := unsupported_strategy(self):  # early, because an error in a spawned process loses its class
             problems.append(problem)
         if problems:
             raise ConfigurationError.collect(problems)

@@ -1,4 +1,4 @@
-"""Dotted names of classes and functions: making, checking, looking up and importing them."""
+"""Dotted names of classes and functions: format, lookup and import."""
 
 from __future__ import annotations
 
