@@ -1,7 +1,7 @@
 """Merge trained LightningModules, each with its own task and initialisation, into one multi-head module.
 
-The method is ZipIt! (arXiv 2305.03053): features of the models are matched by how they correlate on a few hundred
-samples, and matched features become one. Nothing is trained.
+The method is ZipIt! (arXiv 2305.03053). A few hundred samples give the correlation of the models' features. Correlated
+features are matched, and matched features are averaged into one. Nothing is trained.
 """
 
 from lightning_zipit import functional

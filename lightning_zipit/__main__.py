@@ -1,4 +1,4 @@
-"""``python -m lightning_zipit`` is ``lightning-zipit``."""
+"""Run the command ``lightning-zipit`` as ``python -m lightning_zipit``."""
 
 from lightning_zipit._lightning.cli import main
 

@@ -1,4 +1,4 @@
-"""The exceptions of this package: one tree, so that ``except ZipItError`` catches all of them."""
+"""Exceptions of this package; ``except ZipItError`` catches all of them."""
 
 from __future__ import annotations
 
@@ -8,45 +8,45 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 
 class ZipItError(Exception):
-    """Base of every error that this package raises on purpose."""
+    """Base class of all errors that this package raises on purpose."""
 
 
 class ConfigurationError(ZipItError, MisconfigurationException, ValueError):
-    """What was asked for cannot be done with these models, loaders or this Trainer."""
+    """The request is not possible with these models, options, dataloaders or this Trainer."""
 
     @classmethod
     def collect(cls, problems: Sequence[str]) -> ConfigurationError:
-        """One error out of all the problems that are known before any data is touched."""
+        """Make one error from all problems that are known before any data is read."""
         if len(problems) == 1:
             return cls(problems[0])
         listed = "\n".join(f"  {number}. {problem}" for number, problem in enumerate(problems, 1))
-        return cls(f"{len(problems)} problems stand in the way of this merge:\n{listed}")
+        return cls(f"{len(problems)} problems prevent this merge:\n{listed}")
 
 
 class TraceError(ZipItError, RuntimeError):
     """The backbone cannot be turned into a merge graph.
 
     Attributes:
-        node: the name of the traced graph's node that stands in the way, if it is one.
+        node: the name of the node of the traced graph that causes the error; ``None`` if no single node does.
     """
 
     node: str | None = None
 
 
 class UnknownShapeError(TraceError):
-    """A reshape can only be understood when the sizes of its input are known."""
+    """A reshape cannot be analysed because the sizes of its input are unknown."""
 
 
 class ArchitectureMismatchError(ConfigurationError):
-    """The trunks of two source models are not the same network."""
+    """The trunks of two source models differ in architecture."""
 
 
 class VerificationError(TraceError):
-    """Permuting a feature space changed what the network computes: its table is wrong."""
+    """The proof failed: permuting a feature space changed the outputs, so that its table of axes is wrong."""
 
 
 class CalibrationError(ZipItError, RuntimeError):
-    """The calibration data or the activations that it gives cannot be used."""
+    """The calibration data, or the activations of the models on it, cannot be used."""
 
 
 class StatisticsError(ZipItError, RuntimeError):
@@ -58,11 +58,11 @@ class CheckpointError(ZipItError, RuntimeError):
 
 
 class UntrustedError(CheckpointError):
-    """A file names classes or functions that the user has not vouched for; nothing of them was imported or called."""
+    """A file names classes or functions that the user does not trust. None of them was imported or called."""
 
 
 class RankError(ZipItError, RuntimeError):
-    """An error of another process that cannot be raised here as it is.
+    """An error of another process that cannot be raised with its own type in this process.
 
-    It carries the type, the message and the traceback of the original as text.
+    Its text holds the type, the message and the traceback of the original error.
     """

@@ -1,6 +1,6 @@
-"""The pipeline of a merge: prepare → calibrate → match → merge → refine → done.
+"""Pipeline of a merge: prepare → calibrate → match → merge → refine → done.
 
-Batches are pushed into a :class:`Pipeline`, pass by pass. It knows nothing of where they come from.
+The caller pushes batches into a :class:`Pipeline`, pass by pass. The pipeline is independent of their origin.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Result = TypeVar("Result")
 
 
 class Phase(IntEnum):
-    """What a pipeline does next."""
+    """The next phase of a pipeline."""
 
     PREPARE = 0
     CALIBRATE = 1
@@ -49,9 +49,9 @@ class Phase(IntEnum):
 class Pipeline:
     """One merge, from its sources to the merged networks.
 
-    The calibration data is gone through :attr:`passes` times. Each pass begins with :meth:`begin`, and its batches are
-    pushed with :meth:`add`. :meth:`finish` ends the merge. All ranks of a process group call the same methods; a rank
-    may have no batch in a pass.
+    The caller reads the calibration data :attr:`passes` times. Each pass starts with :meth:`begin`, followed by
+    :meth:`add` for each batch. :meth:`finish` ends the merge. All ranks of a process group call the same methods. A
+    rank may have no batch in a pass.
 
     Args:
         sources: the source networks.
@@ -63,8 +63,8 @@ class Pipeline:
         StatisticsError: if the statistics file belongs to other networks or settings.
 
     Attributes:
-        phase: what is done next.
-        calibration_passes: how many passes gather statistics.
+        phase: the next phase.
+        calibration_passes: the number of passes that gather statistics.
     """
 
     def __init__(self, sources: Sources, settings: MergeSettings) -> None:
@@ -75,8 +75,8 @@ class Pipeline:
         self._matchings = Matchings(settings.matcher, settings.measured_similarity, len(sources.models))
         self._networks: Mapping[str, nn.Module] = {}
         self._expected: Sequence[int | None] = ()
-        self._begun, self._calibrated = 0, 0  # the pass that was begun last; how many passes gathered statistics
-        self._refined = False  # whether the refinement has seen a batch
+        self._begun, self._calibrated = 0, 0  # index of the latest pass; number of complete calibration passes
+        self._refined = False  # whether the refinement has received a batch
         self._gathering: Gathering | None = None
         self._matching: Matching | None = None
         self._refiner: Refiner | None = None
@@ -93,14 +93,14 @@ class Pipeline:
         self.calibration_passes = max(1, len(self._turns())) if self.graphs else 1
         if self._file is not None and self.calibration_passes > 1:
             raise ConfigurationError(
-                f"The statistics take more than statistics_memory={settings.statistics_memory} GiB, so that they would "
-                f"be gathered in {self.calibration_passes} passes. A statistics file is gathered in one pass: raise "
-                "`statistics_memory`, or leave out `statistics`."
+                f"A statistics file needs a calibration in one pass. With statistics_memory="
+                f"{settings.statistics_memory} GiB, these statistics need {self.calibration_passes} passes. Raise "
+                "`statistics_memory`, or omit `statistics`."
             )
 
     @property
     def passes(self) -> int:
-        """How often the calibration data is gone through, for statistics and for the refinement."""
+        """The number of passes over the calibration data, for statistics and refinement."""
         return self.calibration_passes + self._refines
 
     @property
@@ -109,18 +109,18 @@ class Pipeline:
         return how is not None and how.needs_data(self.sources.networks.values())
 
     def expect(self, samples: Sequence[int | None]) -> None:
-        """Let the calibration check that all ranks together see every sample once.
+        """Set the expected numbers of samples, to check that all ranks together see every sample once.
 
         Args:
-            samples: the number of samples of each loader's data set; ``None`` where it is not known.
+            samples: the number of samples in each loader's data set; ``None`` if it is unknown.
         """
         self._expected = samples
 
     def begin(self, number: int, networks: Mapping[str, nn.Module]) -> None:
-        """Begin a pass over the calibration data, and end the phases that earlier passes have fed.
+        """Start a pass over the calibration data, and complete the phases of earlier passes.
 
         Args:
-            number: the number of the pass, from 0.
+            number: the index of the pass, from 0.
             networks: copies of the source networks in eval mode, on the device of the batches.
         """
         self._networks, self._begun = networks, max(self._begun, number)
@@ -135,14 +135,14 @@ class Pipeline:
         """Add a batch to the pass.
 
         Args:
-            x: an input of the networks, or one of each by task.
+            x: an input of the networks, or one input per task.
             tasks: the tasks that the batch belongs to.
-            loader: the number of the dataloader that the batch comes from.
+            loader: the index of the dataloader of the batch.
 
         Raises:
-            CalibrationError: if a network cannot take the batch, or the first batch gives NaN or Inf.
-            StatisticsError: if the batches are not those of the calibration that is resumed.
-            VerificationError: if nothing is left that can be merged.
+            CalibrationError: if a network fails on the batch, or the activations on the first batch contain NaN or Inf.
+            StatisticsError: if the batches differ from the batches of the calibration that is resumed.
+            VerificationError: if no feature space passes the proof.
         """
         x = check_views(x, self.sources.networks)
         if self.phase is Phase.PREPARE:
@@ -163,12 +163,12 @@ class Pipeline:
             The merged networks, on the device and of the type of the sources.
 
         Raises:
-            CalibrationError: if a pass saw no batch, or there is NaN or Inf.
+            CalibrationError: if a pass received no batch, or activations contain NaN or Inf.
         """
         if self._begun < self.calibration_passes - 1:
             raise CalibrationError(
-                f"The calibration data was gone through {self._begun + 1} times, but the statistics need "
-                f"{self.calibration_passes} passes. Give loaders that can be iterated again, or raise "
+                f"The calibration data was read {self._begun + 1} times, but the statistics need "
+                f"{self.calibration_passes} passes. Give dataloaders that can be iterated several times, or raise "
                 "`statistics_memory`."
             )
         if self.phase < Phase.REFINE:
@@ -176,8 +176,8 @@ class Pipeline:
         if self._refiner is not None:
             if not any(exchange(lambda: self._refined)):
                 raise CalibrationError(
-                    "The last pass over the calibration data saw no batch. Give loaders that can be iterated several "
-                    "times, or merge in one pass with refine=None and a larger `statistics_memory`."
+                    "The last pass over the calibration data received no batch. Give dataloaders that can be iterated "
+                    "several times, or merge in one pass with refine=None and a larger `statistics_memory`."
                 )
             assert self._result is not None
             self._result = self._result.refined(self._refiner.finish())
@@ -190,7 +190,7 @@ class Pipeline:
         """Complete the matching from the passes so far.
 
         Raises:
-            CalibrationError: if no batch was seen, or there is NaN or Inf.
+            CalibrationError: if no pass received a batch, or activations contain NaN or Inf.
         """
         if self.phase is Phase.PREPARE:
             self._prepare(None)
@@ -210,13 +210,13 @@ class Pipeline:
         self.phase = Phase.MERGE
 
     def weighted(self, weights: Sequence[float]) -> Pipeline:
-        """Merge once more from the same matching, with other weights of the models.
+        """Copy the pipeline after its matching, with other weights of the models.
 
         Args:
-            weights: how much each model counts, in the order of the models.
+            weights: the weight of each model, in the order of the models.
 
         Returns:
-            A pipeline of the same sources that is left to merge and refine.
+            A pipeline of the same sources and matching, whose next phase is the merge.
         """
         self.match()
         other = copy.copy(self)
@@ -225,17 +225,17 @@ class Pipeline:
         other.phase, other._refined = Phase.MERGE, False
         return other
 
-    # The edges between the phases
+    # Transitions between the phases
 
     def _prepare(self, x: Inputs | None) -> None:
         """Trace and prove the sources on the first batch, once every rank has one."""
         seen = exchange(lambda: x is not None)
         if x is None or not all(seen):
             raise CalibrationError(
-                "A process has seen no calibration batch: there are fewer batches than processes. Use a smaller batch "
-                "size, or fewer devices."
+                "A process received no calibration batch, because the data has fewer batches than processes. Use a "
+                "smaller batch size, or fewer devices."
                 if any(seen)
-                else "No calibration batch was seen: the dataloaders are empty. Merging needs a few hundred samples."
+                else "No calibration batch was received, because the dataloaders are empty. Give a few hundred samples."
             )
         self._traced = prepare(self.sources, self.settings, self._networks, x, self.graphs)
         self.graphs = self._traced.graphs
@@ -243,20 +243,18 @@ class Pipeline:
 
     def _enter_calibration(self, traced: Traced) -> None:
         if barriers := traced.graph.barriers:
-            warn_on_rank_zero(
-                "Part of the trunk could not be merged and stays per task. " + " ".join(barriers.values())
-            )
+            warn_on_rank_zero("A part of the trunk cannot be merged and stays per task. " + " ".join(barriers.values()))
         self.phase = Phase.CALIBRATE
 
     def _gather(self) -> Gathering:
-        """The statistics of the spaces whose turn it is."""
+        """Start the statistics of the feature spaces of this pass."""
         assert self._traced is not None
         spaces = [name for family in self._families() for name in family]
         calibration = measuring(self._traced, self.sources, self.settings, self._networks, spaces)
         return Gathering(calibration, self._traced, self.sources, self.settings, self._file)
 
     def _end_calibration_pass(self) -> None:
-        """Sum the statistics of a pass over all ranks, and match the spaces that it has measured."""
+        """Sum the statistics of a pass over all ranks, and match the feature spaces of the pass."""
         with torch.inference_mode(False), torch.no_grad():
             gathering = self._in_step(lambda: self._gathering or self._gather())
             self._match(gathering.finish(self._expected))
@@ -264,7 +262,7 @@ class Pipeline:
         self._calibrated += 1
 
     def _match(self, moments: Calibration) -> None:
-        """Match the spaces of this pass, and drop their statistics."""
+        """Match the feature spaces of this pass, and free their statistics."""
         assert self._traced is not None
         self._matchings.add(self._traced.graph, self._families(), moments, self._traced.choices)
         if self._file is not None:
@@ -303,7 +301,7 @@ class Pipeline:
             )
 
     def _restored(self, traced: Traced) -> Calibration:
-        """The statistics of a file, in place of a calibration."""
+        """Load the statistics from the file, instead of calibrating."""
         assert self._file is not None and self._file.complete is not None
         known = self._file.complete.statistics
         spaces = [name for family in self._families() for name in family]
@@ -318,7 +316,7 @@ class Pipeline:
         return next(iter(self.graphs.values()))
 
     def _families(self) -> list[list[str]]:
-        """The families of spaces that this pass measures; the last pass takes all that are left."""
+        """Return the families of feature spaces of this pass. The last pass takes all remaining families."""
         last = self._calibrated >= self.calibration_passes - 1
         turns = self._turns()[self._calibrated : None if last else self._calibrated + 1]
         return [family for turn in turns for family in turn]
@@ -328,7 +326,7 @@ class Pipeline:
         return split_families(self._graph, len(self.sources.models), limit)
 
     def _in_step(self, work: Callable[[], Result]) -> Result:
-        """Do something on every rank; an error on one rank is raised on all."""
+        """Call a function on every rank. An error on one rank is raised on all ranks."""
         done: list[Result] = []
 
         def do() -> None:

@@ -1,4 +1,4 @@
-"""Merge plain networks, without a Trainer."""
+"""Merging of plain networks, without a Trainer."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def merge_backbones(
     """Merge plain networks, without a Trainer.
 
     Args:
-        backbones: the source networks by task, on one device; they are left as they are.
-        batches: inputs, which are iterated several times: a list with one iterable per task, or one iterable for all
-            tasks. An input is a tensor for all networks, or a dict with one tensor for each task.
-        settings: the options of the merge; by default everything down to the last layer is zipped.
+        backbones: the source networks by task, on one device. They are not changed.
+        batches: the inputs: a list with one iterable per task, or one iterable for all tasks. Each iterable is read
+            several times. An input is a tensor for all networks, or a dict with one tensor for each task.
+        settings: the options of the merge. By default, all layers but the last one are merged.
         base: the network from which all sources were trained, for ``settings.combine``.
 
     Returns:
@@ -51,19 +51,20 @@ def merge_backbones(
     loaders: list[Iterable[Inputs]] = list(batches) if per_task else [batches]  # type: ignore[list-item, arg-type]
     if per_task and len(loaders) != len(backbones):
         raise ConfigurationError(
-            f"{len(loaders)} sets of batches were given for {len(backbones)} tasks: give one for each task."
+            f"`batches` lists {len(loaders)} iterables for {len(backbones)} tasks. Give one iterable for each task, "
+            "or a single iterable (not in a list) for all tasks."
         )
     push(pipeline, loaders)
     return pipeline.finish()
 
 
 def push(pipeline: Pipeline, loaders: Sequence[Iterable[Inputs]], passes: int | None = None) -> None:
-    """Go through the passes of a pipeline.
+    """Push all batches into a pipeline, pass by pass.
 
     Args:
-        pipeline: the pipeline; the networks run where the sources are.
+        pipeline: the pipeline. The networks run on the device of the sources.
         loaders: the batches of each task in the order of the tasks, or one iterable for all tasks.
-        passes: how many passes; by default all.
+        passes: the number of passes; by default all.
     """
     tasks = pipeline.sources.tasks
     networks = {task: working_copy(network) for task, network in pipeline.sources.networks.items()}

@@ -1,4 +1,4 @@
-"""The options of a merge: each is declared, documented and checked here, and nowhere else."""
+"""The options of a merge: their declaration, documentation and validation."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ REFINEMENT_CLASSES = ", ".join(type(known).__name__ for known in NAMED.values())
 class MergeOptions(TypedDict, total=False):
     """The options of a merge as keyword arguments, for editors and type checkers.
 
-    :class:`MergeSettings` documents them. A test keeps names and types the same as there.
+    :class:`MergeSettings` documents them. A test checks that names and types agree with that class.
     """
 
     stop_at: str | None
@@ -60,36 +60,37 @@ class MergeSettings:
     arguments, the command line as flags, a sweep as values or lists of values.
 
     Attributes:
-        stop_at: dotted name, inside the backbone, of the trunk's last module. ``None`` merges everything up to the last
-            layer, which stays a head per task. ``"auto"`` chooses the module within ``flops``, and needs
-            ``width="auto"``.
-        matcher: the matcher of features; ``None`` for ``GreedyZip()``, or for ``Average()`` with ``combine``.
+        stop_at: dotted name, inside the backbone, of the trunk's last module. ``None`` merges all layers but the last
+            one, which becomes the head of each task. ``"auto"`` chooses the module within the budget ``flops``, and
+            needs ``width="auto"``.
+        matcher: the matcher of features. ``None`` stands for ``GreedyZip()``, or with ``combine`` for ``Average()``.
         refine: the refinement of the merged weights, on the calibration data: ``"least_squares"`` fits every layer to
             the sources, ``"batch_norm"`` re-estimates running statistics, ``"repair"`` gives every layer the means and
-            standard deviations of the sources, ``None`` does nothing. A refinement has settings of its own:
+            standard deviations of the sources, ``None`` does nothing. To set the arguments of a refinement, give
             ``LeastSquares(positions=256)``, or ``--refine LeastSquares --refine.positions 256``.
         merge_heads: merge the last layer too. The models must share one output space.
-        verify: prove the table of axes on the first calibration batch.
+        verify: prove on the first calibration batch that permuting each feature space does not change the outputs.
         statistics_memory: memory for the statistics, in GiB. If the statistics need more, the calibration data is read
-            several times, each time for some of the feature spaces.
+            several times, each time for a part of the feature spaces.
         statistics: a safetensors file for the statistics. If the file exists, it replaces calibration. Otherwise the
             statistics are saved to it, and an interrupted calibration resumes.
         similarity: the similarity of features, from their activations: ``"correlation"``, ``"absolute"`` (its absolute
             value), ``"cosine"`` or ``"covariance"``.
-        width: the number of features of the merged network, as a ratio to one source: for all feature spaces, or by the
-            name of the space. Above 1, the merged network is more accurate and costs more; below 1 the opposite. N
-            merges no two features. ``"auto"`` chooses the widths within ``flops``. A width below 1 folds a single
-            model.
-        flops: the budget of ``width="auto"``: the FLOPs of the merged network as a ratio to those of one source.
-        combine: for sources that were trained from one base: the rule that combines their changes to the base, instead
-            of an average: ``TaskArithmetic()``, ``Ties()`` or ``Dare()``. Features are then matched by index.
-        positions: the number of positions of each image or sequence that the statistics are taken from, at random;
-            ``None`` for all. A few give nearly the same matching in less time.
-        weights: the weight of each model where features are averaged, by task or in the order of the tasks; ``None``
-            for equal weights.
-        start_at: dotted name, inside the backbone, of the trunk's first module. Modules that do not depend on it stay a
-            stem per task. Inputs and first layers may then differ from model to model. ``None`` starts the trunk at the
-            input.
+        width: the number of features of the merged network, as a ratio to one source: one ratio for all feature spaces,
+            or ratios by the name of the space. A ratio above 1 makes the merged network more accurate and more
+            expensive; a ratio below 1 does the opposite. The ratio N, for N models, merges no features. ``"auto"``
+            chooses the widths within the budget ``flops``. A ratio below 1 also compresses a single model.
+        flops: the budget of ``width="auto"``: the ratio of the merged network's FLOPs to one source's FLOPs.
+        combine: the rule that combines the changes of the sources to their common base, instead of an average:
+            ``TaskArithmetic()``, ``Ties()`` or ``Dare()``. Only for sources that were trained from one base. Features
+            are then matched by index.
+        positions: the number of random positions of each image or sequence that the statistics use; ``None`` for all. A
+            few positions give nearly the same matching in less time.
+        weights: the weight of each model in averages of features, by task or in the order of the tasks; ``None`` for
+            equal weights.
+        start_at: dotted name, inside the backbone, of the trunk's first module. Modules that do not depend on it become
+            the stem of each task. Inputs and first layers may then differ between models. ``None`` starts the trunk at
+            the input.
         also: other merges of the same models that the ``statistics`` must also serve.
 
     Raises:
@@ -129,7 +130,7 @@ class MergeSettings:
         default=None, metadata=option("an instance of Combination, such as Ties(), or None", swept=True)
     )
     positions: int | None = field(
-        default=None, metadata=option("a whole number of at least 1, or None for all", lambda count: count >= 1)
+        default=None, metadata=option("an integer of at least 1, or None for all", lambda count: count >= 1)
     )
     weights: ModelWeights | None = field(
         default=None, metadata=option("a dict of numbers by task, a list of numbers in the order of the tasks, or None")
@@ -151,20 +152,20 @@ class MergeSettings:
 
     @classmethod
     def of(cls, **options: Unpack[MergeOptions]) -> MergeSettings:
-        """Make settings from keyword arguments, and name the options if one is unknown.
+        """Make settings from keyword arguments.
 
         Raises:
-            ConfigurationError: if there is no such option, or a value is not allowed.
+            ConfigurationError: if an option is unknown, with the names of all options; or if a value is not allowed.
         """
         if problems := unknown_names(options, keywords_of(cls)):
             raise ConfigurationError.collect(problems)
         return cls(**options)  # type: ignore[arg-type]  # None is the default matcher
 
     def weights_of(self, tasks: Sequence[str]) -> tuple[float, ...] | None:
-        """The weight of the model of each task, in the order of the tasks; ``None`` if all are equal.
+        """Return the weight of each task's model, in the order of the tasks; ``None`` if all weights are equal.
 
         Raises:
-            ConfigurationError: unless there is one weight per task, none negative and one positive.
+            ConfigurationError: unless every task has one weight, no weight is negative, and at least one is positive.
         """
         if self.weights is None:
             return None
@@ -179,12 +180,12 @@ class MergeSettings:
 
     @property
     def measured_similarity(self) -> SimilarityKind:
-        """The similarity that the matcher is given."""
+        """The similarity that the matcher receives."""
         return self.matcher.similarity or self.similarity
 
     @property
     def last_module(self) -> str | None:
-        """The trunk's last module as far as it is known before matching; ``None`` for ``"auto"``, as it may be any."""
+        """The trunk's last module before matching: ``stop_at``, or ``None`` (the longest trunk) for ``"auto"``."""
         return None if self.stop_at == "auto" else self.stop_at
 
     @property
@@ -195,8 +196,8 @@ class MergeSettings:
     @property
     def before_activations(self) -> bool:
         """Whether features are measured in front of their activation functions, where least squares fit layers."""
-        # There, features are often linear functions of fewer others. Linear maps between them are then not unique, and
-        # mix in any way the features behind the activation function.
+        # In front of the activation, features are often linear functions of fewer other features. Linear maps between
+        # them are then not unique, and mix the features after the activation arbitrarily.
         how = self.refinement
         return how is not None and how.pre_activations and self.matcher.similarity != "covariance"
 
@@ -207,9 +208,9 @@ class MergeSettings:
 
 
 def with_options(target: Target) -> Target:
-    """Show the options of a merge as keyword arguments of a function or class that takes ``**options``.
+    """Add the options of a merge to the signature and docstring of a function or class that takes ``**options``.
 
-    Signature and docstring come from :class:`MergeSettings`; the docstring needs an entry ``options``.
+    Names, types and texts come from :class:`MergeSettings`. The docstring of the target needs an entry ``options``.
     """
     return spell_out(target, spelled_options(MergeSettings))
 
@@ -217,8 +218,8 @@ def with_options(target: Target) -> Target:
 def _budget_problem(settings: MergeSettings) -> str | None:
     if (settings.width == "auto") != (settings.flops is not None):
         return (
-            '`flops` is the budget of width="auto": give both or neither, got '
-            f"width={settings.width!r} and flops={settings.flops}."
+            f'`flops` is the budget of width="auto", but got width={settings.width!r} and flops={settings.flops}. Give '
+            "both or neither."
         )
     return None
 
@@ -226,8 +227,9 @@ def _budget_problem(settings: MergeSettings) -> str | None:
 def _cut_problem(settings: MergeSettings) -> str | None:
     if settings.stop_at == "auto" and (settings.width != "auto" or settings.merge_heads):
         return (
-            'stop_at="auto" shares out a budget of FLOPs: give width="auto" and `flops` with it, and no '
-            f"`merge_heads`, got width={settings.width!r} and merge_heads={settings.merge_heads}."
+            'stop_at="auto" chooses the end of the trunk within a budget of FLOPs, but got '
+            f'width={settings.width!r} and merge_heads={settings.merge_heads}. Give width="auto" and `flops` with it, '
+            "and merge_heads=False."
         )
     return None
 
@@ -237,13 +239,13 @@ def _width_problem(settings: MergeSettings) -> str | None:
     inner = matcher.per_space
     if changes_size(settings.width) and not inner.any_width:
         return (
-            f"{type(inner).__name__} leaves as many features as one model has: width={settings.width!r} needs another "
-            "matcher, such as GreedyZip, KMeans or Agglomerative."
+            f"{type(inner).__name__} cannot change the number of features, but got width={settings.width!r}. Use "
+            "another matcher, such as GreedyZip, KMeans or Agglomerative."
         )
     if settings.width == "auto" and matcher.joint:
         return (
-            f'width="auto" matches every space several times, and {type(matcher).__name__} all spaces '
-            "together: give ratios, or another matcher."
+            f'width="auto" matches every feature space several times, but {type(matcher).__name__} matches all spaces '
+            "together. Give ratios as `width`, or use another matcher."
         )
     return None
 
@@ -252,23 +254,23 @@ def _similarity_problem(settings: MergeSettings) -> str | None:
     if settings.matcher.similarity is None or settings.similarity in ("correlation", settings.matcher.similarity):
         return None
     return (
-        f"{type(settings.matcher).__name__} looks at the {settings.matcher.similarity} of features: leave "
-        f"`similarity` out, got {settings.similarity!r}."
+        f"{type(settings.matcher).__name__} always uses the {settings.matcher.similarity} of features, but got "
+        f"similarity={settings.similarity!r}. Omit `similarity`."
     )
 
 
 def _combine_problem(settings: MergeSettings) -> str | None:
     if settings.combine is not None and not settings.matcher.by_index:
         return (
-            "`combine` adds up the changes of features with the same index: use matcher=Average(), got "
-            f"{settings.matcher!r}."
+            "`combine` adds the changes of features with the same index, but got "
+            f"matcher={settings.matcher!r}. Use matcher=Average()."
         )
     return None
 
 
 def _weights_problem(settings: MergeSettings) -> str | None:
     if settings.combine is not None and settings.weights is not None:
-        return "`weights` are for averaging, and `combine` replaces the average: give one of them."
+        return "`weights` are for an average, but `combine` replaces the average. Give only one of them."
     return None
 
 
@@ -280,4 +282,4 @@ TOGETHER: tuple[tuple[tuple[str, ...], Callable[[MergeSettings], str | None]], .
     (("combine", "matcher"), _combine_problem),
     (("combine", "weights"), _weights_problem),
 )
-"""Options that depend on each other, and a function that returns what is wrong with them together."""
+"""Options that depend on each other, and the function that finds a problem of their combination."""

@@ -83,7 +83,7 @@ def test_merge_is_a_subcommand_whose_help_explains_its_arguments(capsys):
     assert end.value.code == 0
     for argument in ("checkpoints", "backbone", "stop_at", "matcher", "refine", "merge_heads", "output"):
         assert f"--{argument} " in shown
-    assert "task name → checkpoint file" in shown and "lightning_zipit.matchers.Permute" in shown
+    assert "the checkpoint file of each task" in shown and "lightning_zipit.matchers.Permute" in shown
 
 
 def test_a_merge_writes_one_file_that_loads_without_the_command_line(folder, capsys):
@@ -337,7 +337,7 @@ def test_an_error_on_the_command_line_has_exit_code_1_and_no_traceback(folder):
     words = ["merge", *QUIET, *BY_PATH, *SOURCES, "--checkpoints.birds=nothere.ckpt"]
     (done,) = run_processes(python_m, [words], folder)
     assert done.code == 1
-    assert "error: There is no checkpoint file nothere.ckpt (task 'birds')" in done.errors
+    assert "error: The checkpoint file nothere.ckpt of task 'birds' does not exist" in done.errors
     assert "Traceback" not in done.errors
     assert names(folder) == ["a.ckpt", "b.ckpt"]
 
@@ -441,12 +441,12 @@ def test_plain_weights_are_loaded_into_the_model_given(folder):
         sources = [word.replace(".ckpt", f".{kind}") for word in SOURCES]
         assert same_weights(recorded, cli("merge", *sources, "--model.width=5").trainer.lightning_module)
     torch.save({"weights": weights}, "b.ckpt")
-    assert "b.ckpt is neither a checkpoint of Lightning" in message_of("merge", *SOURCES)
+    assert "b.ckpt is neither a Lightning checkpoint" in message_of("merge", *SOURCES)
 
 
 def test_a_merged_checkpoint_is_not_trained_on(folder):
     cli("merge", *SOURCES)
-    assert "is not trained" in message_of("fit", "--ckpt_path=merged.ckpt")
+    assert "`fit` cannot train" in message_of("fit", "--ckpt_path=merged.ckpt")
 
 
 def test_a_damaged_checkpoint_to_test_is_named(folder):
@@ -527,11 +527,11 @@ def test_tasks_keep_their_stems(folder, capsys):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ([], "give --model or --ckpt_path"),
+        ([], "Give --model or --ckpt_path"),
         (["--model=helpers.cli_user.SizedNet"], "--arguments.NAME=VALUE"),
         (["--model=helpers.cli_user.NoNet"], "NoNet"),
-        (["--model=helpers.cli_user.Data"], "makes no module"),
-        (["--model=helpers.cli_user.LitNet", "--backbone=nett"], "its modules are net"),
+        (["--model=helpers.cli_user.Data"], "not an nn.Module"),
+        (["--model=helpers.cli_user.LitNet", "--backbone=nett"], "Its submodules are net"),
         (["--ckpt_path=a.ckpt", "--backbone=net"], "--model=CLASS_PATH"),
         (["--model=helpers.cli_user.LitNet", "--svg=no/folder/net.svg"], "`svg`"),
     ],
@@ -557,8 +557,8 @@ def test_the_installed_command_exports(folder, capsys):
     ("command", "words"),
     [
         ("merge", "--checkpoints.TASK FILE"),
-        ("test", "A merged checkpoint as --ckpt_path needs no model"),
-        ("inspect", "what a merge would tie together"),
+        ("test", "If --ckpt_path is a merged checkpoint, omit the model"),
+        ("inspect", "the feature spaces that a merge would find"),
         ("export", "--batch_size"),
         (None, '"inspect" shows'),
     ],

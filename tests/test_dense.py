@@ -290,8 +290,8 @@ def test_matrices_may_change_the_width(linear):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"width": 1.5}, "CCA leaves as many features"),
-        ({"similarity": "cosine"}, "CCA looks at the covariance"),
+        ({"width": 1.5}, "CCA cannot change the number of features"),
+        ({"similarity": "cosine"}, "CCA always uses the covariance"),
     ],
 )
 def test_merge_settings_refuse_bad_options_for_cca(settings, message):

@@ -260,7 +260,7 @@ def test_all_problems_that_are_known_up_front_come_in_one_message():
         merge(bad, [images()])
     message = str(error.value)
     assert "'a.b'" in message and "'keys'" in message and "same model" in message
-    assert "LightningModule is needed" in message and "1 loaders for 4 tasks" in message
+    assert "must be a LightningModule" in message and "1 loaders for 4 tasks" in message
 
 
 def test_no_models_and_one_model_are_errors():
@@ -282,7 +282,7 @@ def test_different_architectures_name_the_first_difference():
 
 
 def test_a_missing_backbone_and_a_misspelt_stop_at_are_errors():
-    with pytest.raises(ConfigurationError, match=r"'nett' is no module of Lit.*net, accuracy"):
+    with pytest.raises(ConfigurationError, match=r"'nett' is not a submodule of Lit.*net, accuracy"):
         merge(pair(), backbone="nett")
     with pytest.raises(ConfigurationError, match="Did you mean 'layer2'"):
         merge(pair(), stop_at="layer22")

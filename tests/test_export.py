@@ -11,7 +11,8 @@ from helpers.nets import settle, trainer
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_zipit import MultiHeadModule, ZipIt, export, export_merged
+from lightning_zipit import MultiHeadModule, ZipIt, export_merged
+from lightning_zipit._lightning import export
 from lightning_zipit.errors import ConfigurationError
 
 

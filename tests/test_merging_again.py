@@ -102,7 +102,7 @@ def test_a_whole_forward_is_merged_again(tmp_path):
 
 def test_what_cannot_be_merged_again_is_refused(abcd):
     made, ab, _ = abcd
-    with pytest.raises(ConfigurationError, match=r"Task 'a' is there twice, in 'ab' and 'a'"):
+    with pytest.raises(ConfigurationError, match=r"Models 'ab' and 'a' both have a task 'a'"):
         merge({"ab": ab, "a": made["c"]})
     per_task = merge({name: made[name] for name in "cd"}, refine=BatchNorm(per_task=True))
     with pytest.raises(ConfigurationError) as found:

@@ -83,14 +83,14 @@ def test_a_study_of_ones_own_goes_on(directions, tmp_path):
         assert trial.params["stop_at"] == settings.stop_at
         assert trial.params["alpha"] == pytest.approx(settings.matcher.alpha, rel=1e-3)
         assert (trial.state.name == "FAIL") == (settings.stop_at == "broken")
-    with pytest.raises(ConfigurationError, match="`study` has trials of other choices"):
+    with pytest.raises(ConfigurationError, match="`study` has trials with other choices"):
         search({"alpha": Range(0, 0.5)}, 12, study)
 
 
 def test_what_is_wrong_with_a_search_is_said_before(monkeypatch):
     wrong = optuna.create_study(directions=["maximize", "minimize"])
     with pytest.raises(
-        ConfigurationError, match=r"(?s)`trials` must be.*nothing to search.*\['maximize', 'minimize'\]"
+        ConfigurationError, match=r"(?s)`trials` must be.*no option has several values.*\['maximize', 'minimize'\]"
     ):
         search({"alpha": 0.1}, 0, wrong)
     with pytest.raises(ConfigurationError, match=r"alpha.*between 0 and 1"):
@@ -99,7 +99,7 @@ def test_what_is_wrong_with_a_search_is_said_before(monkeypatch):
         with pytest.raises(ConfigurationError, match="range"):
             Range(low, high, log)
     sweep = ZipIt(trainer()).sweep
-    with pytest.raises(ConfigurationError, match="`alpha`, `width` has a range: say with `trials`"):
+    with pytest.raises(ConfigurationError, match="A range of `alpha`, `width` needs `trials`"):
         sweep(settled_pair(8), alpha=Range(0, 1), width=Range(0.5, 1))
     with pytest.raises(ConfigurationError, match="`trials`"):
         sweep(settled_pair(8), study=wrong)

@@ -74,7 +74,7 @@ def test_all_problems_are_in_one_message():
     wrong = {"stop_at": 3, "positions": 0, "width": "auto", "combine": Ties(), "weights": [1, 2]}
     with pytest.raises(ConfigurationError) as error:
         MergeSettings(**wrong)
-    for expected in ("5 problems", "`stop_at`", "`positions`", "`flops` is the budget", "`weights` are for averaging"):
+    for expected in ("5 problems", "`stop_at`", "`positions`", "`flops` is the budget", "`weights` are for an average"):
         assert expected in str(error.value)
     with pytest.raises(ConfigurationError) as error:  # a wrong value is no problem of other options, too
         MergeSettings(width=NAN, flops=1.0)
@@ -136,7 +136,7 @@ def test_every_option_that_changes_a_merge_is_a_column_of_a_sweep(tmp_path):
     ],
 )
 def test_unknown_option_is_an_error_that_lists_the_options(take):
-    with pytest.raises(ConfigurationError, match=r"no option `stopat`\. Did you mean `stop_at`\?") as error:
+    with pytest.raises(ConfigurationError, match=r"option `stopat` does not exist\. Did you mean `stop_at`\?") as error:
         take(stopat="layer1")
     assert all(name in str(error.value) for name in OPTIONS)
 

@@ -101,7 +101,7 @@ def test_a_value_that_no_file_can_hold_is_named(recwarn):
     assert torch.equal(description["hyperparameters"]["weights"], weights)
     read(description)
     assert any("'made'" in str(warning.message) for warning in recwarn)
-    with pytest.raises(CheckpointError, match="leaves 'made' out"):
+    with pytest.raises(CheckpointError, match="does not hold 'made'"):
         read({**description, "hyperparameters": {"width": "wide"}})
 
 

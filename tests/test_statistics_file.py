@@ -332,7 +332,7 @@ def network():
     return nn.Sequential(*layers, nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 2))
 
 
-@pytest.mark.filterwarnings("ignore:Part of the trunk")
+@pytest.mark.filterwarnings("ignore:A part of the trunk")
 def test_statistics_for_several_cuts_equal_separate_calibrations(path):
     networks, x = {"a": network(), "b": network()}, [torch.randn(40, 3)]
     tried = [

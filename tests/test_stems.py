@@ -172,7 +172,7 @@ def test_widths_change_behind_the_stems_alone():
             assert widths["body.0"] == 10 and relative_error(run(merged, X), net(X)) < 1e-4
         else:
             assert merged.report.merged.flops <= flops * merged.report.sources["a"].flops * (1 + 1e-6)
-    assert any("stems hand it over" in note for note in merged.report.notes)
+    assert any("outputs of the stems" in note for note in merged.report.notes)
 
 
 # With a Trainer
@@ -289,10 +289,10 @@ def test_a_batch_with_the_tasks_as_keys_is_a_dict_of_views(models, merged):
     ("get_input", "message"),
     [
         (lambda batch: batch[0], r"Task 'gray'.*input of shape.*get_input=lambda batch: {'rgb': batch\[0\], 'gray': "),
-        (lambda batch: {"rgb": batch[0]}, "'gray' is missing. All models see every sample"),
-        (lambda batch: {"rgb": batch[0], "gray": gray(batch[0])[:2]}, "of these there are 16 for 'rgb', 2 for 'gray'"),
-        (lambda batch: {"rgb": batch[0], "gray": 3}, "that of 'gray' is none"),
-        (lambda batch: [batch[0]], "a dict of one for every task, got list"),
+        (lambda batch: {"rgb": batch[0]}, "but not for 'gray'. Every model sees every sample"),
+        (lambda batch: {"rgb": batch[0], "gray": gray(batch[0])[:2]}, "batch sizes differ: 16 for 'rgb', 2 for 'gray'"),
+        (lambda batch: {"rgb": batch[0], "gray": 3}, "for task 'gray' it returned an object of type int"),
+        (lambda batch: [batch[0]], "a dict with such a tensor for every task, but it returned an object of type list"),
     ],
 )
 def test_inputs_that_do_not_fit_are_explained(models, get_input, message):
@@ -301,10 +301,12 @@ def test_inputs_that_do_not_fit_are_explained(models, get_input, message):
 
 
 def test_what_was_merged_behind_stems_is_not_merged_again(models, merged):
-    with pytest.raises(ConfigurationError, match="Model 'both': it was merged with start_at='body': merge its sources"):
+    with pytest.raises(
+        ConfigurationError, match="Model 'both': it was merged with start_at='body', and cannot be merged again"
+    ):
         ZipIt(trainer()).merge({"both": merged, "other": LitSplit(1)}, COLOUR, **MERGE)
     pair = ZipIt(trainer()).merge({"a": LitSplit(), "b": LitSplit()}, images(), backbone="net", refine=None)
-    with pytest.raises(ConfigurationError, match="it was merged with start_at=None, and can be merged again"):
+    with pytest.raises(ConfigurationError, match="it was merged with start_at=None, and can only be merged again"):
         ZipIt(trainer()).merge({"pair": pair, "other": LitSplit()}, images(), backbone="net", start_at="body")
 
 

@@ -113,7 +113,7 @@ def test_a_finished_sweep_gathers_the_statistics_of_new_settings_only(models, se
     first = sweep(models, stop_at=["layer1.0"], refine=None)
     assert seen["calibrated"] == len(DATA)
     more = {"stop_at": ["layer1.0", "layer1"], "refine": [None, "least_squares"]}
-    with pytest.raises(ConfigurationError, match="no calibration data"):
+    with pytest.raises(ConfigurationError, match="No calibration data"):
         sweep(models, None, **more)
     result = sweep(models, **more)
     assert seen["calibrated"] == 2 * len(DATA) and not any(row.error for row in result.rows)
@@ -131,11 +131,11 @@ def test_a_finished_sweep_gathers_the_statistics_of_new_settings_only(models, se
 def test_a_file_of_other_models_or_columns_is_refused(models, seen):
     sweep(models, refine=None)
     before, text = dict(seen), Path("sweep.csv").read_text()
-    with pytest.raises(ConfigurationError, match=r"sweep\.csv holds other columns.*'val_acc'"):
+    with pytest.raises(ConfigurationError, match=r"sweep\.csv lacks the columns .*'val_acc'"):
         sweep(models, refine=None, metric="val_acc")
     with torch.no_grad():
         models["b"].net.linear.bias += 1
-    with pytest.raises(ConfigurationError, match=r"sweep\.csv holds the sweep of other models"):
+    with pytest.raises(ConfigurationError, match=r"sweep\.csv belongs to other models"):
         sweep(models, refine=None, statistics="other.safetensors")
     assert Path("sweep.csv").read_text() == text and seen == before
 
@@ -147,16 +147,16 @@ def test_what_is_wrong_is_known_before_any_data_is_touched(models, seen):
         )
     for expected in ("layer7", "layer8", "`metric`", "`val_dataloaders`", "no/such"):
         assert expected in str(problems.value)
-    with pytest.raises(ConfigurationError, match=r"(?s)`width`.*nothing to try.*alpha.*between 0 and 1"):
+    with pytest.raises(ConfigurationError, match=r"(?s)`width`.*empty list.*alpha.*between 0 and 1"):
         sweep(models, alpha=[0.1, 2.0], width=[])
-    with pytest.raises(ConfigurationError, match="Permute leaves as many"):
+    with pytest.raises(ConfigurationError, match="Permute cannot change the number of features"):
         sweep(models, matcher=[Permute(), GreedyZip()], width=[1.0, 1.2])
     with pytest.raises(ConfigurationError, match="shuffles"):
         sweep(models, torch.utils.data.DataLoader(DATA.dataset, 8, shuffle=True))
     with pytest.raises(ConfigurationError, match="statistics_memory"):
         sweep(models, statistics_memory=1e-6)
     assert seen == {"calibrated": 0, "validated": 0}
-    with pytest.raises(ConfigurationError, match=r"'a', 'b' logs no 'val_lost'.*a/val_loss"):
+    with pytest.raises(ConfigurationError, match=r"'a', 'b' does not log the metric 'val_lost'.*a/val_loss"):
         sweep(models, metric="val_lost")
     assert seen["calibrated"] == 0
 
@@ -208,7 +208,7 @@ def test_a_grid_is_every_combination_once():
     assert [(each.stop_at, each.matcher) for each in found] == list(
         itertools.product(["x", None], [GreedyZip(0.1, 0.5), GreedyZip(0.3, 0.5)])
     )
-    with pytest.raises(ConfigurationError, match="not both"):
+    with pytest.raises(ConfigurationError, match="cannot be combined with `matcher`"):
         grid({"matcher": [Average()], "alpha": [0.1]})
 
 
@@ -246,7 +246,7 @@ def test_shares_of_a_sweep_make_one_file_from_one_calibration(models, seen):
     matchers = [GreedyZip(0.1), Failing(), Permute()]
     first = sweep(models, matcher=matchers, refine=None, share="1/2")
     assert [row.settings.matcher for row in first.rows] == [matchers[0], matchers[2]] and first.missing == 1
-    assert "1 are not done yet" in str(first) and len(records()) == 3
+    assert "1 are not finished yet" in str(first) and len(records()) == 3
     calibrated = seen["calibrated"]
     second = sweep(models, matcher=matchers, refine=None, share="2/2", results=Path("sweep.csv"))
     assert seen["calibrated"] == calibrated and second.missing == 0

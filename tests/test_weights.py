@@ -46,7 +46,7 @@ def test_with_all_the_weight_a_model_keeps_its_function(chosen):
     merge = {"backbone": "net", "matcher": Permute(), "refine": None, "weights": weights}
     merged = ZipIt(trainer()).merge(models, images(), **merge)
     assert relative_error({chosen: merged(X, task=chosen)}, models[chosen].net(X)) < 1e-4
-    assert any("counted by their weights" in note for note in merged.report.notes)
+    assert any("averaged with the weights of the models" in note for note in merged.report.notes)
 
 
 @torch.no_grad()
@@ -85,5 +85,5 @@ def test_weights_that_fit_no_model_are_refused(weights, message):
 
 
 def test_weights_and_combine_exclude_each_other():
-    with pytest.raises(ConfigurationError, match="give one of them"):
+    with pytest.raises(ConfigurationError, match="Give only one of them"):
         MergeSettings(matcher=Average(), combine=Ties(), weights=[1, 2])

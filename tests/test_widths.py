@@ -147,7 +147,7 @@ def test_the_checkpoint_holds_the_sizes(tmp_path, ratio):
 def test_a_single_checkpoint_is_folded_by_the_driver():
     merged = ZipIt(trainer()).merge({"a": Lit()}, images(), backbone="net", width=0.5)
     assert merged(batches()[0])["a"].shape == (32, 5)
-    with pytest.raises(ConfigurationError, match="fold it with a `width`"):
+    with pytest.raises(ConfigurationError, match="compress the single model with a `width`"):
         ZipIt(trainer()).merge({"a": Lit()}, images(), backbone="net")
 
 
@@ -392,13 +392,13 @@ class TwoArguments(Matcher):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"width": 1.5, "matcher": Permute()}, "Permute leaves as many features as one model has"),
-        ({"width": 1.5, "matcher": TwoArguments()}, "TwoArguments leaves"),
-        ({"width": 1.5, "matcher": DualSpace()}, "Permute leaves"),
+        ({"width": 1.5, "matcher": Permute()}, "Permute cannot change the number of features"),
+        ({"width": 1.5, "matcher": TwoArguments()}, "TwoArguments cannot change"),
+        ({"width": 1.5, "matcher": DualSpace()}, "Permute cannot change"),
         ({"width": "auto"}, "`flops` is the budget"),
         ({"flops": 1.5}, "`flops` is the budget"),
-        ({"stop_at": "auto"}, "shares out a budget of FLOPs"),
-        ({"stop_at": "auto", "width": "auto", "flops": 1.0, "merge_heads": True}, "no `merge_heads`"),
+        ({"stop_at": "auto"}, "within a budget of FLOPs"),
+        ({"stop_at": "auto", "width": "auto", "flops": 1.0, "merge_heads": True}, "and merge_heads=False"),
         ({"width": "auto", "flops": -1.0}, "`flops` must be above 0"),
         ({"width": "automatic"}, "`width` must be a ratio"),
         ({"width": "auto", "flops": 1.0, "matcher": DualSpace(matcher=GreedyZip())}, "all spaces together"),

@@ -1,1 +1,1 @@
-"""What every phase uses: copies, processes, inputs, files."""
+"""Helpers that all phases share: copies, process groups, inputs, files."""

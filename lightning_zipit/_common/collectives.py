@@ -1,4 +1,4 @@
-"""Collectives: sums of tensors, results and errors of all ranks, decisions of rank 0."""
+"""Collective operations: sums of tensors, results and errors of all ranks, decisions of rank 0."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ Result = TypeVar("Result")
 
 
 def is_distributed() -> bool:
-    """Whether there is a process group."""
+    """Whether a process group is initialised."""
     return dist.is_available() and dist.is_initialized()
 
 
 def rank_and_size() -> tuple[int, int]:
-    """The number of this process, and how many there are."""
+    """Return the rank of this process and the number of processes; ``(0, 1)`` without a process group."""
     return (dist.get_rank(), dist.get_world_size()) if is_distributed() else (0, 1)
 
 
 def all_reduce_sums(tensors: Sequence[Tensor], group: Any = None) -> None:
-    """Sum each tensor over all processes of ``group``, in place; the results are identical on each.
+    """Sum each tensor over all processes of ``group``, in place. All processes get identical results.
 
-    Small tensors travel together: one all-reduce for every 64 MiB. Without a process group, they stay as they are.
+    Small tensors are packed into one all-reduce per 64 MiB. Without a process group, the tensors do not change.
 
     Args:
-        tensors: the same shapes in the same order on every process, of one type, on one device.
+        tensors: tensors of one type, on one device, with the same shapes in the same order on every process.
         group: the process group; by default all processes.
     """
     if not is_distributed():
         return
     bucket: list[Tensor] = []
-    for number, tensor in enumerate(tensors):
+    for index, tensor in enumerate(tensors):
         bucket.append(tensor)
-        size = sum(held.nbytes for held in bucket)
-        if number == len(tensors) - 1 or size + tensors[number + 1].nbytes > BUCKET_BYTES:
+        size = sum(each.nbytes for each in bucket)
+        if index == len(tensors) - 1 or size + tensors[index + 1].nbytes > BUCKET_BYTES:
             _all_reduce(bucket, group)
             bucket = []
 
@@ -52,25 +52,25 @@ def _all_reduce(bucket: Sequence[Tensor], group: Any) -> None:
     if len(bucket) == 1 and bucket[0].is_contiguous():
         dist.all_reduce(bucket[0], group=group)
         return
-    packed = torch.cat([held.flatten() for held in bucket])
+    packed = torch.cat([tensor.flatten() for tensor in bucket])
     dist.all_reduce(packed, group=group)
-    for held, total in zip(bucket, packed.split([held.numel() for held in bucket]), strict=True):
-        held.copy_(total.view_as(held))
+    for tensor, total in zip(bucket, packed.split([tensor.numel() for tensor in bucket]), strict=True):
+        tensor.copy_(total.view_as(tensor))
 
 
 def exchange(work: Callable[[], Result]) -> list[Result]:
-    """Call a function on every rank, and give every rank the results of all.
+    """Call a function on every rank, and return the results of all ranks.
 
-    An error on one rank is raised on all ranks, so that no rank waits for one that has given up.
+    An error on one rank is raised on all ranks. No rank then waits for a rank that has failed.
 
     Args:
         work: the function; its result must be picklable.
 
     Returns:
-        The results by rank; one result without a process group.
+        The results in the order of the ranks; one result without a process group.
 
     Raises:
-        Exception: the error of the lowest rank that has one. On that rank it is the original, on the others a copy.
+        Exception: the error of the lowest rank that failed. That rank raises the original, the others a copy.
         TypeError: if a result cannot be pickled.
     """
     if not is_distributed():
@@ -86,15 +86,15 @@ def exchange(work: Callable[[], Result]) -> list[Result]:
 
 
 def decide(work: Callable[[], Result]) -> Result:
-    """Call a function on rank 0, and give every rank its result.
+    """Call a function on rank 0, and return its result on every rank.
 
-    Every rank must call this function at the same point. Ranks other than 0 wait there.
+    Every rank must call ``decide`` at the same point. The other ranks wait for rank 0.
 
     Args:
         work: the function; its result must be picklable.
 
     Raises:
-        Exception: the error of rank 0. On rank 0 it is the original, on the others a copy.
+        Exception: the error of rank 0. Rank 0 raises the original, the others a copy.
         TypeError: if the result cannot be pickled.
     """
     if not is_distributed():
@@ -110,12 +110,12 @@ def decide(work: Callable[[], Result]) -> Result:
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What a function of this rank has returned or raised.
+    """Result or error of a function on this rank.
 
     Args:
-        packed: the result or the error, as it is sent to the other ranks.
-        result: the result itself.
-        error: the error itself.
+        packed: the pickled result or the packed error, to send to the other ranks.
+        result: the original result.
+        error: the original error.
     """
 
     packed: bytes | PackedError

@@ -1,4 +1,4 @@
-"""Deep copies of users' modules, whatever a forward has left in them."""
+"""Deep copies of modules that hold tensors with gradient history."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ Copied = TypeVar("Copied", bound=nn.Module)
 
 
 def copy_module(module: Copied, memo: dict[int, Any] | None = None) -> Copied:
-    """A deep copy of a module.
+    """Copy a module deeply, including tensors with gradient history.
 
-    A forward can leave tensors in a module that gradients lead through, such as a weight that weight norm computes or
-    features that a hook keeps. Python cannot copy these; the copy has them without their history.
+    A forward can store tensors with gradient history in a module, such as a weight computed by weight norm, or features
+    kept by a hook. ``copy.deepcopy`` fails for these tensors. Here, the copy holds them detached.
 
     Args:
-        module: the module; it is left as it is.
-        memo: what is not to be copied, by ``id``, with what to put in its place.
+        module: the module. It is not changed.
+        memo: replacements for objects that are not to be copied, by the ``id`` of the object.
     """
     memo = {} if memo is None else memo
     for tensor in _tensors_with_history(module):
@@ -29,7 +29,7 @@ def copy_module(module: Copied, memo: dict[int, Any] | None = None) -> Copied:
 
 
 def _tensors_with_history(module: nn.Module) -> Iterator[Tensor]:
-    """The tensors that gradients lead through, in attributes, containers, and modules whose methods are hooks."""
+    """Find tensors with gradient history in attributes, in containers, and in modules whose methods are hooks."""
     waiting: list[Any] = [module]
     seen: set[int] = set()
     while waiting:

@@ -1,8 +1,8 @@
-"""Errors of one rank that end all ranks.
+"""Propagation of an error on one rank to all ranks.
 
-A rank that fails between two collectives leaves the other ranks waiting in the next one. Here, the rank writes its
-error into the store of the process group and closes its connections. The collectives of the other ranks then fail, and
-these ranks find the error in the store.
+If a rank fails between two collectives, the other ranks wait in the next collective. To end them, the failed rank
+writes its error into the store of the process group and closes its connections. The collectives of the other ranks then
+fail, and these ranks read the error from the store.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ GRACE = 5.0
 """Seconds that a rank with an error waits for the same error of the other ranks."""
 
 READ_TIMEOUT = 10.0
-"""Seconds that a rank waits until the others have read its error: rank 0 hosts the store that holds it."""
+"""Seconds that a rank waits until the others have read its error, because rank 0 hosts the store."""
 
 POLL = 0.02
-"""Seconds between two looks into the store."""
+"""Seconds between two reads of the store."""
 
 Result = TypeVar("Result")
 
@@ -37,9 +37,9 @@ _is_inside: ContextVar[bool] = ContextVar("inside ending_together", default=Fals
 
 @contextmanager
 def ending_together() -> Iterator[None]:
-    """End the block on every rank at once: all ranks complete it, or all raise the same error.
+    """Context manager whose block all ranks complete, or all ranks leave with the same error.
 
-    Every rank must enter and leave the block. Without a process group, the block is left as usual.
+    Every rank must enter and leave the block. Without a process group, nothing changes.
 
     Raises:
         Exception: the error of the rank that failed first; see :func:`end_together`.
@@ -56,21 +56,21 @@ def ending_together() -> Iterator[None]:
 
 
 def is_ending_together() -> bool:
-    """Whether a surrounding :func:`ending_together` will handle an error."""
+    """Whether this code runs inside :func:`ending_together`, which will handle an error."""
     return _is_inside.get()
 
 
 def attempt_together(work: Callable[[], Result]) -> Result | Exception:
-    """Call a function on every rank; an error that all ranks have is returned, and the ranks can go on.
+    """Call a function on every rank, and return an error that all ranks have in common, so that they can continue.
 
     Args:
         work: the function.
 
     Returns:
-        The result of this rank, or the error of all ranks.
+        The result of this rank, or the common error.
 
     Raises:
-        Exception: an error that not all ranks have; see :func:`end_together`.
+        Exception: an error that only some ranks have; see :func:`end_together`.
     """
     try:
         result = work()
@@ -82,16 +82,16 @@ def attempt_together(work: Callable[[], Result]) -> Result | Exception:
 
 
 def end_together(error: BaseException) -> None:
-    """Tell the other ranks of an error, and end all ranks with the error of the rank that failed first.
+    """Send an error to the other ranks, and end all ranks with the error of the rank that failed first.
 
-    If all ranks have the same error, such as one of the configuration, this function returns: then no rank waits for
+    If all ranks have the same error, such as an error of the configuration, the function returns: no rank waits for
     another, and the process group stays usable. Otherwise the process group is closed.
 
     Args:
         error: the error of this rank.
 
     Raises:
-        Exception: the error of the rank that failed first: the original on that rank, a copy on the others.
+        Exception: the error of the rank that failed first. That rank raises the original, the others a copy.
     """
     if not is_distributed():
         return
@@ -115,7 +115,7 @@ def _wait_for_all() -> None:
 
 
 def _close_connections() -> None:
-    """End the process group of this rank without waiting for collectives; those of the other ranks fail."""
+    """Close the process group without waiting for collectives, so that the collectives of the other ranks fail."""
     if is_distributed():
         destroy = dist.destroy_process_group
         if "nccl" in dist.get_backend():  # its `destroy` waits for the other ranks
@@ -125,11 +125,11 @@ def _close_connections() -> None:
 
 @dataclass(frozen=True)
 class _Board:
-    """Where ranks post their errors, in the store of the process group.
+    """Board in the store of the process group, on which ranks post their errors.
 
     Args:
         store: the store.
-        prefix: of the keys. Every time that a rank has an error to tell, it uses another board.
+        prefix: the prefix of the keys. A rank uses a new board for each of its errors.
     """
 
     store: Any
@@ -147,7 +147,8 @@ class _Board:
     def read(self, own: PackedError, size: int) -> list[PackedError]:
         """Read the errors in the order in which they were posted.
 
-        The wait is over once all ranks have posted, one has posted another error than ``own``, or time is up.
+        The wait ends when all ranks have posted, when a rank has posted an error different from ``own``, or after
+        ``GRACE`` seconds.
         """
         posts: list[PackedError] = []
         end = time.monotonic() + GRACE
@@ -162,7 +163,7 @@ class _Board:
         return posts
 
     def wait_for_readers(self, size: int) -> None:
-        """Wait until all ranks have read, at most ``READ_TIMEOUT`` seconds."""
+        """Wait until all ranks have read the board, for at most ``READ_TIMEOUT`` seconds."""
         end = time.monotonic() + READ_TIMEOUT
         read = self.store.add(f"{self.prefix}/read", 1)
         while read < size and time.monotonic() < end:

@@ -1,4 +1,4 @@
-"""Atomic file writes, and locks."""
+"""Atomic file writes and file locks."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from filelock import FileLock
 
 @contextmanager
 def replacing(output: Path) -> Iterator[Path]:
-    """The name of a file to write, which takes the place of ``output`` once it is complete.
+    """Context manager that yields a temporary file name, and moves the complete file to ``output`` at the end.
 
-    Where an error ends the block, or nothing was written, ``output`` stays as it was. The name is unique, also among
-    containers that have the same process ids.
+    If an error ends the block, or nothing was written, ``output`` does not change. The name is unique, even among
+    containers with equal process ids.
     """
     temporary = output.with_name(f".{output.stem}.{uuid.uuid4().hex}.part{output.suffix}")
     try:
@@ -30,9 +30,9 @@ def replacing(output: Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing_with_companions(output: Path) -> Iterator[Path]:
-    """The same, for a format that may put a part of its content into files beside the one that is asked for.
+    """Like :func:`replacing`, for a format that may write companion files into the same folder.
 
-    The file to write has the name of ``output``, in a folder of its own; it moves last, once its companions are there.
+    The yielded file has the name of ``output`` and lies in a temporary folder. It is moved last, after its companions.
     """
     with TemporaryDirectory(dir=output.parent, prefix=f".{output.stem}.") as folder:
         yield Path(folder) / output.name
@@ -42,24 +42,29 @@ def replacing_with_companions(output: Path) -> Iterator[Path]:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Lock a file: other processes that lock it wait until the block ends.
+    """Lock a file. Other processes that lock the same file wait until the block ends.
 
-    The lock of a process that has ended is free. The lock is a hidden file beside ``path``, and is deleted.
+    The end of a process frees its locks. The lock is a hidden file in the folder of ``path``. It is deleted at the end.
     """
     lock = path.with_name(f".{path.name}.lock")
     with FileLock(lock):
         try:
             yield
         finally:
-            with suppress(OSError):  # an open file cannot be deleted on Windows, where filelock does it later
-                lock.unlink()  # before it is released: filelock ignores the lock of a file that was deleted meanwhile
+            with suppress(OSError):  # an open file cannot be deleted on Windows; filelock deletes it there later
+                lock.unlink()  # before the release: filelock discards a lock whose file was deleted meanwhile
 
 
 def find_output_problem(output: str | Path, argument: str = "output") -> str | None:
-    """Why a file cannot be written, as far as that is known before; ``None`` where it can."""
+    """Explain why a file cannot be written; return ``None`` if no reason is known in advance.
+
+    Args:
+        output: the file to write.
+        argument: the name of the argument that holds the file, for the message.
+    """
     path = Path(output)
     if path.is_dir():
         return f"`{argument}` is a folder: {path}. Give the name of a file inside it."
     if not path.parent.is_dir():
-        return f"The folder {path.parent} of `{argument}` does not exist."
+        return f"The folder {path.parent} of `{argument}` does not exist. Create it, or give another file."
     return None

@@ -1,4 +1,4 @@
-"""Messages to the user: once for all ranks, or not at all."""
+"""Warnings and log messages on rank 0, and silenced loggers."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from contextlib import contextmanager
 from lightning_zipit._common.collectives import rank_and_size
 
 LOGGER = "lightning.pytorch.lightning_zipit"
-"""Messages appear where Lightning's own do, and are silenced with them."""
+"""A child of Lightning's logger, so that its handlers and level apply."""
 
 
 def warn_on_rank_zero(text: str) -> None:
-    """Warn once for all ranks."""
+    """Issue a warning on rank 0 only."""
     if rank_and_size()[0] == 0:
         warnings.warn(text, stacklevel=3)
 
 
 def inform_on_rank_zero(text: str) -> None:
-    """Log a message once for all ranks."""
+    """Log a message on rank 0 only."""
     if rank_and_size()[0] == 0:
         logging.getLogger(LOGGER).info(text)
 
 
 @contextmanager
 def quiet(package: str = "lightning.pytorch") -> Iterator[None]:
-    """Silence the information of a package's logger: a sweep would repeat it for each setting."""
+    """Silence info messages of a package's logger, which a sweep would repeat for each setting."""
     logger = logging.getLogger(package)
     level = logger.level
     logger.setLevel(max(level, logging.WARNING))

@@ -1,4 +1,4 @@
-"""Options that one dataclass declares, and functions take as keyword arguments."""
+"""Options that a dataclass declares and functions take as keyword arguments."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origi
 Target = TypeVar("Target", bound=Callable[..., Any])
 
 ENTRY = re.compile(r"^    (\w+): (.*?)(?=\n    \w+: |\n\n|\Z)", re.MULTILINE | re.DOTALL)
-"""An entry of a section of a docstring: name and text."""
+"""An entry in a section of a docstring: its name and text."""
 
 
 @dataclass(frozen=True)
 class Option:
-    """What a field of a dataclass of options allows.
+    """Declaration of an option: its allowed values and its use.
 
     Attributes:
         allowed: the allowed values, in words that complete "must be …".
-        valid: returns whether a value of the right type is allowed.
-        swept: whether a sweep takes several values.
-        slowest: whether a sweep changes the option less often than the others, as each value needs its own statistics.
-        column: whether the results of a sweep depend on the option.
-        keyword: whether functions take the option as a keyword argument.
+        valid: a function that checks a value of the right type.
+        swept: whether a sweep accepts several values.
+        slowest: whether a sweep changes the option least often, because each value needs its own statistics.
+        column: whether the option is a column in the results of a sweep.
+        keyword: whether functions accept the option as a keyword argument.
     """
 
     allowed: str
@@ -40,33 +40,33 @@ class Option:
 
 
 def option(allowed: str, valid: Callable[[Any], bool] | None = None, **how: bool) -> dict[str, Option]:
-    """Metadata of a field: an :class:`Option`."""
+    """Make the metadata of a dataclass field: an :class:`Option`."""
     return {"option": Option(allowed, valid, **how)}
 
 
 def options_of(cls: type) -> dict[str, Option]:
-    """What the fields of a dataclass allow, by name."""
+    """Return the declarations of the options of a dataclass, by name."""
     return {field.name: field.metadata["option"] for field in fields(cls)}
 
 
 def keywords_of(cls: type) -> list[str]:
-    """The names of the options that functions take as keyword arguments."""
+    """Return the names of the options that functions accept as keyword arguments."""
     return [name for name, declared in options_of(cls).items() if declared.keyword]
 
 
 def unknown_names(given: Collection[str], known: Collection[str]) -> list[str]:
-    """One problem per name that is not an option."""
+    """Return a problem for each name that is not an option."""
     problems = []
     for name in given:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f" Did you mean `{close[0]}`?" if close else ""
-            problems.append(f"There is no option `{name}`.{hint} The options are {', '.join(known)}.")
+            problems.append(f"The option `{name}` does not exist.{hint} The options are {', '.join(known)}.")
     return problems
 
 
 def wrong_values(settings: Any) -> dict[str, str]:
-    """The problem of each option whose value has the wrong type or is out of range.
+    """Find options whose value has the wrong type or is out of range, and return their problems by name.
 
     Args:
         settings: an instance of a dataclass of options.
@@ -81,7 +81,7 @@ def wrong_values(settings: Any) -> dict[str, str]:
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Return whether a value has the type of an annotation; NaN is no number, and a ``bool`` is neither.
+    """Whether a value has the type of an annotation. NaN and ``bool`` do not count as numbers.
 
     Example:
         >>> fits(3, float), fits(True, int), fits({"a": 0.5}, float | Mapping[str, float]), fits("ab", list[str])
@@ -106,12 +106,12 @@ def fits(value: Any, hint: Any) -> bool:
 
 def _shown(value: Any, typed: bool) -> str:
     if isinstance(value, type):
-        return f"the class {value.__name__}: give an instance, such as {value.__name__}()"
+        return f"the class {value.__name__}. Give an instance, such as {value.__name__}()"
     return repr(value) if typed or value is None else f"{value!r} of type {type(value).__name__}"
 
 
 class Spelled(NamedTuple):
-    """One of the keyword arguments in ``**kwargs``: its type, default value and documentation."""
+    """A keyword argument in ``**kwargs``: its type, default value and documentation."""
 
     hint: Any
     default: Any
@@ -119,9 +119,9 @@ class Spelled(NamedTuple):
 
 
 def spelled_options(cls: type) -> dict[str, Spelled]:
-    """The options of a dataclass as keyword arguments; their documentation is that of the attributes.
+    """Return the options of a dataclass as keyword arguments, with the documentation of the attributes.
 
-    An option whose default is ``None`` may be ``None``.
+    The type of an option with the default ``None`` includes ``None``.
     """
     texts, hints = entries(inspect.getdoc(cls) or ""), get_type_hints(cls)
     defaults = {field.name: field.default for field in fields(cls)}
@@ -132,18 +132,18 @@ def spelled_options(cls: type) -> dict[str, Spelled]:
 
 
 def entries(doc: str) -> dict[str, str]:
-    """The entries of all sections of a docstring in Google style, by name, each with the line breaks that it has."""
+    """Parse the entries of all sections of a docstring in Google style, by name. Line breaks stay."""
     return dict(ENTRY.findall(doc))
 
 
 def spell_out(target: Target, spelled: Mapping[str, Spelled]) -> Target:
-    """Show each of the keyword arguments in ``**kwargs``, where a function or class has the name of all of them only.
+    """Replace ``**kwargs`` in a signature and docstring by the keyword arguments that it stands for.
 
-    ``inspect.signature``, ``help()``, jsonargparse and the documentation site then see them. In the docstring, the
-    entry of ``**kwargs`` gives way to theirs. A parameter of the same name that the function declares itself stays.
+    ``inspect.signature``, ``help()``, jsonargparse and the documentation site then show each argument. A parameter of
+    the same name that the function declares itself stays.
 
     Args:
-        target: a function, or a class for its ``__init__``; it is changed.
+        target: a function, or a class for its ``__init__``. It is changed in place.
         spelled: the keyword arguments by name.
     """
     function: Any = target.__init__ if isinstance(target, type) else target  # type: ignore[misc]

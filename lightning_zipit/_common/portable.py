@@ -1,4 +1,4 @@
-"""Results and errors as bytes, to send them to other ranks."""
+"""Serialisation of results and errors for other ranks."""
 
 from __future__ import annotations
 
@@ -21,21 +21,22 @@ def pack_result(result: Any) -> bytes:
     except Exception as error:
         kind = type(result)
         raise TypeError(
-            f"A result of type {kind.__module__}.{kind.__qualname__} cannot be sent to the other processes, as it "
-            f"cannot be pickled ({error}). Objects in it must belong to classes and functions at the top of a module."
+            f"A result of type {kind.__module__}.{kind.__qualname__} cannot be sent to the other processes, because "
+            f"it cannot be pickled ({error}). Define the classes and functions that it uses at the top level of a "
+            "module."
         ) from error
 
 
 @dataclass(frozen=True)
 class PackedError:
-    """An error of one rank, which every other rank can read.
+    """An error of one rank in a form that every other rank can unpickle.
 
     Args:
-        rank: the rank that had the error.
+        rank: the rank that failed.
         kind: the dotted name of its type.
         message: its text.
         traceback: its traceback as text.
-        pickled: the error itself; ``None`` if it cannot be pickled.
+        pickled: the pickled error; ``None`` if it cannot be pickled.
     """
 
     rank: int
@@ -51,13 +52,13 @@ class PackedError:
         return cls(rank, f"{kind.__module__}.{kind.__qualname__}", _text_of(error), text, _pickle(error))
 
     def same_as(self, other: PackedError) -> bool:
-        """Whether both errors have one type and one text."""
+        """Whether both errors have the same type and message."""
         return (self.kind, self.message) == (other.kind, other.message)
 
     def unpack(self) -> Exception:
-        """Make the error anew: of its own type if possible, else a :class:`~lightning_zipit.errors.RankError`.
+        """Recreate the error, with its own type if possible, otherwise as a :class:`~lightning_zipit.errors.RankError`.
 
-        The traceback of the original is the ``__cause__`` of the new error.
+        The ``__cause__`` of the new error holds the traceback of the original.
         """
         origin = RankError(f"Traceback of rank {self.rank}:\n{self.traceback}")
         error = None if self.pickled is None else _unpickle(self.pickled)
@@ -70,13 +71,13 @@ class PackedError:
 def _text_of(error: BaseException) -> str:
     try:
         return str(error)
-    except Exception:  # of a `__str__` that fails itself
+    except Exception:  # `__str__` itself can fail
         return "(its text cannot be read)"
 
 
 def _pickle(error: BaseException) -> bytes | None:
-    """Pickle an error, if it is an ``Exception`` that can be made anew from its pickle."""
-    if not isinstance(error, Exception):  # KeyboardInterrupt and SystemExit would end other ranks without a word
+    """Pickle an error; return ``None`` if it is not an ``Exception``, or cannot be unpickled."""
+    if not isinstance(error, Exception):  # KeyboardInterrupt and SystemExit would end other ranks without a message
         return None
     try:
         pickled = pickle.dumps(error)
@@ -87,10 +88,10 @@ def _pickle(error: BaseException) -> bytes | None:
 
 
 def _unpickle(pickled: bytes) -> Exception | None:
-    """Make an error anew.
+    """Unpickle an error.
 
     Returns:
-        ``None`` if its class is unknown here, or cannot be made from what an exception keeps.
+        The error; ``None`` if its class is unknown in this process, or cannot be created from the pickled arguments.
     """
     try:
         error = pickle.loads(pickled)

@@ -1,4 +1,4 @@
-"""The networks of a merge, and the models that they belong to."""
+"""Source networks of a merge, and the models that they belong to."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ Value = TypeVar("Value")
 class Sources:
     """The source networks of a merge.
 
-    A model that was merged before brings one network for each of its tasks. These networks share their trunk, so that
-    the model counts once.
+    A model that is itself the result of a merge has one network per task. These networks share their trunk, and
+    therefore count as one model.
 
     Attributes:
-        networks: the source networks by task; nothing changes them.
+        networks: the source networks by task. They are never changed.
         model_of: the name of the model that each network belongs to, by task.
-        weights: how much each model counts, in the order of the models; ``None`` if all count the same.
+        weights: the weight of each model, in the order of the models; ``None`` for equal weights.
         base: the network from which all sources were trained, for ``combine``.
     """
 
@@ -36,12 +36,12 @@ class Sources:
 
     @property
     def models(self) -> tuple[str, ...]:
-        """The names of the models."""
+        """The names of the models, in the order of their first tasks."""
         return tuple(dict.fromkeys(self.model_of[task] for task in self.networks))
 
     @property
     def numbers(self) -> dict[str, int]:
-        """The number of each network's model, by task."""
+        """The index of each network's model, by task."""
         return {task: self.models.index(self.model_of[task]) for task in self.networks}
 
     @property
@@ -50,13 +50,13 @@ class Sources:
         return next(iter(self.networks.values()))
 
     def of_models(self, by_task: Mapping[str, Value]) -> dict[str, Value]:
-        """Choose one value for each model: that of the model's first task.
+        """Return one value per model: the value of the model's first task.
 
         Args:
             by_task: a value for each task.
 
         Returns:
-            The values by the name of the model.
+            The values by the names of the models.
         """
         chosen: dict[str, Value] = {}
         for task in self.networks:

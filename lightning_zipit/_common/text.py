@@ -1,13 +1,13 @@
-"""Text from outside, such as names in a file, made safe to show."""
+"""Escaping of untrusted text, such as names in a file."""
 
 from __future__ import annotations
 
 
 def printable(text: str, instead: str = "\N{REPLACEMENT CHARACTER}") -> str:
-    """Text without control characters, which can command a terminal and which XML cannot hold.
+    """Replace control characters in a text. They can control a terminal, and are not allowed in XML.
 
     Args:
         text: any text.
-        instead: what takes the place of each control character.
+        instead: the replacement for each control character.
     """
     return "".join(letter if letter.isprintable() else instead for letter in text)

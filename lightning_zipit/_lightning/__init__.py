@@ -1,1 +1,1 @@
-"""All that knows Lightning: Trainer, callback, command line, checkpoints."""
+"""Integration with Lightning: Trainer, callback, command line, checkpoints."""

@@ -1,4 +1,4 @@
-"""Show the report of a merge: in the terminal and in the loggers of a Trainer."""
+"""Output of the merge report to the terminal and to the loggers of a Trainer."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from lightning_zipit._report.report import MergeReport
 
 
 def is_talkative(trainer: Trainer) -> bool:
-    """Whether a Trainer shows anything: it has a progress bar or a model summary."""
+    """Whether a Trainer has a progress bar or a model summary."""
     callbacks: list[object] = trainer.callbacks  # type: ignore[attr-defined]
     return trainer.progress_bar_callback is not None or any(isinstance(each, ModelSummary) for each in callbacks)
 
 
 def announce(trainer: Trainer, report: MergeReport | None) -> None:
-    """Print a report, unless the Trainer is silent, and give it to its loggers; on the first process alone."""
+    """Print a report, unless the Trainer is silent, and log it. Only rank 0 does this."""
     if report is None or not trainer.is_global_zero:
         return
     if is_talkative(trainer):
@@ -26,15 +26,15 @@ def announce(trainer: Trainer, report: MergeReport | None) -> None:
 
 
 def log_report(logger: Logger, report: MergeReport, step: int = 0) -> None:
-    """Give a report to a logger: numbers as ``zipit/…`` metrics, and the spaces as a table or as text where it can.
+    """Log a report: its numbers as ``zipit/…`` metrics, and its feature spaces as a table or a text.
 
-    Tables are for loggers with ``log_table`` (Weights & Biases), text for those whose experiment has ``add_text``
-    (TensorBoard).
+    The table goes to loggers with ``log_table`` (Weights & Biases). The text goes to loggers whose experiment has
+    ``add_text`` (TensorBoard).
 
     Args:
-        logger: one of Lightning's loggers, or of the same interface.
-        report: what to log.
-        step: the step to log it at.
+        logger: a Lightning logger, or an object with the same interface.
+        report: the report.
+        step: the step at which it is logged.
     """
     logger.log_metrics({f"zipit/{name}": value for name, value in report.metrics().items()}, step)
     rows = report.to_rows()

@@ -1,4 +1,4 @@
-"""Merging as a callback, on a Trainer that the user already has."""
+"""Callback that merges models during ``trainer.predict``."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from lightning_zipit.settings import MergeOptions, MergeSettings, with_options
 
 @with_options
 class ZipItCallback(Callback):
-    """Merges the models of a :class:`~lightning_zipit.ZipItModule` while ``trainer.predict`` runs over it.
+    """Merges the models of a :class:`~lightning_zipit.ZipItModule` during ``trainer.predict``.
 
-    Any other module is left alone. The random state is as before when ``trainer.predict`` returns or fails. The report
-    is printed, unless the Trainer shows neither a progress bar nor a model summary, and given to its loggers.
+    The callback ignores any other module. It restores the random state when ``trainer.predict`` returns or fails. It
+    prints the report if the Trainer has a progress bar or a model summary, and passes it to the Trainer's loggers.
 
     Args:
         options: every option of :class:`~lightning_zipit.MergeSettings`, as a keyword argument.
@@ -32,12 +32,12 @@ class ZipItCallback(Callback):
 
     def __init__(self, **options: Unpack[MergeOptions]) -> None:
         self.settings = MergeSettings.of(**options)
-        self._announces = True  # the report, in the end
+        self._announces = True  # whether the report is printed and logged
         self._undo = ExitStack()
 
     @classmethod
     def silent(cls, settings: MergeSettings) -> ZipItCallback:
-        """A callback that merges with given settings, and neither prints nor logs the report."""
+        """Make a callback with given settings that neither prints nor logs the report."""
         callback = cls()
         callback.settings, callback._announces = settings, False
         return callback
@@ -56,13 +56,13 @@ class ZipItCallback(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         merging = stage == "predict" and isinstance(pl_module, ZipItModule)
-        if merging and pl_module.needs_no_data:  # then Lightning skips its loop, with on_predict_end
+        if merging and pl_module.needs_no_data:  # without loaders, Lightning skips its loop and on_predict_end
             self.on_predict_end(trainer, pl_module)
         self._undo.close()
         if merging and not pl_module.is_merged:
             raise CalibrationError(
-                "No calibration batch was seen: pass `dataloaders` or `datamodule` to ZipItModule, and let "
-                "limit_predict_batches be above 0. Saved statistics make the data unnecessary only if refine=None."
+                "No calibration batch was received. Pass `dataloaders` or `datamodule` to ZipItModule, and set "
+                "limit_predict_batches above 0. Saved statistics make the data unnecessary only if refine=None."
             )
         if self._announces and stage == "predict" and isinstance(pl_module, ZipItModule):  # the progress bar is closed
             announce(trainer, pl_module.merged.report)

@@ -1,4 +1,4 @@
-"""The command line: a user's own LightningCLI gains ``merge`` and ``sweep``; ``lightning-zipit`` is for any class."""
+"""Command line: a LightningCLI with ``merge`` and ``sweep``, and the command ``lightning-zipit``."""
 
 from __future__ import annotations
 
@@ -48,30 +48,30 @@ USAGES = {
 }
 
 MERGING = ("merge", "sweep")
-"""The subcommands whose models are those of several checkpoints."""
+"""The subcommands that read their models from several checkpoints."""
 
-MERGED_HINT = "A merged checkpoint as --ckpt_path needs no model, and data with one loader per task."
+MERGED_HINT = "If --ckpt_path is a merged checkpoint, omit the model, and give data with one loader per task."
 
 
 class ZipItCLI(LightningCLI):
-    """A drop-in for LightningCLI, with ``merge`` and ``sweep`` beside ``fit``, ``validate``, ``test`` and ``predict``.
+    """A drop-in replacement for LightningCLI with the additional subcommands ``merge`` and ``sweep``.
 
-    ``merge`` and ``sweep`` need no arguments of the model where checkpoints hold hyperparameters. ``validate``,
-    ``test`` and ``predict`` also take a merged checkpoint as ``--ckpt_path``: the model is then read from it. A
-    subclass may have ``before_merge`` and ``after_merge``, as one of LightningCLI has ``before_fit`` and its kin; after
-    a merge, ``self.trainer.lightning_module`` is the merged module.
+    ``merge`` and ``sweep`` need no arguments of the model if the checkpoints hold hyperparameters. ``validate``,
+    ``test`` and ``predict`` also accept a merged checkpoint as ``--ckpt_path``, and read the model from it. A subclass
+    may define ``before_merge`` and ``after_merge``, like ``before_fit`` and ``after_fit`` of LightningCLI. After a
+    merge, ``self.trainer.lightning_module`` is the merged module.
 
-    As under LightningCLI, the hyperparameters of a checkpoint come before the model's arguments. Of what they name,
-    only what the command line names too or ``--trust`` allows is imported and called. The configuration that is saved
-    holds the arguments, with the path of the checkpoint.
+    As in LightningCLI, the hyperparameters of a checkpoint override the model's arguments. A class or function that the
+    hyperparameters name is imported and called only if the command line names it too, or ``--trust`` allows it. The
+    saved configuration holds the arguments, including the path of the checkpoint.
 
     An error that this package raises on purpose ends the command with its message and exit code 1, without a traceback.
 
     Args:
-        model_class: the class of the models; ``None`` to name it as ``--model``.
-        datamodule_class: the class of the data module; ``None`` to name it as ``--data``.
-        save_config_callback: writes the configuration of ``fit`` and its kin to the log folder; a merge has none.
-        save_config_kwargs: its arguments.
+        model_class: the class of the models; ``None`` to give it as ``--model``.
+        datamodule_class: the class of the data module; ``None`` to give it as ``--data``.
+        save_config_callback: writes the configuration to the log folder, except for ``merge`` and ``sweep``.
+        save_config_kwargs: the arguments of ``save_config_callback``.
         trainer_class: a :class:`~lightning_zipit.ZipItTrainer`, or a function that returns one.
         kwargs: as for :class:`~lightning.pytorch.cli.LightningCLI`.
 
@@ -80,7 +80,7 @@ class ZipItCLI(LightningCLI):
 
             ZipItCLI(LitClassifier, MyDataModule)
 
-        and then, besides ``python main.py fit …``::
+        The command then accepts, in addition to ``python main.py fit …``::
 
             python main.py merge --checkpoints.animals a.ckpt --checkpoints.vehicles b.ckpt --backbone net
             python main.py test --ckpt_path merged.ckpt
@@ -97,7 +97,9 @@ class ZipItCLI(LightningCLI):
         **kwargs: Any,
     ) -> None:
         if isinstance(trainer_class, type) and not issubclass(trainer_class, ZipItTrainer):
-            raise ConfigurationError(f"`trainer_class` must be a ZipItTrainer, got {trainer_class.__name__}.")
+            raise ConfigurationError(
+                f"`trainer_class` must be ZipItTrainer or a subclass of it, got {trainer_class.__name__}."
+            )
         self._required: dict[str, list[str]] = {}
         self._ckpt_path: str | None = None
         self._checkpoint: dict[str, Any] = {}
@@ -110,16 +112,17 @@ class ZipItCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Those of LightningCLI, ``merge`` and ``sweep``, each with the arguments that are no options."""
+        """Return the subcommands, each with the arguments of the Trainer's method that are not flags."""
         return {**LightningCLI.subcommands(), **{name: {"model", "datamodule"} for name in MERGING}}
 
     def setup_parser(
         self, add_subcommands: bool, main_kwargs: dict[str, Any], subparser_kwargs: dict[str, Any]
     ) -> None:
-        """Set up the parser; with its default matcher spelled out, ``--matcher.alpha`` needs no ``--matcher``."""
+        """Set up the parsers of all subcommands."""
         super().setup_parser(add_subcommands, main_kwargs, subparser_kwargs)
         if not add_subcommands:
             return
+        # With an explicit default matcher, `--matcher.alpha` works without `--matcher`.
         self.parser.set_defaults({"merge.matcher": {"class_path": "lightning_zipit.matchers.GreedyZip"}})
         self.parser.add_instantiator(self._make_matcher, Matcher, subclasses=True)
         parsers = subcommand_parsers(self)
@@ -135,7 +138,7 @@ class ZipItCLI(LightningCLI):
                 "data": None if self.datamodule_class else "The data module, by class path",
             }
             show_first(parser, titles)
-            if name != "fit":  # for the others, a checkpoint can say what the model is
+            if name != "fit":  # the other subcommands can read the model from a checkpoint
                 self._required[name] = make_optional(parser, "model")
             if name in MERGING:
                 ignore_others(parser, parsers["fit"])
@@ -151,16 +154,17 @@ class ZipItCLI(LightningCLI):
             subcommand_parsers(self)[str(self.config.subcommand)].error(f"--matcher {matcher_class.__name__}: {error}")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse the arguments, and read the file that ``--ckpt_path`` names.
+        """Parse the arguments, and read the file of ``--ckpt_path``.
 
-        LightningCLI would import and call whatever the file names: it is told the path once the model is made.
+        LightningCLI would import and call everything that the file names. It therefore gets the path only after this
+        class has made the model.
         """
         super().parse_arguments(parser, args)
         subcommand = self.config.get("subcommand")
         given = self.config[subcommand] if subcommand else {}
         path = given.get("ckpt_path")
         if subcommand in MERGING:
-            given["ckpt_path"] = None  # of a configuration of `fit`
+            given["ckpt_path"] = None  # from a configuration of `fit`
             return
         if not path or not Path(path).is_file():
             return
@@ -170,10 +174,12 @@ class ZipItCLI(LightningCLI):
             if describe_checkpoint(self._checkpoint)["class_path"] is None:
                 self._require("model")
         elif subcommand == "fit":
-            raise ConfigurationError(f"{path} is a merged checkpoint, which is not trained: test or predict with it.")
+            raise ConfigurationError(
+                f"{path} is a merged checkpoint, which `fit` cannot train. Use it with `validate`, `test` or `predict`."
+            )
 
     def _missing(self) -> list[str]:
-        """The arguments of the model that are not given and have no default."""
+        """Find arguments of the model that are not given and have no default."""
         subcommand = str(self.config.get("subcommand"))
         required = self._required.get(subcommand, [])
         return [name for name in required if self.config[subcommand].get(name) is None]
@@ -187,7 +193,7 @@ class ZipItCLI(LightningCLI):
             )
 
     def instantiate_classes(self) -> None:
-        """Make the classes; the model is made from the checkpoint, or is its class where arguments are missing."""
+        """Make Trainer, model and data module. The model comes from the checkpoint if it describes the model."""
         trained = self._ckpt_path is not None and find_record(self._checkpoint) is None
         if trained:
             self.config[self.subcommand]["ckpt_path"] = self._ckpt_path
@@ -201,13 +207,13 @@ class ZipItCLI(LightningCLI):
             self.model = model
 
     def _find_model(self) -> LightningModule | type[LightningModule] | None:
-        """What stands in for the model that the arguments describe; ``None`` to make that."""
+        """Find the model without LightningCLI: from a checkpoint, or as a class; ``None`` if LightningCLI makes it."""
         if find_record(self._checkpoint) is not None:
             return MultiHeadModule.restore(self._checkpoint, str(self._ckpt_path), self._trust())
         description = describe_checkpoint(self._checkpoint)
-        said = {"model"} if description["class_path"] else set()
-        said |= {f"model.{name}" for name in description["hyperparameters"]}
-        missing = [name for name in self._missing() if name not in said]
+        described = {"model"} if description["class_path"] else set()
+        described |= {f"model.{name}" for name in description["hyperparameters"]}
+        missing = [name for name in self._missing() if name not in described]
         if self.subcommand not in MERGING:
             self._require(*missing)
         if description["hyperparameters"] or description["class_path"]:
@@ -215,7 +221,7 @@ class ZipItCLI(LightningCLI):
         return self.model_class if missing and isinstance(self.model_class, type) else None
 
     def _make_model(self, description: Mapping[str, Any]) -> LightningModule:
-        """The model that a checkpoint describes, with the command line's arguments where it says nothing."""
+        """Make the model of a checkpoint. Arguments of the command line fill in what the checkpoint lacks."""
         where, trust = str(self._ckpt_path), self._trust()
         with naming_file(where, "is damaged"):
             class_path, arguments = self._model_arguments()
@@ -226,7 +232,7 @@ class ZipItCLI(LightningCLI):
             return build_module(found, description, trust, arguments if found in (named, own_class) else {})
 
     def _model_arguments(self) -> tuple[str | None, dict[str, Any]]:
-        """Class path and arguments of the model, as they stand on the command line."""
+        """Return the class path and the arguments of the model from the command line."""
         given = self.config[self.subcommand].get("model")
         described = namespace_to_dict(given) if given is not None else {}
         if not self.subclass_mode_model:
@@ -235,7 +241,7 @@ class ZipItCLI(LightningCLI):
         return described.get("class_path"), {**described.get("init_args", {}), **described.get("dict_kwargs", {})}
 
     def _trust(self) -> Trust:
-        """What files may name: what ``--trust`` says, and what the command line names for the model."""
+        """Collect what files may refer to: entries of ``--trust``, and names on the command line for the model."""
         class_path, arguments = self._model_arguments()
         return Trust.of(self.config[self.subcommand].get("trust"), self.model_class, class_path, *find_given(arguments))
 
@@ -246,7 +252,7 @@ class ZipItCLI(LightningCLI):
         return kwargs
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Make the Trainer; a merge writes one file only, so it saves no configuration and has no default logger."""
+        """Make the Trainer. For merges, it has no default logger, and the configuration is not saved."""
         if self.subcommand in MERGING:
             self.save_config_callback = None
             if self.config_init[self.subcommand]["trainer"].get("logger", False) is None:
@@ -256,27 +262,28 @@ class ZipItCLI(LightningCLI):
 
 COMMANDS: dict[str, Callable[..., None]] = {"inspect": inspect, "export": export}
 
-DESCRIPTION = """Merges trained LightningModules into one network with a head per task, without training."""
+DESCRIPTION = """Merge trained LightningModules into one network with a head per task, without training."""
 
-EPILOG = """Two more commands need no data: "inspect" shows what a merge would tie together, and "export" writes a
-merged checkpoint as ONNX or torch.export's .pt2. Every option of the others can also come from a YAML file (--config)
-or from the environment: --trainer.devices of merge is PL_MERGE__TRAINER__DEVICES."""
+EPILOG = """Two more subcommands need no data: "inspect" prints the feature spaces that a merge would find, and "export"
+converts a merged checkpoint to ONNX or torch.export's .pt2. The options of all other subcommands can also be set in a
+YAML file (--config) or in environment variables: PL_MERGE__TRAINER__DEVICES sets --trainer.devices of merge."""
 
 
 def main(args: ArgsType = None) -> None:
     """Run ``lightning-zipit``: :class:`ZipItCLI` for any model class and data module, given by class path.
 
     Args:
-        args: the command line; that of the process by default.
+        args: the arguments; by default the arguments of the process.
     """
     if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # an installed script does not see the user's modules beside it
+        sys.path.append(os.getcwd())  # an installed script does not search the current folder for the user's modules
     words: list[str] = sys.argv[1:] if args is None else args if isinstance(args, list) else []
     command = COMMANDS.get(words[0]) if words else None
     if command is None:
-        asks = not {"-h", "--help"}.isdisjoint(words)
+        # The help would be too long with the names of environment variables.
+        asks_help = not {"-h", "--help"}.isdisjoint(words)
         settings = {"prog": "lightning-zipit", "description": DESCRIPTION, "epilog": EPILOG}
-        ZipItCLI(args=args, parser_kwargs={**settings, "default_env": not asks})  # help is short without the names
+        ZipItCLI(args=args, parser_kwargs={**settings, "default_env": not asks_help})
         return
     try:
         name = command.__name__

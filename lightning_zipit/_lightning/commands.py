@@ -1,4 +1,4 @@
-"""What the ``lightning-zipit`` command does beside running a Trainer: it looks at networks and exports them."""
+"""Commands of ``lightning-zipit`` that need no Trainer: ``inspect`` and ``export``."""
 
 from __future__ import annotations
 
@@ -41,24 +41,25 @@ def inspect(
     start_at: str | None = None,
     trust: list[str] | str | None = None,
 ) -> None:
-    """Show what a merge would tie together: every parameter, and the feature space that each of its axes belongs to.
+    """Print which parameter axes of a network must be merged together: for each axis, its feature space.
 
     Args:
-        model: the network's class by class path, such as my_project.LitNet or torchvision.models.resnet18.
-        arguments: arguments of the model, as in --arguments.width=5; those of a checkpoint are in it.
+        model: the network's class or function, by dotted name, such as my_project.LitNet or
+            torchvision.models.resnet18.
+        arguments: arguments of the model, such as --arguments.width=5. A checkpoint holds its own arguments.
         ckpt_path: a trained checkpoint of the model, or a merged checkpoint.
-        backbone: dotted name of the part of the model that would be merged; the whole forward by default.
-        stop_at: dotted name inside the backbone of the last module that the tasks would share.
-        input_shape: shape of one sample, such as [3, 224, 224], where one that fits cannot be guessed.
-        svg: a file to draw the network in, with its spaces in colour.
-        weights_only: read tensors and primitives of the checkpoint only. false unpickles it, which runs code that it
-            holds: for files that you trust.
-        start_at: dotted name inside the backbone of the first module that the tasks would share.
-        trust: modules or classes by dotted name that the checkpoint may name, such as my_project.
+        backbone: dotted name of the part of the model to merge. By default, the whole forward is merged.
+        stop_at: dotted name, inside the backbone, of the last module that the tasks would share.
+        input_shape: shape of one sample, such as [3, 224, 224]. It is needed if no fitting shape can be guessed.
+        svg: an SVG file for a drawing of the network, with its feature spaces in colour.
+        weights_only: read only tensors and primitives from the checkpoint. false unpickles the checkpoint, which runs
+            code in it: use it only for files that you trust.
+        start_at: dotted name, inside the backbone, of the first module that the tasks would share.
+        trust: modules or classes, by dotted name, that the checkpoint may refer to, such as my_project.
 
     Raises:
-        ConfigurationError: if there is no model to look at, or no such part of it.
-        CheckpointError: if the checkpoint cannot be read, or names what is not allowed.
+        ConfigurationError: if no model is given, or the model has no such backbone.
+        CheckpointError: if the checkpoint cannot be read, or refers to something that is not allowed.
         TraceError: if the backbone cannot be traced.
     """
     if svg and (problem := find_output_problem(svg)):
@@ -85,18 +86,23 @@ def _find_model(
     if ckpt_path is not None and not arguments:
         return load_source(ckpt_path, find_class(model) if model else None, weights_only=weights_only, trust=trust)
     if model is None:
-        raise ConfigurationError("There is nothing to look at: give --model or --ckpt_path.")
+        raise ConfigurationError("No network was given. Give --model or --ckpt_path.")
     try:
         network = find_object(model)(**arguments)
     except TypeError as error:
-        raise ConfigurationError(f"{model} cannot be made: {error}. Give its --arguments.NAME=VALUE.") from error
+        raise ConfigurationError(
+            f"{model} cannot be called: {error}. Give its arguments as --arguments.NAME=VALUE."
+        ) from error
     if not isinstance(network, nn.Module):
-        raise ConfigurationError(f"{model} makes no module, but a {type(network).__name__}.")
+        raise ConfigurationError(
+            f"{model} returns a {type(network).__name__}, not an nn.Module. Give the name of a module class, or of a "
+            "function that returns a module."
+        )
     return network
 
 
 def _trace_merged(ckpt_path: str, weights_only: bool, trust: Trust) -> MergeGraph | None:
-    """The graph of a merged checkpoint's first source; ``None`` for another checkpoint."""
+    """Trace the first source of a merged checkpoint; return ``None`` if the checkpoint is not merged."""
     checkpoint = read_checkpoint(ckpt_path, "cpu", weights_only)
     if find_record(checkpoint) is None:
         return None
@@ -120,24 +126,25 @@ def export(
     model: str | None = None,
     trust: list[str] | str | None = None,
 ) -> None:
-    """Write a merged checkpoint as a file that runs without this package: ONNX, or torch.export's .pt2.
+    """Export a merged checkpoint to a file that runs without this package: ONNX, or torch.export's .pt2.
 
-    Its outputs are named for the tasks. Where each task has a stem, it has an input for each: input.TASK in ONNX, a
-    dict in .pt2.
+    The outputs have the names of the tasks. If tasks have stems, each task has its own input: input.TASK in ONNX, an
+    item of a dict in .pt2.
 
     Args:
         ckpt_path: a merged checkpoint.
-        output: the file to write; .onnx or .pt2 says the format. ONNX needs pip install 'lightning-zipit[onnx]'.
-        batch_size: the number of samples that the file is for; any number by default.
-        model: the class of the models that were merged, by class path; a checkpoint alone imports nothing.
-        trust: modules or classes by dotted name that the checkpoint may name, such as my_project.
+        output: the file to write. Its suffix, .onnx or .pt2, sets the format. ONNX needs
+            pip install 'lightning-zipit[onnx]'.
+        batch_size: the fixed batch size of the file. By default, the file accepts any batch size.
+        model: the class of the source models, by dotted name. It is needed for classes of your own, because a
+            checkpoint cannot import them.
+        trust: modules or classes, by dotted name, that the checkpoint may refer to, such as my_project.
 
     Raises:
-        ConfigurationError: if the format is unknown, needs packages that are not there, or the network cannot be
-            exported.
-        CheckpointError: if the checkpoint cannot be read, is not merged, or names what is not allowed.
+        ConfigurationError: if the format is unknown, packages are missing, or the network cannot be exported.
+        CheckpointError: if the checkpoint cannot be read, is not merged, or refers to something that is not allowed.
     """
     checkpoint = read_checkpoint(ckpt_path, "cpu")
     merged = MultiHeadModule.restore(checkpoint, ckpt_path, Trust.of(trust, _named(model)))
     names = export_merged(merged, output, batch_size)
-    print(f"Wrote {output}, with the outputs {', '.join(names)}")
+    print(f"Saved {output} with the outputs {', '.join(names)}")

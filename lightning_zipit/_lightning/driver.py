@@ -1,4 +1,4 @@
-"""Merging in one call, in the manner of Lightning's ``Tuner(trainer)``."""
+"""Merging in one call, with an interface like Lightning's ``Tuner(trainer)``."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class ZipIt:
     """Merges trained modules with the devices, precision and loggers of a Trainer.
 
     Args:
-        trainer: the Trainer; its callbacks are as before after a merge.
+        trainer: the Trainer. Its callbacks are the same before and after a merge.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -50,41 +50,42 @@ class ZipIt:
         get_input: Callable[[Any], Inputs] = find_input,
         **options: Unpack[MergeOptions],
     ) -> MultiHeadModule:
-        """Merge N trained modules into one with a head per task, without training.
+        """Merge N trained modules into one module with a head per task, without training.
 
-        The report is printed, unless the Trainer shows neither a progress bar nor a model summary, and given to its
+        The report is printed if the Trainer has a progress bar or a model summary. It is also passed to the Trainer's
         loggers.
 
         Args:
-            models: the source modules by task, or a sequence of them (tasks are then ``task_0``, ``task_1``, …). The
-                modules and the random state stay exactly as they were. A merged module counts as all its tasks.
-            dataloaders: calibration data: one loader per task in a sequence or dict, or a single loader for all tasks.
-                A few hundred samples are enough; labels are never used.
-            datamodule: the calibration data in place of ``dataloaders``: its ``calibration_dataloader()`` or, if it has
+            models: the source modules by task, or a sequence of modules, whose tasks are ``task_0``, ``task_1``, …
+                The modules and the random state are not changed. A merged module brings all its tasks.
+            dataloaders: the calibration data: one loader per task in a sequence or dict, or a single loader for all
+                tasks. A few hundred samples are enough. Labels are never used.
+            datamodule: the calibration data, instead of ``dataloaders``: its ``calibration_dataloader()`` or, if it has
                 none, its ``train_dataloader()`` in a fixed order.
             backbone: dotted name of the part to merge, the same in each module; ``""`` for the whole ``forward``.
-            base: the module that all sources were trained from, for ``combine``.
-            get_input: from a batch to the backbone's input; by default the batch, its first item, or a well-known key.
-                If models take different inputs: from a batch to a dict of views of the same samples, one per task, such
-                as RGB and grayscale images; by default a batch with the tasks as keys is such a dict.
+            base: the module from which all sources were trained, for ``combine``.
+            get_input: a function from a batch to the backbone's input. By default, the input is the batch, its first
+                item, or the item of a usual key, such as ``"image"``. If the models take different inputs, the function
+                returns a dict with one view of the same samples per task, such as RGB and grayscale images. By default,
+                a batch with the tasks as keys is such a dict.
             options: every option of :class:`~lightning_zipit.MergeSettings`, as a keyword argument.
 
         Returns:
-            The merged module, in eval mode; it is also attached to the Trainer, so that ``trainer.save_checkpoint``
+            The merged module, in eval mode. It is also attached to the Trainer, so that ``trainer.save_checkpoint``
             saves it.
 
         Raises:
             ConfigurationError: with every problem that is known before any data is read.
-            TraceError: if the backbone cannot be traced, or its table of axes proves wrong.
+            TraceError: if the backbone cannot be traced, or the proof of its table of axes fails.
             CalibrationError: if the calibration data cannot be used.
         """
         callback = ZipItCallback(**options)
-        if problem := unsupported_strategy(self.trainer):  # before processes are spawned that could not bring it back
+        if problem := unsupported_strategy(self.trainer):  # checked early, because spawned processes lose error classes
             raise ConfigurationError(problem)
         module = ZipItModule(models, backbone, dataloaders, datamodule, get_input, base)
         statistics = callback.settings.statistics
         if dataloaders is None and datamodule is None and not (statistics and Path(statistics).is_file()):
-            raise ConfigurationError("There is no calibration data: pass `dataloaders` or `datamodule`.")
+            raise ConfigurationError("No calibration data was given. Pass `dataloaders` or `datamodule`.")
         with ending_together():
             return self._run(module, callback)
 
@@ -121,44 +122,45 @@ class ZipIt:
     ) -> SweepResult:
         """Merge with many settings and validate each merged module, from one calibration.
 
-        Options of :meth:`merge` take a list of values to try, or one value. Every combination is tried; with
-        ``trials``, an Optuna study chooses, also from a ``Range`` of numbers. The statistics are gathered once for all
-        settings, and the data is read again for each refinement. Every finished setting is a row of ``results``. A
-        sweep that was interrupted, or has more settings than before, does only the settings that are missing or have
-        failed.
+        Options of :meth:`merge` take one value, or a list of values to try. By default, every combination is tried.
+        With ``trials``, an Optuna study chooses values from the lists, or from a ``Range`` of numbers. The statistics
+        are gathered once for all settings. Each refinement reads the data again. Every finished setting becomes a row
+        of ``results``. If a sweep is repeated or gets more settings, it tries only settings that have no row or whose
+        row is an error.
 
         Args:
-            models: the source modules by task, or a sequence of them; they stay exactly as they were.
-            dataloaders: calibration data; see :meth:`merge`.
-            datamodule: the calibration data in place of ``dataloaders``, and the validation data unless
+            models: the source modules by task, or a sequence of modules. They are not changed.
+            dataloaders: the calibration data; see :meth:`merge`.
+            datamodule: the calibration data, instead of ``dataloaders``, and the validation data unless
                 ``val_dataloaders`` are given.
-            val_dataloaders: validation data, one loader per task in a sequence or dict.
+            val_dataloaders: the validation data: one loader per task in a sequence or dict.
             backbone: dotted name of the part to merge.
-            metric: a metric that the sources' ``validation_step`` logs, such as ``"val_acc"``; settings are compared by
-                its mean over the tasks.
-            mode: whether the metric is better high (``"max"``) or low (``"min"``).
-            classes: per task, the global label of each output of its head. The :class:`~lightning_zipit.JointAccuracy`
-                is then measured too, and decides if there is no ``metric``.
-            results: the CSV file of the rows. If the file exists, rows are added to it; it must be of these models.
-            statistics: the safetensors file of the statistics; by default ``results`` with the suffix ``.safetensors``.
-                If it lacks statistics of new settings, these are gathered into another file beside it.
-            trials: the number of settings that a study chooses, including those that it has chosen before.
-            study: an Optuna study of the metric and FLOPs (or of the metric only), with a sampler and a storage of
-                your own; by default a study that resumes from ``results``.
-            share: ``"2/8"`` does the second of eight shares of the settings: for eight processes without a process
-                group, with ``results`` and ``statistics`` on a file system that they share.
-            base: the module that all sources were trained from, for ``combine``.
-            get_input: from a batch to the backbone's input, or to one for each task.
+            metric: a metric that the sources' ``validation_step`` logs, such as ``"val_acc"``. Its mean over the tasks
+                ranks the settings.
+            mode: ``"max"`` if a higher metric is better, ``"min"`` if a lower metric is better.
+            classes: the global label of each output of a task's head, by task. If given, the
+                :class:`~lightning_zipit.JointAccuracy` is measured too. Without ``metric``, it ranks the settings.
+            results: the CSV file for the rows. If the file exists, it must belong to these models, and rows are added
+                to it.
+            statistics: the safetensors file for the statistics; by default ``results`` with the suffix
+                ``.safetensors``. Statistics that an existing file lacks are gathered into another file in its folder.
+            trials: the number of settings that a study chooses, including its earlier trials.
+            study: an Optuna study of the metric and FLOPs, or of the metric only, with your own sampler and storage. By
+                default, a new study that resumes from ``results``.
+            share: the part of the settings that this process tries: ``"2/8"`` for the second of eight processes. The
+                processes have no process group, and share a file system with ``results`` and ``statistics``.
+            base: the module from which all sources were trained, for ``combine``.
+            get_input: a function from a batch to the backbone's input, or to a dict of inputs by task.
             choices: every option of :class:`~lightning_zipit.MergeSettings`, as a value or a list of values.
 
         Returns:
-            The rows, the best of them, the Pareto front, and how to merge as in one of them.
+            All rows, the best row, the Pareto front, and a method that repeats the merge of a row.
 
         Raises:
             ConfigurationError: with every problem that is known before any data is read; or with the error of the first
                 setting, if all settings fail. Otherwise the error of a setting is in its row.
             CalibrationError: if the calibration data cannot be used.
-            StatisticsError: if the statistics are those of other models.
+            StatisticsError: if the statistics file belongs to other models.
         """
         several, fixed = split_choices(choices)
 

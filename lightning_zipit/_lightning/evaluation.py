@@ -1,4 +1,4 @@
-"""What a merged module is worth: metrics of its tasks, and the joint accuracy."""
+"""Evaluation of a merged module: metrics of its tasks, and the joint accuracy."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ TARGET_KEYS = ("label", "labels", "target", "targets", "y")
 
 
 def find_target(batch: Any) -> Tensor:
-    """The labels in a batch: its second item, or a well-known key.
+    """Return the labels in a batch: its second item, or the item of a usual key, such as ``"label"``.
 
     Raises:
-        ConfigurationError: if there are none.
+        ConfigurationError: if the batch has no such item.
     """
     found = None
     if isinstance(batch, (tuple, list)) and len(batch) > 1:
@@ -31,18 +31,18 @@ def find_target(batch: Any) -> Tensor:
         found = next((batch[key] for key in TARGET_KEYS if key in batch), None)
     if not isinstance(found, Tensor):
         raise ConfigurationError(
-            "`classes` needs labels: a validation batch must have them as its second item, or as one of the keys "
-            f"{', '.join(TARGET_KEYS)}."
+            "`classes` needs labels, but no labels were found in a validation batch. Return them as the second item of "
+            f"the batch, or with one of the keys {', '.join(TARGET_KEYS)}."
         )
     return found
 
 
 class JointEvaluation(Callback):
-    """Measures the :class:`~lightning_zipit.JointAccuracy` while ``trainer.validate`` runs over a merged module.
+    """Measures the :class:`~lightning_zipit.JointAccuracy` of a merged module during ``trainer.validate``.
 
     Args:
-        classes: per task, the global label of each output of its head. Batches have the labels of their task.
-        get_input: from a batch to the backbone's input.
+        classes: the global label of each output of a task's head, by task. Batches hold the labels of their own task.
+        get_input: a function from a batch to the backbone's input.
     """
 
     def __init__(self, classes: Mapping[str, Sequence[int]], get_input: Callable[[Any], Inputs]) -> None:
@@ -64,7 +64,8 @@ class JointEvaluation(Callback):
         if len(target) and not 0 <= int(target.min()) <= int(target.max()) < len(own):
             raise ConfigurationError(
                 f"`classes` gives task {task!r} {len(own)} classes, but its validation data has labels from "
-                f"{int(target.min())} to {int(target.max())}: labels number the outputs of the task's head, from 0."
+                f"{int(target.min())} to {int(target.max())}. A label must be the index of an output of the task's "
+                "head, from 0."
             )
         self.metric.to(target.device).update(pl_module(self.get_input(batch)), own[target])
 
@@ -73,7 +74,7 @@ class JointEvaluation(Callback):
 
 
 def mean_by_name(logged: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Average each metric over the ranks that have logged it: with ``rank_zero_only=True``, only rank 0 has.
+    """Average each metric over the ranks that logged it. With ``rank_zero_only=True``, only rank 0 logs a metric.
 
     Args:
         logged: the metrics of each rank.
@@ -89,16 +90,16 @@ def mean_by_name(logged: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Runs ``trainer.validate`` and reads off metrics.
+    """Runs ``trainer.validate`` and collects the metrics.
 
     Args:
         trainer: the Trainer.
         tasks: the tasks.
-        dataloaders: validation loaders, one per task; ``None`` for those of the data module.
-        datamodule: where they come from instead.
-        metric: what every task's ``validation_step`` logs.
-        classes: global labels, for the joint accuracy.
-        get_input: from a batch to the backbone's input.
+        dataloaders: the validation loaders, one per task; ``None`` for the loaders of the data module.
+        datamodule: the validation data, instead of ``dataloaders``.
+        metric: the name of a metric that every task's ``validation_step`` logs.
+        classes: the global labels of each task, for the joint accuracy.
+        get_input: a function from a batch to the backbone's input.
     """
 
     trainer: Trainer
@@ -111,7 +112,7 @@ class Evaluation:
 
     @property
     def decides(self) -> str:
-        """The name of the metric that settings are compared by."""
+        """The name of the metric that ranks the settings."""
         return self.metric or "joint"
 
     @property
@@ -122,15 +123,15 @@ class Evaluation:
         return [self.metric, *(f"{task}/{self.metric}" for task in self.tasks), *["joint"] * bool(self.classes)]
 
     def problems(self) -> list[str]:
-        """What stands in the way and is known before any data is touched."""
+        """Find problems before any data is read."""
         found = []
         if self.metric is None and self.classes is None:
             found.append(
-                "There is nothing to compare settings by: give `metric`, which your validation_step logs, or "
+                "A sweep needs a metric to compare settings. Give `metric`, a name that your validation_step logs, or "
                 "`classes`, the global labels of each task."
             )
         if self.classes is not None and set(self.classes) != set(self.tasks):
-            found.append(f"`classes` has the tasks {list(self.classes)}, but the models are {list(self.tasks)}.")
+            found.append(f"`classes` has the keys {list(self.classes)}, but the tasks are {list(self.tasks)}.")
         elif self.classes is not None:
             try:
                 JointAccuracy(self.classes)
@@ -141,13 +142,13 @@ class Evaluation:
         )
         if self.dataloaders is None and not own:
             found.append(
-                "There is no validation data: pass `val_dataloaders`, one per task, or a `datamodule` whose "
-                "`val_dataloader` returns them."
+                "No validation data was given. Pass `val_dataloaders`, one per task, or a `datamodule` whose "
+                "`val_dataloader` returns one loader per task."
             )
         return found
 
     def __call__(self, module: MultiTaskModule) -> dict[str, float]:
-        """The metrics of a module.
+        """Compute the metrics of a module.
 
         Raises:
             ConfigurationError: if a task does not log the metric.
@@ -160,16 +161,16 @@ class Evaluation:
             self.trainer.validate(module, self.dataloaders, datamodule=datamodule, verbose=False)
         finally:
             callbacks[:] = [callback for callback in callbacks if callback not in joint]
-            self.trainer.datamodule = None  # type: ignore[attr-defined]  # else its hooks run with the next merge
-        # A metric that is logged without sync_dist has another value on each rank.
+            self.trainer.datamodule = None  # type: ignore[attr-defined]  # otherwise its hooks run in the next merge
+        # A metric that is logged without sync_dist differs between ranks.
         everyone = exchange(lambda: {name: float(value) for name, value in self.trainer.callback_metrics.items()})
         logged = mean_by_name(everyone)
         if self.metric:
             missing = [task for task in self.tasks if f"{task}/{self.metric}" not in logged]
             if missing:
                 raise ConfigurationError(
-                    f"`metric`: the validation_step of {', '.join(map(repr, missing))} logs no {self.metric!r}. "
-                    f"What is logged is {', '.join(logged) or 'nothing'}."
+                    f"The validation_step of {', '.join(map(repr, missing))} does not log the metric {self.metric!r}. "
+                    f"Log it, or choose another `metric` from what is logged: {', '.join(logged) or 'nothing'}."
                 )
             logged[self.metric] = sum(logged[f"{task}/{self.metric}"] for task in self.tasks) / len(self.tasks)
         return {name: logged[name] for name in self.names}

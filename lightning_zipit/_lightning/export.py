@@ -1,4 +1,4 @@
-"""Merged modules for other runtimes: ONNX and torch.export."""
+"""Export of merged modules to ONNX and torch.export."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ ONNX_PACKAGES = ("onnx", "onnxscript")
 
 
 class Network(AllHeads):
-    """Stems, trunk and heads without Lightning: from an input, or a dict of one per task, to a dict of all outputs.
+    """Stems, trunk and heads as a plain module: from one input, or a dict of inputs by task, to a dict of all outputs.
 
     Args:
-        merged: the merged module; its parts are shared, not copied.
+        merged: the merged module. Its parts are shared, not copied.
     """
 
     def __init__(self, merged: MultiHeadModule) -> None:
         super().__init__(merged.trunk, merged.heads, merged.stems)
 
     def forward(self, x: Inputs) -> dict[str, Tensor]:
-        """Outputs by name: the task, or ``task.key`` where a head has several outputs."""
+        """Return the outputs by name: the task, or ``task.key`` if a head has several outputs."""
         outputs = super().forward(x)
         return {name: output for task, each in outputs.items() for name, output in _by_name(task, each)}
 
@@ -43,29 +43,30 @@ def _by_name(name: str, output: Any) -> list[tuple[str, Tensor]]:
 
 
 def export_merged(merged: MultiHeadModule, output: str | Path, batch_size: int | None = None) -> list[str]:
-    """Write a merged module to a file that runs without this package.
+    """Export a merged module to a file that runs without this package.
 
-    One with stems takes an input for each task: a dict of them (``.pt2``), or those named ``input.TASK`` (``.onnx``).
+    A module with stems has one input per task: a dict by task (``.pt2``), or inputs named ``input.TASK`` (``.onnx``).
 
     Args:
         merged: the merged module.
-        output: the file to write: ``.pt2`` is read by :func:`torch.export.load`, ``.onnx`` by ONNX runtimes. Weights of
-            an ``.onnx`` that take more than 1.5 GiB are in a file beside it, ``{output}.data``.
-        batch_size: the number of samples that the file is for; any number by default.
+        output: the file to write: ``.pt2`` for :func:`torch.export.load`, or ``.onnx`` for ONNX runtimes. If the
+            weights of an ``.onnx`` file take more than 1.5 GiB, they are saved in ``{output}.data`` in the same folder.
+        batch_size: the fixed batch size of the file. By default, the file accepts any batch size.
 
     Returns:
-        The names of the outputs: those of the tasks, in a dict (``.pt2``) or as names of the graph (``.onnx``).
+        The names of the outputs, which are the tasks: keys of a dict (``.pt2``), or names in the graph (``.onnx``).
 
     Raises:
-        ConfigurationError: if the format is unknown, needs packages that are not there, or the network cannot be
-            exported.
+        ConfigurationError: if the format is unknown, packages are missing, or the network cannot be exported.
     """
     output = Path(output)
     if problem := find_output_problem(output) or _find_format_problem(output):
         raise ConfigurationError(problem)
     example = merged.example_input
     if example is None:
-        raise ConfigurationError("The merged module does not know the shape of its input: give it an `example_input`.")
+        raise ConfigurationError(
+            "The merged module does not know the shape of its input. Pass an `example_input` to MultiHeadModule."
+        )
     network = Network(merged).eval()
     if len(merged.stems) and isinstance(example, Tensor):
         example = dict.fromkeys(merged.tasks, example)
@@ -79,7 +80,9 @@ def export_merged(merged: MultiHeadModule, output: str | Path, batch_size: int |
         program = torch.export.export(network, (x,), dynamic_shapes=open_axes)
     except Exception as error:  # torch.export has no error class of its own
         hint = "" if batch_size else " A fixed batch size may help: batch_size=1 (--batch_size=1)."
-        raise ConfigurationError(f"torch.export cannot follow the merged network.{hint} It says: {error}") from error
+        raise ConfigurationError(
+            f"torch.export cannot export the merged network.{hint} Its error is: {error}"
+        ) from error
     with replacing_with_companions(output) as file:
         if output.suffix == ".pt2":
             torch.export.save(program, file)
@@ -99,10 +102,11 @@ def export_merged(merged: MultiHeadModule, output: str | Path, batch_size: int |
 
 def _find_format_problem(output: Path) -> str | None:
     if output.suffix not in (".onnx", ".pt2"):
-        return f"`output` must end in .onnx or .pt2, which says the format; got {output}."
+        return f"The suffix of `output` sets the format, and must be .onnx or .pt2, got {output}."
     missing = [name for name in ONNX_PACKAGES if output.suffix == ".onnx" and not RequirementCache(name)]
     if missing:
-        return f"ONNX needs {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed: " + (
-            "pip install 'lightning-zipit[onnx]'"
+        return (
+            f"The format ONNX needs {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not "
+            "installed: pip install 'lightning-zipit[onnx]'."
         )
     return None

@@ -1,4 +1,4 @@
-"""The private corners of Lightning and argparse that cannot be avoided, in one place."""
+"""Uses of private interfaces of Lightning and argparse."""
 
 from __future__ import annotations
 
@@ -17,43 +17,45 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Itera
 SHARDING = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
 
 INSTANTIATORS = ("lightning.pytorch.cli.instantiate_module", "pytorch_lightning.cli.instantiate_module")
-"""The functions that Lightning names in checkpoints to make the hyperparameters of a command line again."""
+"""The functions that Lightning names in checkpoints to recreate a module from the hyperparameters of a command line."""
 
 MARKUP = re.compile(r"(?::\w+:`~?([\w.]+)`)|``([^`]*)``")
 
 
 @contextmanager
 def recorded(hyperparameters: Mapping[str, Any]) -> Iterator[None]:
-    """Inside, ``save_hyperparameters`` keeps these, as under LightningCLI, instead of what a constructor is given."""
+    """Context manager in which ``save_hyperparameters`` saves the given hyperparameters, as in LightningCLI.
+
+    Otherwise it would save the arguments of the constructor, which can be objects.
+    """
     with _given_hyperparameters_context(dict(hyperparameters), INSTANTIATORS[0]):
         yield
 
 
 def unsupported_strategy(trainer: Trainer) -> str | None:
-    """Why the Trainer's strategy cannot calibrate, for people; ``None`` where it can."""
+    """Explain why the Trainer's strategy cannot be used for a merge; return ``None`` if it can."""
     strategy = trainer.strategy
     if isinstance(strategy, SHARDING):
         return (
-            f"{type(strategy).__name__} shards parameters, and merging needs whole ones: merge with "
-            f"strategy='ddp' or on one "
-            "device, then train or test the merged module under any strategy."
+            f"{type(strategy).__name__} shards parameters, but merging needs unsharded parameters. Merge with "
+            "strategy='ddp' or on one device. The merged module can then be trained and tested with any strategy."
         )
     return None
 
 
 def attach(trainer: Trainer, module: LightningModule) -> None:
-    """Give a Trainer a module, without the optimizers of one that it has trained: what it saves is of this module."""
+    """Attach a module to a Trainer, so that the Trainer saves it. Optimizers of earlier training are dropped."""
     trainer.strategy.connect(module)
     trainer.strategy.optimizers, trainer.strategy.lr_scheduler_configs = [], []
 
 
 def spawns_processes(trainer: Trainer) -> bool:
-    """Whether the Trainer runs in processes of its own, which end with all that they hold."""
+    """Whether the Trainer spawns processes, whose memory is lost when they end."""
     return type(trainer.strategy.launcher).__name__ == "_MultiProcessingLauncher"
 
 
 def forget_compilation(model: Any) -> None:
-    """Take off the compiled steps that a Trainer gives a LightningModule which `torch.compile` was called on."""
+    """Remove the compiled steps that a Trainer sets on a LightningModule after `torch.compile`."""
     if getattr(model, "_compiler_ctx", None) is not None:
         for step in ("forward", "training_step", "validation_step", "test_step", "predict_step"):
             model.__dict__.pop(step, None)
@@ -61,7 +63,7 @@ def forget_compilation(model: Any) -> None:
 
 
 def count_samples(loader: Any) -> int | None:
-    """How many samples all processes together are to be given; ``None`` where that is not known."""
+    """Return the number of samples that all processes together should receive; ``None`` if it is unknown."""
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         return None
     batches = getattr(loader.batch_sampler, "_batch_sampler", loader.batch_sampler)  # inside Lightning's wrapper
@@ -77,7 +79,7 @@ def count_samples(loader: Any) -> int | None:
 
 
 def predict_loaders(trainer: Trainer) -> list[Any]:
-    """The loaders that ``trainer.predict`` runs over, one by one."""
+    """Return the loaders of ``trainer.predict`` as a list."""
     loaders = trainer.predict_dataloaders
     if isinstance(loaders, dict):
         return list(loaders.values())
@@ -85,15 +87,15 @@ def predict_loaders(trainer: Trainer) -> list[Any]:
 
 
 def subcommand_parsers(cli: LightningCLI) -> dict[str, LightningArgumentParser]:
-    """The parser of each subcommand."""
+    """Return the parser of each subcommand, by name."""
     return cli._subcommand_parsers
 
 
 def make_optional(parser: LightningArgumentParser, name: str) -> list[str]:
-    """Let an argument, and those below it, be left out.
+    """Make an argument and its nested arguments optional.
 
     Returns:
-        Which of them were required.
+        The names of those that were required.
     """
     required = [action for action in parser._actions if action.required and f"{action.dest}.".startswith(f"{name}.")]
     for action in required:
@@ -104,7 +106,7 @@ def make_optional(parser: LightningArgumentParser, name: str) -> list[str]:
 
 
 def ignore_others(parser: LightningArgumentParser, other: LightningArgumentParser) -> None:
-    """Let a command read a configuration of another one: what only that takes is ignored."""
+    """Let a command read a configuration of another command, and ignore the arguments that it does not have."""
     known = {action.dest for action in parser._actions}
     for name in {action.dest for action in other._actions} - known:
         if "." not in name:
@@ -112,41 +114,41 @@ def ignore_others(parser: LightningArgumentParser, other: LightningArgumentParse
 
 
 def make_switches(parser: LightningArgumentParser) -> None:
-    """Let yes-or-no options stand without a value, for yes."""
+    """Let boolean options be given without a value, as true."""
     for action in parser._actions:
         if getattr(action, "_typehint", None) is bool and "." not in action.dest:
             action.nargs, action.const = "?", True
 
 
 def strip_markup(parser: LightningArgumentParser) -> None:
-    """Remove the markup of docstrings from the help texts of a parser, where ``None`` is ``null``."""
+    """Remove docstring markup from the help texts of a parser, and write ``null`` for ``None``."""
     for action in parser._actions:
         if isinstance(action.help, str):
             action.help = MARKUP.sub(r"\1\2", action.help.replace("``None``", "null"))
 
 
 def add_trust(parser: LightningArgumentParser) -> None:
-    """Let a command that reads a checkpoint be told what that may name, and not unpickle it unless it is told to."""
+    """Add ``--trust`` to a command that reads a checkpoint, and set the default of ``--weights_only`` to true."""
     parser.add_argument(
         "--trust",
         type=list[str] | str | None,
         default=None,
-        help="Modules or classes by dotted name that the checkpoint may name, such as my_project.",
+        help="Modules or classes, by dotted name, that the checkpoint may refer to, such as my_project.",
     )
     if any(action.dest == "weights_only" for action in parser._actions):
         parser.set_defaults({"weights_only": True})
 
 
 def show_first(parser: LightningArgumentParser, titles: Mapping[str, str | None]) -> None:
-    """Move groups behind the general options in the help of a command.
+    """Move groups of arguments directly after the general options in the help of a command.
 
     Args:
         parser: the parser of the command.
-        titles: name of an argument of the group → a new title, or ``None`` to keep its own.
+        titles: a new title for each group, or ``None`` to keep its title, by the name of an argument in the group.
     """
     groups: Any = parser._action_groups
     for name, title in reversed(list(titles.items())):
         for group in [group for group in groups if any(action.dest == name for action in group._group_actions)]:
             group.title = title or group.title
             groups.remove(group)
-            groups.insert(2, group)  # argparse begins with positional arguments and options
+            groups.insert(2, group)  # the first two groups are argparse's positional arguments and options

@@ -1,4 +1,4 @@
-"""The dataloaders of a calibration: one for all tasks, or one for each task."""
+"""Dataloaders of a calibration: one for all tasks, or one per task."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, Wei
 
 
 def find_loader_problems(loaders: Any, tasks: Sequence[str], why_ordered: str = "") -> list[str]:
-    """Find what is wrong with calibration loaders before any batch is drawn.
+    """Find problems of calibration loaders before any batch is read.
 
     Args:
-        loaders: one loader for all tasks, or one for each task in a sequence or mapping.
+        loaders: one loader for all tasks, or one loader per task in a sequence or mapping.
         tasks: the tasks.
-        why_ordered: why the loaders must not shuffle; empty where they may.
+        why_ordered: the reason why the loaders must not shuffle; empty if they may shuffle.
     """
     if loaders is None:
         return []
@@ -25,8 +25,8 @@ def find_loader_problems(loaders: Any, tasks: Sequence[str], why_ordered: str = 
     elif isinstance(loaders, (list, tuple)):
         if len(loaders) != len(tasks):
             return [
-                f"`dataloaders` lists {len(loaders)} loaders for {len(tasks)} tasks: give one per task in "
-                f"the order {list(tasks)}, or a single loader (not in a list) for all."
+                f"`dataloaders` lists {len(loaders)} loaders for {len(tasks)} tasks. Give one loader per task in the "
+                f"order {list(tasks)}, or a single loader (not in a list) for all tasks."
             ]
         named = {f"of task {task!r}": loader for task, loader in zip(tasks, loaders, strict=True)}
     else:
@@ -37,7 +37,7 @@ def find_loader_problems(loaders: Any, tasks: Sequence[str], why_ordered: str = 
 
 
 def list_loaders(loaders: Any, tasks: Sequence[str]) -> list[Any]:
-    """Loaders in the order of the tasks; a single loader for all tasks is a list of one."""
+    """List the loaders in the order of the tasks. A single loader for all tasks becomes a list of one."""
     if isinstance(loaders, Mapping):
         loaders = [loaders[task] for task in tasks]
     elif not isinstance(loaders, (list, tuple)):
@@ -46,7 +46,7 @@ def list_loaders(loaders: Any, tasks: Sequence[str]) -> list[Any]:
 
 
 class Batches:
-    """A list of batches as a loader: Lightning takes a bare list for several loaders."""
+    """A list of batches as a loader. Lightning would treat a plain list as several loaders."""
 
     def __init__(self, batches: Sequence[Any]) -> None:
         self.batches = batches
@@ -70,7 +70,7 @@ def _is_shuffled(loader: Any) -> bool:
 
 
 def in_fixed_order(loaders: Any) -> Any:
-    """Training loaders without their shuffling, everything else as it is."""
+    """Return training loaders without shuffling. Other loaders are returned unchanged."""
     if isinstance(loaders, Mapping):
         return {key: in_fixed_order(loader) for key, loader in loaders.items()}
     if isinstance(loaders, (list, tuple)):

@@ -1,4 +1,4 @@
-"""The module that ``trainer.predict`` runs over the calibration data."""
+"""LightningModule that runs a merge in ``trainer.predict``."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ from lightning_zipit.settings import MergeSettings
 
 @dataclass
 class _Outside:
-    """Modules that are no submodules of a :class:`ZipItModule`: what moves or casts it does not reach them.
+    """Modules that are kept outside the submodules of a :class:`ZipItModule`, so that it cannot move or cast them.
 
     Attributes:
-        given: the modules to merge, as the user named them.
-        models: the source modules by task; a module that was merged before is several.
-        base: the module from which all were trained.
-        merged: the merged module.
+        given: the modules to merge, by the user's names.
+        models: the source modules by task. A merged module brings one source module for each of its tasks.
+        base: the module from which all sources were trained.
+        merged: the result of the merge.
     """
 
     given: dict[str, LightningModule]
@@ -52,24 +52,24 @@ class _Outside:
 
 
 class ZipItModule(DelegatedTransfers, LightningModule):
-    """N source modules on their way to be merged by ``trainer.predict`` and a :class:`~lightning_zipit.ZipItCallback`.
+    """N source modules that ``trainer.predict`` merges, with a :class:`~lightning_zipit.ZipItCallback`.
 
-    The sources are copied for the time of the calibration: they are not moved, cast or changed.
+    The calibration runs on copies of the sources. The sources are not moved, cast or changed.
 
     Args:
-        models: the source modules by task, or a sequence of them; one that was merged before stands for all its tasks.
-        backbone: dotted name of the part to merge, the same in each; ``""`` for the whole ``forward``.
-        dataloaders: calibration data: one loader per task (a sequence in the order of the tasks, or a dict), or a
-            single loader for all. Labels are never used.
-        datamodule: where the loaders come from instead: its ``calibration_dataloader()``, else its
-            ``train_dataloader()`` in a fixed order.
-        get_input: from a batch to the backbone's input; by default the batch, its first item, or a well-known key.
-            Where models take different inputs, from a batch to a dict of views of the same samples, one for each task;
-            by default a batch with the tasks as keys is one.
-        base: the module that all were trained from, for a merge with ``combine``.
+        models: the source modules by task, or a sequence of modules. A merged module brings all its tasks.
+        backbone: dotted name of the part to merge, the same in each module; ``""`` for the whole ``forward``.
+        dataloaders: the calibration data: one loader per task in a sequence or dict, or a single loader for all tasks.
+            Labels are never used.
+        datamodule: the calibration data, instead of ``dataloaders``: its ``calibration_dataloader()`` or, if it has
+            none, its ``train_dataloader()`` in a fixed order.
+        get_input: a function from a batch to the backbone's input. By default, the input is the batch, its first item,
+            or the item of a usual key, such as ``"image"``. If the models take different inputs, the function returns a
+            dict with one view of the same samples per task. By default, a batch with the tasks as keys is such a dict.
+        base: the module from which all sources were trained, for ``combine``.
 
     Attributes:
-        merged: the merged module, once ``trainer.predict`` has run.
+        merged: the merged module, after ``trainer.predict``.
     """
 
     def __init__(
@@ -96,25 +96,25 @@ class ZipItModule(DelegatedTransfers, LightningModule):
         self._datamodule_trainer: Any = None
         # Spawned workers write the merged module here; the main process loads it.
         self._handover = Path(tempfile.gettempdir()) / f"lightning-zipit-{uuid.uuid4().hex}.ckpt"
-        self._listed = False  # whether trainer.predict runs over our loaders, once for every pass
+        self._listed = False  # whether trainer.predict uses the loaders of this module, which are listed for every pass
 
     @classmethod
     def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> Any:
-        """There is no such file, and Lightning would make whatever one that says so names.
+        """Refuse to load: this class has no checkpoints, and Lightning would call everything that a file names.
 
         Raises:
             CheckpointError: always.
         """
-        raise CheckpointError(f"{cls.__name__} is not read from a checkpoint: make it from its models.")
+        raise CheckpointError(f"{cls.__name__} cannot be loaded from a checkpoint. Create it from its models.")
 
     @property
     def models(self) -> dict[str, LightningModule]:
-        """The source modules by task; one that was merged before is several."""
+        """The source modules by task. A merged module brings one source module for each of its tasks."""
         return self._outside.models
 
     @property
     def base(self) -> LightningModule | None:
-        """The module that all were trained from, where it was given."""
+        """The module from which all sources were trained; ``None`` if it was not given."""
         return self._outside.base
 
     @property
@@ -122,24 +122,30 @@ class ZipItModule(DelegatedTransfers, LightningModule):
         if self._outside.merged is None and self._handover.exists():
             self._outside.merged = self._take_over()
         if self._outside.merged is None:
-            raise ConfigurationError("There is no merged module yet: run trainer.predict with a ZipItCallback first.")
+            raise ConfigurationError(
+                "`merged` does not exist before the merge. Run trainer.predict with a ZipItCallback first."
+            )
         return self._outside.merged
 
     @property
     def is_merged(self) -> bool:
-        """Whether there is a merged module."""
+        """Whether the merge is done."""
         return self._outside.merged is not None
 
     @property
     def needs_no_data(self) -> bool:
-        """Whether a merge is prepared that goes through no data: its statistics were gathered before."""
+        """Whether the prepared merge reads no data, because its statistics come from a file."""
         return self.pipeline is not None and self.pipeline.passes == 0 and not self.is_merged
 
     def prepare(self, settings: MergeSettings, problems: Sequence[str] = ()) -> None:
-        """Start a merge: look for everything that stands in its way, trace, and copy the sources.
+        """Start a merge: check everything, trace, and copy the sources.
+
+        Args:
+            settings: the options of the merge.
+            problems: problems that are already known.
 
         Raises:
-            ConfigurationError: with all problems that were found.
+            ConfigurationError: with every problem.
         """
         self._outside.merged, self._listed, self._settings = None, False, settings
         self._datamodule_trainer = self.datamodule.trainer if self.datamodule is not None else None
@@ -150,9 +156,12 @@ class ZipItModule(DelegatedTransfers, LightningModule):
                 unfit += [f"Model {name!r}: {problem}" for problem in model.find_problems(self.backbone, settings)]
         found = [*problems, *unfit, *self._loader_problems(self.dataloaders)]
         if self.dataloaders is not None and self.datamodule is not None:
-            found.append("Both `dataloaders` and `datamodule` were given: give one of them.")
+            found.append("Both `dataloaders` and `datamodule` were given. Give only one of them.")
         if len(self._outside.given) == 1 and not changes_size(settings.width):
-            found.append("One model alone cannot be merged: give at least two, or fold it with a `width` below 1.")
+            found.append(
+                "A merge needs at least two models, but got one. Give more models, or compress the single model with a "
+                "`width` below 1."
+            )
         if not unfit:
             networks = {task: get_backbone(model, self.backbone) for task, model in self.models.items()}
             try:
@@ -164,7 +173,7 @@ class ZipItModule(DelegatedTransfers, LightningModule):
                 found.append(str(error))
         if found:
             raise ConfigurationError.collect(found)
-        shared: dict[int, Any] = {}  # what models have in common, their copies have too
+        shared: dict[int, Any] = {}  # so that the copies share the modules that the models share
         self.copies = nn.ModuleDict({task: copy_module(model, shared) for task, model in self.models.items()})
         self.copies.eval().requires_grad_(False)
 
@@ -184,7 +193,7 @@ class ZipItModule(DelegatedTransfers, LightningModule):
     def setup(self, stage: str) -> None:
         if self.pipeline is None:
             raise ConfigurationError(
-                "A ZipItModule is run by a Trainer with a ZipItCallback: Trainer(callbacks=[ZipItCallback()])."
+                "ZipItModule needs a Trainer with a ZipItCallback. Use Trainer(callbacks=[ZipItCallback()])."
             )
         loaders = self.dataloaders
         if self.datamodule is not None:
@@ -198,7 +207,7 @@ class ZipItModule(DelegatedTransfers, LightningModule):
 
     def predict_dataloader(self) -> Any:
         """The calibration loaders, listed once for every pass."""
-        # Nothing may fail here: Lightning leaves DataLoader patched when this hook raises.
+        # This hook must not fail: Lightning would leave DataLoader patched.
         assert self.pipeline is not None
         self._listed = True
         return [loader for _ in range(self.pipeline.passes) for loader in self._loaders]
@@ -206,13 +215,13 @@ class ZipItModule(DelegatedTransfers, LightningModule):
     def _loader_problems(self, loaders: Any) -> list[str]:
         why = ""
         if self._trainer is not None and self.trainer.world_size > 1:
-            why = "each process would draw its own order, and samples would be counted twice or not at all"
+            why = "each process would draw its own order, so that samples would be counted twice or skipped"
         elif self._settings.statistics:
             why = "an interrupted calibration could not resume"
         return find_loader_problems(loaders, list(self.models), why)
 
     def _transfer(self, hook: str, dataloader_idx: int, *args: Any) -> Any:
-        """The data module's own way to move a batch, else that of the source that the loader belongs to."""
+        """Run a transfer hook of the data module if it defines one, otherwise of the loader's source module."""
         owner: Any = self.copies[self._tasks_of(dataloader_idx)[0]]
         if self.datamodule is not None:  # its trainer was set in `setup`
             own = getattr(type(self.datamodule), hook) is not getattr(LightningDataModule, hook)
@@ -231,9 +240,9 @@ class ZipItModule(DelegatedTransfers, LightningModule):
         count = len(self._loaders) if self._listed else given
         if count not in (1, len(self.models)) or (not self._listed and self.pipeline.passes > 1):
             raise ConfigurationError(
-                f"trainer.predict was given {given} loaders, but the calibration of "
-                f"{len(self.models)} tasks takes {self.pipeline.passes} passes over them. Give the loaders to "
-                "ZipItModule(dataloaders=…) instead of trainer.predict, which lists them once for every pass."
+                f"trainer.predict got {given} loaders, but the calibration of {len(self.models)} tasks needs "
+                f"{self.pipeline.passes} passes over one loader per task, or over a single loader. Pass the loaders to "
+                "ZipItModule(dataloaders=…) instead of trainer.predict."
             )
         return count
 
@@ -268,7 +277,7 @@ class ZipItModule(DelegatedTransfers, LightningModule):
         return len(any_view(x))
 
     def finish(self) -> None:
-        """End the merge, and build the merged module."""
+        """Complete the merge, and build the merged module."""
         assert self.pipeline is not None
         result = self.pipeline.finish()
         with torch.inference_mode(False):

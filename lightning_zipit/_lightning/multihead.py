@@ -1,4 +1,4 @@
-"""The merged module: how it is made from a merge or a checkpoint, saved, and taken apart to be merged again."""
+"""The merged module: its construction from a merge or a checkpoint, and its split into source modules."""
 
 from __future__ import annotations
 
@@ -36,31 +36,31 @@ from lightning_zipit.settings import MergeSettings
 
 
 class MultiHeadModule(MultiTaskModule):
-    """A merged network: the trunk that all tasks share, and a head per task.
+    """A merged network: a trunk that all tasks share, and a head per task.
 
-    It is made by :class:`~lightning_zipit.ZipIt` or :class:`~lightning_zipit.ZipItCallback`, saved by
-    ``trainer.save_checkpoint`` and read back by :meth:`load_from_checkpoint`. Made by hand, it has the structure of a
-    merge and the first model's weights in its trunk.
+    :class:`~lightning_zipit.ZipIt` and :class:`~lightning_zipit.ZipItCallback` make it, ``trainer.save_checkpoint``
+    saves it, and :meth:`load_from_checkpoint` loads it. A module made by this constructor without ``merged`` has the
+    structure of a merged network, and the weights of the first model in its trunk.
 
     Args:
         models: the source modules by task.
-        backbone: dotted name of the merged part in each, ``""`` for the whole ``forward``.
-        settings: where the trunk starts and ends, and whether its batch norm is per task.
+        backbone: dotted name of the merged part of each module; ``""`` for the whole ``forward``.
+        settings: the start and the end of the trunk, and whether its batch norm is per task.
         merged: stems, trunk, heads and report of a merge.
-        example_input: an input of the backbone, or one of each by task, where one that fits cannot be guessed; its
-            values do not matter.
-        barriers: nodes that stay in the heads, as :attr:`MergeGraph.barriers` has them.
-        widths: per space its number of features, where that is not the sources'.
+        example_input: an input of the backbone, or one input per task. It is needed if no fitting shape can be guessed.
+            Its values do not matter.
+        barriers: the nodes that stay in the heads; see :attr:`MergeGraph.barriers`.
+        widths: the number of features of each feature space whose width differs from the sources.
 
     Raises:
         ConfigurationError: if the models cannot be merged.
 
     Attributes:
         trunk: the shared part.
-        heads: the rest of each task's network, a ``ModuleDict`` by task.
-        stems: what each task's network has before the trunk, a ``ModuleDict`` by task; empty without ``start_at``.
-        sources: copies of the source modules, which run their own steps on trunk and head.
-        report: what the merge did.
+        heads: the last part of each task's network, a ``ModuleDict`` by task.
+        stems: the first part of each task's network, a ``ModuleDict`` by task; empty without ``start_at``.
+        sources: copies of the source modules, which run their own steps on stem, trunk and head.
+        report: the report of the merge.
     """
 
     report: MergeReport | None
@@ -111,30 +111,38 @@ class MultiHeadModule(MultiTaskModule):
             self._record["start_at"] = settings.start_at
 
     def find_problems(self, backbone: str, settings: MergeSettings) -> list[str]:
-        """What stands in the way of merging this module again."""
+        """Find reasons why this module cannot be merged again."""
         if len(self.stems):
             return [
-                f"it was merged with start_at={self._record['start_at']!r}: merge its sources, not the whole of it."
+                f"it was merged with start_at={self._record['start_at']!r}, and cannot be merged again. Merge its "
+                "sources instead."
             ]
         of_record = {"backbone": self.backbone} | {name: self._record[name] for name in ("stop_at", "merge_heads")}
         asked = {"backbone": backbone, "stop_at": settings.stop_at, "merge_heads": settings.merge_heads}
         of_record["start_at"], asked["start_at"] = None, settings.start_at
         problems = [
-            f"it was merged with {name}={known!r}, and can be merged again with the same alone, got {asked[name]!r}."
+            f"it was merged with {name}={known!r}, and can only be merged again with the same value, got "
+            f"{asked[name]!r}."
             for name, known in of_record.items()
             if known != asked[name]
         ]
         if self.norms_per_task:
-            problems.append("its trunk has a batch norm for each task: merge its sources with one for all.")
+            problems.append(
+                "its trunk has a batch norm for each task, so that it cannot be merged again. Merge its sources with "
+                "BatchNorm(per_task=False)."
+            )
         if self._record["widths"]:
-            problems.append("it was merged with another `width` than 1: merge its sources without.")
+            problems.append(
+                "it was merged with a `width` other than 1, so that it cannot be merged again. Merge its sources with "
+                "width=1."
+            )
         return problems
 
     def split(self) -> dict[str, LightningModule]:
-        """The source modules, each with trunk and head as one network, which share this module's tensors.
+        """Split into one source module per task, with trunk and head as its backbone. The tensors are shared.
 
         Raises:
-            ConfigurationError: if trunk or heads are not those of a merge any more.
+            ConfigurationError: if trunk or heads were replaced by other modules.
         """
         split = {}
         for task, source in self.sources.items():
@@ -142,8 +150,8 @@ class MultiHeadModule(MultiTaskModule):
             assert isinstance(source, LightningModule)
             if not (isinstance(trunk, fx.GraphModule) and isinstance(head, fx.GraphModule)):
                 raise ConfigurationError(
-                    f"A merged module whose trunk, or head of task {task!r}, was replaced by another module cannot be "
-                    "merged again: merge the sources."
+                    f"The merged module cannot be merged again, because its trunk or the head of task {task!r} was "
+                    "replaced by another module. Merge the sources."
                 )
             split[task] = make_shell(source, self.backbone, Joined(trunk, head, self._record["barriers"]), ())
             if not self.backbone:
@@ -153,7 +161,7 @@ class MultiHeadModule(MultiTaskModule):
 
     @property
     def example_input(self) -> Inputs | None:
-        """Zeros like one sample, ``(1, …)``, where a merge has seen one; by task where each has an input of its own."""
+        """Zeros of the shape and type of one sample, ``(1, …)``, by task if inputs differ; ``None`` if unknown."""
         return read_example(self._record)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -169,29 +177,30 @@ class MultiHeadModule(MultiTaskModule):
         weights_only: bool | None = None,
         **kwargs: Any,
     ) -> MultiHeadModule:
-        """Read a merged module back, from its sources' class paths and hyperparameters.
+        """Load a merged module from a checkpoint.
 
-        The file is read with ``weights_only=True``. Of what it names, only this is imported or called: LightningModule
-        classes that the program has imported already, classes of ``models``, what ``trust`` allows, and the layers,
-        losses, optimizers, schedulers and metrics of torch and torchmetrics.
+        The source modules are recreated from the class paths and hyperparameters in the file. The file is read with
+        ``weights_only=True``. A class or function that the file names is imported and called only if it is a
+        LightningModule class that the program has already imported, a class of ``models``, allowed by ``trust``, or a
+        layer, loss, optimizer, scheduler or metric of torch and torchmetrics.
 
         Args:
             checkpoint_path: a file written by ``trainer.save_checkpoint``.
-            map_location: where tensors go; see :func:`torch.load`.
-            models: modules of the source classes by task (their weights are not used), for classes that cannot be
-                imported or did not save their hyperparameters.
-            trust: names of modules or classes that the file may name too, such as ``["my_project"]``.
-            weights_only: ``False`` unpickles the file, which runs code that it holds: for files that you trust. What
-                the file names is still looked at as above.
+            map_location: the device of the tensors; see :func:`torch.load`.
+            models: modules of the source classes by task, for classes that cannot be imported or did not save their
+                hyperparameters. The weights of these modules are not used.
+            trust: modules or classes, by dotted name, that the file may also refer to, such as ``["my_project"]``.
+            weights_only: ``False`` unpickles the file, which runs code in it: use it only for files that you trust. The
+                classes and functions that the file names are still checked as above.
             kwargs: accepted for the signature of :class:`~lightning.pytorch.LightningModule`; must be empty.
 
         Returns:
             The merged module, in eval mode.
 
         Raises:
-            UntrustedError: if the file names anything else; it lists all that the file names, and how to allow it.
-            CheckpointError: if the file is no checkpoint of a merged module, or a source module cannot be made.
-            ConfigurationError: if ``trust`` holds anything but names.
+            UntrustedError: if the file names anything else. The message lists all names and the ways to allow them.
+            CheckpointError: if the file is not a checkpoint of a merged module, or a source module cannot be created.
+            ConfigurationError: if ``trust`` contains anything but names.
         """
         if unknown := set(kwargs) - {"strict"}:
             raise TypeError(f"load_from_checkpoint got unexpected arguments {sorted(unknown)}.")
@@ -206,12 +215,12 @@ class MultiHeadModule(MultiTaskModule):
         trust: Trust,
         models: Mapping[str, LightningModule] | Sequence[LightningModule] | None = None,
     ) -> MultiHeadModule:
-        """The merged module in the content of a checkpoint.
+        """Make the merged module from the content of a checkpoint.
 
         Args:
             checkpoint: the content.
-            where: the file, for errors.
-            trust: what it may name.
+            where: the file, for error messages.
+            trust: the names that the checkpoint may refer to.
             models: modules of the source classes by task.
 
         Raises:
@@ -231,7 +240,9 @@ class MultiHeadModule(MultiTaskModule):
         where: str,
     ) -> MultiHeadModule:
         if unknown := set(given) - set(record["sources"]):
-            raise CheckpointError(f"models= names {sorted(unknown)}, but the tasks are {list(record['sources'])}.")
+            raise CheckpointError(
+                f"`models` has the keys {sorted(unknown)}, but the tasks of {where} are {list(record['sources'])}."
+            )
         sources = make_sources(record["sources"], trust, where, given)
         settings = MergeSettings(
             stop_at=record["stop_at"],
@@ -254,16 +265,16 @@ class MultiHeadModule(MultiTaskModule):
 
 
 def split_merged(models: Mapping[str, LightningModule]) -> tuple[dict[str, LightningModule], dict[str, str]]:
-    """The source modules with those that were merged before taken apart.
+    """Split all merged modules among the models into their source modules.
 
     Args:
-        models: source modules by name.
+        models: the models by name.
 
     Returns:
-        The modules by task, and the name of the model that each belongs to.
+        The source modules by task, and the name of the model that each source module belongs to.
 
     Raises:
-        ConfigurationError: if a task is there twice.
+        ConfigurationError: if two models have the same task.
     """
     modules: dict[str, LightningModule] = {}
     sources: dict[str, str] = {}
@@ -272,8 +283,8 @@ def split_merged(models: Mapping[str, LightningModule]) -> tuple[dict[str, Light
         for task, module in (model.split() if isinstance(model, MultiHeadModule) else {name: model}).items():
             if task in modules:
                 problems.append(
-                    f"Task {task!r} is there twice, in {sources[task]!r} and {name!r}: tasks of merged modules keep "
-                    "their names, and need different ones."
+                    f"Models {sources[task]!r} and {name!r} both have a task {task!r}. Tasks of merged modules keep "
+                    "their names, and all tasks need different names."
                 )
             modules[task], sources[task] = module, name
     if problems:

@@ -1,4 +1,4 @@
-"""Modules with one output per task, which run each source module's own steps."""
+"""Multi-task modules that run the steps of each source module."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from lightning_zipit.refine.task_norms import has_task_norms
 
 
 class MergedPath(nn.Module):
-    """The stem of a task if it has one, the trunk and its head in a row, in place of a source module's backbone.
+    """Stem, trunk and head of one task as a single module, which replaces the backbone of a source module.
 
-    They are looked up in the module around when they are run, so that one that is replaced there is replaced here. That
-    module is held in a tuple: it is no submodule of this one, and a copy of it has paths of its own.
+    The parts are looked up in their owner at each call, so that a part that is replaced in the owner is replaced here.
+    The owner is stored in a tuple, so that it is not a submodule. A copy of the owner has its own paths.
 
     Args:
-        owner: the module that has them.
+        owner: the module that has stems, trunk and heads.
         task: the task.
     """
 
@@ -51,26 +51,28 @@ class MergedPath(nn.Module):
 
 
 class PassOn(nn.Module):
-    """A trunk that shares nothing."""
+    """A trunk without layers, which returns its input."""
 
     def forward(self, x: Tensor) -> tuple[Tensor]:
         return (x,)
 
 
 class MultiTaskModule(DelegatedTransfers, LightningModule):
-    """One trunk, a head per task, and each task's own steps around them.
+    """A trunk with a head per task, and the steps of each source module.
 
-    ``validation_step``, ``test_step`` and ``predict_step`` run the source module's own step for the task that the
-    dataloader belongs to: the i-th of a sequence of loaders belongs to the i-th task, one of a dict to the task of its
-    key. What a step logs is logged as ``{task}/{name}``.
+    ``validation_step``, ``test_step`` and ``predict_step`` run the step of one source module: the module of the task
+    that the dataloader belongs to. In a sequence, the i-th loader belongs to the i-th task. In a dict, a loader belongs
+    to the task of its key. A step's metric ``{name}`` is logged as ``{task}/{name}``.
 
     Args:
-        trunk: from an input to a tuple of what the heads take; one with a batch norm per task also takes its name.
-        heads: per task, the rest of its network.
-        models: the source modules by task; they are copied without their backbones.
-        backbone: the part of them that stem, trunk and head stand for.
-        used: for the backbone ``""``, what a source's ``forward`` uses, by task.
-        stems: per task, from its input to a tuple of what the trunk takes; none where that takes the input.
+        trunk: the shared part, from an input to a tuple of the heads' inputs. A trunk with a batch norm per task also
+            takes the name of the task.
+        heads: the last part of each task's network, by task.
+        models: the source modules by task. They are copied without their backbones.
+        backbone: dotted name of the part of the source modules that stem, trunk and head replace.
+        used: the modules and parameters that a source's ``forward`` uses, by task. Only for the backbone ``""``.
+        stems: the first part of each task's network, by task, from an input to a tuple of the trunk's inputs. Without
+            stems, the trunk takes the input.
     """
 
     trunk: nn.Module
@@ -100,12 +102,12 @@ class MultiTaskModule(DelegatedTransfers, LightningModule):
 
     @classmethod
     def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> Any:
-        """There is no such file, and Lightning would make whatever one that says so names.
+        """Refuse to load: this class has no checkpoints, and Lightning would call everything that a file names.
 
         Raises:
             CheckpointError: always.
         """
-        raise CheckpointError(f"{cls.__name__} is not read from a checkpoint: make it from its models.")
+        raise CheckpointError(f"{cls.__name__} cannot be loaded from a checkpoint. Create it from its models.")
 
     @property
     def tasks(self) -> list[str]:
@@ -113,7 +115,7 @@ class MultiTaskModule(DelegatedTransfers, LightningModule):
         return list(self.heads)
 
     def task_of(self, dataloader_idx: int) -> str:
-        """The task that a dataloader belongs to, while a Trainer runs over it."""
+        """Return the task of a dataloader during a run of the Trainer."""
         return self._loader_tasks[dataloader_idx]
 
     @property
@@ -122,45 +124,48 @@ class MultiTaskModule(DelegatedTransfers, LightningModule):
         return has_task_norms(self.trunk)
 
     def forward(self, x: Inputs, task: str | None = None) -> Any:
-        """All outputs, with one pass of the trunk, or one per task where stems or norms are its own; or one task's.
+        """Compute the outputs of all tasks, or the output of one task.
+
+        The trunk runs once for all tasks. If tasks have stems or a batch norm of their own, it runs once per task.
 
         Args:
-            x: an input of the backbone; or a dict from task to input, for the outputs of those tasks.
-            task: the one task to run.
+            x: an input of the backbone; or a dict of inputs by task, for the outputs of those tasks.
+            task: the only task to run; ``None`` for all tasks.
 
         Returns:
-            A dict from task to output, or one task's output.
+            A dict of outputs by task; or the output of ``task``.
 
         Raises:
-            ConfigurationError: if there is an input for a task that does not exist.
+            ConfigurationError: if an input belongs to an unknown task.
         """
         if task is not None:
             return self.run_task(view_of(x, task), task)
         return run_all(self.stems, self.trunk, self.heads, x, self.norms_per_task)
 
     def run_task(self, x: Tensor, task: str) -> Any:
-        """The output of one task, from its own input."""
+        """Compute the output of one task from its input."""
         stem = self.stems[task] if len(self.stems) else None
         return run_one(stem, self.trunk, self.heads[task], x, task if self.norms_per_task else None)
 
     @torch.no_grad()
     def fit_temperatures(self, dataloaders: Any, get_input: Callable[[Any], Inputs] = find_input) -> dict[str, float]:
-        """Temperatures for :class:`~lightning_zipit.JointAccuracy`, with which no head is surer than the others.
+        """Fit temperatures for :class:`~lightning_zipit.JointAccuracy` that make all heads equally confident.
 
-        No labels are used; see :func:`~lightning_zipit.functional.fit_temperatures`.
+        Labels are not used; see :func:`~lightning_zipit.functional.fit_temperatures`.
 
         Args:
-            dataloaders: such as those of the calibration: one per task in a sequence or dict, which count the same, or
-                a single loader with about equally many samples of each task.
-            get_input: from a batch to the backbone's input, or to one for each task by name; by default the batch, its
-                first item, or a well-known key, or those of a batch with the tasks as keys.
+            dataloaders: for example the calibration data: one loader per task in a sequence or dict, with equal weight
+                for each loader; or a single loader with about equally many samples of each task.
+            get_input: a function from a batch to the backbone's input, or to a dict of inputs by task. By default, the
+                input is the batch, its first item, the item of a usual key, such as ``"image"``, or a batch with the
+                tasks as keys.
 
         Returns:
-            A temperature by task.
+            The temperature of each task.
 
         Raises:
-            ConfigurationError: if heads do not give finite logits ``(samples, classes)``.
-            CalibrationError: if there are no samples.
+            ConfigurationError: if the outputs of a head are not finite logits ``(samples, classes)``.
+            CalibrationError: if the dataloaders are empty.
         """
         loaders = list(dataloaders.values()) if isinstance(dataloaders, Mapping) else dataloaders
         with evaluating(self):
@@ -170,7 +175,9 @@ class MultiTaskModule(DelegatedTransfers, LightningModule):
             ]
         outputs = list(itertools.chain(*seen))
         if not outputs:
-            raise CalibrationError("There are no samples to fit temperatures on: the dataloaders are empty.")
+            raise CalibrationError(
+                "Temperatures need samples, but the dataloaders are empty. Give a few hundred samples."
+            )
         sizes = [sum(len(each[self.tasks[0]]) for each in of_loader) for of_loader in seen]
         weights = torch.cat([torch.full((size,), 1 / max(size, 1)) for size in sizes])
         try:
@@ -199,7 +206,7 @@ class MultiTaskModule(DelegatedTransfers, LightningModule):
 
     @contextmanager
     def _speaking(self, task: str) -> Iterator[LightningModule]:
-        """Inside, a source module has this module's trainer, and logs through it under its task's name."""
+        """Context manager in which a source module uses this module's Trainer, and logs with its task as prefix."""
         source = self.sources[task]
         assert isinstance(source, LightningModule)
 
@@ -228,7 +235,7 @@ class MultiTaskModule(DelegatedTransfers, LightningModule):
         self._loader_tasks = self.tasks
 
     def configure_model(self) -> None:
-        """Runs that of every source module; a mesh of devices (FSDP2) then shards stems, trunk and heads one by one."""
+        """Run ``configure_model`` of every source module. With a device mesh (FSDP2), shard stems, trunk and heads."""
         self._each_unlogged("configure_model")
         if self.device_mesh is not None and self.device_mesh["data_parallel"].size() > 1:
             from torch.distributed.fsdp import FSDPModule, fully_shard  # not in every build of torch
@@ -238,7 +245,7 @@ class MultiTaskModule(DelegatedTransfers, LightningModule):
                     fully_shard(part, mesh=self.device_mesh["data_parallel"])
 
     def _each_unlogged(self, hook: str, *args: Any) -> None:
-        """Run a hook that may rebuild the source's network, and put the merged one back."""
+        """Run a hook of every source module. If it rebuilds the source's network, restore the merged path."""
         for task in self.tasks:
             with self._speaking(task) as source:
                 path = _path_of(source, self.backbone)
@@ -262,20 +269,20 @@ class MultiTaskModule(DelegatedTransfers, LightningModule):
             unknown = [task for task in loaders if task not in self.heads]
             if unknown:
                 raise ConfigurationError(
-                    f"trainer.{verb} got loaders for {', '.join(map(repr, unknown))}, but the tasks are {self.tasks}."
+                    f"trainer.{verb} got dataloaders for {', '.join(map(repr, unknown))}, but the tasks are "
+                    f"{self.tasks}. Use the tasks as keys."
                 )
             self._loader_tasks = list(loaders)
             return
         count = len(loaders) if isinstance(loaders, (list, tuple)) else 1
         if count != len(self.tasks):
             raise ConfigurationError(
-                f"trainer.{verb} got {count} dataloader{'s' * (count != 1)} for {len(self.tasks)} tasks: give "
-                f"one per task in "
-                f"the order {self.tasks}, or a dict from task to loader."
+                f"trainer.{verb} got {count} dataloader{'s' * (count != 1)} for {len(self.tasks)} tasks. Give one "
+                f"loader per task in the order {self.tasks}, or a dict from task to loader."
             )
         self._loader_tasks = self.tasks
 
-    # Moving a batch is the business of the source that the loader belongs to
+    # The source module of a loader moves its batches to the device
 
     def _transfer(self, hook: str, dataloader_idx: int, *args: Any) -> Any:
         with self._speaking(self.task_of(dataloader_idx)) as source:
@@ -287,7 +294,7 @@ def _delegated(hook: str) -> Callable[..., None]:
         self._each(hook)
 
     run.__name__ = run.__qualname__ = hook
-    run.__doc__ = f"Runs ``{hook}`` of every source module."
+    run.__doc__ = f"Run ``{hook}`` of every source module."
     return run
 
 
@@ -310,14 +317,14 @@ def _set_path(source: LightningModule, backbone: str, path: nn.Module) -> None:
 
 
 class Ensemble(MultiTaskModule):
-    """The source networks side by side, unmerged, behind the interface of the merged module.
+    """The unmerged source networks with the interface of the merged module, as a baseline.
 
     Args:
-        models: the source modules by task, or a sequence of them; they are copied.
-        backbone: the part of them that is run.
+        models: the source modules by task, or a sequence of modules. They are copied.
+        backbone: dotted name of the part of the modules to run.
 
     Raises:
-        ConfigurationError: if there are no models, or they have no such backbone.
+        ConfigurationError: if no models are given, or a model has no such backbone.
     """
 
     def __init__(self, models: Mapping[str, LightningModule] | Sequence[LightningModule], backbone: str = "") -> None:

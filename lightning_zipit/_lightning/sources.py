@@ -1,4 +1,4 @@
-"""The user's models: what they are called, and whether they can be merged."""
+"""Source models: their names, checks, backbones and inputs."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from lightning_zipit._lightning.internals import forget_compilation
 from lightning_zipit.errors import CalibrationError, ConfigurationError
 
 INPUT_KEYS = ("x", "image", "images", "img", "input", "inputs", "pixel_values", "data", "features")
-"""Where a batch that is a dict is looked into for the network's input."""
+"""Keys of the network's input in a batch that is a dict."""
 
 PATH = "_zipit_path"
-"""The module that a source's whole ``forward`` is, where it is one path of a module that was merged before."""
+"""The name of the submodule that replaces the whole ``forward`` of a source that was split from a merged module."""
 
 RESERVED = frozenset(dir(nn.ModuleDict()))
 
 
 def name_tasks(models: Mapping[str, LightningModule] | Sequence[LightningModule]) -> dict[str, LightningModule]:
-    """The models by task, without `torch.compile`; those of a sequence become ``task_0``, ``task_1``, …"""
+    """Return the models by task, without `torch.compile`. Models of a sequence become ``task_0``, ``task_1``, …"""
     if isinstance(models, Mapping):
         return {task: uncompiled(model) for task, model in models.items()}
     if not isinstance(models, Sequence):
@@ -37,7 +37,7 @@ def name_tasks(models: Mapping[str, LightningModule] | Sequence[LightningModule]
 
 
 def uncompiled(model: Any) -> Any:
-    """A model without what `torch.compile` has put around it and its modules; it shares the model's tensors."""
+    """Remove the wrappers of `torch.compile` from a model and its modules. The result shares the model's tensors."""
     if isinstance(model, OptimizedModule):
         model = model._orig_mod
     if not isinstance(model, nn.Module) or not any(map(_is_compiled, model.modules())):
@@ -62,16 +62,16 @@ def _is_compiled(module: nn.Module) -> bool:
 
 
 def find_problems(models: Mapping[str, Any], backbone: str) -> list[str]:
-    """Everything about the models that stands in the way of a merge and is known without tracing them."""
+    """Find problems of the models that are known without tracing."""
     if not models:
-        return ["No models were given: name at least two, as in {'animals': a, 'vehicles': b}."]
+        return ["No models were given. Give at least two by task, such as {'animals': a, 'vehicles': b}."]
     problems = []
     seen: dict[int, str] = {}
     for task, model in models.items():
         if not isinstance(task, str) or not task or "." in task or "/" in task or task in RESERVED:
-            problems.append(f"Task name {task!r} cannot name a head: use a plain word without '.' or '/'.")
+            problems.append(f"Task name {task!r} cannot name a head. Use a plain word without '.' or '/'.")
         if not isinstance(model, LightningModule):
-            problems.append(f"Task {task!r}: a LightningModule is needed, got {type(model).__name__}.")
+            problems.append(f"Task {task!r}: the model must be a LightningModule, got {type(model).__name__}.")
             continue
         try:
             part = get_backbone(model, backbone)
@@ -80,35 +80,38 @@ def find_problems(models: Mapping[str, Any], backbone: str) -> list[str]:
             continue
         if id(part) in seen:
             problems.append(
-                f"Tasks {seen[id(part)]!r} and {task!r} are one and the same model: give a model per task (a copy from "
-                "copy.deepcopy, to merge a model with itself)."
+                f"Tasks {seen[id(part)]!r} and {task!r} have the same model object. Give each task its own model. To "
+                "merge a model with itself, give a copy from copy.deepcopy."
             )
         seen.setdefault(id(part), task)
         if not any(True for _ in part.parameters()):
-            problems.append(f"Task {task!r}: backbone {backbone!r} has no parameters.")
+            problems.append(
+                f"Task {task!r}: the backbone {backbone!r} has no parameters. Give the name of a part with layers."
+            )
     return problems
 
 
 def get_backbone(model: nn.Module, backbone: str) -> nn.Module:
-    """The part of a source model that is merged.
+    """Return the part of a source model that is merged.
 
     Raises:
-        ConfigurationError: if the model has no module of that name.
+        ConfigurationError: if the model has no submodule with this name.
     """
     try:
         return model.get_submodule(PATH if not backbone and PATH in model._modules else backbone)
     except AttributeError:
         children = [name for name, _ in model.named_children()]
         raise ConfigurationError(
-            f"backbone={backbone!r} is no module of {type(model).__name__}; its modules are {', '.join(children)}."
+            f"backbone={backbone!r} is not a submodule of {type(model).__name__}. Its submodules are "
+            f"{', '.join(children)}."
         ) from None
 
 
 def find_input(batch: Any) -> Tensor:
-    """The network's input in a batch: the batch itself, its first item, or a well-known key.
+    """Return the network's input in a batch: the batch, its first item, or the item of a usual key.
 
     Raises:
-        CalibrationError: if there is none; it says how to name it.
+        CalibrationError: if no input is found.
     """
     if isinstance(batch, Tensor):
         return batch
@@ -120,17 +123,16 @@ def find_input(batch: Any) -> Tensor:
                 return batch[key]
     content = f" with keys {list(batch)}" if isinstance(batch, Mapping) else ""
     raise CalibrationError(
-        f"Cannot tell which part of a calibration batch is the network's input: it is a "
-        f"{type(batch).__name__}{content}. Say it "
-        "with `get_input`, for example get_input=lambda batch: batch['pixels']."
+        "The network's input was not found in a calibration batch. The batch is a "
+        f"{type(batch).__name__}{content}. Pass `get_input`, for example get_input=lambda batch: batch['pixels']."
     )
 
 
 def find_inputs(batch: Any, tasks: Collection[str], get_input: Callable[[Any], Inputs] = find_input) -> Inputs:
-    """The inputs of all models in a batch: what ``get_input`` finds, or by default those of a batch by task.
+    """Return the inputs of all models in a batch, with ``get_input``, or by default by task if the tasks are its keys.
 
     Raises:
-        CalibrationError: if there is none; it says how to name it.
+        CalibrationError: if no input is found.
     """
     if get_input is find_input and isinstance(batch, Mapping) and all(task in batch for task in tasks):
         return {task: find_input(batch[task]) for task in tasks}
@@ -138,17 +140,17 @@ def find_inputs(batch: Any, tasks: Collection[str], get_input: Callable[[Any], I
 
 
 def make_shell(model: LightningModule, backbone: str, path: nn.Module, used: Sequence[str]) -> LightningModule:
-    """A copy of a source model whose backbone is another network: its steps, metrics and losses are its own.
+    """Copy a source model with its steps, metrics and losses, and replace its backbone by another network.
 
     Args:
         model: the source model.
-        backbone: its merged part.
-        path: the network to run in its place.
-        used: for a backbone that is the whole ``forward``, the names of the modules and parameters that it uses.
+        backbone: dotted name of the merged part.
+        path: the network that replaces the backbone.
+        used: the names of the modules and parameters that ``forward`` uses. Only for the backbone ``""``.
     """
     if backbone:
         return copy_module(model, {id(get_backbone(model, backbone)): path})
-    whole = model.__dict__.get("forward")  # of a source that was merged before
+    whole = model.__dict__.get("forward")  # set in a source that was split from a merged module
     shell = copy_module(model, {id(whole): path} if whole is not None else {})
     shell._modules.pop(PATH, None)
     for name in used:
@@ -161,11 +163,11 @@ def make_shell(model: LightningModule, backbone: str, path: nn.Module, used: Seq
 
 
 class DelegatedTransfers(ABC):
-    """Moves batches to the device as the module does that a dataloader belongs to."""
+    """Mixin that moves batches to the device with the hooks of another module, chosen by dataloader."""
 
     @abstractmethod
     def _transfer(self, hook: str, dataloader_idx: int, *args: Any) -> Any:
-        """Run a hook of that module."""
+        """Run a hook of the module that the dataloader belongs to."""
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         return self._transfer("on_before_batch_transfer", dataloader_idx, batch)

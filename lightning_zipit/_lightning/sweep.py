@@ -1,4 +1,4 @@
-"""Many merges of the same models, from one calibration: which setting is worth its cost."""
+"""Sweep: merge and evaluate the same models with many settings, from one calibration."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ from lightning_zipit.settings import MergeSettings
 
 @dataclass(frozen=True)
 class Sweep:
-    """Merges and evaluates one setting after the other.
+    """Merges and evaluates the settings of a plan one by one.
 
     Args:
         trainer: the Trainer.
         make_module: makes a module to merge, with its calibration data.
-        merge: merges it.
+        merge: merges such a module with given settings.
         plan: the settings to try.
-        evaluation: what is measured.
-        statistics: the files of the statistics.
-        mode: whether the metric is to be high or low.
+        evaluation: computes the metrics of a merged module.
+        statistics: the statistics files.
+        mode: ``"max"`` if a higher metric is better, ``"min"`` if a lower metric is better.
     """
 
     trainer: Trainer
@@ -57,16 +57,16 @@ class Sweep:
     mode: Mode
 
     def run(self, results: str | Path) -> SweepResult:
-        """Do all settings that are not done yet.
+        """Try all settings that have no row yet, or whose row is an error.
 
         Args:
             results: the CSV file.
 
         Raises:
             ConfigurationError: with every problem of settings, models, loaders and files, before any data is read; or
-                with the error of the first setting, if all fail.
+                with the error of the first setting, if all settings fail.
             CalibrationError: if the calibration data cannot be used.
-            StatisticsError: if the statistics are those of other models.
+            StatisticsError: if the statistics file belongs to other models.
         """
         module = self.make_module()
         with quiet():
@@ -93,11 +93,12 @@ class Sweep:
             return row
 
         with quiet(), self._progress() as show, _restored(self.trainer, datamodule, attached):
-            if self.plan.asks and self.trainer.world_size > 1:  # processes that are to ask together meet here
+            if self.plan.asks and self.trainer.world_size > 1:
+                # This sets up the process group, in which rank 0 asks the study for all ranks.
                 measured = self._run_ensemble(module, show)
                 ensemble = ensemble or measured
             rows = self.plan.run(evaluate)
-        self.trainer.strategy.barrier("ZipIt.sweep")  # no process reads the file before it is complete
+        self.trainer.strategy.barrier("ZipIt.sweep")  # no process may read the file before it is complete
         missing = 0
         if self.plan.share is not None:
             file.read()
@@ -105,41 +106,41 @@ class Sweep:
             missing = len(self.plan.settings) - len(rows)
         if errors and not missing and all(row.error for row in rows):
             raise errors[0]
-        return SweepResult(tuple(rows), self.evaluation.decides, self.mode, ensemble, missing, self._merge_alone)
+        return SweepResult(tuple(rows), self.evaluation.decides, self.mode, ensemble, missing, self._merge_one)
 
     def _run_ensemble(self, module: ZipItModule, show: Callable[[str | None, int], None]) -> SweepRow:
         show("the ensemble", 0)
         return SweepRow(None, self._evaluate(Ensemble(module.models, module.backbone)))
 
-    def _merge_alone(self, settings: MergeSettings) -> MultiHeadModule:
+    def _merge_one(self, settings: MergeSettings) -> MultiHeadModule:
         file = self.statistics.of(settings)
         also = tuple(each for each in self.plan.settings if self.statistics.of(each) == file)
         return self.merge(self.make_module(), replace(settings, statistics=file, also=also))
 
     def _gathering(self, settings: MergeSettings) -> AbstractContextManager[None]:
-        """Inside, this share alone gathers the statistics for all."""
+        """Context manager in which only this share gathers statistics, while other shares wait for the file."""
         file = self.statistics.of(settings)
-        alone = self.plan.share and not file.is_file()
-        return locked(file) if alone else nullcontext()
+        gathers = self.plan.share and not file.is_file()
+        return locked(file) if gathers else nullcontext()
 
     def _attempt(self, settings: MergeSettings) -> tuple[SweepRow, MergeReport | Exception]:
         """Merge and evaluate one setting.
 
         Returns:
-            Its row, and the report of its merge or the error that all ranks have.
+            The row of the setting, and the report of its merge or the error that all ranks have in common.
         """
         outcome = attempt_together(lambda: self._merge_and_evaluate(settings))
         if isinstance(outcome, Exception):
             no_statistics = isinstance(outcome, CalibrationError) and not decide(self.statistics.of(settings).is_file)
             if no_statistics or isinstance(outcome, StatisticsError):
-                raise outcome  # the next setting would go through the same data
+                raise outcome  # the next setting would fail on the same data
             return SweepRow(settings, error=f"{type(outcome).__name__}: {outcome}"), outcome
         metrics, report = outcome
         return _with_costs(SweepRow(settings, metrics), report.merged, report), report
 
     def _merge_and_evaluate(self, settings: MergeSettings) -> tuple[dict[str, float], MergeReport]:
         with self._gathering(settings):
-            merged = self._merge_alone(settings)
+            merged = self._merge_one(settings)
         assert merged.report is not None
         return self._evaluate(merged), merged.report
 
@@ -148,7 +149,7 @@ class Sweep:
             return self.evaluation(module)
 
     def _check(self, module: ZipItModule, results: str | Path) -> None:
-        """Look for everything that is wrong before any data is read."""
+        """Find all problems before any data is read."""
         problems = self.evaluation.problems()
         errors = self._assign_statistics(module, not problems)
         problems += [*self._argument_problems(module, results), *map(str, errors)]
@@ -157,8 +158,8 @@ class Sweep:
             limit = self.plan.settings[0].statistics_memory
             if needed > limit:
                 problems.append(
-                    f"The statistics for all settings take {needed:.1f} GiB, more than statistics_memory={limit}: give "
-                    "more, or fewer cuts."
+                    f"The statistics for all settings need {needed:.1f} GiB, more than statistics_memory={limit}. "
+                    "Raise `statistics_memory`, or try fewer values of `stop_at`."
                 )
         problems = list(dict.fromkeys(problems))
         if len(problems) == 1 and errors:
@@ -171,16 +172,16 @@ class Sweep:
         if problem := unsupported_strategy(self.trainer):
             problems.append(problem)
         if self.plan.share and self.trainer.world_size > 1:
-            problems.append("`share` is for processes without a process group: use a Trainer with devices=1.")
+            problems.append("`share` cannot be used with a process group. Use a Trainer with devices=1.")
         no_data = module.dataloaders is None and module.datamodule is None
         if no_data and not all(self.statistics.of(each).is_file() for each in self.plan.settings):
-            problems.append("There is no calibration data: pass `dataloaders` or `datamodule`.")
+            problems.append("No calibration data was given. Pass `dataloaders` or `datamodule`.")
         for path, argument in ((results, "results"), (self.statistics.path, "statistics")):
             problems += [problem] if (problem := find_output_problem(path, argument)) else []
         return problems
 
     def _assign_statistics(self, module: ZipItModule, reads: bool) -> list[ZipItError]:
-        """Trace every cut, and decide which statistics file serves which setting.
+        """Trace every cut, and assign a statistics file to every setting.
 
         Returns:
             The errors of cuts that cannot be merged.
@@ -198,10 +199,10 @@ class Sweep:
         return errors
 
     def _trace(self, module: ZipItModule, settings: MergeSettings, reads: bool) -> MergeGraph | None:
-        """The merge graph of a setting, if it can be known before data is read."""
+        """Trace a setting without data; return ``None`` if its merge graph needs data."""
         known = self.statistics.candidate(settings) if reads else None
         if known is not None and self.trainer.world_size > 1 and not known.is_file():
-            known = None  # what processes gather goes to files of their own first
+            known = None  # several processes first gather into their own files
         try:
             module.prepare(replace(settings, statistics_memory=float("inf"), statistics=known))
             graphs = module.pipeline.graphs if module.pipeline is not None else {}
@@ -210,7 +211,7 @@ class Sweep:
             module.release()
 
     def _digest(self, module: ZipItModule) -> str:
-        """Of all that rows depend on beside their settings."""
+        """Compute a digest of everything that rows depend on, except their settings."""
         classes = self.evaluation.classes
         prints = {task: fingerprint(model) for task, model in module.models.items()}
         start = None if module.base is None else fingerprint(module.base)
@@ -220,7 +221,7 @@ class Sweep:
 
     @contextmanager
     def _progress(self) -> Iterator[Callable[[str | None, int], None]]:
-        """One bar for the sweep, where the Trainer has bars; its own are put away meanwhile."""
+        """Show one progress bar for the sweep instead of the Trainer's own bars, if the Trainer has any."""
         callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
         before = list(callbacks)
         shown = any(isinstance(callback, ProgressBar) for callback in before) and self.trainer.is_global_zero
@@ -241,7 +242,7 @@ def _with_costs(row: SweepRow, cost: Cost, report: MergeReport) -> SweepRow:
 
 @contextmanager
 def _restored(trainer: Trainer, datamodule: LightningDataModule | None, attached: Any) -> Iterator[None]:
-    """Afterwards, Trainer and data module are connected as they were."""
+    """Context manager that restores the connection of Trainer and data module at the end."""
     before = datamodule.trainer if datamodule is not None else None
     try:
         yield

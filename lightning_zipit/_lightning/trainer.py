@@ -1,4 +1,4 @@
-"""A Trainer that merges checkpoints, for the command line's ``merge`` and ``sweep``."""
+"""Trainer for the subcommands ``merge`` and ``sweep`` of the command line."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from lightning_zipit.settings import MergeOptions, MergeSettings, with_options
 
 
 class ZipItTrainer(Trainer):
-    """Lightning's Trainer, with merge and sweep beside fit, validate, test and predict."""
+    """Lightning's Trainer, extended by merge and sweep."""
 
     @with_options
     def merge(
@@ -47,31 +47,33 @@ class ZipItTrainer(Trainer):
         """Merge trained checkpoints of one architecture into one checkpoint with a head per task, without training.
 
         Args:
-            model: a module of the class that was trained, or that class; its weights are not used. A module is needed
-                if checkpoints hold no hyperparameters.
+            model: a module of the class of the source models, or that class. The weights of the module are not used.
+                A module is needed if checkpoints hold no hyperparameters.
             datamodule: the calibration data: its ``calibration_dataloader()`` or, if it has none, its
                 ``train_dataloader()`` in a fixed order. Labels are never used.
-            checkpoints: task name → checkpoint file, at least two of them (--checkpoints.TASK=FILE). A merged
-                checkpoint counts as all its tasks.
-            backbone: dotted name of the part of the model to merge; the whole forward by default.
-            output: the file to write; an existing file is replaced.
-            test: test the merged module afterwards, with the data module's test loaders: one per task.
-            base: the checkpoint that all sources were trained from, for ``combine``.
-            classes: task name → class path, for tasks whose model is of another class (--classes.TASK=CLASS_PATH).
-            weights_only: read only tensors and primitives of the checkpoints. false unpickles them, which runs code
-                that they hold: for files that you trust.
-            trust: modules or classes by dotted name that checkpoints may name, such as my_project. A checkpoint
-                that names anything else but layers, losses, optimizers, schedulers and metrics of torch is refused.
+            checkpoints: the checkpoint file of each task, at least two (--checkpoints.TASK=FILE). A merged checkpoint
+                brings all its tasks.
+            backbone: dotted name of the part of the model to merge. By default, the whole forward is merged.
+            output: the file to write. An existing file is replaced.
+            test: test the merged module after the merge. The data module returns one test loader per task.
+            base: the checkpoint from which all sources were trained, for ``combine``.
+            classes: the class path of each task whose model has another class than ``model``
+                (--classes.TASK=CLASS_PATH).
+            weights_only: read only tensors and primitives from the checkpoints. false unpickles the checkpoints, which
+                runs code in them: use it only for files that you trust.
+            trust: modules or classes, by dotted name, that checkpoints may refer to, such as my_project. Layers,
+                losses, optimizers, schedulers and metrics of torch are always allowed. A checkpoint that refers to
+                anything else is refused.
             options: every option of :class:`~lightning_zipit.MergeSettings`, as a keyword argument.
 
         Returns:
-            The merged module, in eval mode; it is also attached to this Trainer.
+            The merged module, in eval mode. It is also attached to this Trainer.
 
         Raises:
-            ConfigurationError: with every problem that is known before any model is loaded, or for models that cannot
-                be merged.
+            ConfigurationError: with every problem that is known before any model is loaded; or if the models cannot be
+                merged.
             CheckpointError: if a checkpoint cannot be read, or does not fit the model.
-            TraceError: if the backbone cannot be traced, or its table of axes proves wrong.
+            TraceError: if the backbone cannot be traced, or the proof of its table of axes fails.
             CalibrationError: if the calibration data cannot be used.
         """
         given = Checkpoints(checkpoints, model, base, classes or {}, weights_only is not False, trust)
@@ -84,7 +86,7 @@ class ZipItTrainer(Trainer):
             problems = [*given.number_problems(settings), *problems, *_data_problems(datamodule, settings.statistics)]
         if test:
             problems += _test_problems(datamodule)
-        if problem := unsupported_strategy(self):  # here too, as an error in a spawned process loses its class
+        if problem := unsupported_strategy(self):  # early, because an error in a spawned process loses its class
             problems.append(problem)
         if problems:
             raise ConfigurationError.collect(problems)
@@ -120,47 +122,50 @@ class ZipItTrainer(Trainer):
         trust: list[str] | str | None = None,
         **choices: Any,
     ) -> SweepResult:
-        """Merge checkpoints with every combination of settings and validate each, from one calibration.
+        """Merge checkpoints with many combinations of options and validate each merged module, from one calibration.
 
-        Options take one value, or a list of values to try: --stop_at '[layer1, layer2, null]'. With trials, a study of
-        Optuna chooses from them, and from ranges of numbers: --trials 30 --alpha '{low: 0, high: 1}'.
+        Options take one value, or a list of values to try: --stop_at '[layer1, layer2, null]'. With trials, an Optuna
+        study chooses values from these lists, or from ranges of numbers: --trials 30 --alpha '{low: 0, high: 1}'.
 
         Args:
-            model: a module of the class that was trained, or that class; its weights are not used. A module is needed
-                if checkpoints hold no hyperparameters.
-            datamodule: the data: for calibration as in merge, for validation its ``val_dataloader()``, which returns
-                one loader per task.
-            checkpoints: task name → checkpoint file, at least two of them (--checkpoints.TASK=FILE).
-            backbone: dotted name of the part of the model to merge; the whole forward by default.
-            metric: a metric that the models' validation_step logs, such as val_acc; settings are compared by its mean
-                over the tasks.
-            mode: whether the metric is better high (max) or low (min).
-            labels: task name → the global label of each output of its head. The joint accuracy over all tasks is
-                then measured too, and decides if there is no metric.
-            results: the CSV file of the rows. If the file exists, rows are added to it; it must be of these models.
-            statistics: the safetensors file of the statistics; by default results with the suffix .safetensors.
-            trials: the number of settings that a study chooses; by default, every combination is tried.
-            share: the share of the combinations that this process does, such as 2/8. Start each process yourself; the
-                last to end writes output and plot.
-            output: a file for the merged module with the best metric; by default none is written.
-            plot: an image file for the metric over FLOPs, which needs matplotlib.
-            base: the checkpoint that all sources were trained from, for ``combine``.
-            classes: task name → class path, for tasks whose model is of another class (--classes.TASK=CLASS_PATH).
-            weights_only: read only tensors and primitives of the checkpoints. false unpickles them, which runs code
-                that they hold: for files that you trust.
-            trust: modules or classes by dotted name that checkpoints may name, such as my_project. A checkpoint
-                that names anything else but layers, losses, optimizers, schedulers and metrics of torch is refused.
+            model: a module of the class of the source models, or that class. The weights of the module are not used.
+                A module is needed if checkpoints hold no hyperparameters.
+            datamodule: the calibration data, as in merge, and the validation data: its ``val_dataloader()`` returns one
+                loader per task.
+            checkpoints: the checkpoint file of each task, at least two (--checkpoints.TASK=FILE).
+            backbone: dotted name of the part of the model to merge. By default, the whole forward is merged.
+            metric: a metric that the models' validation_step logs, such as val_acc. Its mean over the tasks ranks the
+                combinations.
+            mode: max if a higher metric is better, min if a lower metric is better.
+            labels: the global label of each output of a task's head, by task. If given, the joint accuracy over all
+                tasks is measured too. Without metric, the joint accuracy ranks the combinations.
+            results: the CSV file for the results, one row per combination. If the file exists, it must belong to these
+                models, and rows are added to it.
+            statistics: the safetensors file for the statistics. By default, results with the suffix .safetensors.
+            trials: the number of combinations that an Optuna study chooses. By default, every combination is tried.
+            share: the part of the combinations that this process tries, such as 2/8 for the second of eight processes.
+                You start each process. The process that finishes last writes output and plot.
+            output: the file for the merged module with the best metric. By default, no module is saved.
+            plot: the image file for a plot of the metric over FLOPs. It needs matplotlib.
+            base: the checkpoint from which all sources were trained, for ``combine``.
+            classes: the class path of each task whose model has another class than ``model``
+                (--classes.TASK=CLASS_PATH).
+            weights_only: read only tensors and primitives from the checkpoints. false unpickles the checkpoints, which
+                runs code in them: use it only for files that you trust.
+            trust: modules or classes, by dotted name, that checkpoints may refer to, such as my_project. Layers,
+                losses, optimizers, schedulers and metrics of torch are always allowed. A checkpoint that refers to
+                anything else is refused.
             choices: every option of :class:`~lightning_zipit.MergeSettings`, as a value or a list of values.
 
         Returns:
-            The rows, the best of them and the Pareto front.
+            All rows, the best row and the Pareto front.
 
         Raises:
             ConfigurationError: with every problem that is known before any model is loaded, or before any data is
                 read.
             CheckpointError: if a checkpoint cannot be read, or does not fit the model.
             CalibrationError: if the calibration data cannot be used.
-            StatisticsError: if the statistics are those of other models.
+            StatisticsError: if the statistics file belongs to other models.
         """
         given = Checkpoints(checkpoints, model, base, classes or {}, weights_only is not False, trust)
         file = statistics or str(Path(results).with_suffix(".safetensors"))
@@ -184,16 +189,16 @@ class ZipItTrainer(Trainer):
 
     def _save(self, output: str) -> None:
         with replacing(Path(output)) as file:
-            # Weights only: the optimizers and callbacks of this Trainer have no part in a merge.
+            # The optimizers and callbacks of this Trainer are not part of the merged module.
             self.save_checkpoint(file, weights_only=True)
         if self.is_global_zero:
             print(f"Saved the merged module to {output}")
-        self.strategy.barrier("ZipItTrainer.merge")  # no process reads the file before it is complete
+        self.strategy.barrier("ZipItTrainer.merge")  # no process may read the file before it is complete
 
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """The checkpoints of a merge, and how they are read; see :meth:`ZipItTrainer.merge`."""
+    """Checkpoints of a merge and the arguments for reading them; see :meth:`ZipItTrainer.merge`."""
 
     files: Mapping[str, str]
     model: LightningModule | type[LightningModule] | None
@@ -203,14 +208,14 @@ class Checkpoints:
     trust: Trusted | None
 
     def load(self) -> tuple[dict[str, LightningModule], LightningModule | None]:
-        """Load the source modules, and the module that they were trained from."""
+        """Load the source modules and the base from which they were trained; ``None`` without a base."""
         sources = load_sources(self.files, self.model, self.classes, self.weights_only, self.trust)
         if self.base is None:
             return sources, None
         return sources, load_source(self.base, self.model, None, self.weights_only, "base", self.trust)
 
     def problems(self, output: str | None) -> list[str]:
-        """Find what is wrong before any file is read.
+        """Find problems before any file is read.
 
         Args:
             output: the file to write.
@@ -218,13 +223,15 @@ class Checkpoints:
         problems = []
         for task, path in self.files.items():
             if not Path(path).is_file():
-                problems.append(f"There is no checkpoint file {path} (task {task!r}).")
+                problems.append(f"The checkpoint file {path} of task {task!r} does not exist.")
             elif output and Path(path).resolve() == Path(output).resolve():
-                problems.append(f"`output` would replace the checkpoint {path} of task {task!r}: give it another name.")
+                problems.append(
+                    f"`output` would replace the checkpoint {path} of task {task!r}. Give `output` another name."
+                )
         for task, name in self.classes.items():
             if task not in self.files:
                 problems.append(
-                    f"`classes` names task {task!r}, which has no checkpoint: the tasks are {[*self.files]}."
+                    f"`classes` has the task {task!r}, which has no checkpoint. The tasks are {[*self.files]}."
                 )
             try:
                 find_class(name)
@@ -233,16 +240,16 @@ class Checkpoints:
         if output and (problem := find_output_problem(output)):
             problems.append(problem)
         if self.base and not Path(self.base).is_file():
-            problems.append(f"There is no checkpoint file {self.base} (`base`).")
+            problems.append(f"The checkpoint file {self.base} of `base` does not exist.")
         return problems
 
     def number_problems(self, settings: MergeSettings) -> list[str]:
-        """Find out whether there are enough checkpoints for a merge."""
+        """Check that a merge has enough checkpoints."""
         if len(self.files) > 1 or (self.files and changes_size(settings.width)):
             return []
         return [
-            "A merge needs at least two checkpoints, each named for its task (or one, with a width below 1); got "
-            f"{len(self.files)}."
+            f"A merge needs at least two checkpoints, but got {len(self.files)}. Give --checkpoints.TASK=FILE for each "
+            "task. A single checkpoint can only be compressed, with a `width` below 1."
         ]
 
 
@@ -251,11 +258,14 @@ def _data_problems(datamodule: LightningDataModule | None, statistics: str | Pat
     if statistics and (problem := find_output_problem(statistics, "statistics")):
         problems.append(problem)
     if datamodule is None and not (statistics and Path(statistics).is_file()):
-        problems.append("There is no calibration data: give a data module.")
+        problems.append("No calibration data was given. Give a data module.")
     return problems
 
 
 def _test_problems(datamodule: LightningDataModule | None) -> list[str]:
     if datamodule is None or type(datamodule).test_dataloader is LightningDataModule.test_dataloader:
-        return [f"`test` needs test data, but {type(datamodule).__name__} has no `test_dataloader`."]
+        return [
+            f"`test` needs test data, but {type(datamodule).__name__} has no `test_dataloader`. Add one, or omit "
+            "`test`."
+        ]
     return []

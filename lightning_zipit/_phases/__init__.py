@@ -1,1 +1,1 @@
-"""The phases of a merge, one file for each: functions and small classes from values to a value."""
+"""Phases of a merge: prepare, calibrate, match, merge."""

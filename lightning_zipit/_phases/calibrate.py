@@ -1,4 +1,4 @@
-"""Calibrate: measure the features of the sources over the batches of one pass."""
+"""The phase *calibrate*: measure the features of the sources over the batches of one pass."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lightning_zipit.settings import MergeSettings
 
 
 def as_measured(graph: MergeGraph, settings: MergeSettings) -> MergeGraph:
-    """Move the taps of a graph to where a merge with these settings measures its spaces."""
+    """Move the taps of a graph to the points where a merge with these settings measures its feature spaces."""
     if settings.before_activations:
         graph = before_activations(graph)
     if not settings.matcher.needs_data:
@@ -29,7 +29,7 @@ def as_measured(graph: MergeGraph, settings: MergeSettings) -> MergeGraph:
 
 
 def memory_of(merges: Iterable[tuple[MergeGraph, MergeSettings]], num_models: int) -> int:
-    """Bytes of the statistics that several merges need together."""
+    """Compute the bytes of the statistics that several merges need together."""
     tapped = tapped_by_all([as_measured(graph, settings) for graph, settings in merges])
     return sum(statistics_bytes(tapped, name, num_models) for name in tapped.spaces)
 
@@ -41,7 +41,19 @@ def measuring(
     networks: Mapping[str, nn.Module],
     spaces: Sequence[str],
 ) -> Calibration:
-    """Statistics of some spaces, or with other merges those of all spaces of all merges, without a sample yet."""
+    """Start the statistics of some feature spaces.
+
+    Args:
+        traced: the traced sources.
+        sources: the source networks.
+        settings: the options of the merge.
+        networks: copies of the source networks, by task.
+        spaces: the feature spaces to measure. If the statistics serve several merges, all spaces of all merges are
+            measured instead.
+
+    Returns:
+        Statistics without samples.
+    """
     graphs: Graphs = {task: as_measured(graph, settings) for task, graph in traced.graphs.items()}
     if traced.cuts:
         served = [each for each in settings.also if each.last_module in traced.cuts]
@@ -60,14 +72,14 @@ def measuring(
 
 @dataclass
 class Gathering:
-    """Gathers the statistics of one pass over the calibration data.
+    """Accumulates the statistics of one pass over the calibration data.
 
     Args:
-        calibration: the statistics, without a sample yet.
+        calibration: the statistics, without samples.
         traced: the traced sources.
         sources: the source networks.
         settings: the options of the merge.
-        file: where the statistics are kept; an interrupted calibration resumes from there.
+        file: the statistics file, from which an interrupted calibration resumes; ``None`` for no file.
     """
 
     calibration: Calibration
@@ -87,12 +99,12 @@ class Gathering:
         """Add a batch.
 
         Args:
-            x: an input of the networks, or one of each by task.
-            loader: the number of the dataloader that it comes from.
+            x: an input of the networks, or one input per task.
+            loader: the index of the dataloader of the batch.
 
         Raises:
-            CalibrationError: if the first batch gives NaN or Inf.
-            StatisticsError: if the batches are not those of the calibration that is resumed.
+            CalibrationError: if the activations on the first batch contain NaN or Inf.
+            StatisticsError: if the batches differ from the batches of the calibration that is resumed.
         """
         before, count = self._seen.get(loader, 0), len(any_view(x))
         self._seen[loader] = before + count
@@ -109,10 +121,10 @@ class Gathering:
         """Check the statistics, sum them over all ranks, and save them.
 
         Args:
-            expected: the number of samples of each loader's data set; ``None`` where it is not known.
+            expected: the number of samples in each loader's data set; ``None`` if it is unknown.
 
         Raises:
-            CalibrationError: if activations are NaN or Inf, or samples were counted twice or left out.
+            CalibrationError: if activations contain NaN or Inf, or samples were counted twice or skipped.
         """
         exchange(self.calibration.check_finite)
         check_counts(exchange(lambda: self._seen), expected)

@@ -1,4 +1,4 @@
-"""Match: choose the width of every space, and the end of the trunk, within a budget."""
+"""The phase *match*: choose the width of every feature space, and the end of the trunk, within a budget."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from lightning_zipit.settings import MergeSettings
 
 @dataclass(frozen=True)
 class Matching:
-    """The matching of every space of a trunk.
+    """The matching of every feature space of a trunk.
 
     Attributes:
-        graphs: the merge graph of each source network by task; its trunk may end earlier than the traced one.
-        spaces: the matching of each space.
+        graphs: the merge graph of each source network, by task. Its trunk may end earlier than the traced trunk.
+        spaces: the matching of each feature space, by name.
     """
 
     graphs: Graphs
@@ -31,10 +31,10 @@ class Matching:
 def choose(
     found: Mapping[str, Sequence[Matched]], traced: Traced, sources: Sources, settings: MergeSettings
 ) -> Matching:
-    """Choose a matching of every space; where there is a budget, the widths that lose least within it.
+    """Choose one matching of every feature space. With a budget, choose the widths with the least loss within it.
 
     Args:
-        found: the matchings of each space, one for each width that it may have.
+        found: the matchings of each feature space, one for each allowed width.
         traced: the traced sources.
         sources: the source networks.
         settings: the options of the merge.
@@ -59,12 +59,12 @@ def choose(
 
 
 def _is_measured(graphs: Graphs, traced: Traced, settings: MergeSettings) -> bool:
-    """Whether all spaces of a shorter trunk were measured where that trunk would measure them."""
+    """Whether all feature spaces of a shorter trunk were measured at that trunk's own taps."""
     measured = as_measured(traced.graph, settings).spaces
     spaces = as_measured(next(iter(graphs.values())), settings).spaces
     return all(name in measured and _place(measured[name]) == _place(space) for name, space in spaces.items())
 
 
 def _place(space: FeatureSpace) -> tuple[str | None, int]:
-    """Where a space is measured, and its size."""
+    """Return the tap and the size of a feature space."""
     return None if space.tap is None else space.tap.key, space.size

@@ -1,4 +1,4 @@
-"""Merge: build trunk, heads and stems from the sources and the matching of every space."""
+"""The phase *merge*: build trunk, heads and stems from the sources and the matching of every feature space."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from lightning_zipit.task_vectors import combine_into
 
 @dataclass(frozen=True)
 class Merged:
-    """The merged networks, before they are refined.
+    """The merged networks before refinement.
 
     Attributes:
         trunk: the shared part.
-        heads: the rest of each task's network.
-        maps: the map of each space, with the models' weights.
-        stems: the first part of each task's network; empty without ``start_at``.
+        heads: the last part of each task's network, by task.
+        maps: the map of each feature space, with the models' weights.
+        stems: the first part of each task's network, by task; empty without ``start_at``.
     """
 
     trunk: nn.Module
@@ -47,11 +47,11 @@ def merge(sources: Sources, matching: Matching, settings: MergeSettings) -> Merg
 
     Args:
         sources: the source networks.
-        matching: the matching of every space.
+        matching: the matching of every feature space.
         settings: the options of the merge.
 
     Returns:
-        New networks, on the device and of the type of the sources; batch norm has merged statistics.
+        New networks, on the device and of the type of the sources. The running statistics of batch norm are merged.
     """
     with torch.inference_mode(False), torch.no_grad():
         maps = {name: one.space_map.with_weights(sources.weights) for name, one in matching.spaces.items()}
@@ -76,15 +76,15 @@ def with_report(
     example: Inputs,
     notes: tuple[str, ...],
 ) -> MergedBackbone:
-    """Compose the result of a merge: its networks, and the report of what was merged and what it costs.
+    """Compose the result of a merge: its networks, and a report of the matching and the costs.
 
     Args:
         merged: the merged networks.
-        matching: the matching of every space.
+        matching: the matching of every feature space.
         sources: the source networks.
         settings: the options of the merge.
-        example: an input of one sample, or one of each task.
-        notes: what is known of the merge already.
+        example: an input of one sample, or one such input per task.
+        notes: notes of earlier phases for the report.
     """
     graph = next(iter(matching.graphs.values()))
     x = like(example, sources.first)
@@ -101,23 +101,29 @@ def with_report(
 
 
 def _notes(merged: Merged, matching: Matching, sources: Sources, settings: MergeSettings) -> tuple[str, ...]:
-    """What a user should know of the merge."""
+    """Write notes for the report."""
     graph, matcher = next(iter(matching.graphs.values())), settings.matcher
     notes: list[str] = []
     if sources.weights is not None:
         counts = ", ".join(f"{name} {one:g}" for name, one in zip(sources.models, sources.weights, strict=True))
-        notes.append(f"Where features became one, models counted by their weights: {counts}.")
+        notes.append(f"Matched features were averaged with the weights of the models: {counts}.")
     if settings.stop_at == "auto":
         notes.append(f"The trunk ends at {f'`{graph.stop_at}`' if graph.stop_at else 'the last layer'}.")
     if matcher.dense or any(one.mixes for one in merged.maps.values()):
         notes += rigid_note(graph)
     if settings.norms_per_task:
-        notes.append("Batch norm is per task: the trunk runs once for each task, which merged FLOPs count.")
+        notes.append(
+            "Batch norm is per task. The trunk therefore runs once for each task, and the merged FLOPs include all "
+            "runs."
+        )
     if graph.stem_nodes:
-        notes.append("Each task has a stem: stem and trunk run once for each task, which merged FLOPs count.")
+        notes.append(
+            "Each task has a stem. Stem and trunk therefore run once for each task, and the merged FLOPs include all "
+            "runs."
+        )
         if matcher.any_width:
             names = ", ".join(f"`{name}`" for name in sorted(handed_over(graph)))
-            notes.append(f"Matched one to one, as stems hand it over: {names}.")
+            notes.append(f"Matched one to one, because their features are outputs of the stems: {names}.")
     if not matcher.by_index:
         notes += common_start(graph, list(sources.of_models(sources.networks).values()), merged.maps)
     return tuple(notes)

@@ -1,4 +1,4 @@
-"""Prepare: trace the sources, prove the table of axes, and find the widths that each space may have."""
+"""The phase *prepare*: trace the sources, prove the table of axes, and find the allowed widths of feature spaces."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ from lightning_zipit.refine.task_norms import find_norms
 from lightning_zipit.settings import MergeSettings
 
 SAMPLES = 8
-"""Samples of the first batch with which the capture is compared and the table proved, at most."""
+"""Maximum number of samples of the first batch on which the capture and the table of axes are checked."""
 
 Graphs = dict[str, MergeGraph]
-"""The merge graph of each source network by task."""
+"""The merge graph of each source network, by task."""
 
 
 @dataclass(frozen=True)
 class Traced:
-    """What is known of the sources before their features are measured.
+    """The traced and proved sources, before their features are measured.
 
     Attributes:
-        graphs: the merge graph of each source network by task.
-        example: zeros of the shape and type of one sample, ``(1, …)``, by task where each task has its own input.
-        choices: per space the widths that it may have, in rising order.
-        notes: the spaces that keep their width, and why.
-        cuts: the graphs of the merge and of other merges that the same statistics serve, by ``stop_at``.
-        flop_counts: the FLOPs of each network by node and weight, where a budget is to be met; see
+        graphs: the merge graph of each source network, by task.
+        example: zeros of the shape and type of one sample, ``(1, …)``; a dict by task if tasks have different inputs.
+        choices: the allowed widths of each feature space, in ascending order.
+        notes: the feature spaces that keep their width, with reasons.
+        cuts: the graphs of all merges that the same statistics serve, by ``stop_at``; empty for a single merge.
+        flop_counts: the FLOPs of each network by node and weight; empty without a budget. See
             :func:`~lightning_zipit._merging.cost.count_flops`.
     """
 
@@ -58,7 +58,7 @@ class Traced:
         return next(iter(self.graphs.values()))
 
     def flops_model(self, graphs: Graphs) -> FlopsModel:
-        """The FLOPs of a merged network as a function of its widths, for these graphs of the sources."""
+        """Return the FLOPs of a merged network as a function of its widths, for these graphs of the sources."""
         return FlopsModel.of(list(graphs.values()), self.flop_counts)
 
 
@@ -68,22 +68,22 @@ def make_sources(
     base: nn.Module | None = None,
     model_of: Mapping[str, str] | None = None,
 ) -> Sources:
-    """Name the sources of a merge, and decide how much each model counts.
+    """Collect the sources of a merge, with the weight of each model.
 
     Args:
         networks: the source networks by task.
         settings: the options of the merge.
         base: the network from which all sources were trained, for ``combine``.
-        model_of: the name of the model that each network belongs to, for models that were merged before. Such a model
-            counts by its number of tasks, unless the settings have weights.
+        model_of: the name of the model that each network belongs to, for models that are merged again. The weight of
+            such a model is its number of tasks, unless the settings have weights.
 
     Raises:
         ConfigurationError: if only one of ``combine`` and ``base`` is given, or the weights do not fit the models.
     """
     if (base is None) != (settings.combine is None):
         raise ConfigurationError(
-            "`combine` adds up what training changed since `base`, the module from which all sources were trained. "
-            f"Give both or neither, got combine={settings.combine!r} and {'no' if base is None else 'a'} base."
+            "`combine` adds the changes of the sources since `base`, the module from which all sources were trained, "
+            f"but got combine={settings.combine!r} and {'no' if base is None else 'a'} base. Give both or neither."
         )
     model_of = dict(model_of) if model_of else {task: task for task in networks}
     of_tasks = [model_of[task] for task in networks]
@@ -95,7 +95,7 @@ def make_sources(
 
 
 def open_file(sources: Sources, settings: MergeSettings) -> StatisticsRecord | None:
-    """Open the statistics file of a merge; ``None`` if it has none.
+    """Open the statistics file of a merge; return ``None`` if the settings name no file.
 
     Raises:
         StatisticsError: if the file belongs to other networks or settings.
@@ -120,15 +120,16 @@ def trace_sources(
     Args:
         sources: the source networks.
         settings: the options of the merge.
-        example: an input of the networks, or one of each by task, where their reshapes need one.
+        example: an input of the networks, or one input per task. Only reshapes of unknown sizes need it.
         stop_at: the trunk's last module.
-        barriers: nodes that stay in the heads, and why; by default those of sources that were merged before.
+        barriers: the nodes that stay in the heads, with reasons. By default, the barriers of sources that are merged
+            again.
 
     Returns:
         The merge graph of each network.
 
     Raises:
-        ConfigurationError: if the networks are not of one architecture, or do not fit the settings.
+        ConfigurationError: if the networks differ in architecture, or do not fit the settings.
         TraceError: if a network cannot be traced.
     """
     if barriers is None:
@@ -145,14 +146,14 @@ def trace_sources(
     graph = next(iter(graphs.values()))
     if settings.norms_per_task and not find_norms(graph.module, list(graph.trunk_graph())):
         raise ConfigurationError(
-            "refine=BatchNorm(per_task=True) needs batch norm in the trunk, and the trunk has none. Use another "
-            "`refine`, or end the trunk later (`stop_at`)."
+            "refine=BatchNorm(per_task=True) needs batch norm in the trunk, but the trunk has none. Use another "
+            "`refine`, or end the trunk at a later module with `stop_at`."
         )
     return graphs
 
 
 def trace_without_data(sources: Sources, settings: MergeSettings) -> Graphs:
-    """Trace the source networks without an input; empty where the shape of an input must be known."""
+    """Trace the source networks without an input; return an empty dict if the shape of an input must be known."""
     with suppress(UnknownShapeError):
         return trace_sources(sources, settings, stop_at=settings.last_module)
     return {}
@@ -160,7 +161,7 @@ def trace_without_data(sources: Sources, settings: MergeSettings) -> Graphs:
 
 @dataclass(frozen=True)
 class _Decided:
-    """What rank 0 found, and all ranks follow: barriers of each cut, widths and notes."""
+    """Decisions of rank 0 for all ranks: barriers of each cut, widths and notes."""
 
     barriers: dict[str, str]
     cuts: dict[str | None, dict[str, str]]
@@ -175,19 +176,19 @@ def prepare(
     x: Inputs,
     graphs: Graphs,
 ) -> Traced:
-    """Trace and prove the sources on the first batch. Rank 0 decides what is merged; the other ranks follow.
+    """Trace and prove the sources on the first batch. Rank 0 decides which nodes are barriers, and all ranks use them.
 
     Args:
         sources: the source networks.
         settings: the options of the merge.
         networks: copies of the networks in eval mode, on the device of the batch.
         x: the first batch.
-        graphs: graphs that were traced without data; they are used if they fit the batch.
+        graphs: graphs that were traced without data. They are used if they fit the batch.
 
     Raises:
         ConfigurationError: if the networks cannot be merged with these settings.
         TraceError: if a network cannot be traced.
-        VerificationError: if nothing is left that can be merged.
+        VerificationError: if no feature space passes the proof.
     """
     first = each_view(x, lambda view: view[:SAMPLES].detach())
     example = each_view(x, lambda view: torch.zeros_like(view[:1], device="cpu"))
@@ -207,7 +208,7 @@ def prepare(
 
 
 def _follow(decided: _Decided, sources: Sources, settings: MergeSettings, first: Inputs, example: Inputs) -> Traced:
-    """Trace the sources with the barriers that rank 0 has found."""
+    """Trace the sources with the barriers of rank 0."""
     again = partial(trace_sources, sources, settings, first)
     own = again(settings.last_module, decided.barriers)
     cuts = {
@@ -218,12 +219,12 @@ def _follow(decided: _Decided, sources: Sources, settings: MergeSettings, first:
 
 
 def prepare_from(sources: Sources, settings: MergeSettings, known: CalibrationStatistics) -> Traced:
-    """Trace the sources as the statistics of a file have them; no data is needed.
+    """Trace the sources with the example and barriers of a statistics file, without data.
 
     Args:
         sources: the source networks.
         settings: the options of the merge.
-        known: statistics of these networks.
+        known: the statistics of these networks.
     """
     example = known.example_of(sources.tasks)
     graphs = trace_sources(sources, settings, example, settings.last_module, known.barriers_of(settings.last_module))
@@ -231,13 +232,13 @@ def prepare_from(sources: Sources, settings: MergeSettings, known: CalibrationSt
 
 
 def find_shorter(traced: Traced, sources: Sources, settings: MergeSettings, ends: Sequence[str]) -> list[Graphs]:
-    """Trace the sources with trunks that end earlier; ends at which no trunk can end are left out.
+    """Trace the sources with trunks that end earlier. Modules at which no trunk can end are skipped.
 
     Args:
         traced: the sources with the longest trunk.
         sources: the source networks.
         settings: the options of the merge.
-        ends: modules to end at.
+        ends: the last modules of the trunks.
     """
     found = []
     for stop_at in ends:
@@ -254,7 +255,7 @@ def _prove(
     graphs: Graphs,
     stop_at: str | None,
 ) -> Graphs:
-    """Graphs that fit an input, compared with the networks, and proved on it unless ``verify=False``."""
+    """Return graphs that fit an input, agree with the networks, and are proved on the input unless ``verify=False``."""
     again = partial(trace_sources, sources, settings, x, stop_at)
     views = {task: view_of(x, task) for task in networks}
     if not graphs or any(graph.input_shape != views[task].shape[1:] for task, graph in graphs.items()):
@@ -274,7 +275,7 @@ def _find_cuts(
     x: Inputs,
     own: Graphs,
 ) -> dict[str | None, Graphs]:
-    """The graphs of every cut that the statistics shall serve; none where they serve one merge only."""
+    """Trace every cut that the statistics must serve; return an empty dict if they serve only one merge."""
     cuts = {settings.last_module: own} if settings.also else {}
     for stop_at in dict.fromkeys(other.last_module for other in settings.also):
         if stop_at not in cuts:
@@ -284,7 +285,7 @@ def _find_cuts(
 
 
 def _with_choices(traced: Traced, sources: Sources, settings: MergeSettings, x: Inputs) -> Traced:
-    """Find the widths that each space may have, and whether a budget of FLOPs can be met."""
+    """Find the allowed widths of each feature space, and check that a budget of FLOPs can be met."""
     own = view_of(like(x, sources.first), sources.tasks[0])
     network, models = working_copy(sources.first), len(sources.models)
     choices, notes = find_choices(traced.graph, network, own, settings.width, models)
@@ -296,7 +297,7 @@ def _with_choices(traced: Traced, sources: Sources, settings: MergeSettings, x: 
         if settings.flops < least:
             raise ConfigurationError(
                 f"flops={settings.flops} cannot be met: the smallest merged network of these sources has {least:.2f} "
-                "times the FLOPs of one source. Raise `flops`, or cut the network elsewhere with `stop_at`."
+                "times the FLOPs of one source. Raise `flops`, or end the trunk at another module with `stop_at`."
             )
     return traced
 

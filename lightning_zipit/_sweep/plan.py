@@ -1,4 +1,4 @@
-"""Which settings a sweep tries: every combination of lists, or what an Optuna study asks for."""
+"""Settings of a sweep: every combination of lists, or the suggestions of an Optuna study."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ if TYPE_CHECKING:
     from optuna import Study, Trial
 
 Evaluate = Callable[[MergeSettings], SweepRow]
-"""Merges and validates one setting, or returns its row if it is done."""
+"""Merges and validates one setting, or returns its existing row."""
 
 
 @dataclass(frozen=True)
 class Range:
-    """A range of numbers that a search chooses from.
+    """A range of numbers for a search.
 
     Args:
         low: the lowest number.
         high: the highest number.
-        log: choose on a logarithmic scale.
+        log: choose numbers on a logarithmic scale.
 
     Raises:
-        ConfigurationError: if the range is empty, or logarithmic and not above 0.
+        ConfigurationError: if the range is empty, or if it is logarithmic and ``low`` is not above 0.
     """
 
     low: float
@@ -43,26 +43,27 @@ class Range:
 
     def __post_init__(self) -> None:
         if not self.low < self.high:
-            raise ConfigurationError(f"A range goes from a lower to a higher number, got {self}.")
+            raise ConfigurationError(f"`low` of a range must be below `high`, got {self}.")
         if self.log and not self.low > 0:
-            raise ConfigurationError(f"A logarithmic range is one of numbers above 0, got {self}.")
+            raise ConfigurationError(f"`low` of a logarithmic range must be above 0, got {self}.")
 
     def rounded(self, value: float) -> float:
-        """Round a number to four digits, within the range, so that a table shows the exact value."""
+        """Round a number to four significant digits within the range, so that tables show its exact value."""
         return min(max(float(f"{value:.4g}"), self.low), self.high)
 
 
 SHORTHANDS = {
-    "alpha": Spelled(Range | list[float] | float | None, None, "``alpha`` of ``GreedyZip``, instead of ``matcher``."),
-    "beta": Spelled(Range | list[float] | float | None, None, "``beta`` of ``GreedyZip``, instead of ``matcher``."),
+    "alpha": Spelled(Range | list[float] | float | None, None, "``alpha`` of ``GreedyZip``; not with ``matcher``."),
+    "beta": Spelled(Range | list[float] | float | None, None, "``beta`` of ``GreedyZip``; not with ``matcher``."),
 }
-"""Arguments of a sweep that stand for an option of a merge."""
+"""Arguments of a sweep that stand for the option ``matcher``."""
 
 
 def with_choices(target: Target) -> Target:
-    """Show what a sweep may try as keyword arguments of a function that takes ``**choices``.
+    """Add the options of a sweep to the signature and docstring of a function that takes ``**choices``.
 
-    Signature and docstring come from :class:`~lightning_zipit.MergeSettings`; the docstring needs an entry ``choices``.
+    Names, types and texts come from :class:`~lightning_zipit.MergeSettings`. The docstring of the target needs an entry
+    ``choices``.
     """
     return spell_out(target, _spelled_choices())
 
@@ -78,19 +79,19 @@ def _spelled_choices() -> dict[str, Spelled]:
 
 
 def _several(one: Spelled) -> Spelled:
-    """The argument of a sweep for an option: a value, a list of values or, for numbers, a range."""
+    """Extend the type of an option to lists of values, and for numbers to a range."""
     hint = list[one.hint] | one.hint  # type: ignore[name-defined]
     return one._replace(hint=Range | hint if fits(0.5, one.hint) else hint)
 
 
 def split_choices(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Split the keyword arguments of a sweep.
+    """Split the keyword arguments of a sweep into choices and fixed options.
 
     Returns:
-        What is chosen from, by name and in the order of the declaration; and what all settings have in common.
+        The options that may vary, by name in the order of their declaration; and the options that all settings share.
 
     Raises:
-        ConfigurationError: if there is no such option.
+        ConfigurationError: if an option is unknown.
     """
     known = _spelled_choices()
     if problems := unknown_names(given, known):
@@ -104,9 +105,10 @@ class Plan(ABC):
     """The settings that a sweep tries.
 
     Attributes:
-        settings: the settings that are checked in advance, and that the statistics serve.
+        settings: the settings that are checked in advance, and that the statistics must serve.
         asks: whether the next setting depends on earlier results.
-        share: the number of this process and how many share the settings; ``None`` if it tries all.
+        share: the number of this process, from 1, and the number of processes; ``None`` if this process tries all
+            settings.
     """
 
     settings: list[MergeSettings]
@@ -115,23 +117,26 @@ class Plan(ABC):
 
     @abstractmethod
     def __len__(self) -> int:
-        """How many settings are tried."""
+        """Return the number of settings to try."""
 
     @abstractmethod
     def run(self, evaluate: Evaluate) -> list[SweepRow]:
-        """Try them.
+        """Try all settings.
+
+        Args:
+            evaluate: merges and validates one setting.
 
         Returns:
-            A row for each.
+            One row per setting.
         """
 
 
 class Grid(Plan):
-    """All settings of a list, or one share of them.
+    """All settings of a list, or one share of the list.
 
     Args:
         settings: the list.
-        share: ``(k, n)`` takes every n-th setting, from the k-th on.
+        share: ``(k, n)`` selects every n-th setting, starting at the k-th.
     """
 
     asks = False
@@ -149,21 +154,21 @@ class Grid(Plan):
 
 
 class Search(Plan):
-    """The settings that an Optuna study asks for.
+    """The settings that an Optuna study suggests.
 
-    Without a given study, a new one is made with a fixed seed. After an interruption, it asks for the same settings
-    again, finds their rows, and continues. Rank zero asks for all ranks.
+    By default, the study is new and has a fixed seed. After an interruption, it suggests the same settings again, finds
+    their rows, and continues. Rank 0 asks the study for all ranks.
 
     Args:
-        choices: as for :func:`grid`; a :class:`Range` stands for all numbers in it.
-        fixed: what all settings have in common.
-        trials: the number of settings, including those that the study has tried before.
-        study: an Optuna study of the metric, or of the metric and FLOPs.
+        choices: values to choose from, as for :func:`grid`; also a :class:`Range` of numbers.
+        fixed: the options that all settings share.
+        trials: the number of settings, including the earlier trials of the study.
+        study: an Optuna study of the metric, or of the metric and FLOPs; ``None`` for a new study.
         metric: the name of the metric.
-        mode: whether it is to be high or low.
+        mode: ``"max"`` if a higher metric is better, ``"min"`` if a lower metric is better.
 
     Raises:
-        ConfigurationError: if optuna is not installed, or with all that is wrong with choices and study.
+        ConfigurationError: if optuna is not installed; or with every problem of choices and study.
     """
 
     asks = True
@@ -187,7 +192,7 @@ class Search(Plan):
         self.settings = grid(ends, **fixed)
         self.trials, self.metric, self.fixed = trials, metric, dict(fixed)
         self.ranges = {name: value for name, value in choices.items() if isinstance(value, Range)}
-        # Optuna's files hold text and numbers only: one of several values goes by its text.
+        # Optuna's storages hold only text and numbers, so that a value from a list is identified by its text.
         self.values = {
             name: {to_text(value): value for value in _listed(tried)}
             for name, tried in choices.items()
@@ -213,18 +218,22 @@ class Search(Plan):
         if self.trials < 1:
             problems.append(f"`trials` must be at least 1, got {self.trials}.")
         if not self.distributions:
-            problems.append("There is nothing to search: give an argument a list of values, or a `Range`.")
+            problems.append(
+                "`trials` needs something to choose, but no option has several values. Give an option a list of "
+                "values, or a `Range`."
+            )
         directions = [direction.name.lower() for direction in self.study.directions]
         if directions not in (list(wanted), list(wanted[:1])):
             problems.append(
-                f"`study` has the directions {directions}, but a sweep looks for {list(wanted)} of {self.metric!r} and "
-                f"FLOPs, or for {list(wanted[:1])} of {self.metric!r} alone."
+                f"`study` has the directions {directions}. Create it with the directions {list(wanted)} for "
+                f"{self.metric!r} and FLOPs, or with {list(wanted[:1])} for {self.metric!r} only."
             )
         for trial in self.study.trials:
             if trial.state.is_finished() and trial.distributions != self.distributions:
                 problems.append(
-                    f"`study` has trials of other choices: number {trial.number} chose {trial.params}, and now "
-                    f"{', '.join(map(repr, self.distributions)) or 'nothing'} is to be chosen. Give it another name."
+                    f"`study` has trials with other choices: trial {trial.number} chose {trial.params}, but this sweep "
+                    f"chooses {', '.join(map(repr, self.distributions)) or 'nothing'}. Create a study with another "
+                    "name."
                 )
                 break
         if problems:
@@ -280,30 +289,33 @@ def make_plan(
     mode: Mode,
     share: str | None = None,
 ) -> Plan:
-    """A grid, or a share of one (``"2/8"``), or with ``trials`` a search; see :class:`Search`.
+    """Make a grid, a share of a grid (``"2/8"``), or with ``trials`` a search; see :class:`Search`.
 
     Raises:
-        ConfigurationError: with all that is wrong.
+        ConfigurationError: with every problem.
     """
     if trials is not None and share is not None:
         raise ConfigurationError(
             "`share` cannot be combined with `trials`: each trial depends on earlier ones. Give each process a `study` "
-            "on the same storage, and `results` of its own."
+            "on the same storage, and its own `results`."
         )
     if trials is not None:
         return Search(choices, fixed, trials, study, metric, mode)
     if study is not None:
-        raise ConfigurationError("`study` is there for a search: say with `trials` how many settings to try.")
+        raise ConfigurationError("`study` needs `trials`: the number of settings that the study chooses. Give both.")
     if ranges := [name for name, value in choices.items() if isinstance(value, Range)]:
         raise ConfigurationError(
-            f"{', '.join(f'`{name}`' for name in ranges)} has a range: say with `trials` how many settings to try, or "
-            "list values."
+            f"A range of {', '.join(f'`{name}`' for name in ranges)} needs `trials`: the number of settings to try. "
+            "Give `trials`, or a list of values."
         )
     return Grid(grid(choices, **fixed), None if share is None else parse_share(share))
 
 
 def parse_share(text: str) -> tuple[int, int]:
-    """Parse a share: its number, and the number of shares.
+    """Parse a share.
+
+    Returns:
+        The number of the share, from 1, and the number of shares.
 
     Raises:
         ConfigurationError: if the text is not a share.
@@ -314,23 +326,26 @@ def parse_share(text: str) -> tuple[int, int]:
     """
     number, _, count = str(text).partition("/")
     if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
-        raise ConfigurationError(f"`share` is which of how many, from 1/8 to 8/8 for eight processes, got {text!r}.")
+        raise ConfigurationError(
+            f"`share` must be the number of the share and the number of shares, from 1/8 to 8/8 for eight processes, "
+            f"got {text!r}."
+        )
     return int(number), int(count)
 
 
 def grid(choices: Mapping[str, Any], **fixed: Any) -> list[MergeSettings]:
-    """Every combination of the choices.
+    """Make every combination of the choices.
 
     Args:
-        choices: from an argument of :class:`~lightning_zipit.MergeSettings` to one value, or to a list of those to try;
+        choices: a value, or a list of values, for each option of :class:`~lightning_zipit.MergeSettings` by name.
             ``alpha`` and ``beta`` stand for ``matcher=GreedyZip(alpha, beta)``.
-        fixed: what all have in common.
+        fixed: the options that all settings share.
 
     Returns:
-        The settings, without repetition; the last choice changes fastest.
+        The settings without repetition. The last choice changes fastest.
 
     Raises:
-        ConfigurationError: with all that is wrong with any of them.
+        ConfigurationError: with every problem of any combination.
 
     Example:
         >>> settings = grid({"stop_at": ["layer1", None], "alpha": [0.1, 0.5], "refine": None})
@@ -338,13 +353,14 @@ def grid(choices: Mapping[str, Any], **fixed: Any) -> list[MergeSettings]:
         [('layer1', 0.1), ('layer1', 0.5), (None, 0.1), (None, 0.5)]
     """
     listed = {name: _listed(value) for name, value in choices.items()}
-    problems = [
-        f"`{name}` lists nothing to try: give one value at least." for name, tried in listed.items() if not tried
-    ]
+    problems = [f"`{name}` is an empty list. Give at least one value." for name, tried in listed.items() if not tried]
     greedy = {name: listed.pop(name, [None]) for name in SHORTHANDS}
     greedy = {name: tried for name, tried in greedy.items() if tried != [None]}
     if greedy and listed.get("matcher", [None]) != [None]:
-        problems.append("`alpha` and `beta` are those of GreedyZip: give them, or `matcher`, not both.")
+        problems.append(
+            "`alpha` and `beta` are short for matcher=GreedyZip(alpha, beta), and cannot be combined with `matcher`. "
+            "Give one or the other."
+        )
     elif greedy:
         listed["matcher"] = [matcher for chosen in _product(greedy) for matcher in made(GreedyZip, chosen, problems)]
     settings: list[MergeSettings] = []
@@ -364,7 +380,16 @@ def _product(choices: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
 
 
 def made(make: Callable[..., Any], arguments: Mapping[str, Any], problems: list[str]) -> list[Any]:
-    """One object, or none and its problem."""
+    """Make one object.
+
+    Args:
+        make: its class.
+        arguments: its arguments.
+        problems: gets the message if the object cannot be made.
+
+    Returns:
+        The object in a list; an empty list if it cannot be made.
+    """
     try:
         return [make(**arguments)]
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""What a sweep finds: one row per setting, kept in a CSV file, and the best of them."""
+"""Results of a sweep: one row per setting, the Pareto front, and the CSV file."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 Mode = Literal["max", "min"]
 SETTINGS = tuple(name for name, declared in options_of(MergeSettings).items() if declared.column)
 COSTS = ("total_flops", "relative_flops", "total_parameters")
-WAY_OUT = "Delete it, or name another file as `results`."
+WAY_OUT = "Delete the file, or give another file as `results`."
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,12 @@ class SweepRow:
     """The result of one setting.
 
     Attributes:
-        settings: the merge; ``None`` for the ensemble of the sources.
-        metrics: by name; empty where the merge failed.
-        flops: of one sample, for all tasks together.
-        relative_flops: the same as a ratio to one source.
-        parameters: their number.
-        error: the error of a merge that failed, otherwise empty.
+        settings: the options of the merge; ``None`` for the ensemble of the sources.
+        metrics: the metrics by name; empty if the merge failed.
+        flops: the FLOPs of one sample, for all tasks together.
+        relative_flops: the FLOPs as a ratio to one source.
+        parameters: the number of parameters.
+        error: the error if the merge failed, otherwise empty.
     """
 
     settings: MergeSettings | None
@@ -58,7 +58,7 @@ def pareto_front(costs: Sequence[float], values: Sequence[float]) -> list[int]:
         values: the value of each point; NaN for no result.
 
     Returns:
-        The indices in the order of cost; of equal points, the first.
+        The indices in the order of cost. Of equal points, only the first is included.
 
     Example:
         >>> pareto_front([3.0, 1.0, 2.0, 2.0], [0.9, 0.5, 0.4, 0.8])
@@ -77,11 +77,11 @@ class SweepResult:
     """The rows of a sweep.
 
     Attributes:
-        rows: one per setting, in the order of the grid, or in that of a search.
-        metric: the name of the metric that decides.
-        mode: whether it is to be high (``"max"``) or low.
-        ensemble: the sources side by side, to compare with.
-        missing: the number of settings that other processes, with other shares, have not done yet.
+        rows: one row per setting, in the order of the grid or the search.
+        metric: the name of the metric that ranks the settings.
+        mode: ``"max"`` if a higher metric is better, ``"min"`` if a lower metric is better.
+        ensemble: the row of the unmerged source models, for comparison.
+        missing: the number of settings that other processes, with other shares, have not finished yet.
     """
 
     rows: tuple[SweepRow, ...]
@@ -93,41 +93,47 @@ class SweepResult:
 
     @property
     def pareto(self) -> tuple[SweepRow, ...]:
-        """The rows that no other beats in metric and FLOPs, the cheapest first."""
+        """The Pareto-optimal rows (better metric, fewer FLOPs), in ascending order of FLOPs."""
         sign = 1 if self.mode == "max" else -1
         values = [sign * row.metrics.get(self.metric, float("nan")) for row in self.rows]
         return tuple(self.rows[number] for number in pareto_front([row.flops for row in self.rows], values))
 
     @property
     def best(self) -> SweepRow:
-        """The row with the best metric; of equal ones, the cheapest.
+        """The row with the best metric; among equal rows, the one with the fewest FLOPs.
 
         Raises:
             ConfigurationError: if no setting has a result.
         """
         if not self.pareto:
-            raise ConfigurationError("No setting of the sweep has a result: the rows say why, as their `error`.")
+            raise ConfigurationError("No setting of the sweep has a result. See `error` of the rows for the reasons.")
         return self.pareto[-1]
 
     def merge(self, row: SweepRow | None = None) -> MultiHeadModule:
-        """Merge once more as in one row, from the statistics that the sweep has gathered.
+        """Repeat the merge of a row, from the statistics of the sweep.
 
         Args:
-            row: one of the rows; the best by default.
+            row: the row; by default the best row.
 
         Returns:
-            The merged module; it is also attached to the Trainer.
+            The merged module. It is also attached to the Trainer.
 
         Raises:
-            ConfigurationError: if the row is that of the ensemble, or no setting has a result.
+            ConfigurationError: if the row is the ensemble, or no setting has a result.
         """
         settings = (row or self.best).settings
         if settings is None or self._merge is None:
-            raise ConfigurationError("There is nothing to merge: give one of the `rows` of a sweep that was run here.")
+            raise ConfigurationError(
+                "This row is not a merge of this sweep. Give one of the `rows` of a result that ZipIt.sweep returned."
+            )
         return self._merge(settings)
 
     def to_table(self, rows: Sequence[SweepRow] | None = None) -> Table:
-        """Table of rows, with the options that differ between them; by default the Pareto front and the ensemble."""
+        """Make a table of rows with the options that differ.
+
+        Args:
+            rows: the rows; by default the Pareto front and the ensemble.
+        """
         if rows is None:
             rows = [*self.pareto, *([self.ensemble] if self.ensemble is not None else [])]
         table = Table()
@@ -153,14 +159,14 @@ class SweepResult:
         console = Console(file=buffer, width=140)
         console.print(self.to_table())
         failed = sum(bool(row.error) for row in self.rows)
-        more = f"; {failed} failed" * bool(failed) + f"; {self.missing} are not done yet" * bool(self.missing)
+        more = f"; {failed} failed" * bool(failed) + f"; {self.missing} are not finished yet" * bool(self.missing)
         console.print(
-            f"{len(self.pareto)} of {len(self.rows)} settings are not beaten in {self.metric} and FLOPs{more}."
+            f"{len(self.pareto)} of {len(self.rows)} settings are Pareto-optimal in {self.metric} and FLOPs{more}."
         )
         return buffer.getvalue()
 
     def plot(self) -> tuple[Any, Any]:
-        """The metric over FLOPs, with a line through the Pareto front; needs matplotlib.
+        """Plot the metric over FLOPs, with a line through the Pareto front. This needs matplotlib.
 
         Returns:
             Figure and axes.
@@ -192,12 +198,12 @@ class SweepResult:
 
 
 def describe(settings: MergeSettings) -> dict[str, str]:
-    """Settings as text, by column: what tells the rows of a sweep apart."""
+    """Return the settings as text, by column. These texts identify a row of a sweep."""
     return {name: to_text(getattr(settings, name)) for name in SETTINGS}
 
 
 def to_text(value: Any) -> str:
-    """A value of a setting, to tell it from others."""
+    """Return a text that identifies the value of an option."""
     if value is None:
         return "none"
     if isinstance(value, str):
@@ -210,14 +216,14 @@ def to_text(value: Any) -> str:
 
 
 class ResultsFile:
-    """Keeps rows in a CSV file. Several processes may write it, and it is complete after each row.
+    """CSV file of the rows. Several processes may write to it, and it is valid after each row.
 
-    Columns are read by name. An option without a column counts as its default. Columns that are unknown, as those of
+    Columns are read by name. An option without a column has its default value. Unknown columns, such as columns of
     another version, are kept.
 
     Args:
         path: the file.
-        models: a digest of all that the rows depend on beside their settings.
+        models: a digest of everything that the rows depend on, except their settings.
         metrics: the names of the metrics.
 
     Raises:
@@ -233,7 +239,7 @@ class ResultsFile:
         self.read()
 
     def read(self) -> None:
-        """Take in the rows that the file has by now, also those of other processes."""
+        """Read the current rows of the file, including rows of other processes."""
         self._records |= self._in_file()
 
     def _in_file(self) -> dict[tuple[str, ...], dict[str, str]]:
@@ -244,37 +250,37 @@ class ResultsFile:
                 reader = csv.DictReader(file, strict=True)
                 records, header = list(reader), tuple(reader.fieldnames or ())
         except (csv.Error, UnicodeDecodeError) as error:
-            raise ConfigurationError(
-                f"{self.path} cannot be read as the rows of a sweep: {error}. {WAY_OUT}"
-            ) from error
+            raise ConfigurationError(f"The results file {self.path} cannot be read: {error}. {WAY_OUT}") from error
         self._check(header, records)
         self._unknown = tuple(name for name in header if name not in self.columns)
         keyed = [(self._key(complete), complete) for complete in map(self._with_defaults, records)]
         times = Counter(key for key, _ in keyed)
-        # Rows that differ in unknown columns only are not known to be of these settings.
+        # If rows differ only in unknown columns, it is unknown which of them belongs to these settings.
         return {key: record for key, record in keyed if times[key] == 1}
 
     def _check(self, header: Sequence[str], records: Sequence[Mapping[str, str]]) -> None:
         if missing := [name for name in self.columns if name not in header and name not in SETTINGS]:
             raise ConfigurationError(
-                f"{self.path} holds other columns than this sweep writes: it has no "
-                f"{', '.join(map(repr, missing))}. {WAY_OUT}"
+                f"The results file {self.path} lacks the columns {', '.join(map(repr, missing))} of this sweep. "
+                f"{WAY_OUT}"
             )
         if any(record["models"] != self.models for record in records):
             raise ConfigurationError(
-                f"{self.path} holds the sweep of other models: their weights, tasks, `backbone`, `base` or `classes` "
-                f"are not those given now. {WAY_OUT}"
+                f"The results file {self.path} belongs to other models: their weights, tasks, `backbone`, `base` or "
+                f"`classes` differ. {WAY_OUT}"
             )
         for number, record in enumerate(records, 2):
             try:
                 if None in record:
-                    raise ValueError("it has more cells than there are columns")
+                    raise ValueError("it has more cells than columns")
                 self._to_row(record, None)
             except (TypeError, ValueError) as error:
-                raise ConfigurationError(f"{self.path}, line {number}, cannot be read: {error}. {WAY_OUT}") from error
+                raise ConfigurationError(
+                    f"Line {number} of the results file {self.path} cannot be read: {error}. {WAY_OUT}"
+                ) from error
 
     def _with_defaults(self, record: Mapping[str, str]) -> dict[str, str]:
-        """A row with a value for every option."""
+        """Fill in the defaults of options that have no column."""
         defaults = describe(MergeSettings()) if record["network"] == "merged" else dict.fromkeys(SETTINGS, "")
         return {**defaults, **record}
 
@@ -301,7 +307,7 @@ class ResultsFile:
         return SweepRow(settings, metrics, int(flops), float(relative), int(parameters))
 
     def find(self, settings: MergeSettings | None) -> SweepRow | None:
-        """The row of a setting, or of the ensemble; ``None`` if there is none yet."""
+        """Return the row of a setting, or with ``None`` the row of the ensemble; ``None`` if it does not exist yet."""
         record = self._records.get(self._key(self._record(SweepRow(settings))))
         return None if record is None else self._to_row(record, settings)
 
@@ -310,13 +316,13 @@ class ResultsFile:
 
         Args:
             row: the row.
-            write: write the file too. One process of a group does.
+            write: also write the file. Only one process of a process group does this.
         """
         record = self._record(row)
         self._records[self._key(record)] = record
         if write:
             with locked(self.path):
-                # Rows of other processes are not added to `_records`: all ranks of a sweep must find the same rows.
+                # Rows of other processes stay out of `_records`, because all ranks must find the same rows.
                 stored = self._in_file()
                 self._write([*{**stored, **self._records, **stored, self._key(record): record}.values()])
 

@@ -1,4 +1,4 @@
-"""The statistics files of a sweep."""
+"""Statistics files of a sweep."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from lightning_zipit.settings import MergeSettings
 
 @dataclass(frozen=True)
 class Content:
-    """What a statistics file was gathered for.
+    """Cuts and taps that a statistics file covers.
 
     Attributes:
-        cuts: the ends of the trunk; empty if the file serves one merge.
-        taps: the points that were measured.
+        cuts: the last modules of the trunks; empty if the file serves a single merge.
+        taps: the keys of the measured taps.
     """
 
     cuts: frozenset[str]
@@ -30,12 +30,12 @@ class Content:
 class StatisticsFiles:
     """The statistics file of each setting of a sweep.
 
-    One file serves all settings. If a sweep gets more settings after its file is complete, and the file lacks
-    statistics of some, these are gathered into a second file beside it, and so on. Each start of the trunk has files of
-    its own, because features are measured from there on.
+    One file serves all settings. If later settings need statistics that a complete file lacks, these are gathered into
+    a second file in the same folder, and so on. Each ``start_at`` has its own files, because a stem changes which
+    features are measured.
 
     Args:
-        path: the first file of settings without ``start_at``.
+        path: the first file for settings without ``start_at``.
     """
 
     def __init__(self, path: Path) -> None:
@@ -45,15 +45,15 @@ class StatisticsFiles:
         self._assigned: dict[tuple[str | None, str | None, frozenset[str]], Path] = {}
 
     def candidate(self, settings: MergeSettings) -> Path:
-        """The first complete file that was gathered for the cut of a setting; if there is none, the file to write."""
+        """Return the first complete file that covers the cut of a setting, otherwise the file to write."""
         return next(iter(self._gathered_for(settings)), self._unwritten(settings.start_at))
 
     def assign(self, settings: MergeSettings, graph: MergeGraph | None) -> None:
-        """Decide on the file of a setting, before any file is written.
+        """Assign a file to a setting, before any file is written.
 
         Args:
             settings: the setting.
-            graph: the merge graph of its cut; ``None`` if it is unknown.
+            graph: the merge graph of the setting's cut; ``None`` if it is unknown.
         """
         if graph is not None:
             self._graphs[settings.start_at, settings.stop_at] = graph
@@ -64,12 +64,12 @@ class StatisticsFiles:
         )
 
     def of(self, settings: MergeSettings) -> Path:
-        """The file of a setting whose cut has been assigned a file."""
+        """Return the file that was assigned to a setting."""
         key = settings.start_at, settings.stop_at, self._taps_of(settings)
         return self._assigned.get(key) or self.candidate(settings)
 
     def bytes_to_gather(self, settings: Collection[MergeSettings], num_models: int) -> int:
-        """The memory that the largest of the unwritten files needs, as far as the merge graphs are known."""
+        """Compute the memory in bytes for the largest file to write, as far as the merge graphs are known."""
         sizes = [0]
         for file in {self.of(each) for each in settings}:
             merges = [
@@ -91,7 +91,7 @@ class StatisticsFiles:
         return next(file for file in self._names(start_at) if not file.is_file())
 
     def _gathered_for(self, settings: MergeSettings) -> Iterator[Path]:
-        """The complete files that were gathered for the cut of a setting."""
+        """Find the complete files that cover the cut of a setting."""
         for file in self._names(settings.start_at):
             if not file.is_file():
                 return
@@ -106,7 +106,7 @@ class StatisticsFiles:
         return self._contents[file]
 
     def _taps_of(self, settings: MergeSettings) -> frozenset[str]:
-        """The points that a merge measures; none if its merge graph is unknown."""
+        """Return the keys of the taps that a merge measures; an empty set if its merge graph is unknown."""
         graph = self._graphs.get((settings.start_at, settings.stop_at))
         spaces = () if graph is None else as_measured(graph, settings).spaces.values()
         return frozenset(space.tap.key for space in spaces if space.tap is not None)

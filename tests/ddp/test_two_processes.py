@@ -127,7 +127,7 @@ def test_samples_that_are_counted_twice_or_not_at_all_are_an_error_on_every_rank
             f"rank {rank}: The processes have seen 54 samples of calibration loader 0, whose data set has 53"
             in messages
         )
-        assert f"rank {rank}: A process has seen no calibration batch" in messages
+        assert f"rank {rank}: A process received no calibration batch" in messages
 
 
 def test_data_that_turns_bad_on_one_rank_is_an_error_on_every_rank(two):

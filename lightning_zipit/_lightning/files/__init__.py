@@ -1,1 +1,1 @@
-"""What checkpoints say, and what of it may be imported or called."""
+"""Checkpoints: reading, descriptions of source models, and trust in the names that a file holds."""

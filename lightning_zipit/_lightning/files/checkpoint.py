@@ -1,4 +1,4 @@
-"""Checkpoints: read without running any code, and the record in them of how a merged module is made."""
+"""Safe reading of checkpoints, and the record of a merged module in them."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ FORMAT = 1
 
 
 def find_record(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
-    """How a merged module is made, if a checkpoint holds one."""
+    """Return the record of a merged module in a checkpoint; ``None`` if the checkpoint is not merged."""
     record = checkpoint.get(CHECKPOINT_KEY)
     return record if isinstance(record, dict) else None
 
 
 @contextmanager
 def naming_file(where: str, what: str) -> Iterator[None]:
-    """Inside, whatever the content of a file causes is a CheckpointError that names the file.
+    """Context manager that turns errors of other packages into a CheckpointError with the name of the file.
 
     Args:
         where: the file.
-        what: what is wrong with it, where an error does not say.
+        what: a predicate that describes the problem, such as "is damaged".
 
     Raises:
-        CheckpointError: instead of any error that is not of this package.
+        CheckpointError: instead of any error of another package.
     """
     try:
         yield
@@ -45,40 +45,43 @@ def naming_file(where: str, what: str) -> Iterator[None]:
 
 @contextmanager
 def reading_record(checkpoint: Mapping[str, Any], where: str) -> Iterator[dict[str, Any]]:
-    """The record of how a merged module is made.
+    """Context manager that yields the record of a merged module, and turns errors of its content into CheckpointError.
 
     Args:
         checkpoint: the content of a checkpoint.
-        where: the file, for errors.
+        where: the file, for error messages.
 
     Raises:
-        CheckpointError: if there is none, or if it is damaged.
+        CheckpointError: if the checkpoint has no such record, or the record is damaged.
     """
     record = find_record(checkpoint)
     if record is None or record.get("format") != FORMAT:
-        raise CheckpointError(f"{where} is not a checkpoint of a merged module (format {FORMAT}).")
+        raise CheckpointError(
+            f"{where} is not a checkpoint of a merged module (format {FORMAT}). Give a file that "
+            "trainer.save_checkpoint wrote after a merge."
+        )
     with naming_file(where, "is damaged, or its source classes have changed since it was written"):
         yield record
 
 
 def find_weights(checkpoint: Mapping[str, Any], where: str) -> Mapping[str, Tensor]:
-    """The tensors of a checkpoint by name, or of a file that holds nothing else.
+    """Return the state_dict of a checkpoint. A file that holds only tensors is a state_dict itself.
 
     Raises:
-        CheckpointError: if there are none.
+        CheckpointError: if the file is neither.
     """
     if "state_dict" in checkpoint:
         return checkpoint["state_dict"]
     if not checkpoint or not all(isinstance(value, Tensor) for value in checkpoint.values()):
         raise CheckpointError(
-            f"{where} is neither a checkpoint of Lightning, as `trainer.save_checkpoint` writes it, nor a state_dict: "
-            f"it holds {', '.join(map(repr, list(checkpoint)[:5])) or 'nothing'}."
+            f"{where} is neither a Lightning checkpoint from trainer.save_checkpoint nor a state_dict. Its keys are "
+            f"{', '.join(map(repr, list(checkpoint)[:5])) or 'none'}."
         )
     return checkpoint
 
 
 def write_example(example: Inputs | None) -> dict[str, Any]:
-    """Shape and type of a sample, or of each task's, in lists and strings."""
+    """Convert the shape and type of a sample, or of each task's sample, to lists and strings."""
     if example is None:
         return {"input_shape": None, "input_dtype": None}
     if isinstance(example, Tensor):
@@ -92,7 +95,7 @@ def write_example(example: Inputs | None) -> dict[str, Any]:
 
 
 def read_example(record: Mapping[str, Any]) -> Inputs | None:
-    """Zeros of the shape and type of one sample, or of each task's, as a checkpoint describes them."""
+    """Make zeros of the shape and type of one sample, or of each task's sample, from a checkpoint."""
     shape, dtype = record["input_shape"], record.get("input_dtype") or "float32"
     if shape is None:
         return None
@@ -104,26 +107,26 @@ def read_example(record: Mapping[str, Any]) -> Inputs | None:
 def read_checkpoint(
     path: str | Path | IO[bytes], map_location: Any = None, weights_only: bool = True
 ) -> dict[str, Any]:
-    """A checkpoint's content.
+    """Read the content of a checkpoint.
 
     Args:
-        path: the file; a ``.safetensors`` file holds weights alone.
-        map_location: where tensors go; see :func:`torch.load`.
-        weights_only: read tensors and primitives only. Without it, code that the file holds is run.
+        path: the file. A ``.safetensors`` file holds only weights.
+        map_location: the device of the tensors; see :func:`torch.load`.
+        weights_only: read only tensors and primitives. ``False`` unpickles the file, which runs code in it.
 
     Raises:
-        CheckpointError: if the file is missing, damaged, or holds anything else.
+        CheckpointError: if the file is missing, is damaged, or holds anything else.
     """
     try:
         if isinstance(path, (str, Path)) and Path(path).suffix == ".safetensors":
             return dict(load_file(path))
         content = torch.load(path, map_location=map_location, weights_only=weights_only)
     except FileNotFoundError:
-        raise CheckpointError(f"There is no checkpoint at {path}.") from None
+        raise CheckpointError(f"The checkpoint file {path} does not exist.") from None
     except Exception as error:
-        # torch says first, and at length, how to read a pickle nevertheless
+        # torch's message starts with long instructions for unpickling the file
         reason = str(error).rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0] or repr(error)
         raise CheckpointError(f"{path} cannot be read as a checkpoint of tensors and primitives: {reason}") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a {type(content).__name__} instead of a checkpoint.")
+        raise CheckpointError(f"{path} is not a checkpoint: it holds a {type(content).__name__} instead of a dict.")
     return content

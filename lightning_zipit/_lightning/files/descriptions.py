@@ -1,6 +1,6 @@
-"""How another process makes a source model again: written down in strings, primitives and tensors, and read back.
+"""Descriptions of source models in strings, primitives and tensors, from which another process recreates the models.
 
-Reading asks :class:`Trust` for everything that a description names, before any of it is used.
+Before a name in a description is used, :class:`Trust` must allow all names in it.
 """
 
 from __future__ import annotations
@@ -24,39 +24,44 @@ from lightning_zipit._lightning.internals import INSTANTIATORS, recorded
 from lightning_zipit.errors import CheckpointError, UntrustedError
 
 INSTANTIATOR = "_instantiator"
-"""The hyperparameter by which Lightning marks those that its command line parsed."""
+"""The hyperparameter with which Lightning marks hyperparameters that its command line has parsed."""
 
 CLASS_PATH = "_class_path"
-"""The hyperparameter that holds the class of a model which Lightning's command line was given by class path."""
+"""The hyperparameter with the class path of a model, if it was given on Lightning's command line."""
 
 DESCRIPTION = "_zipit_description"
-"""The attribute that holds what :func:`describe_source` said about a source of a module that was merged before."""
+"""The attribute with the description of a source that was split from a merged module."""
 
 
 def describe_source(model: LightningModule) -> dict[str, Any]:
-    """How to make a module of this class again, in strings, primitives and tensors.
+    """Describe a module in strings, primitives and tensors, so that a module of its class can be created again.
 
     Returns:
-        ``class_path`` (``None`` where the class cannot be imported), ``hyperparameters``, ``hparams_name``, whether
-        the hyperparameters are those of a command line (``parsed``), which names objects by class path and arguments,
-        and the names of hyperparameters that cannot be written down (``left_out``).
+        A dict with these keys:
+
+        - ``class_path``: the class; ``None`` if it cannot be imported;
+        - ``hyperparameters``: the hyperparameters by name;
+        - ``hparams_name``: the parameter that takes all hyperparameters together, or ``None``;
+        - ``parsed``: whether a command line parsed the hyperparameters, so that they give objects by class path and
+          arguments;
+        - ``left_out``: the names of hyperparameters that cannot be described.
     """
     if DESCRIPTION in model.__dict__:
         return dict(model.__dict__[DESCRIPTION])
-    held = dict(getattr(model, "_hparams", None) or {})  # `model.hparams` would make an attribute
-    known = {key: value for key, value in held.items() if not key.startswith("_")}
+    saved = dict(getattr(model, "_hparams", None) or {})  # `model.hparams` would create an attribute
+    known = {key: value for key, value in saved.items() if not key.startswith("_")}
     plain = {key: _to_plain(value) for key, value in known.items()}
     return {
         "class_path": import_path(type(model)),
         "hyperparameters": {key: value for key, value in plain.items() if value is not UNKNOWN},
         "hparams_name": getattr(model, "_hparams_name", None),
-        "parsed": INSTANTIATOR in held,
+        "parsed": INSTANTIATOR in saved,
         "left_out": [key for key, value in plain.items() if value is UNKNOWN],
     }
 
 
 def describe_checkpoint(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """What a checkpoint of Lightning says of its model, as :func:`describe_source` says it."""
+    """Read the description of the model in a Lightning checkpoint, in the form of :func:`describe_source`."""
     known = checkpoint.get(LightningModule.CHECKPOINT_HYPER_PARAMS_KEY) or {}
     return {
         "class_path": known.get(CLASS_PATH),
@@ -70,13 +75,13 @@ def describe_checkpoint(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 def find_source_requests(
     description: Mapping[str, Any], trust: Trust, task: str | None = None, found: Any = None
 ) -> Iterator[Request]:
-    """All that a description names.
+    """Find all names of classes and functions in a description.
 
     Args:
-        description: what a file says.
-        trust: what is allowed.
-        task: the name of the source, for errors.
-        found: its class, where the user has said it.
+        description: the description of a source in a file.
+        trust: the names that are allowed.
+        task: the task of the source, for error messages.
+        found: the class of the source, if the user gave it.
     """
     of = "" if task is None else f" of task {task!r}"
     path, instantiator = description.get("class_path"), description.get("instantiator")
@@ -95,26 +100,29 @@ def make_sources(
     where: str,
     given: Mapping[str, LightningModule] | None = None,
 ) -> dict[str, LightningModule]:
-    """Untrained source modules by task, as a file describes them.
+    """Make untrained source modules from the descriptions in a file.
 
     Args:
-        descriptions: what :func:`describe_source` wrote down, by task.
-        trust: what is allowed.
-        where: the file, for errors.
-        given: modules that the user gave instead.
+        descriptions: the descriptions of :func:`describe_source`, by task.
+        trust: the names that are allowed.
+        where: the file, for error messages.
+        given: modules that the user gave instead, by task.
+
+    Returns:
+        The modules by task.
 
     Raises:
-        UntrustedError: with all that the file names, if some of it is not allowed.
-        CheckpointError: if a module cannot be made.
+        UntrustedError: with all names in the file, if some of them are not allowed.
+        CheckpointError: if a module cannot be created.
     """
     given = given or {}
     trust = trust.naming(*given.values())
     others = {task: description for task, description in descriptions.items() if task not in given}
     ways_out = [
-        f"give modules of the classes: models={{{next(iter(others), '')!r}: <a module of that class>, …}} of "
+        f"pass modules of the classes, models={{{next(iter(others), '')!r}: <a module of that class>, …}}, to "
         "`MultiHeadModule.load_from_checkpoint`",
-        "say the class on the command line: --model=CLASS_PATH of inspect, export, validate, test and predict, "
-        "--classes.TASK=CLASS_PATH of merge and sweep",
+        "give the class on the command line: --model=CLASS_PATH for inspect, export, validate, test and predict, "
+        "--classes.TASK=CLASS_PATH for merge and sweep",
     ]
 
     def check(classes: Mapping[str, type]) -> None:
@@ -123,7 +131,7 @@ def make_sources(
 
     check({})
     classes = {task: _find_class(task, description, trust) for task, description in others.items()}
-    check(classes)  # whose signatures say which strings stand for functions
+    check(classes)  # again, because signatures of the classes show which strings name functions
     return {
         task: given[task] if task in given else make_source(task, classes[task], description, trust)
         for task, description in descriptions.items()
@@ -134,7 +142,8 @@ def _find_class(task: str, description: Mapping[str, Any], trust: Trust) -> type
     path = description.get("class_path")
     if not path:
         raise CheckpointError(
-            f"The class of task {task!r} was not defined in a module that can be imported. {_way_out(task)}"
+            f"The class of task {task!r} cannot be imported, because it was not defined at the top level of a module. "
+            f"{_way_out(task)}"
         )
     try:
         return find_source_class(path, trust)
@@ -149,29 +158,32 @@ def _way_out(task: str) -> str:
 def make_source(
     task: str, found: type[LightningModule], description: Mapping[str, Any], trust: Trust
 ) -> LightningModule:
-    """An untrained module with the hyperparameters that :func:`describe_source` wrote down.
+    """Make an untrained module from the description of :func:`describe_source`.
 
     Args:
-        task: its task, for errors.
-        found: its class.
-        description: its hyperparameters.
-        trust: what they may name.
+        task: the task of the module, for error messages.
+        found: the class of the module.
+        description: the description with the hyperparameters.
+        trust: the names that the hyperparameters may refer to.
 
     Raises:
-        CheckpointError: if it cannot be made; it says to pass ``models=``.
+        CheckpointError: if the module cannot be created. The message advises to pass ``models=``.
     """
     left_out = "".join(
-        f" The file leaves {name!r} out, which is an object." for name in description.get("left_out") or ()
+        f" The file does not hold {name!r}, because its value is an object."
+        for name in description.get("left_out") or ()
     )
     if left_out:
-        rank_zero_warn(f"Task {task!r} is made with the defaults of {found.__name__}.{left_out} {_way_out(task)}")
+        rank_zero_warn(
+            f"The module of task {task!r} is created with defaults of {found.__name__}.{left_out} {_way_out(task)}"
+        )
     try:
         return build_module(found, description, trust)
     except UntrustedError:
         raise
     except Exception as error:
         raise CheckpointError(
-            f"{description['class_path']!r} of task {task!r} cannot be made from its saved hyperparameters "
+            f"{description['class_path']!r} of task {task!r} cannot be created from its saved hyperparameters "
             f"{dict(description['hyperparameters'])}: {error}.{left_out} Call `self.save_hyperparameters()` in its "
             f"__init__ before training. {_way_out(task)}"
         ) from error
@@ -180,31 +192,31 @@ def make_source(
 def build_module(
     found: Any, description: Mapping[str, Any], trust: Trust, defaults: Mapping[str, Any] | None = None
 ) -> LightningModule:
-    """Call a class, or a function that returns modules, with the arguments that a description stands for.
+    """Call a class, or a function that returns modules, with the arguments in a description.
 
     Args:
-        found: the class.
-        description: hyperparameters, and whether they are those of a command line.
-        trust: what they may name.
-        defaults: arguments of a command line that they come before.
+        found: the class or function.
+        description: the hyperparameters, and whether a command line parsed them.
+        trust: the names that the hyperparameters may refer to.
+        defaults: arguments of the command line, which the hyperparameters override.
     """
     known = dict(description["hyperparameters"])
     parsed = bool(description.get("parsed"))
     values = make_arguments(known, found, trust) if parsed else known
     given = make_arguments(defaults or {}, found, trust)
     arguments = {**select_arguments(found, given), **select_arguments(found, values, description.get("hparams_name"))}
-    # The modules' own hyperparameters stay in the form that a file can hold.
+    # `save_hyperparameters` must keep the hyperparameters in a form that a file can hold.
     with recorded({**(defaults or {}), **known}) if parsed else nullcontext():
         return found(**arguments)
 
 
 def select_arguments(found: Any, hyperparameters: Mapping[str, Any], hparams_name: str | None = None) -> dict[str, Any]:
-    """Those hyperparameters that a class takes.
+    """Select the hyperparameters that a class accepts.
 
     Args:
         found: the class.
-        hyperparameters: by name.
-        hparams_name: the parameter that takes all of them together, if there is one.
+        hyperparameters: the hyperparameters by name.
+        hparams_name: the parameter that takes all hyperparameters together, or ``None``.
     """
     signature = inspect.signature(found).parameters
     if takes_any(signature):
@@ -216,7 +228,7 @@ def select_arguments(found: Any, hyperparameters: Mapping[str, Any], hparams_nam
 
 
 def find_missing(found: Any, description: Mapping[str, Any]) -> list[str]:
-    """The arguments that a class needs and a description does not have."""
+    """Find required arguments of a class that a description does not hold."""
     given = select_arguments(found, description["hyperparameters"], description.get("hparams_name"))
     needs_value = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return [
@@ -227,18 +239,18 @@ def find_missing(found: Any, description: Mapping[str, Any]) -> list[str]:
 
 
 def _with_attributes(value: Any) -> Any:
-    """Dicts whose items are attributes too, as those of argparse and OmegaConf are."""
+    """Make the items of dicts accessible as attributes, as in namespaces of argparse and configs of OmegaConf."""
     if isinstance(value, dict):
         return AttributeDict({key: _with_attributes(item) for key, item in value.items()})
     return [_with_attributes(item) for item in value] if type(value) is list else value
 
 
 UNKNOWN = object()
-"""Stands for a value that a file of tensors and primitives cannot hold."""
+"""Placeholder for a value that is not made of tensors and primitives."""
 
 
 def _to_plain(value: Any) -> Any:
-    """A value in primitives and tensors; :data:`UNKNOWN` where it is something else."""
+    """Convert a value to primitives and tensors; return :data:`UNKNOWN` if that is not possible."""
     if type(value) is str:
         return portable(value)
     if value is None or type(value) in (bool, int, float):
@@ -248,8 +260,8 @@ def _to_plain(value: Any) -> Any:
     if isinstance(value, np.generic):
         return _to_plain(value.item())
     if isinstance(value, Mapping):
-        held = {key: _to_plain(item) for key, item in value.items()}
-        return UNKNOWN if any(item is UNKNOWN or type(key) is not str for key, item in held.items()) else held
+        plain = {key: _to_plain(item) for key, item in value.items()}
+        return UNKNOWN if any(item is UNKNOWN or type(key) is not str for key, item in plain.items()) else plain
     if type(value) is tuple or (isinstance(value, Sequence) and not isinstance(value, (str, bytes, tuple))):
         items = [_to_plain(item) for item in value]
         return UNKNOWN if any(item is UNKNOWN for item in items) else tuple(items) if type(value) is tuple else items

@@ -1,7 +1,7 @@
-"""Hyperparameters in a file: what they name, and the arguments that they stand for.
+"""Safe conversion of hyperparameters in a file to arguments.
 
-LightningCLI writes an object as ``{"class_path": …, "init_args": …}``, and a class or function as its name. Its parser,
-which reads them back, imports and calls whatever stands there. This one asks :class:`Trust`.
+LightningCLI writes an object as ``{"class_path": …, "init_args": …}``, and a class or function as its name. The parser
+of LightningCLI imports and calls any name in a file. This module uses only names that :class:`Trust` allows.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from lightning_zipit._lightning.files.trust import Request, Trust
 
 CLASS_PATH, ARGUMENTS = "class_path", ("init_args", "dict_kwargs")
 NAMING_KEYS = (CLASS_PATH, "_target_")
-"""Keys of a dict that names a class to be made: those of LightningCLI, and of Hydra, which a user's class may call."""
+"""Keys of a class path in a dict: the key of LightningCLI, and the key of Hydra, which a user's class may call."""
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """What a signature says of one of its parameters.
+    """A parameter of a signature.
 
     Attributes:
-        hints: its types, without ``Union`` and ``Optional``.
-        default: its default, if it has one.
+        hints: the types of the parameter, without ``Union`` and ``Optional``.
+        default: the default of the parameter; ``None`` if it has none.
     """
 
     hints: tuple[Any, ...] = ()
@@ -43,17 +43,17 @@ class Parameter:
 
     @property
     def items(self) -> Parameter:
-        """What is known of the items of a list, tuple or dict."""
+        """The types of the items, if the parameter is a list, tuple or dict."""
         known = [get_args(hint) for hint in self.hints if _kind(hint) in CONTAINERS]
         return Parameter(_flat(hint for arguments in known for hint in arguments[-1:] if hint is not ...))
 
     @property
     def takes_names(self) -> bool:
-        """Whether a string can only stand for a class or function."""
+        """Whether a string as value can only be the name of a class or function."""
         return str not in self.hints and any(_kind(hint) in (Callable, type) for hint in self.hints)
 
     def is_made_later(self, found: Any) -> bool:
-        """Whether it is to be given what makes an object of a class, as an optimizer is, rather than an object."""
+        """Whether the parameter expects a function that makes an object of the class, such as an optimizer."""
         results = _flat(get_args(hint)[-1] for hint in self.hints if _kind(hint) is Callable and get_args(hint))
         return any(isinstance(kind, type) and isinstance(found, type) and issubclass(found, kind) for kind in results)
 
@@ -63,7 +63,7 @@ CONTAINERS = (list, tuple, set, frozenset, dict, Sequence, Mapping, AbstractSet)
 
 
 def parameters_of(found: Any) -> dict[str, Parameter]:
-    """The parameters of a class or function by name, with those that ``**kwargs`` hands on to a base class."""
+    """Return the parameters of a class or function by name. ``**kwargs`` stands for those of the base class."""
     known: dict[str, Parameter] = {}
     for base in found.__mro__ if isinstance(found, type) else (found,):
         function = base.__dict__.get("__init__") if isinstance(base, type) else base
@@ -72,7 +72,7 @@ def parameters_of(found: Any) -> dict[str, Parameter]:
         signature = inspect.signature(function).parameters
         try:
             hints = get_type_hints(function)
-        except Exception:  # names that are there for type checkers alone
+        except Exception:  # annotations can use names that only type checkers know
             hints = {}
         for name, parameter in signature.items():
             default = None if parameter.default is parameter.empty else parameter.default
@@ -84,31 +84,31 @@ def parameters_of(found: Any) -> dict[str, Parameter]:
 
 
 def _guess(default: Any) -> tuple[Any, ...]:
-    """The types of a parameter without any, as LightningCLI guesses them: that of its default, or anything."""
+    """Guess the types of a parameter without annotation like LightningCLI: the type of its default, or any type."""
     if default is None:
         return (Any,)
     return (type if isinstance(default, type) else Callable if inspect.isroutine(default) else type(default), Any)
 
 
 def takes_any(signature: Mapping[str, inspect.Parameter]) -> bool:
-    """Whether a function takes keyword arguments of any name."""
+    """Whether a function accepts keyword arguments with any name."""
     return any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.values())
 
 
 def find_requests(
     hyperparameters: Mapping[str, Any], found: Any, trust: Trust, parsed: bool, of: str = ""
 ) -> Iterator[Request]:
-    """All that hyperparameters name, at any depth.
+    """Find all names of classes and functions in hyperparameters, at any depth.
 
     Args:
-        hyperparameters: what a file holds.
-        found: the class that they are for; ``None`` where that is not imported or not allowed.
-        trust: what is allowed.
-        parsed: whether they are those of a command line, where a string may stand for a class or function.
-        of: whose they are, for errors.
+        hyperparameters: the hyperparameters in a file.
+        found: the class that takes them; ``None`` if it is not imported or not allowed.
+        trust: the names that are allowed.
+        parsed: whether a command line parsed the hyperparameters, so that a string may name a class or function.
+        of: the owner of the hyperparameters, for error messages, such as " of task 'a'".
     """
     known = parameters_of(found) if found is not None and parsed else {}
-    for key in NAMING_KEYS:  # all of them together may be one argument
+    for key in NAMING_KEYS:  # all hyperparameters together may be one argument
         if key in hyperparameters:
             yield Request(hyperparameters[key], f"`{key}`{of}", trust.allows(hyperparameters[key]))
     for name, value in hyperparameters.items():
@@ -116,7 +116,7 @@ def find_requests(
 
 
 def find_given(value: Any) -> Iterator[Any]:
-    """What arguments of a command line name: their strings, and the classes and functions that it made of some."""
+    """Find everything that arguments of the command line name: strings, classes and functions, at any depth."""
     if isinstance(value, Mapping):
         value = list(value.values())
     if isinstance(value, (list, tuple)):
@@ -136,15 +136,15 @@ def _find_in(value: Any, parameter: Parameter, trust: Trust, place: str, of: str
         known = _parameters_in(value, parameter, trust)
         for key, item in value.items():
             inside = item if key in ARGUMENTS and isinstance(item, Mapping) else {key: item}
-            for name, held in inside.items():
-                yield from _find_in(held, known.get(name, parameter.items), trust, f"{place}.{name}", of)
+            for name, nested in inside.items():
+                yield from _find_in(nested, known.get(name, parameter.items), trust, f"{place}.{name}", of)
     elif isinstance(value, (list, tuple, AbstractSet)):
         for number, item in enumerate(value):
             yield from _find_in(item, parameter.items, trust, f"{place}.{number}", of)
 
 
 def _parameters_in(value: Mapping[str, Any], parameter: Parameter, trust: Trust) -> dict[str, Parameter]:
-    """What is known, without importing anything, of the parameters that the keys of a dict are for."""
+    """Return the parameters that the keys of a dict refer to, as far as they are known without an import."""
     name = value.get(CLASS_PATH)
     if name is None:
         return parameters_of(kind) if (kind := _dataclass_in(parameter)) else {}
@@ -152,10 +152,15 @@ def _parameters_in(value: Mapping[str, Any], parameter: Parameter, trust: Trust)
 
 
 def make_arguments(hyperparameters: Mapping[str, Any], found: Any, trust: Trust) -> dict[str, Any]:
-    """The arguments that the hyperparameters of a command line stand for, with the objects that they name.
+    """Convert the hyperparameters of a command line to arguments, and create the objects that they describe.
+
+    Args:
+        hyperparameters: the hyperparameters in a file.
+        found: the class that takes them.
+        trust: the names that are allowed.
 
     Raises:
-        CheckpointError: if they name anything that is not there or not allowed.
+        CheckpointError: if a name does not exist or is not allowed.
     """
     known = parameters_of(found)
     return {name: _make(value, known.get(name, ANY), trust) for name, value in hyperparameters.items()}
@@ -192,29 +197,34 @@ CONVERSIONS: tuple[tuple[type, type, Callable[[Any, Any], Any]], ...] = (
     (list, tuple, lambda kind, value: tuple(value)),
     (list, AbstractSet, lambda kind, value: set(value)),
 )
-"""From what YAML has to what a parameter takes: the type of a value, that of the parameter, and how."""
+"""Conversions of values in YAML: the type of the value, the type of the parameter, and the conversion."""
 
 
 def _convert(value: Any, parameter: Parameter, back: Callable[[Any], Any] | None = None) -> Any:
-    """A value as its parameter takes it; ``back`` is for one that its parameter says nothing of.
+    """Convert a value to the type of its parameter.
+
+    Args:
+        value: the value.
+        parameter: the parameter that takes it.
+        back: the conversion if the types of the parameter are unknown.
 
     Raises:
-        TypeError: for a string that its parameter does not take.
+        TypeError: if the parameter does not accept a string.
     """
     kinds = [kind for hint in parameter.hints if isinstance(kind := _kind(hint), type) and kind is not Any]
     if type(value) in kinds:
         return value
-    for held, wanted, convert in CONVERSIONS:
-        for kind in kinds if isinstance(value, held) else ():
+    for given, wanted, convert in CONVERSIONS:
+        for kind in kinds if isinstance(value, given) else ():
             if issubclass(kind, wanted):
                 return convert(kind, value)
     if isinstance(value, str) and kinds and len(kinds) == len(parameter.hints) and not isinstance(value, tuple(kinds)):
-        raise TypeError(f"{value!r} stands for no {' or '.join(kind.__name__ for kind in kinds)} that is known here")
+        raise TypeError(f"{value!r} cannot be converted to {' or '.join(kind.__name__ for kind in kinds)}")
     return value if back is None else back(value)
 
 
 def _flat(hints: Any) -> tuple[Any, ...]:
-    """Types without ``Union`` and ``Optional``."""
+    """Flatten ``Union`` and ``Optional`` into their types."""
     flat: list[Any] = []
     for hint in hints:
         united = get_origin(hint) in (Union, types.UnionType)
@@ -223,7 +233,7 @@ def _flat(hints: Any) -> tuple[Any, ...]:
 
 
 def _kind(hint: Any) -> Any:
-    """A type without its arguments."""
+    """Return a type without its arguments."""
     return get_origin(hint) or hint
 
 

@@ -1,4 +1,4 @@
-"""Trained source models out of checkpoints, which Lightning, this package or `torch.save` wrote."""
+"""Loading of trained source models from checkpoints of Lightning, this package or `torch.save`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def load_sources(
     weights_only: bool,
     trust: Trusted | Trust | None = None,
 ) -> dict[str, LightningModule]:
-    """The trained module of each task; see :func:`load_source`."""
+    """Load the trained module of each task; see :func:`load_source`."""
     return {
         task: load_source(path, model, classes.get(task), weights_only, task, trust)
         for task, path in checkpoints.items()
@@ -44,21 +44,23 @@ def load_source(
     task: str | None = None,
     trust: Trusted | Trust | None = None,
 ) -> LightningModule:
-    """A trained module: of its own hyperparameters where the checkpoint has them, else a copy of the one given.
+    """Load a trained module from a checkpoint.
 
-    A checkpoint of a merged module gives that one.
+    The module is created from the hyperparameters in the checkpoint. If they are missing, the module is a copy of
+    ``model``. A checkpoint of a merged module gives the merged module.
 
     Args:
         path: the checkpoint.
-        model: a module of its class, or that class.
-        class_path: its class, where it is not that of ``model``.
-        weights_only: read nothing but tensors and primitives.
-        task: what to call the checkpoint in errors.
-        trust: names of modules or classes that the checkpoint may name.
+        model: a module of the class of the checkpoint, or that class.
+        class_path: the class of the checkpoint, if it differs from the class of ``model``.
+        weights_only: read only tensors and primitives.
+        task: the task of the checkpoint, for error messages.
+        trust: modules or classes, by dotted name, that the checkpoint may refer to.
 
     Raises:
-        CheckpointError: if the checkpoint cannot be read, does not fit the class, or names what is not allowed.
-        ConfigurationError: if the class that was named cannot be imported.
+        CheckpointError: if the checkpoint cannot be read, does not fit the class, or names something that is not
+            allowed.
+        ConfigurationError: if ``class_path`` cannot be imported.
     """
     where = path if task is None else f"Task {task!r}: {path}"
     checkpoint = _read(path, weights_only)
@@ -69,7 +71,7 @@ def load_source(
     with naming_file(where, "is damaged"):
         description = describe_checkpoint(checkpoint)
         model_class = find_model_class(description, model, own_class, where, task, allowed)
-    with naming_file(where, f"cannot be loaded into {model_class.__name__}"):  # whose code may raise anything
+    with naming_file(where, f"cannot be loaded into {model_class.__name__}"):  # the user's code may raise any error
         described = description["hyperparameters"] and not find_missing(model_class, description)
         if isinstance(model, model_class) and not described:
             source = copy_module(model)
@@ -89,30 +91,30 @@ def find_model_class(
     task: str | None,
     trust: Trust,
 ) -> Any:
-    """The class of the model in a checkpoint, once all that the checkpoint names is allowed.
+    """Find the class of the model in a checkpoint, and check that all names in the checkpoint are allowed.
 
     Args:
-        description: what the checkpoint says of its model.
-        model: a module of a class, or a class, for a checkpoint that names none.
-        own_class: the class that the user has named for this checkpoint, which comes before the one that it names.
-        where: the file, for errors.
-        task: its task, for errors.
-        trust: what it may name.
+        description: the description of the model in the checkpoint.
+        model: a module or class, for a checkpoint that does not name its class.
+        own_class: the class that the user gave for this checkpoint. It overrides the class in the checkpoint.
+        where: the file, for error messages.
+        task: the task of the checkpoint, for error messages.
+        trust: the names that the checkpoint may refer to.
 
     Raises:
-        UntrustedError: if the checkpoint names anything that is not allowed.
-        CheckpointError: if there is no class.
+        UntrustedError: if the checkpoint names something that is not allowed.
+        CheckpointError: if no class is known.
     """
     named = description["class_path"]
     found = own_class or (None if named is not None or model is None else _class_of(model))
     option = "--model" if task is None else f"--classes.{task}"
-    ways_out = [f"say the class: {option}={named}"] if named is not None and own_class is None else []
+    ways_out = [f"give the class: {option}={named}"] if named is not None and own_class is None else []
     check_requests(where, find_source_requests(description, trust, found=found), ways_out)
     if found is not None:
         return found
     if named is None:
-        raise CheckpointError(f"{where} does not say of which class its model is: say it with --model=CLASS_PATH.")
-    found = find_source_class(named, trust)  # whose signature says which strings stand for functions
+        raise CheckpointError(f"{where} does not name the class of its model. Give the class with --model=CLASS_PATH.")
+    found = find_source_class(named, trust)  # its signature shows which strings name functions
     check_requests(where, find_source_requests(description, trust, found=found), ways_out)
     return found
 
@@ -124,8 +126,8 @@ def _read(path: str, weights_only: bool) -> dict[str, Any]:
         if not weights_only or not isinstance(error.__cause__, pickle.UnpicklingError):
             raise
         raise CheckpointError(
-            f"{error}. If you trust whoever made this file, weights_only=False (--weights_only=false) reads it, and "
-            "runs the code that it holds."
+            f"{error}. If you trust the author of this file, use weights_only=False (--weights_only=false). This runs "
+            "the code in the file."
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Names of classes: the one by which another process can import a class, and what a name stands for."""
+"""Dotted names of classes and functions: format, lookup and import."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from lightning.pytorch import LightningModule
 from lightning_zipit.errors import ConfigurationError
 
 MAIN = ("__main__", "__mp_main__")
-"""The script that was run: here, and in the processes that multiprocessing spawns."""
+"""The module name of the running script: in this process, and in processes that multiprocessing spawns."""
 
 
 def import_path(cls: type) -> str | None:
-    """``module:Class``; for a class of the script that was run, the name by which another process can import it."""
+    """Return the name ``module:Class`` with which another process can import a class, also from the running script."""
     module = _main_name() if cls.__module__ in MAIN else cls.__module__
     return None if module is None or "<locals>" in cls.__qualname__ else f"{module}:{cls.__qualname__}"
 
 
 def portable(text: str) -> str:
-    """A text, in which a name inside the script that was run is one by which another process can import it."""
+    """Replace ``__main__`` in a name by the module name with which another process can import the running script."""
     main = _main_name()
     return f"{main}{text.removeprefix('__main__')}" if main is not None and text.startswith("__main__.") else text
 
 
 def homes_of(found: Any) -> set[str]:
-    """The dotted names of a class or function where it is defined; none for anything else."""
+    """Return the full dotted names of a class or function; an empty set for any other object."""
     if not isinstance(found, type) and not inspect.isroutine(found):
         return set()
     module, qualname = getattr(found, "__module__", None), getattr(found, "__qualname__", None)
@@ -43,25 +43,25 @@ def homes_of(found: Any) -> set[str]:
 
 
 def is_name(text: str) -> bool:
-    """Whether a text has the form of the name of a module, class or function; a script may be called ``2-train.py``."""
+    """Whether a text has the form of a dotted name. Hyphens are allowed, as a script may be called ``2-train.py``."""
     return text.count(":") <= 1 and all(re.fullmatch(r"[\w-]+", part) for part in dotted(text).split("."))
 
 
 def is_import_path(text: str) -> bool:
-    """Whether a text has the form of a name inside a module: ``module.Class``, or ``module:Outer.Inner``."""
+    """Whether a text has the form of a name in a module: ``module.Class``, or ``module:Outer.Inner``."""
     return is_name(text) and any(_readings(text))
 
 
 def dotted(name: str) -> str:
-    """A name with dots alone."""
+    """Replace the colon in a name by a dot."""
     return name.replace(":", ".")
 
 
 def look_up(name: str) -> Any:
-    """What a name stands for in the modules that are imported already, without running any code.
+    """Look up a name in the modules that are already imported, without running any code.
 
     Returns:
-        The class, function or other object; ``None`` where there is none.
+        The class, function or other object; ``None`` if it is not found.
     """
     for module_name, inside in _readings(name):
         found: Any = _imported(module_name)
@@ -73,7 +73,7 @@ def look_up(name: str) -> Any:
 
 
 def find_object(name: str) -> Any:
-    """Import a class or function that the user has named.
+    """Import a class or function that the user named.
 
     Args:
         name: ``module.Class``, or ``module:Outer.Inner``.
@@ -84,19 +84,22 @@ def find_object(name: str) -> Any:
     reasons: list[Exception] = []
     for module_name, inside in _readings(name):
         try:
-            # A second copy of the running script would have classes of its own, and might run it again.
+            # Importing the running script again would create a second copy of its classes, and might run it again.
             module = _imported(module_name) or importlib.import_module(module_name)
             return reduce(getattr, inside, module)
         except (ImportError, AttributeError, TypeError, ValueError) as error:
             reasons.append(error)
-    raise ConfigurationError(f"{name!r} cannot be imported ({reasons[0] if reasons else 'it names no module'}).")
+    raise ConfigurationError(
+        f"{name!r} cannot be imported ({reasons[0] if reasons else 'the name has no module'}). Give a name such as "
+        "my_project.LitNet, and run the command in a folder from which it can be imported."
+    )
 
 
 def find_class(name: str) -> type[LightningModule]:
-    """Import a LightningModule class that the user has named; see :func:`find_object`.
+    """Import a LightningModule class that the user named; see :func:`find_object`.
 
     Raises:
-        ConfigurationError: if it cannot be imported, or is something else.
+        ConfigurationError: if the name cannot be imported, or is not a LightningModule class.
     """
     found = find_object(name)
     if not (isinstance(found, type) and issubclass(found, LightningModule)):
@@ -105,7 +108,7 @@ def find_class(name: str) -> type[LightningModule]:
 
 
 def _readings(name: str) -> Iterator[tuple[str, list[str]]]:
-    """The ways to read a name as a module and what is inside it, the longest module first."""
+    """Split a name into module and attributes in every possible way, the longest module first."""
     if ":" in name:
         module, _, inside = name.partition(":")
         yield module, inside.split(".")
@@ -120,7 +123,7 @@ def _imported(module_name: str) -> ModuleType | None:
 
 
 def _main_name() -> str | None:
-    """The name by which another process can import the script that was run; ``None`` for a notebook or a shell."""
+    """Return the module name with which another process can import the running script; ``None`` in a notebook."""
     main = sys.modules["__main__"]
     spec, file = getattr(main, "__spec__", None), getattr(main, "__file__", None)
     if spec is not None:

@@ -1,17 +1,18 @@
-"""What a file may name: every reader asks here before anything that a file names is imported or called.
+"""Trust: the classes and functions that a file may name.
 
-A class path and arguments are a call, so that a file of tensors and primitives can run any program. What is allowed is
-listed, and everything else is refused:
+A class path with arguments is a call, so that even a file of tensors and primitives can run any program. Every reader
+of a file therefore checks all names here before it imports or calls anything. These names are allowed:
 
-1. what the user vouches for with ``trust=`` (``--trust``): the classes of a module, or one class or function by name;
-2. what the user names: a class given as ``models=``, ``--model``, ``--classes.TASK`` or to a
-   :class:`~lightning_zipit.ZipItCLI`; of a module that is given, also the classes of the same package inside it;
-3. as the class of a source: a LightningModule that the running program has imported or defined. A file cannot import
-   anything, so that this is one of the user's own classes, or of a library that the program uses for its models;
-4. as an argument: the classes of :data:`BUILDING_BLOCKS`, and what the user's own signatures have as default.
+1. entries of ``trust=`` (``--trust``): all classes of a module, or one class or function;
+2. names that the user gives elsewhere: the classes of ``models=``, ``--model``, ``--classes.TASK`` or a
+   :class:`~lightning_zipit.ZipItCLI`; and for a given module, the classes of its submodules from the same package;
+3. for a source model: a LightningModule class that the running program has imported or defined. A file cannot import
+   anything, so that this is a class of the user, or of a library that the program uses for its models;
+4. for an argument: the classes of :data:`BUILDING_BLOCKS`, and the defaults in signatures of the user's classes.
 
-Names are looked up among what is imported already: refusing imports nothing. A name under ``trust`` is imported, and
-then has to be a class that is defined under ``trust`` too: ``my_project.subprocess.Popen`` is not.
+All other names are refused. Names are looked up in modules that are already imported, so that a refused name is never
+imported. A name below an entry of ``trust`` is imported, and must then be a class that is also defined below that
+entry: ``my_project.subprocess.Popen`` is not.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from lightning_zipit._lightning.files.names import dotted, find_object, homes_of
 from lightning_zipit.errors import CheckpointError, ConfigurationError, UntrustedError
 
 Trusted: TypeAlias = Sequence[str] | str
-"""Modules, classes or functions by name, or one of them."""
+"""Names of modules, classes or functions, or a single name."""
 
 BUILDING_BLOCKS: tuple[tuple[str, type], ...] = (
     ("torch.nn.modules", nn.Module),
@@ -48,27 +49,27 @@ BUILDING_BLOCKS: tuple[tuple[str, type], ...] = (
     ("torchmetrics.retrieval", Metric),
     ("torchmetrics.segmentation", Metric),
 )
-"""Where classes are defined, and of which kind, that any file may use as arguments.
+"""Classes that any file may use as arguments: the module that defines them, and their base class.
 
-Their constructors open no file, load nothing and call nothing that they are given, unlike those of ``torch.fx``,
-``torch.jit``, ``torch.distributed`` and ``torch.ao``, Lightning's trainers, loggers and callbacks, or metrics with
-pretrained networks.
+The constructors of these classes open no file, load nothing, and call none of their arguments. This does not hold for
+``torch.fx``, ``torch.jit``, ``torch.distributed`` and ``torch.ao``, for Lightning's trainers, loggers and callbacks, or
+for metrics with pretrained networks.
 """
 
 FRAMEWORKS = frozenset({"torch", "torchmetrics", "lightning", "lightning_fabric", "pytorch_lightning"})
-"""Packages whose modules are imported without the user's doing."""
+"""Packages that are imported even if the user does not import them."""
 
 OURS = __name__.partition(".")[0]
 
 
 @dataclass(frozen=True)
 class Trust:
-    """What one reader of a file may import and call.
+    """Names that a file may refer to.
 
     Attributes:
-        modules: names of modules whose classes are allowed, and names of single classes and functions.
-        names: names that are allowed as they stand.
-        objects: classes and functions that the user has named.
+        modules: the entries of ``trust=``: modules whose classes are allowed, and single classes and functions.
+        names: names that the user gave elsewhere. Only exactly these names are allowed.
+        objects: classes and functions that the user gave.
     """
 
     modules: tuple[str, ...] = ()
@@ -77,14 +78,14 @@ class Trust:
 
     @classmethod
     def of(cls, trust: Trusted | Trust | None = None, *given: Any) -> Trust:
-        """The trust that an argument ``trust=`` asks for.
+        """Convert an argument ``trust=``.
 
         Args:
-            trust: modules, classes or functions by name; or what the command line made of them.
-            given: what the user has named; see :meth:`naming`.
+            trust: modules, classes or functions by name; or an existing :class:`Trust`.
+            given: classes, functions, modules and names that the user gave; see :meth:`naming`.
 
         Raises:
-            ConfigurationError: if it holds anything but such names.
+            ConfigurationError: if ``trust`` contains anything but such names.
         """
         if isinstance(trust, Trust):
             return trust.naming(*given)
@@ -92,17 +93,17 @@ class Trust:
         for entry in entries:
             if not isinstance(entry, str) or not is_name(entry):
                 raise ConfigurationError(
-                    f"`trust` holds {entry!r}: name modules, or classes in full, such as 'my_project' or "
-                    "'my_project.LitNet'."
+                    f"`trust` contains {entry!r}, which is not a name of a module or class. Use full names, such as "
+                    "'my_project' or 'my_project.LitNet'."
                 )
         return cls(tuple(map(dotted, entries))).naming(*given)
 
     def naming(self, *given: Any) -> Trust:
-        """The same, with what the user has named.
+        """Add classes, functions and names that the user gave.
 
         Args:
-            given: classes and functions, or their names; modules stand for their class, and for the classes of the same
-                package inside them. Anything else is ignored.
+            given: classes and functions, or their names. A module stands for its class, and for the classes of its
+                submodules from the same package. Anything else is ignored.
         """
         names = {dotted(one) for one in given if isinstance(one, str)}
         objects = [one for one in given if isinstance(one, type) or isroutine(one)]
@@ -112,12 +113,12 @@ class Trust:
         return replace(self, names=self.names | names, objects=(*self.objects, *objects))
 
     def allows(self, name: Any, as_source: bool = False, default: Any = None) -> bool:
-        """Whether something may be imported and used; nothing is imported to find out.
+        """Whether a file may refer to a name. Nothing is imported.
 
         Args:
-            name: what the file names.
-            as_source: whether as the class of a source model, rather than as an argument.
-            default: what the parameter that it is for is by default, which the user's code has named.
+            name: the name in the file.
+            as_source: whether the name is the class of a source model, and not an argument.
+            default: the default of the parameter, which is allowed because the user's code contains it.
         """
         if not isinstance(name, str) or not is_import_path(name):
             return False
@@ -125,13 +126,13 @@ class Trust:
         return self._vouches(dotted(name)) if found is None else self._confirms(name, found, as_source, default)
 
     def find(self, name: str, as_source: bool = False, default: Any = None) -> Any:
-        """Import what a file names.
+        """Import a class or function that a file names.
 
         Raises:
-            CheckpointError: if it is not there, or not allowed.
+            CheckpointError: if the name does not exist, or is not allowed.
         """
         if not self.allows(name, as_source, default):
-            raise UntrustedError(f"{name} is not allowed: say trust=[{name!r}] (--trust={name}) if it may be called.")
+            raise UntrustedError(f"{name} is not allowed. If it may be called, give trust=[{name!r}] (--trust={name}).")
         found = look_up(name)
         if isinstance(found, type) or any(found is one for one in (*self.objects, default) if one is not None):
             return found
@@ -142,8 +143,8 @@ class Trust:
         if not self._confirms(name, found, as_source, default):
             homes = " or ".join(sorted(homes_of(found))) or type(found).__name__
             raise UntrustedError(
-                f"{name} is under `trust`, but it is {homes}, which is not a class that is defined there. Trust it by "
-                "its full name if it may be called."
+                f"{name} is not allowed: an entry of `trust` contains it, but it is {homes}, which is not a class "
+                "defined in that entry. If it may be called, add its full name to `trust`."
             )
         return found
 
@@ -155,7 +156,7 @@ class Trust:
             return False
         homes = homes_of(found)
         if not self.names.union(self.modules).isdisjoint({dotted(name), *homes}):
-            return True  # by its full name
+            return True  # allowed by its full name
         if any(found is one for one in (*self.objects, default)):
             return True
         return isinstance(found, type) and (
@@ -164,12 +165,12 @@ class Trust:
 
 
 def package_of(cls: type) -> str:
-    """The name of the package or script that defines a class."""
+    """Return the name of the package or script that defines a class."""
     return cls.__module__.partition(".")[0]
 
 
 def is_own_source(found: type) -> bool:
-    """Whether an imported class is a LightningModule of the user's."""
+    """Whether an imported class is a LightningModule class of the user."""
     return issubclass(found, LightningModule) and package_of(found) not in FRAMEWORKS | {OURS}
 
 
@@ -184,24 +185,24 @@ def find_source_class(name: str, trust: Trust) -> type[LightningModule]:
     """Import the class of a source model that a file names.
 
     Raises:
-        CheckpointError: if it is not there, not allowed, or no class of source models.
+        CheckpointError: if the name does not exist, is not allowed, or is not a class of source models.
     """
     found = trust.find(name, as_source=True)
     if not (isinstance(found, type) and issubclass(found, LightningModule)):
         raise CheckpointError(f"{name!r} is not a LightningModule class.")
     if any(package_of(base) == OURS for base in found.__mro__):
-        raise CheckpointError(f"{name!r} is a class of {OURS}, which is no source of a merge.")
+        raise CheckpointError(f"{name!r} is a class of {OURS}, and cannot be a source model.")
     return found
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a file asks for.
+    """A reference in a file to a class or function.
 
     Attributes:
-        name: a class or function, as the file names it.
-        where: what for, in words.
-        allowed: whether that is allowed.
+        name: the name in the file.
+        where: a description of its use, for error messages.
+        allowed: whether the name is allowed.
     """
 
     name: Any
@@ -210,19 +211,19 @@ class Request:
 
     def __str__(self) -> str:
         text = f"{self.name} ({self.where})"
-        return text if text.isprintable() else repr(text)  # it comes from the file
+        return text if text.isprintable() else repr(text)  # the file could hold control characters
 
 
 def check_requests(where: str, requests: Iterable[Request], ways_out: Iterable[str] = ()) -> None:
-    """Refuse a file that asks for anything that is not allowed.
+    """Refuse a file with a name that is not allowed.
 
     Args:
         where: the file.
-        requests: all that it asks for.
-        ways_out: other ways to allow that than ``trust``.
+        requests: all references in the file.
+        ways_out: other ways to allow the names than ``trust``.
 
     Raises:
-        UntrustedError: with all that the file asks for, and what to say to allow it.
+        UntrustedError: with all references in the file, and the ways to allow them.
     """
     requests = list(requests)
     refused = [request for request in requests if not request.allowed]
@@ -232,11 +233,11 @@ def check_requests(where: str, requests: Iterable[Request], ways_out: Iterable[s
     listed += [f"\n  - {request}: allowed" for request in requests if request.allowed]
     names = list(dict.fromkeys(request.name for request in refused if is_import_path(str(request.name))))
     trust = (
-        f" If you know what these do with the arguments in the file, allow them: trust={names} in Python, "
-        f"--trust='[{', '.join(names)}]' on the command line; a module's name allows all classes that it defines."
+        f" If you trust these with the arguments in the file, allow them: trust={names} in Python, "
+        f"--trust='[{', '.join(names)}]' on the command line. The name of a module allows all classes defined in it."
     )
+    hint = trust if names else " `trust` cannot allow them, because they are not valid names."
     raise UntrustedError(
-        f"{where} names what you have not vouched for, which was neither imported nor called:{''.join(listed)}\n"
-        f"Nothing else that the file names was called either.{trust if names else ' No trust allows what is no name.'}"
-        f"{''.join(f' Or {way}.' for way in ways_out)}"
+        f"{where} refers to classes or functions that are not trusted. They were neither imported nor called:"
+        f"{''.join(listed)}\nNothing that the file names was called.{hint}{''.join(f' Or {way}.' for way in ways_out)}"
     )
