@@ -240,7 +240,7 @@ def accelerator(repeats: int, device: str, batch_size: int) -> Iterator[Ratio]:
         )
         what = f"`positions={positions}`" if positions else "all positions"
         yield Ratio.of(f"calibration, {what}, two ResNet-50s, {shape}", "forwards of both", ratios)
-        yield Ratio.of(f"the least that products alone allow, {what}", "forwards of both", [least])
+        yield Ratio.of(f"lower bound: forwards and products, {what}", "forwards of both", [least])
     if torch.cuda.is_initialized():
         held, peaks = sum(statistics_bytes(graph, space, 2) for space in graph.spaces), []
         for work in (lambda: calibrate(graph, networks, batches), lambda: forwards(sources, batches)):

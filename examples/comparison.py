@@ -78,8 +78,8 @@ def compare(
     rows = []
     merge_names = track(merges, description="merging and testing", transient=True)
     for task, model in models.items():
-        alone = Ensemble({task: model}, backbone).eval()
-        rows.append(Row(f"model {task}", evaluate(alone, {task: classes[task]}, test), 0))
+        single = Ensemble({task: model}, backbone).eval()
+        rows.append(Row(f"model {task}", evaluate(single, {task: classes[task]}, test), 0))
     report = None
     for name in merge_names:
         merged = ZipIt(quiet_trainer()).merge(models, dataloaders=calibration, backbone=backbone, **merges[name])
@@ -109,10 +109,10 @@ def plot(title: str, rows: Sequence[Row], path: Path) -> None:
     """Plot joint accuracy over cost, a point for each network. Lines connect networks that differ only in width."""
     from matplotlib.pyplot import close
 
-    alone = {row.name: (row.flops, row.accuracy["joint"]) for row in rows if row.name == "ensemble"}
+    references = {row.name: (row.flops, row.accuracy["joint"]) for row in rows if row.name == "ensemble"}
     merged = [row for row in rows if not row.name.startswith(("model", "ensemble"))]
     points = [(row.name.partition(", width")[0], row.flops, row.accuracy["joint"]) for row in merged]
-    figure, axes = plot_tradeoff(points, alone)
+    figure, axes = plot_tradeoff(points, references)
     axes.set(title=title, ylabel="joint accuracy in %")
     figure.savefig(path, dpi=120)
     close(figure)

@@ -108,9 +108,9 @@ def group_table(group: Group, chosen: Sequence[Sequence[Row]], tried: Mapping[tu
 
 def describe_pairs(chosen: Sequence[Sequence[Row]]) -> str:
     """Return the accuracies of the source networks of each pair."""
-    alone = next(rows for rows in chosen if rows[0].matcher == ENSEMBLE)
-    accuracies = [f"{row.pair} ({row.tasks.replace(' ', ', ')})" for row in alone]
-    few = any(len(rows) < len(alone) for rows in chosen)
+    ensembles = next(rows for rows in chosen if rows[0].matcher == ENSEMBLE)
+    accuracies = [f"{row.pair} ({row.tasks.replace(' ', ', ')})" for row in ensembles]
+    few = any(len(rows) < len(ensembles) for rows in chosen)
     note = " A number in brackets is the number of pairs of a cell." if few else ""
     return f"Accuracy of each network on its own classes: {'; '.join(accuracies)}.{note}"
 
@@ -118,21 +118,22 @@ def describe_pairs(chosen: Sequence[Sequence[Row]]) -> str:
 def describe_settings(means: Sequence[Mean], tried: Mapping[tuple[str, ...], int]) -> list[str]:
     """Return the settings of the matchers: the chosen ones with their merges, then the ones that were not tuned."""
     chosen: dict[tuple[str, str, str, int], list[str]] = {}
-    alone: dict[tuple[str, str], list[str]] = {}
+    untuned: dict[tuple[str, str], list[str]] = {}
     for row in (row for row in means if row.setting):
         count = tried[row.group, row.stage, row.matcher, row.refine]
         setting = row.setting.replace(", rounds=20, seed=0", "")
         if count > 1:
             chosen.setdefault((row.matcher, row.refine, setting, count), []).append(row.stage)
-        elif row.refine not in alone.setdefault((row.matcher, setting), []):
-            alone[row.matcher, setting].append(row.refine)
+        elif row.refine not in untuned.setdefault((row.matcher, setting), []):
+            untuned[row.matcher, setting].append(row.refine)
     sentences = {
         "Settings, each the best of the tried ones on held-out training images": [
             f"{matcher} with {refine}, {', '.join(stages)}: `{setting}` of {count}"
             for (matcher, refine, setting, count), stages in chosen.items()
         ],
         "Not tuned": [
-            f"{matcher} with {', '.join(refinements)}: `{setting}`" for (matcher, setting), refinements in alone.items()
+            f"{matcher} with {', '.join(refinements)}: `{setting}`"
+            for (matcher, setting), refinements in untuned.items()
         ],
     }
     return [f"{begin}: {'; '.join(parts)}." for begin, parts in sentences.items() if parts]
@@ -204,8 +205,8 @@ def draw(rows: Sequence[Row], groups: Mapping[str, Group], folder: Path) -> list
         points = [
             (row.matcher + " + least squares" * (row.refine == "least_squares"), row.flops, row.joint) for row in shown
         ]
-        alone = {row.matcher: (row.flops, row.joint) for row in means if row.matcher == ENSEMBLE}
-        figure, axes = plot_tradeoff(points, alone)
+        references = {row.matcher: (row.flops, row.joint) for row in means if row.matcher == ENSEMBLE}
+        figure, axes = plot_tradeoff(points, references)
         for row in shown:
             if row.pairs > 1:
                 axes.errorbar(row.flops / 1e6, row.joint, row.joint_std, color="tab:gray", linewidth=0.8, capsize=2)
