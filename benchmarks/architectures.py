@@ -1,7 +1,7 @@
-"""Traces and merges every classification model of torchvision, and models of timm, and writes what came out as a table.
+"""Trace and merge every classification model of torchvision, and models of timm; write the results as a table.
 
-Each model is merged with itself (cut at mid-depth) and with a randomly permuted copy (nothing cut), on noise and with
-random weights; the merged network must then compute what the source does.
+Each model is merged with itself (cut at mid-depth) and with a randomly permuted copy (without a cut), on noise and with
+random weights. The merged network must compute the same as the source.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ TIMM = (
 
 @dataclass(frozen=True)
 class Row:
-    """What one model gave; errors are relative to how far the outputs of different images lie apart."""
+    """The result of one model. Errors are relative to the distance between outputs of different images."""
 
     name: str
     parameters: int
@@ -54,7 +54,7 @@ class Row:
 
 
 def torchvision_model(name: str) -> tuple[nn.Module, int]:
-    """A model with random weights, and the side of its input."""
+    """Return a model of torchvision with random weights, and the side length of its input."""
     size = SIZES.get(name, 64)
     arguments: dict[str, object] = {"num_classes": 10}
     if name.startswith("vit"):
@@ -67,13 +67,13 @@ def torchvision_model(name: str) -> tuple[nn.Module, int]:
 
 
 def by_size() -> list[str]:
-    """All classification models of torchvision, the smallest first."""
+    """Return the names of all classification models of torchvision, the smallest first."""
     names = torchvision.models.list_models(module=torchvision.models)
     return sorted(names, key=lambda name: torchvision.models.get_model_weights(name).DEFAULT.meta["num_params"])
 
 
 def timm_model(name: str) -> tuple[nn.Module, int]:
-    """A model of timm with random weights, and the side of its input."""
+    """Return a model of timm with random weights, and the side length of its input."""
     import timm
 
     return timm.create_model(name, pretrained=False, num_classes=10), 224 if name.endswith("224") else 64
@@ -81,7 +81,7 @@ def timm_model(name: str) -> tuple[nn.Module, int]:
 
 @torch.no_grad()
 def unsettle(net: nn.Module, x: Tensor) -> nn.Module:
-    """Random values where training starts from constants, and statistics of batch norm that fit them."""
+    """Randomise parameters with constant initialisation, and re-estimate batch norm statistics."""
     for name, parameter in net.named_parameters():
         if parameter.ndim == 2 and not parameter.any():
             parameter.normal_(std=parameter.shape[1] ** -0.5)
@@ -96,13 +96,13 @@ def unsettle(net: nn.Module, x: Tensor) -> nn.Module:
 
 
 def relative_error(outputs: Mapping[str, Tensor], expected: Tensor) -> float:
-    """Of the worst output, relative to how far the outputs of different inputs lie apart."""
+    """Compute the largest error of all outputs, relative to the distance between outputs of different inputs."""
     scale = (expected - expected.mean(0)).abs().max()
     return max(((output - expected).abs().max() / scale).item() for output in outputs.values())
 
 
 def middle(graph: MergeGraph) -> str:
-    """The last module of the first two levels that ends before half of the parameters."""
+    """Return the last module of the upper levels that ends before half of the parameters."""
     total = sum(parameter.numel() for parameter in graph.module.parameters())
     nodes = [node for node in graph.fx_graph.nodes if node.op != "output"]
     ends: dict[str, int] = {}
@@ -125,7 +125,7 @@ def middle(graph: MergeGraph) -> str:
 
 
 def zipped_share(graph: MergeGraph) -> float:
-    """The share of the parameters in use that lie along a feature space that is matched by what its features do."""
+    """Compute the share of used parameters that lie along a feature space matched by activation."""
     nodes = list(graph.fx_graph.nodes)
     free = {name for name, space in graph.spaces.items() if not space.pinned}
     everything = dict(graph.module.named_parameters())
@@ -145,9 +145,9 @@ def examine(
     """Trace a model, and merge it with itself and with a permuted copy.
 
     Args:
-        name: the model.
-        make: from its name to the model and the side of its input.
-        samples: how many images of noise it is calibrated on; by default 64, and 16 from 100 M parameters on.
+        name: name of the model.
+        make: function from the name to the model and the side length of its input.
+        samples: number of noise images for calibration; by default 64, and 16 from 100 M parameters on.
     """
     torch.manual_seed(0)
     net, size = make(name)
@@ -175,7 +175,7 @@ def examine(
 
 
 def table(rows: list[Row | tuple[str, str]]) -> Iterator[str]:
-    """Markdown lines."""
+    """Yield the lines of a Markdown table."""
     yield "| model | parameters | input | spaces | zipped | cut at | error, with itself | error, with a permuted copy |"
     yield "|---|--:|--:|--:|--:|---|--:|--:|"
     for row in rows:
@@ -189,11 +189,11 @@ def table(rows: list[Row | tuple[str, str]]) -> Iterator[str]:
 
 
 def main() -> None:
-    """Examine the models that are named, or all, one at a time."""
+    """Examine the named models, or all, one at a time."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("models", nargs="*", help="names of models; all of torchvision where none is given")
+    parser.add_argument("models", nargs="*", help="names of models (default: all of torchvision)")
     parser.add_argument("--timm", action="store_true", help="models of timm instead of torchvision")
-    parser.add_argument("--output", type=Path, help="a file for the table and the notes, in Markdown")
+    parser.add_argument("--output", type=Path, help="Markdown file for the table and the notes")
     arguments = parser.parse_args()
     torch.set_num_threads(2)
     every = TIMM if arguments.timm else by_size()

@@ -1,4 +1,4 @@
-"""Peers to compare with, written from their published descriptions and as plainly."""
+"""Baselines, implemented directly from their published descriptions."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ __all__ = ["plain_calibrate", "plain_greedy_zip"]
 
 
 def plain_calibrate(graph: MergeGraph, networks: Sequence[nn.Module], batches: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Covariances as ZipIt! (arXiv 2305.03053) describes them.
+    """Compute covariances as ZipIt! (arXiv 2305.03053) describes them.
 
-    Every network runs over a batch and keeps the activations of all spaces; for each space, these are put side by side
-    and multiplied as one float32 matrix, uncentred, and the outer product of the means is taken off in the end.
+    Every network runs on a batch and keeps the activations of all spaces. For each space, the activations are
+    concatenated and multiplied as one uncentred float32 matrix. The outer product of the means is subtracted last.
 
     Args:
-        graph: where the features are.
-        networks: the networks.
-        batches: their inputs.
+        graph: the merge graph of the networks.
+        networks: the source networks.
+        batches: the inputs of the networks.
 
     Returns:
-        Per space, the covariance of all features, ``(N·C, N·C)``.
+        The covariance of all features ``(N·C, N·C)`` of each space.
     """
     taps = {name: space.tap for name, space in graph.spaces.items() if space.tap is not None}
     sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(()))

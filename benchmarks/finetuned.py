@@ -1,9 +1,9 @@
-"""Merges two networks that were fine-tuned from one checkpoint, by number, by what changed, and by what features do.
+"""Merge two networks that were fine-tuned from one checkpoint: by index, by activation, and by their weight changes.
 
     python benchmarks/finetuned.py --data DIR --checkpoint A.pt
 
-The checkpoint (see ``examples/cifar10.py``) is trained further, with a new last layer each, on the first and on the
-last five classes of CIFAR-10; both networks are cached in ``--cache`` and then merged in several ways.
+The checkpoint (see ``examples/cifar10.py``) is fine-tuned twice, on the first and on the last five classes of CIFAR-10,
+each time with a new last layer. ``--cache`` keeps both networks. They are then merged by several methods.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TASKS = {"first": [0, 1, 2, 3, 4], "last": [5, 6, 7, 8, 9]}
 
 
 def fine_tune(base: LitResNet20, data: TensorDataset, classes: list[int], epochs: int, rate: float) -> LitResNet20:
-    """Train on the images of some classes, with a new last layer, flips, and a learning rate that falls to nothing."""
+    """Fine-tune on the images of some classes, with a new last layer, flips, and a decaying learning rate."""
     torch.manual_seed(classes[0])
     model = copy.deepcopy(base).train()
     model.net.linear = nn.Linear(model.net.linear.in_features, len(classes))
@@ -54,9 +54,9 @@ def fine_tune(base: LitResNet20, data: TensorDataset, classes: list[int], epochs
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with train/CLASS/*.jpg and test/CLASS/*.jpg")
-    parser.add_argument("--checkpoint", type=Path, required=True, help="what both are trained from")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="the checkpoint to fine-tune")
     parser.add_argument("--cache", type=Path, default=Path("finetuned.pt"))
-    parser.add_argument("--images", type=int, default=20_000, help="images to train on, of all classes")
+    parser.add_argument("--images", type=int, default=20_000, help="training images of all classes together")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--rate", type=float, default=0.05, help="the highest learning rate")
     arguments = parser.parse_args()

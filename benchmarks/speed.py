@@ -1,4 +1,4 @@
-"""Times and memory, as ratios that are measured side by side in one run: ``make bench``.
+"""Time and memory as ratios to baselines measured in the same run: ``make bench``.
 
 python benchmarks/speed.py [--only matching calibration proof …] [--json FILE] [--write docs/performance.md]
 python benchmarks/speed.py --device cuda [--batch-size 256] [--json FILE]
@@ -55,7 +55,7 @@ from lightning_zipit.refine import BatchNorm, LeastSquares
 
 @dataclass(frozen=True)
 class Ratio:
-    """One line of the table: the median of several ratios, and the lowest and highest of them."""
+    """One row of the table: the median of several ratios, with the lowest and the highest."""
 
     what: str
     against: str
@@ -84,7 +84,7 @@ def seconds(work: Callable[[], Any]) -> float:
 
 
 def in_turn(first: Callable[[], Any], second: Callable[[], Any], repeats: int) -> list[float]:
-    """How many times longer the first takes than the second, one after the other, again and again."""
+    """Run two functions in turn; return the time ratio of the first to the second for each repeat."""
     first(), second()  # warm up
     return [seconds(first) / seconds(second) for _ in range(repeats)]
 
@@ -93,7 +93,7 @@ def in_turn(first: Callable[[], Any], second: Callable[[], Any], repeats: int) -
 
 
 def activations_like(n: int) -> Tensor:
-    """Correlations of rectified, mixed noise with a common part, as activations have."""
+    """Return correlations of rectified, mixed noise with a common component, similar to activations."""
     generator = torch.Generator().manual_seed(0)
     mixing = torch.randn(n, n, generator=generator) / n**0.5
     common = torch.randn(3000, 1, generator=generator)
@@ -101,7 +101,7 @@ def activations_like(n: int) -> Tensor:
 
 
 def correlations_of(sizes: Sequence[int]) -> dict[int, Tensor]:
-    """Correlations in single precision of the spaces of two ResNet-50s that have so many features together."""
+    """Return float32 correlations of spaces of two ResNet-50s, by their total number of features."""
     graph, networks, batches = resnet50s(batches=2)
     found = calibrate(graph, networks, batches)
     spaces = {2 * space.size: name for name, space in graph.spaces.items()}
@@ -169,7 +169,7 @@ def calibrate(
     calibration, layout = Calibration(graph, networks, positions=positions), Layout()
     for x in batches:
         calibration.update(layout(x, networks))
-    assert calibration.statistics  # what waits is added
+    assert calibration.statistics  # adds the waiting samples
     return calibration
 
 
@@ -193,7 +193,7 @@ def calibration(repeats: int) -> Iterator[Ratio]:
 
 
 def proof(repeats: int) -> Iterator[Ratio]:
-    """What the first batch costs beside its calibration, in plain forwards over a batch."""
+    """Measure the checks of the first batch, relative to plain forward passes of the batch."""
     graph, networks, batches = resnet50s()
     sources, first = list(networks.values()), batches[:1]
     graphs, inputs = dict.fromkeys(networks, graph), dict.fromkeys(networks, first[0])
@@ -212,12 +212,12 @@ def proof(repeats: int) -> Iterator[Ratio]:
 
 
 def products(graph: MergeGraph, samples: dict[str, int], rate: float) -> float:
-    """The seconds that half of the products of all features with all take, at so many multiplications in a second."""
+    """Estimate the seconds of half of the feature products, at ``rate`` multiplications per second."""
     return sum((2 * graph.spaces[name].size) ** 2 / 2 * count for name, count in samples.items()) / rate
 
 
 def accelerator(repeats: int, device: str, batch_size: int) -> Iterator[Ratio]:
-    """What is measured on another device than the CPU, with the limit that its rate of multiplication sets."""
+    """Measure on an accelerator, with the lower bound that its multiplication rate sets."""
     matrix = correlations_of((4096,))[4096]
     here, there = matrix.to(device), seconds(lambda: greedy_zip(matrix, 2, 2048, 0.1, 1.0))
     greedy_zip(here, 2, 2048, 0.1, 1.0)
@@ -240,7 +240,7 @@ def accelerator(repeats: int, device: str, batch_size: int) -> Iterator[Ratio]:
         )
         what = f"`positions={positions}`" if positions else "all positions"
         yield Ratio.of(f"calibration, {what}, two ResNet-50s, {shape}", "forwards of both", ratios)
-        yield Ratio.of(f"the least that products alone allow, {what}", "forwards of both", [least])
+        yield Ratio.of(f"lower bound: forwards and products, {what}", "forwards of both", [least])
     if torch.cuda.is_initialized():
         held, peaks = sum(statistics_bytes(graph, space, 2) for space in graph.spaces), []
         for work in (lambda: calibrate(graph, networks, batches), lambda: forwards(sources, batches)):
@@ -256,7 +256,7 @@ def resident_bytes() -> int:
 
 
 def grown_bytes(work: Callable[[], Any]) -> int:
-    """How far the resident memory of this process rises above where it is, looked at every millisecond (Linux)."""
+    """Measure the rise of this process's resident memory during ``work``, every millisecond (Linux)."""
     before, highest, done = resident_bytes(), 0, threading.Event()
 
     def watch() -> None:
@@ -273,7 +273,7 @@ def grown_bytes(work: Callable[[], Any]) -> int:
 
 
 def grow(what: str) -> None:
-    """Print the memory that a work takes beside networks and batches, and the most that its process ever held."""
+    """Print the memory that ``what`` needs in addition to networks and batches, and the peak of the process."""
     graph, networks, batches = resnet50s(batches=3)
     work = {
         "forwards": lambda: forwards(list(networks.values()), batches),
@@ -347,7 +347,7 @@ def models(repeats: int) -> Iterator[Ratio]:
 
 
 def sweep(repeats: int) -> Iterator[Ratio]:
-    """36 settings at 3 cuts from one file of statistics; what gathering anew takes is measured once for each cut."""
+    """Measure merges with 36 settings at 3 cuts from one statistics file, and calibration once for each cut."""
     networks = {task: ResNet20(2, 5).eval() for task in "ab"}
     batches = list(torch.randn(1024, 3, 32, 32).split(128))
     plain = [MergeSettings(stop_at=stop_at, refine=None) for stop_at in ("layer1", "layer2", None)]
@@ -400,7 +400,7 @@ def merging(repeats: int) -> Iterator[Ratio]:
 
 
 class Whole(nn.Module):
-    """Trunk and heads."""
+    """Trunk and heads as one module."""
 
     def __init__(self, trunk: nn.Module, heads: Sequence[nn.Module]) -> None:
         super().__init__()
@@ -412,7 +412,7 @@ class Whole(nn.Module):
 
 
 def refinement(repeats: int) -> Iterator[Ratio]:
-    """What follows matching, on its own: a merge less the same merge without it."""
+    """Measure refinement: the time of a merge minus the time of the same merge without refinement."""
     _, networks, batches = resnet50s(batches=4)
     plain = MergeSettings(refine=None, verify=False)
     ways = {
@@ -456,11 +456,11 @@ def as_markdown(rows: Sequence[Ratio]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", choices=list(PARTS), default=list(PARTS))
-    parser.add_argument("--device", help="measure there what another device than the CPU changes, and nothing else")
-    parser.add_argument("--batch-size", type=int, default=256, help="of the images on that device")
+    parser.add_argument("--device", help="run only the measurements for an accelerator, on this device")
+    parser.add_argument("--batch-size", type=int, default=256, help="batch size on that device")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--write", type=Path, help="a page with the marks that the table stands between")
+    parser.add_argument("--write", type=Path, help="page to write the table into, between its marks")
     parser.add_argument("--grow", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(min(2, os.cpu_count() or 1))

@@ -2,9 +2,9 @@
 
     python examples/cifar10.py --data DIR --checkpoints A.pt B.pt
 
-DIR holds ``train/CLASS/*.jpg`` and ``test/CLASS/*.jpg``. A checkpoint is a dict of ``classes`` (the CIFAR-10 labels
-of the head's outputs), ``width`` and ``state_dict``. Calibration is the first 1500 of a fixed permutation of the
-training images; the test, the first 5000 of one of the test images.
+DIR holds ``train/CLASS/*.jpg`` and ``test/CLASS/*.jpg``. A checkpoint is a dict with ``classes`` (the CIFAR-10 labels
+of the head's outputs), ``width`` and ``state_dict``. Calibration uses the first 1500 images of a fixed permutation of
+the training images. The test uses the first 5000 images of a fixed permutation of the test images.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class LitResNet20(LightningModule):
 
 
 def load_model(path: Path) -> tuple[LitResNet20, list[int]]:
-    """A trained module, and the CIFAR-10 labels of its outputs."""
+    """Load a trained module, and the CIFAR-10 labels of its outputs."""
     content = torch.load(path, weights_only=True)
     model = LitResNet20(content["width"], len(content["classes"]))
     model.net.load_state_dict(content["state_dict"])
@@ -118,7 +118,7 @@ def load_model(path: Path) -> tuple[LitResNet20, list[int]]:
 
 
 def load_images(folder: Path, count: int) -> TensorDataset:
-    """The first images of a fixed permutation, normalised, with their labels."""
+    """Load the first images of a fixed permutation, normalised, with their labels."""
     files = ImageFolder(str(folder))
     chosen = np.random.RandomState(0).permutation(len(files))[:count]
     images, labels = zip(*(files[index] for index in chosen), strict=True)
@@ -132,7 +132,9 @@ def main() -> None:
     parser.add_argument("--checkpoints", type=Path, nargs="+", required=True, help="two or more trained networks")
     parser.add_argument("--stop-at", nargs="+", default=["none", "layer2", "layer1"], help="the trunk's last module")
     parser.add_argument("--methods", nargs="+", choices=[*METHODS, *OTHERS], default=list(METHODS))
-    parser.add_argument("--widths", nargs="+", type=float, default=[1.0], help="ratios of the trunk's to one network's")
+    parser.add_argument(
+        "--widths", nargs="+", type=float, default=[1.0], help="ratios of the trunk's width to one network's"
+    )
     parser.add_argument("--flops", nargs="*", type=float, default=[], help="budgets, as ratios to one network's FLOPs")
     parser.add_argument("--calibration-images", type=int, default=1500)
     parser.add_argument("--test-images", type=int, default=5000)
@@ -158,7 +160,7 @@ def main() -> None:
         for name in arguments.methods
         for budget in arguments.flops
     }
-    # One loader for both tasks: the calibration images hold the classes of all.
+    # One loader for both tasks: the calibration images contain all classes.
     rows = compare(models, classes, merges, DataLoader(calibration, 100), list(DataLoader(test, 500)), backbone="net")
     title = "CIFAR-10: two ResNet-20s, merged without training"
     print_table(title, rows, tasks)

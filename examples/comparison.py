@@ -1,4 +1,4 @@
-"""Compares ways to make one network of several: the table and the plot that the examples show."""
+"""Comparison of merge methods: the table and the plot of the examples."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Row:
 
 
 def quiet_trainer(**arguments: Any) -> Trainer:
-    """A Trainer on the CPU that prints nothing and writes nothing."""
+    """Return a CPU Trainer without output and files."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
     defaults = {
@@ -46,7 +46,7 @@ def quiet_trainer(**arguments: Any) -> Trainer:
 def evaluate(
     network: LightningModule, classes: Mapping[str, Sequence[int]], batches: Iterable[tuple[Any, Tensor]]
 ) -> dict[str, float]:
-    """Joint and per-task accuracy in percent over batches with global labels."""
+    """Compute joint and per-task accuracy in percent, on batches with global labels."""
     metric = JointAccuracy(classes)
     with torch.no_grad():
         for images, labels in batches:
@@ -62,24 +62,24 @@ def compare(
     test: Iterable[tuple[Tensor, Tensor]],
     backbone: str,
 ) -> list[Row]:
-    """Evaluate every model by itself, every merge, and the ensemble.
+    """Evaluate every source model, every merge, and the ensemble.
 
     Args:
         models: the trained modules by task.
         classes: the global labels of each task's outputs.
-        merges: by row name, what :meth:`lightning_zipit.ZipIt.merge` is told: matcher, stop_at, refine, …
+        merges: keyword arguments of :meth:`lightning_zipit.ZipIt.merge` (matcher, stop_at, refine, …) by row name.
         calibration: the dataloaders of the merge.
         test: test batches with global labels.
         backbone: the merged part of the modules.
 
     Returns:
-        The rows, in that order.
+        The rows of the source models, the merges and the ensemble.
     """
     rows = []
     merge_names = track(merges, description="merging and testing", transient=True)
     for task, model in models.items():
-        alone = Ensemble({task: model}, backbone).eval()
-        rows.append(Row(f"model {task}", evaluate(alone, {task: classes[task]}, test), 0))
+        single = Ensemble({task: model}, backbone).eval()
+        rows.append(Row(f"model {task}", evaluate(single, {task: classes[task]}, test), 0))
     report = None
     for name in merge_names:
         merged = ZipIt(quiet_trainer()).merge(models, dataloaders=calibration, backbone=backbone, **merges[name])
@@ -94,7 +94,7 @@ def compare(
 
 
 def print_table(title: str, rows: Sequence[Row], tasks: Sequence[str]) -> None:
-    """The rows as a table: accuracies in percent, FLOPs for one sample."""
+    """Print the rows as a table: accuracies in percent, FLOPs for one sample."""
     table = Table(title=title, title_justify="left")
     table.add_column("network")
     for heading in ("joint", *tasks, "mean", "MFLOPs"):
@@ -106,13 +106,13 @@ def print_table(title: str, rows: Sequence[Row], tasks: Sequence[str]) -> None:
 
 
 def plot(title: str, rows: Sequence[Row], path: Path) -> None:
-    """Joint accuracy over cost, one point a network; a line joins what differs in width alone."""
+    """Plot joint accuracy over cost, a point for each network. Lines connect networks that differ only in width."""
     from matplotlib.pyplot import close
 
-    alone = {row.name: (row.flops, row.accuracy["joint"]) for row in rows if row.name == "ensemble"}
+    references = {row.name: (row.flops, row.accuracy["joint"]) for row in rows if row.name == "ensemble"}
     merged = [row for row in rows if not row.name.startswith(("model", "ensemble"))]
     points = [(row.name.partition(", width")[0], row.flops, row.accuracy["joint"]) for row in merged]
-    figure, axes = plot_tradeoff(points, alone)
+    figure, axes = plot_tradeoff(points, references)
     axes.set(title=title, ylabel="joint accuracy in %")
     figure.savefig(path, dpi=120)
     close(figure)

@@ -2,8 +2,8 @@
 
     python examples/digits.py
 
-Model A learns the digits 0-4 and model B the digits 5-9 of scikit-learn's real handwritten digits (8×8 pixels). The
-merged network tells all ten apart.
+Model A learns the digits 0-4 and model B the digits 5-9 of scikit-learn's handwritten digits (8×8 pixels). The merged
+network classifies all ten.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CLASSES = {"A": [0, 1, 2, 3, 4], "B": [5, 6, 7, 8, 9]}
 
 
 class LitDigits(LightningModule):
-    """A small CNN with batch norm, trained as anyone would train it."""
+    """A small CNN with batch norm."""
 
     def __init__(self, num_classes: int = 5, channels: int = 32) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class LitDigits(LightningModule):
 
 
 def load(test: bool) -> TensorDataset:
-    """Every third image for testing, the others for training; pixels in -1 to 1."""
+    """Load the test images (every third) or the training images (all others), with pixels from -1 to 1."""
     digits = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 8 - 1
     labels = torch.tensor(digits.target)
@@ -69,14 +69,14 @@ def load(test: bool) -> TensorDataset:
 
 
 def of_task(data: TensorDataset, task: str) -> TensorDataset:
-    """The images of one task's digits, labelled 0 to 4."""
+    """Select the images of one task's digits, labelled 0 to 4."""
     images, labels = data.tensors
     own = torch.isin(labels, torch.tensor(CLASSES[task]))
     return TensorDataset(images[own], labels[own] - CLASSES[task][0])
 
 
 def train(task: str, seed: int, epochs: int) -> LitDigits:
-    """A model for the digits of one task."""
+    """Train a model on the digits of one task."""
     seed_everything(seed, verbose=False)
     model = LitDigits()
     data = of_task(load(test=False), task)

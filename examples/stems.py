@@ -1,9 +1,9 @@
-"""Merge two CNNs that see images of different kinds: each keeps a stem of its own, and the middle is shared.
+"""Merge two CNNs with different inputs: each keeps its own stem, and the middle is shared.
 
     python examples/stems.py
 
-Model A learns the digits 0-4 of scikit-learn's handwritten digits as they are, in one channel. Model B learns the
-digits 5-9 in blue ink on white paper, in three channels. Their first layers do not fit together, all others do.
+Model A learns the digits 0-4 of scikit-learn's handwritten digits, in one channel. Model B learns the digits 5-9 in
+blue ink on white paper, in three channels. Only their first layers have different shapes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lightning_zipit.matchers import GreedyZip, Permute
 
 
 class LitInk(LitDigits):
-    """The same CNN for images in colour."""
+    """The same CNN for colour images."""
 
     def __init__(self, num_classes: int = 5, channels: int = 32) -> None:
         super().__init__(num_classes, channels)
@@ -32,17 +32,17 @@ class LitInk(LitDigits):
 
 
 def in_ink(images: Tensor) -> Tensor:
-    """Blue ink on white paper, ``(batch, 3, height, width)``, of white on black, ``(batch, 1, height, width)``."""
+    """Convert white on black ``(batch, 1, height, width)`` to blue ink on white ``(batch, 3, height, width)``."""
     return torch.cat([-images, -images, 0.6 - 0.4 * images], 1)
 
 
 def views(batch: Sequence[Tensor]) -> dict[str, Tensor]:
-    """What each model sees of the same images."""
+    """Return the input of each model for the same images."""
     return {"A": batch[0], "B": in_ink(batch[0])}
 
 
 def train(task: str, seed: int, epochs: int) -> LitDigits:
-    """A model for the digits of one task, as it sees them."""
+    """Train a model on its view of the digits of one task."""
     seed_everything(seed, verbose=False)
     data = of_task(load(test=False), task)
     images, labels = data.tensors

@@ -11,7 +11,7 @@ from accuracy import merging, networks
 from accuracy.__main__ import main
 from accuracy.data import Images, Split, read_idx, save, shifted
 from accuracy.experiments import make_groups
-from accuracy.page import as_tables
+from accuracy.page import as_pages
 from accuracy.results import Row, average, choose
 from PIL import Image
 from torch import nn
@@ -63,7 +63,7 @@ def tiny(monkeypatch):
 
 
 def command(images, tmp_path, **options):
-    """Run the benchmark; returns its page."""
+    """Run the benchmark; returns its pages by name."""
     counts = {
         "calibration-images": 20,
         "held-out-images": 20,
@@ -72,10 +72,10 @@ def command(images, tmp_path, **options):
         "stages": "20/20",
         "threads": 1,
     }
-    paths = {"data": images, "cache": tmp_path / "cache", "write": tmp_path / "accuracy.md"}
+    paths = {"data": images, "cache": tmp_path / "cache", "write": tmp_path / "pages"}
     words = [f"--{name} {value}" for name, value in (paths | counts | options).items()]
     main(" ".join(words).split())
-    return paths["write"].read_text()
+    return {path.stem: path.read_text() for path in paths["write"].glob("*.md")}
 
 
 def results(tmp_path):
@@ -84,29 +84,32 @@ def results(tmp_path):
 
 
 def test_a_second_run_does_nothing_new(images, tmp_path, tiny):
-    (tmp_path / "accuracy.md").write_text("Before\n<!-- measured -->\nold\n<!-- end -->\nAfter\n")
+    (tmp_path / "pages").mkdir()
+    (tmp_path / "pages" / "resnet20x1-ce.md").write_text("Before\n<!-- measured -->\nold\n<!-- end -->\nAfter\n")
     options = {
         "groups": "resnet20x1-ce",
         "seeds": "0 1",
         "refine": "batch_norm least_squares",
         "matchers": "permute zip",
     }
-    page = command(images, tmp_path, **options)
+    pages = command(images, tmp_path, **options)
+    page = pages["resnet20x1-ce"]
     text = results(tmp_path).read_text()
     networks = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("resnet20*.pt")}
     rows = list(csv.DictReader(text.splitlines()))
     assert len(networks) == 4 and len(rows) == 2 * (1 + 2 * 3)  # the ensemble, permute, and zip in two settings
     assert {row["matcher"] for row in rows} == {"ensemble", "permute", "zip"}
-    with (tmp_path / "accuracy.csv").open() as file:
+    with (tmp_path / "pages" / "means.csv").open() as file:
         means = list(csv.DictReader(file))
     assert len(means) == 5
     for row in means:
         assert f"{float(row['joint']):.1f} ± {float(row['joint_std']):.1f} / {float(row['mean']):.1f}" in page
-    assert page.startswith("Before\n<!-- measured -->\n### CIFAR-10 5+5") and page.endswith("<!-- end -->\nAfter\n")
+    assert page.startswith("Before\n<!-- measured -->\n# CIFAR-10 5+5") and page.endswith("<!-- end -->\nAfter\n")
     assert "*45.4 / 80.4*" in page  # the paper's
-    assert len(list((tmp_path / "images").glob("*.png"))) == 2
+    plots = {path.stem for path in (tmp_path / "pages").glob("*.png")}
+    assert pages.keys() == plots == {"resnet20x1-ce", "least-squares"}
 
-    assert command(images, tmp_path, **options) == page
+    assert command(images, tmp_path, **options) == pages
     assert results(tmp_path).read_text() == text
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("resnet20*.pt")} == networks
 
@@ -147,10 +150,10 @@ def test_training_goes_on_with_the_last_whole_epoch(images, tmp_path, tiny, monk
 
 def test_heads_may_be_embeddings_of_names(images, tmp_path, tiny):
     save(torch.eye(10), tmp_path / "cache" / "cifar10-text.pt")  # in place of those of a language model
-    page = command(images, tmp_path, groups="resnet20x1-text four-tasks", seeds=0, refine="batch_norm", matchers="zip")
+    pages = command(images, tmp_path, groups="resnet20x1-text four-tasks", seeds=0, refine="batch_norm", matchers="zip")
     (path, *_) = sorted(tmp_path.rglob("resnet20x1-text*.pt"))
     assert torch.load(path, weights_only=True)["state_dict"]["net.8.weight"].shape == (10, 8)
-    assert "text-embedding heads" in page and "D=" in page
+    assert "text-embedding heads" in pages["resnet20x1-text"] and "D=" in pages["four-tasks"]
 
 
 def test_settings_are_chosen_on_held_out_images():
@@ -167,7 +170,7 @@ def test_the_page_counts_where_least_squares_are_better():
     rows = [row(matcher="ensemble", stage="", refine="")]
     for matcher, fitted in (("zip", 66.0), ("permute", 58.0)):
         rows += [row(matcher=matcher), row(matcher=matcher, refine="least_squares", joint=fitted)]
-    text = as_tables(rows, make_groups([0]))
+    text = as_pages(rows, make_groups([0]))["least-squares"]
     assert re.search(r"\| 20/20 \| 2 \| \+2.0 / \+0.0 \| -2.0 / \+0.0 \| \+6.0 / \+0.0 \| 1 / 0 \|", text)
 
 

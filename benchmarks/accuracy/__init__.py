@@ -1,7 +1,7 @@
-"""How accurate merged networks are, over several trained pairs; see ``__main__.py``."""
+"""Accuracy of merged networks over several trained pairs; see ``__main__.py``."""
 
 import sys
 from pathlib import Path
 
-for _folder in ("benchmarks", "examples"):  # what is shared with the other benchmarks, and with the examples
+for _folder in ("benchmarks", "examples"):  # modules shared with other benchmarks and with the examples
     sys.path.insert(0, str(Path(__file__).parents[2] / _folder))

@@ -1,13 +1,13 @@
-"""How accurate merged networks are: trains what it needs, merges in every way, and writes ``docs/accuracy.md``.
+"""Accuracy of merged networks: train the sources, merge them in every way, and write ``docs/results/accuracy/``.
 
     python -m benchmarks.accuracy --data DIR
     python -m benchmarks.accuracy --data DIR --groups resnet20x1-ce --seeds 0 1 2 --matchers permute zip
 
-DIR holds CIFAR-10 as ``train/CLASS/*.jpg`` and ``test/CLASS/*.jpg``. Trained networks, statistics and one row for
-each finished merge are kept in ``--cache``: a run that was interrupted goes on where it was, and a run with more
-groups, seeds, matchers, refinements or stages does only what is missing. The tables show all rows that are there.
+DIR holds CIFAR-10 as ``train/CLASS/*.jpg`` and ``test/CLASS/*.jpg``. ``--cache`` keeps trained networks, statistics
+and one row for each finished merge. An interrupted run resumes. A run with more groups, seeds, matchers, refinements
+or stages adds the missing rows. The tables show all rows in the cache.
 
-Settings of a matcher are chosen on held-out training images; nothing is chosen on test images.
+Settings of a matcher are chosen on held-out training images. Nothing is chosen on test images.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from .data import FASHION_CLASSES, Split, load_fashion, load_folder
 from .experiments import Group, make_groups, ready_group
 from .merging import MATCHERS, REFINEMENTS, Bench, Ways
 from .networks import STAGES
-from .page import as_tables, draw
+from .page import as_pages, draw
 from .results import Results, average, choose, write_means
 from .text import embed
 from .training import Sources, Training
 
 log = logging.getLogger("accuracy")
-PAGE = Path(__file__).parents[2] / "docs" / "accuracy.md"
+PAGES = Path(__file__).parents[2] / "docs" / "results" / "accuracy"
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -44,20 +44,20 @@ def make_parser() -> argparse.ArgumentParser:
     add("--data", type=Path, required=True, help="folder with train/CLASS/*.jpg and test/CLASS/*.jpg")
     add("--fashion", type=Path, default=folder, help="the idx files of Fashion-MNIST (Debian: dataset-fashion-mnist)")
     add("--cache", type=Path, default=cache, help="folder for trained networks, statistics and results")
-    add("--groups", nargs="*", choices=list(make_groups([0])), default=list(make_groups([0])), help="what is merged")
-    add("--ready", type=Path, nargs="+", help="two or more checkpoints of ResNet-20s, merged too")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="a pair for each, in every group")
-    add("--epochs", type=int, default=3, help="of the training of each network")
+    add("--groups", nargs="*", choices=list(make_groups([0])), default=list(make_groups([0])), help="networks to merge")
+    add("--ready", type=Path, nargs="+", help="two or more checkpoints of trained ResNet-20s to merge, too")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="each group has one pair for each seed")
+    add("--epochs", type=int, default=3, help="training epochs of each network")
     add("--matchers", nargs="*", choices=list(MATCHERS), default=list(MATCHERS))
-    add("--settings", type=int, help="how many settings of each matcher the best is chosen from; all by default")
+    add("--settings", type=int, help="number of settings of each matcher to choose from (default: all)")
     add("--refine", nargs="*", choices=list(REFINEMENTS), default=list(REFINEMENTS))
-    add("--stages", nargs="*", choices=stages, default=stages, help="how much is merged, by the paper's names")
-    add("--calibration-images", type=int, default=1000, help="of each data set")
-    add("--held-out-images", type=int, default=2000, help="training images that settings are chosen on")
+    add("--stages", nargs="*", choices=stages, default=stages, help="depths to merge up to, as the paper names them")
+    add("--calibration-images", type=int, default=1000, help="images of each data set for calibration")
+    add("--held-out-images", type=int, default=2000, help="training images to choose settings on")
     add("--test-images", type=int, default=5000)
-    add("--threads", type=int, help="of torch")
-    add("--train-only", action="store_true", help="merge nothing")
-    add("--write", type=Path, default=PAGE, help="the page; means beside it as CSV, plots in images/ beside it")
+    add("--threads", type=int, help="threads of torch")
+    add("--train-only", action="store_true", help="train the networks and stop")
+    add("--write", type=Path, default=PAGES, help="folder for the pages, their plots and means.csv")
     return parser
 
 
@@ -95,7 +95,7 @@ def main(words: Sequence[str] | None = None) -> None:
 def load_splits(
     arguments: argparse.Namespace, groups: Sequence[Group], counts: tuple[int, int, int]
 ) -> dict[str, Split]:
-    """The data sets that the groups need."""
+    """Load the data sets of the groups."""
     needed = {task.data for group in groups for pair in group.pairs for task in pair.tasks.values()}
     splits = {}
     if "cifar10" in needed:
@@ -108,16 +108,16 @@ def load_splits(
     return splits
 
 
-def write(results: Results, groups: dict[str, Group], page: Path) -> None:
-    """The page, the means and the plots, of all rows that are there."""
+def write(results: Results, groups: dict[str, Group], folder: Path) -> None:
+    """Write the pages, the means and the plots from all rows."""
     rows = [row for row in results.rows.values() if row.group in groups]
     if not rows:
         return
-    page.parent.mkdir(parents=True, exist_ok=True)
-    write_between_marks(page, as_tables(rows, groups))
-    write_means([average(rows) for rows in choose(rows)], page.with_suffix(".csv"))
-    (page.parent / "images").mkdir(exist_ok=True)
-    for path in draw(rows, groups, page.parent / "images"):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in as_pages(rows, groups).items():
+        write_between_marks(folder / f"{name}.md", text)
+    write_means([average(rows) for rows in choose(rows)], folder / "means.csv")
+    for path in draw(rows, groups, folder):
         log.info("wrote %s", path)
 
 

@@ -1,4 +1,4 @@
-"""Images in memory: decoded once, split once."""
+"""Image data sets in memory, with fixed splits."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FASHION_CLASSES = (
 
 @dataclass(frozen=True)
 class Images:
-    """Images as they are on disk, and their labels.
+    """Images as stored on disk, and their labels.
 
     Attributes:
         pixels: uint8 ``(n, 3, 32, 32)``.
@@ -42,7 +42,7 @@ class Images:
         return Images(self.pixels[chosen], self.labels[chosen])
 
     def of(self, classes: Sequence[int]) -> Images:
-        """The images of some classes, labelled by their place among them."""
+        """Return the images of some classes. A label is the index of its class in ``classes``."""
         place = torch.full((1 + max(*classes, int(self.labels.max())),), -1)
         place[list(classes)] = torch.arange(len(classes))
         own = self[place[self.labels] >= 0]
@@ -51,14 +51,14 @@ class Images:
 
 @dataclass(frozen=True)
 class Split:
-    """The images of one data set by what they are for.
+    """The images of one data set by their use.
 
     Attributes:
         classes: the names of the labels.
-        train: sources are trained on these, of which ``calibration`` is a part.
-        calibration: the first of a fixed permutation of the training images; labels are not used.
-        held_out: training images that nothing is trained or calibrated on: settings are chosen on them.
-        test: the first of a fixed permutation of the test images.
+        train: training images of the sources; they include ``calibration``.
+        calibration: the first images of a fixed permutation of the training images; labels are not used.
+        held_out: images to choose settings on; no network is trained or calibrated on them.
+        test: the first images of a fixed permutation of the test images.
     """
 
     classes: tuple[str, ...]
@@ -69,7 +69,7 @@ class Split:
 
     @classmethod
     def of(cls, classes: Sequence[str], train: Images, test: Images, counts: tuple[int, int, int]) -> Split:
-        """Split by fixed permutations, into so many images to calibrate, hold out, and test on."""
+        """Split by fixed permutations; ``counts`` are the calibration, held-out and test images."""
         calibration, held_out, tested = counts
         order = torch.from_numpy(np.random.RandomState(0).permutation(len(train)))
         chosen = torch.from_numpy(np.random.RandomState(0).permutation(len(test)))[:tested]
@@ -79,7 +79,7 @@ class Split:
 
 
 class Batches(Dataset):
-    """Whole batches by their indices, normalised; ``augment`` flips and shifts each image at random."""
+    """Normalised batches of images, by indices; ``augment`` flips and shifts each image at random."""
 
     def __init__(self, images: Images, augment: bool = False) -> None:
         self.images = images
@@ -93,7 +93,7 @@ class Batches(Dataset):
         return x.contiguous(memory_format=torch.channels_last), labels
 
     def loader(self, batch_size: int, seed: int | None = None) -> DataLoader:
-        """In order; or, with a seed, in the random order of an epoch, without what is left over."""
+        """Return a loader in order. With a seed, shuffle and drop the last incomplete batch."""
         order: RandomSampler | SequentialSampler = SequentialSampler(self.images.labels)
         if seed is not None:
             order = RandomSampler(self.images.labels, generator=torch.Generator().manual_seed(seed))
@@ -101,12 +101,12 @@ class Batches(Dataset):
 
 
 def flipped(pixels: Tensor) -> Tensor:
-    """Half of the images mirrored."""
+    """Mirror half of the images at random."""
     return torch.where(torch.rand(len(pixels), 1, 1, 1) < 0.5, pixels.flip(3), pixels)
 
 
 def shifted(pixels: Tensor, most: int = 4) -> Tensor:
-    """Each image shifted by up to ``most`` pixels either way, with black behind it."""
+    """Shift each image at random by up to ``most`` pixels in both axes, and pad it with black."""
     n, _, height, width = pixels.shape
     padded = F.pad(pixels, (most,) * 4).permute(0, 2, 3, 1)  # (n, height, width, channels)
     rows = torch.randint(0, 2 * most + 1, (n, 1)) + torch.arange(height)
@@ -115,7 +115,7 @@ def shifted(pixels: Tensor, most: int = 4) -> Tensor:
 
 
 def load_folder(folder: Path, cache: Path) -> tuple[tuple[str, ...], Images]:
-    """The classes and images of a folder with ``CLASS/*.jpg``, decoded once into ``cache``."""
+    """Load the classes and images of a folder with ``CLASS/*.jpg``; ``cache`` keeps the decoded images."""
     files = ImageFolder(str(folder))
     key = hashlib.blake2b(f"{folder.resolve()} {len(files)}".encode(), digest_size=6).hexdigest()
     kept = cache / f"images-{key}.pt"
@@ -126,24 +126,26 @@ def load_folder(folder: Path, cache: Path) -> tuple[tuple[str, ...], Images]:
 
 
 def load_fashion(folder: Path, part: str) -> Images:
-    """Fashion-MNIST from its idx files: ``part`` is ``"train"`` or ``"t10k"``; 32 × 32, three equal channels."""
+    """Load Fashion-MNIST (``part`` "train" or "t10k") from idx files as 32 × 32 images with three equal channels."""
     grey = read_idx(folder / f"{part}-images-idx3-ubyte.gz")
     pixels = F.pad(torch.from_numpy(grey), (2,) * 4)[:, None].expand(-1, 3, -1, -1).contiguous()
     return Images(pixels, torch.from_numpy(read_idx(folder / f"{part}-labels-idx1-ubyte.gz")).long())
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """The array of an idx file: two zeros, the type, the number of axes, their sizes as big-endian int32, the bytes."""
+    """Read an idx file: two zeros, the type, the number of axes, their sizes as big-endian int32, the values."""
     content = gzip.decompress(path.read_bytes())
     if content[:3] != b"\x00\x00\x08":
-        raise ValueError(f"{path} is no idx file of unsigned bytes.")
+        raise ValueError(
+            f"{path} is not an idx file of unsigned bytes. Download it again, or give another folder (--fashion)."
+        )
     axes = content[3]
     shape = np.frombuffer(content, ">i4", axes, offset=4)
     return np.frombuffer(content, np.uint8, offset=4 + 4 * axes).reshape(shape).copy()
 
 
 def save(content: object, path: Path) -> None:
-    """Save with torch, so that the file is whole or not there."""
+    """Save with ``torch.save``, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partly = path.with_suffix(".part")
     torch.save(content, partly)

@@ -1,4 +1,4 @@
-"""What is trained and merged: groups of pairs that differ in seeds and classes alone."""
+"""Experiments: groups of network pairs that differ only in seeds and classes."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from cifar10 import load_model
 
 @dataclass(frozen=True)
 class Task:
-    """What one network is trained for.
+    """The task of one network.
 
     Attributes:
-        data: the data set.
-        classes: its labels, in the order of the network's outputs.
-        seed: of the initialisation and the order of the images.
-        file: a network that is there already, as ``examples/cifar10.py`` reads it.
+        data: the name of the data set.
+        classes: labels of the data set, in the order of the network's outputs.
+        seed: seed of the initialisation and of the order of the images.
+        file: checkpoint of a trained network, as ``examples/cifar10.py`` reads it.
     """
 
     data: str
@@ -33,11 +33,11 @@ class Task:
 
 @dataclass(frozen=True)
 class Pair:
-    """Networks that are merged: two, or more.
+    """Two or more networks to merge.
 
     Attributes:
-        name: which of the group.
-        tasks: of the networks, by the letters that heads are named by.
+        name: the name of the pair in its group.
+        tasks: the task of each network, by the letter that names its head.
     """
 
     name: str
@@ -49,13 +49,13 @@ class Group:
     """Pairs whose accuracies are averaged.
 
     Attributes:
-        name: on the command line.
-        title: for people.
-        architecture: of all networks.
-        width: of all networks.
-        text: whether the heads are embeddings of the classes' names, or logits trained by cross-entropy.
-        pairs: what is merged.
-        paper: the setting of the paper that is the most like it.
+        name: the name on the command line.
+        title: the heading of its page.
+        architecture: the architecture of all networks.
+        width: the width of all networks.
+        text: whether the heads are embeddings of the class names instead of logits trained by cross-entropy.
+        pairs: the networks to merge.
+        paper: the most similar setting of the paper.
     """
 
     name: str
@@ -68,7 +68,7 @@ class Group:
 
 
 def split_classes(sizes: Sequence[int], seed: int) -> Pair:
-    """The ten classes of CIFAR-10 dealt out at random to tasks of these sizes."""
+    """Assign the ten classes of CIFAR-10 at random to tasks of the given sizes."""
     order = np.random.RandomState(seed).permutation(10).tolist()
     ends = np.cumsum(sizes).tolist()
     parts = [tuple(sorted(order[end - size : end])) for size, end in zip(sizes, ends, strict=True)]
@@ -77,7 +77,7 @@ def split_classes(sizes: Sequence[int], seed: int) -> Pair:
 
 
 def two_data_sets(seed: int) -> Pair:
-    """All of Fashion-MNIST and all of CIFAR-10."""
+    """Return a pair of all classes of CIFAR-10 and all classes of Fashion-MNIST."""
     everything = tuple(range(10))
     return Pair(
         f"seed {seed}",
@@ -86,7 +86,7 @@ def two_data_sets(seed: int) -> Pair:
 
 
 def make_groups(seeds: Sequence[int]) -> dict[str, Group]:
-    """All groups by name, with a pair for each seed."""
+    """Return all groups by name, with a pair for each seed."""
     halves = tuple(split_classes((5, 5), seed) for seed in seeds)
     quarters = tuple(split_classes((3, 3, 2, 2), seed) for seed in seeds)
     mixed = tuple(two_data_sets(seed) for seed in seeds)
@@ -105,7 +105,7 @@ def make_groups(seeds: Sequence[int]) -> dict[str, Group]:
 
 
 def ready_group(files: Sequence[Path]) -> Group:
-    """A pair of ResNet-20s for CIFAR-10 that are there already."""
+    """Return a group of one pair: trained ResNet-20s for CIFAR-10 from checkpoints."""
     models = [load_model(file) for file in files]
     tasks = {chr(65 + i): Task("cifar10", tuple(classes), file=files[i]) for i, (_, classes) in enumerate(models)}
     width = models[0][0].hparams["width"]

@@ -1,4 +1,4 @@
-"""Every way to merge: matchers with their settings, refinements, and how good the merged network is."""
+"""Merge pairs by all matchers and refinements, and measure the accuracy."""
 
 from __future__ import annotations
 
@@ -51,21 +51,21 @@ MATCHERS: dict[str, list[Matcher]] = {
     "dual space, zip": [DualSpace(tau, GreedyZip()) for tau in (0.3, 0.5, 0.7)],
     "cycle-consistent": [CycleConsistent()],
 }
-"""By their names in the tables, the settings that the best is chosen from."""
+"""Candidate settings of each matcher, by its name in the tables."""
 REFINEMENTS: dict[str, str | None] = {name: name for name in ("batch_norm", "least_squares", "repair")} | {"none": None}
 ENSEMBLE = "ensemble"
 
 
 def settings_of(name: str, count: int, most: int | None = None) -> list[Matcher]:
-    """The settings of a matcher that make sense for so many models, ``most`` of them."""
+    """Return at most ``most`` settings of a matcher that apply to ``count`` models."""
     if (name == "optimal" and count > 2) or (name == "cycle-consistent" and count == 2):
-        return []  # the one is for two models, the other is then the same as permute
+        return []  # optimal supports two models; for two models, cycle-consistent equals permute
     return MATCHERS[name][:most]
 
 
 @dataclass(frozen=True)
 class Ways:
-    """What is tried: names of matchers, refinements and stages; and how many settings of each matcher."""
+    """The merges to run: names of matchers, refinements and stages, and the number of settings of each matcher."""
 
     matchers: Sequence[str]
     refinements: Sequence[str]
@@ -73,7 +73,7 @@ class Ways:
     settings: int | None = None
 
     def of(self, group: Group, count: int) -> Iterator[tuple[str, str, str, Matcher]]:
-        """Stage, refinement, name and setting of the matcher, for so many models."""
+        """Yield stage, refinement, and name and setting of the matcher for each merge of ``count`` models."""
         for stage in STAGES[group.architecture]:
             for refine in self.refinements:
                 for name in self.matchers:
@@ -83,11 +83,11 @@ class Ways:
 
 
 class Bench:
-    """One pair: its networks, and the images of all its tasks.
+    """Merges and evaluates one pair.
 
     Args:
-        group: that the pair belongs to.
-        pair: what is merged.
+        group: the group of the pair.
+        pair: the networks to merge.
         models: the trained networks by task.
         splits: images by data set.
         cache: a folder for statistics.
@@ -111,7 +111,7 @@ class Bench:
         self._loaded: dict[str, Images] = {}
 
     def images(self, part: str) -> Images:
-        """Images of all classes that the tasks have, with global labels."""
+        """Return the images of all classes of all tasks, with global labels."""
         if part not in self._loaded:
             found = [getattr(self.splits[name], part) for name in self.offsets]
             labels = torch.cat(
@@ -123,7 +123,7 @@ class Bench:
         return self._loaded[part]
 
     def run(self, ways: Ways, results: Results) -> Iterator[Row]:
-        """Do all that has no row yet, row after row."""
+        """Run every merge without a row in ``results``; yield its row."""
         ensemble = (self.group.name, self.pair.name, self.digest, "", ENSEMBLE, "", "")
         if ensemble not in results.rows:
             yield self._row(ensemble, lambda: Ensemble(self.models, "net").eval())
@@ -141,7 +141,7 @@ class Bench:
         images, labels = Batches(self.images("calibration"))[slice(None)]
         return ZipIt(quiet_trainer(accelerator="auto", devices=1)).merge(
             self.models,
-            DataLoader(TensorDataset(images, labels), 100),  # one loader: the images hold the classes of all tasks
+            DataLoader(TensorDataset(images, labels), 100),  # one loader: the images contain the classes of all tasks
             backbone="net",
             stop_at=how.stop_at,
             matcher=how.matcher,
@@ -154,8 +154,8 @@ class Bench:
         network = make()
         cost = measure_cost(network.cpu(), torch.zeros(1, 3, 32, 32))
         network = Logits(network.to(self.device, memory_format=torch.channels_last), self.models)
-        chosen_from = bool(key[5])  # among the settings of a matcher
-        held = self._evaluate(network, "held_out") if chosen_from else dict.fromkeys(("joint", "mean"), math.nan)
+        has_settings = bool(key[5])
+        held = self._evaluate(network, "held_out") if has_settings else dict.fromkeys(("joint", "mean"), math.nan)
         tested = self._evaluate(network, "test")
         tasks = " ".join(f"{task}={tested[task]:.1f}" for task in self.classes)
         accuracies = [round(value, 3) for value in (held["joint"], held["mean"], tested["joint"], tested["mean"])]
@@ -170,7 +170,7 @@ class Bench:
 
 
 class Logits:
-    """A network with the outputs of its heads as logits, on the CPU."""
+    """A network that returns the logits of its heads on the CPU."""
 
     def __init__(self, network: LightningModule, models: Mapping[str, Classifier]) -> None:
         self.network, self.models = network, models

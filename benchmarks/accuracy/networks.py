@@ -1,4 +1,4 @@
-"""The source networks: what they look like, and how they are trained."""
+"""Source networks and their training."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 class VGG11(nn.Module):
-    """VGG-11 with batch norm for 32 × 32 images: five stages that end in pooling, and one linear layer."""
+    """VGG-11 with batch norm for 32 × 32 images: five stages, each with pooling at its end, and one linear layer."""
 
     def __init__(self, width: float, num_classes: int) -> None:
         super().__init__()
@@ -44,9 +44,9 @@ STAGES: dict[str, dict[str, str | None]] = {
     "resnet20": {"20/20": None, "13/20": "layer2", "7/20": "layer1"},
     "vgg11": {"22/22": None, "7/22": "layer3.0"},
 }
-"""Of each architecture, the cuts: by the paper's name for it, the trunk's last module."""
+"""The cuts of each architecture: the paper's name of the cut → the trunk's last module."""
 SCALE = 20.0
-"""What cosines are multiplied with to be logits: CLIP learns such a factor, from 14 to 100."""
+"""Factor from cosines to logits. CLIP learns such a factor, from 14 to 100."""
 
 
 class Classifier(LightningModule):
@@ -54,12 +54,12 @@ class Classifier(LightningModule):
 
     Args:
         architecture: one of :data:`ARCHITECTURES`.
-        width: what the numbers of channels are multiplied with.
-        num_classes: of the task.
-        embedding: the size of the network's output where logits are the cosines with embeddings of the classes' names,
-            as in the paper's experiments with CLIP; 0 where the network's outputs are the logits.
+        width: multiplier of the numbers of channels.
+        num_classes: number of classes of the task.
+        embedding: size of the network's output if the logits are cosines with embeddings of the class names, as in the
+            paper's experiments with CLIP; 0 if the network's outputs are the logits.
         rate: the highest learning rate.
-        steps: of training, in all.
+        steps: total number of training steps.
     """
 
     embeddings: Tensor
@@ -79,7 +79,7 @@ class Classifier(LightningModule):
         self.register_buffer("embeddings", torch.zeros(num_classes, embedding))
 
     def logits(self, output: Tensor) -> Tensor:
-        """What the network's output says about the classes."""
+        """Convert the network's output to the logits of the classes."""
         if not self.hparams["embedding"]:
             return output
         return SCALE * F.normalize(output, dim=-1) @ F.normalize(self.embeddings, dim=-1).T.to(output.dtype)

@@ -1,4 +1,4 @@
-"""The tables and pictures of ``docs/accuracy.md``."""
+"""Tables and plots of ``docs/results/accuracy/``."""
 
 from __future__ import annotations
 
@@ -45,33 +45,34 @@ PAPER: dict[str, tuple[str, dict[tuple[str, str], tuple[float, float]]]] = {
         },
     ),
 }
-"""ZipIt!, arXiv 2305.03053, CIFAR-10 5+5: joint accuracy and task average, by matcher and stage; "weights" is their Git
-Re-Basin."""
+"""Joint accuracy and task average in the paper (ZipIt!, arXiv 2305.03053, CIFAR-10 5+5), by matcher and stage.
+
+"weights" is the paper's Git Re-Basin."""
 
 
 def order(row: Mean) -> tuple[int, int]:
-    """Of the rows of one group: the ensemble, then by refinement and matcher."""
+    """Return the sort key of a row: the ensemble first, then by refinement and matcher."""
     if row.matcher == ENSEMBLE:
         return (-1, 0)
     return (list(REFINEMENTS).index(row.refine), list(MATCHERS).index(row.matcher))
 
 
-def as_tables(rows: Sequence[Row], groups: Mapping[str, Group]) -> str:
-    """One section for each group that has rows, and one that compares refinements where both were tried."""
+def as_pages(rows: Sequence[Row], groups: Mapping[str, Group]) -> dict[str, str]:
+    """Return the text of each page: one for each group that has rows, and one that compares two refinements."""
     chosen = choose(rows)
     tried = {way: len(settings) for way, settings in by_way(rows).items()}
-    parts = [
-        group_table(group, [rows for rows in chosen if rows[0].group == name], tried)
+    pages = {
+        name: group_table(group, [rows for rows in chosen if rows[0].group == name], tried)
         for name, group in groups.items()
         if any(rows[0].group == name for rows in chosen)
-    ]
+    }
     if fitted_and_not(chosen):
-        parts.append(comparison_table(chosen, groups))
-    return "\n\n".join(parts)
+        pages["least-squares"] = comparison_table(chosen, groups)
+    return pages
 
 
 def group_table(group: Group, chosen: Sequence[Sequence[Row]], tried: Mapping[tuple[str, ...], int]) -> str:
-    """A row for each matcher and refinement, a column for each stage."""
+    """Return a table with a row for each matcher and refinement and a column for each stage."""
     means = [average(rows) for rows in chosen]
     stages = [stage for stage in STAGES[group.architecture] if any(row.stage == stage for row in means)]
     flops = {row.stage: f"{row.flops / 1e6:.0f} MFLOPs" for row in means}
@@ -80,7 +81,7 @@ def group_table(group: Group, chosen: Sequence[Sequence[Row]], tried: Mapping[tu
         cells.setdefault((row.matcher, row.refine), {})[row.stage] = as_cell(row, max(row.pairs for row in means))
     columns = [f"{stage} ({flops[stage]})" for stage in stages]
     lines = [
-        f"### {group.title}",
+        f"# {group.title}",
         "",
         describe_pairs(chosen),
         "",
@@ -106,39 +107,40 @@ def group_table(group: Group, chosen: Sequence[Sequence[Row]], tried: Mapping[tu
 
 
 def describe_pairs(chosen: Sequence[Sequence[Row]]) -> str:
-    """How many pairs there are, and how good their networks."""
-    alone = next(rows for rows in chosen if rows[0].matcher == ENSEMBLE)
-    accuracies = [f"{row.pair} ({row.tasks.replace(' ', ', ')})" for row in alone]
-    few = any(len(rows) < len(alone) for rows in chosen)
-    note = " Cells with a number in brackets are of so many pairs." if few else ""
-    return f"Accuracy of each network by itself on its own classes: {'; '.join(accuracies)}.{note}"
+    """Return the accuracies of the source networks of each pair."""
+    ensembles = next(rows for rows in chosen if rows[0].matcher == ENSEMBLE)
+    accuracies = [f"{row.pair} ({row.tasks.replace(' ', ', ')})" for row in ensembles]
+    few = any(len(rows) < len(ensembles) for rows in chosen)
+    note = " A number in brackets is the number of pairs of a cell." if few else ""
+    return f"Accuracy of each network on its own classes: {'; '.join(accuracies)}.{note}"
 
 
 def describe_settings(means: Sequence[Mean], tried: Mapping[tuple[str, ...], int]) -> list[str]:
-    """The settings of the matchers that have some: those that were chosen, with what each is for, and the others."""
+    """Return the settings of the matchers: the chosen ones with their merges, then the ones that were not tuned."""
     chosen: dict[tuple[str, str, str, int], list[str]] = {}
-    alone: dict[tuple[str, str], list[str]] = {}
+    untuned: dict[tuple[str, str], list[str]] = {}
     for row in (row for row in means if row.setting):
         count = tried[row.group, row.stage, row.matcher, row.refine]
         setting = row.setting.replace(", rounds=20, seed=0", "")
         if count > 1:
             chosen.setdefault((row.matcher, row.refine, setting, count), []).append(row.stage)
-        elif row.refine not in alone.setdefault((row.matcher, setting), []):
-            alone[row.matcher, setting].append(row.refine)
+        elif row.refine not in untuned.setdefault((row.matcher, setting), []):
+            untuned[row.matcher, setting].append(row.refine)
     sentences = {
-        "Settings, each the best of so many on held-out training images": [
+        "Settings, each the best of the tried ones on held-out training images": [
             f"{matcher} with {refine}, {', '.join(stages)}: `{setting}` of {count}"
             for (matcher, refine, setting, count), stages in chosen.items()
         ],
-        "The only one that was run": [
-            f"{matcher} with {', '.join(refinements)}: `{setting}`" for (matcher, setting), refinements in alone.items()
+        "Not tuned": [
+            f"{matcher} with {', '.join(refinements)}: `{setting}`"
+            for (matcher, setting), refinements in untuned.items()
         ],
     }
     return [f"{begin}: {'; '.join(parts)}." for begin, parts in sentences.items() if parts]
 
 
 def as_cell(row: Mean, pairs: int) -> str:
-    """The accuracies, with the number of pairs where it is not that of the group."""
+    """Return the accuracies, with the number of pairs if it is lower than that of the group."""
     fewer = f" [{row.pairs}]" if row.pairs < pairs else ""
     if row.pairs == 1:
         return f"{row.joint:.1f} / {row.mean:.1f}{fewer}"
@@ -146,7 +148,7 @@ def as_cell(row: Mean, pairs: int) -> str:
 
 
 def fitted_and_not(chosen: Sequence[Sequence[Row]]) -> list[tuple[Row, Row]]:
-    """The same merges with batch_norm and with least_squares, each with the setting chosen for it."""
+    """Return pairs of the same merge with batch_norm and with least_squares, each with its chosen setting."""
     found = {(*row.key[:5], row.refine): row for rows in chosen for row in rows}
     return [
         (row, found[(*key[:5], "least_squares")])
@@ -156,13 +158,13 @@ def fitted_and_not(chosen: Sequence[Sequence[Row]]) -> list[tuple[Row, Row]]:
 
 
 def comparison_table(chosen: Sequence[Sequence[Row]], groups: Mapping[str, Group]) -> str:
-    """By group and stage: how much least squares add to batch norm, over all merges that were done with both."""
+    """Return a table of the gain of least squares over batch norm, for each group and stage."""
     pairs = fitted_and_not(chosen)
     lines = [
-        "### `least_squares` against `batch_norm`",
+        "# `least_squares` against `batch_norm`",
         "",
-        "Points of joint accuracy / task average that `least_squares` adds to the same merge with `batch_norm`, over "
-        "all matchers and pairs, each with the setting chosen for it.",
+        "Points of joint accuracy / task average that `least_squares` gains over `batch_norm` in the same merge. Rows "
+        "cover all matchers and pairs, each with its chosen setting.",
         "",
         "| | stage | merges | mean | least | most | better in joint / task average |",
         "| --- | --- | --: | --: | --: | --: | --: |",
@@ -185,7 +187,7 @@ def comparison_table(chosen: Sequence[Sequence[Row]], groups: Mapping[str, Group
 
 
 def draw(rows: Sequence[Row], groups: Mapping[str, Group], folder: Path) -> list[Path]:
-    """Joint accuracy over cost for each group, and what least squares add."""
+    """Plot joint accuracy over cost for each group, and the gain of least squares; return the files."""
     import matplotlib.pyplot as plt
 
     chosen = choose(rows)
@@ -196,20 +198,20 @@ def draw(rows: Sequence[Row], groups: Mapping[str, Group], folder: Path) -> list
             row
             for row in sorted(means, key=order)
             if row.matcher in ("average", "permute", "zip") and row.refine in ("batch_norm", "least_squares")
-            if row.pairs == max(mean.pairs for mean in means)  # means of other pairs are not on one line
+            if row.pairs == max(mean.pairs for mean in means)  # means over different pairs are not comparable
         ]
         if not shown:
             continue
         points = [
             (row.matcher + " + least squares" * (row.refine == "least_squares"), row.flops, row.joint) for row in shown
         ]
-        alone = {row.matcher: (row.flops, row.joint) for row in means if row.matcher == ENSEMBLE}
-        figure, axes = plot_tradeoff(points, alone)
+        references = {row.matcher: (row.flops, row.joint) for row in means if row.matcher == ENSEMBLE}
+        figure, axes = plot_tradeoff(points, references)
         for row in shown:
             if row.pairs > 1:
                 axes.errorbar(row.flops / 1e6, row.joint, row.joint_std, color="tab:gray", linewidth=0.8, capsize=2)
         axes.set(title=group.title, ylabel="joint accuracy in %")
-        paths.append(folder / f"accuracy-{name}.png")
+        paths.append(folder / f"{name}.png")
         figure.savefig(paths[-1], dpi=110)
         plt.close(figure)
     if pairs := fitted_and_not(chosen):
@@ -223,7 +225,7 @@ def draw(rows: Sequence[Row], groups: Mapping[str, Group], folder: Path) -> list
         axes.set(title="joint accuracy in %, one point a merged network", xlabel="batch_norm", ylabel="least_squares")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=9)
-        paths.append(folder / "accuracy-least-squares.png")
+        paths.append(folder / "least-squares.png")
         figure.savefig(paths[-1], dpi=110)
         plt.close(figure)
     return paths

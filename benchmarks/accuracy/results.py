@@ -1,4 +1,4 @@
-"""Rows of one merge each, kept in a file as they come; and their means over pairs."""
+"""Results: a CSV file with a row for each merge, and means over pairs."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ class Row:
 
     Attributes:
         group: the name of the :class:`~accuracy.experiments.Group`.
-        pair: the name of the pair in it.
+        pair: the name of the pair in the group.
         sources: a digest of the source networks' weights.
-        stage: how much is merged, by the paper's name; empty for the ensemble.
-        matcher: by the name in the tables.
+        stage: the paper's name of the cut; empty for the ensemble.
+        matcher: the name of the matcher in the tables.
         setting: the hyperparameters of the matcher.
-        refine: by name.
-        held_joint: joint accuracy on held-out training images, in percent; NaN where there is one setting.
-        held_mean: the mean accuracy over tasks there.
+        refine: the name of the refinement.
+        held_joint: joint accuracy on held-out training images, in percent; NaN for a matcher with only one setting.
+        held_mean: the mean accuracy over tasks on these images.
         joint: joint accuracy on test images.
-        mean: the mean accuracy over tasks there.
-        tasks: accuracy of each task on test images, for people.
-        flops: of one forward for one image.
-        parameters: of the network.
-        seconds: that merging and evaluation took.
+        mean: the mean accuracy over tasks on test images.
+        tasks: accuracy of each task on test images, as text.
+        flops: FLOPs of one forward pass of one image.
+        parameters: number of parameters of the network.
+        seconds: time of merging and evaluation.
     """
 
     group: str
@@ -50,12 +50,12 @@ class Row:
 
     @property
     def key(self) -> tuple[str, ...]:
-        """What tells rows apart."""
+        """The fields that identify a row."""
         return astuple(self)[:7]
 
 
 class Results:
-    """The rows in a CSV file; a later row with the same key counts."""
+    """The rows of a CSV file. A later row replaces an earlier row with the same key."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -65,12 +65,12 @@ class Results:
             with path.open(newline="", encoding="utf-8") as file:
                 for record in csv.DictReader(file):
                     if None in record or None in record.values():
-                        continue  # the last line of a run that was killed while it wrote
+                        continue  # the incomplete last line of an interrupted run
                     row = Row(**{name: types[name](value) for name, value in record.items()})
                     self.rows[row.key] = row
 
     def add(self, row: Row) -> None:
-        """Keep a row, in the file at once."""
+        """Add a row, and write it to the file at once."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         begun = self.path.exists() and self.path.read_bytes().endswith(b"\n")
         with self.path.open("a", newline="", encoding="utf-8") as file:
@@ -85,7 +85,7 @@ class Results:
 
 @dataclass(frozen=True)
 class Mean:
-    """Accuracies of one way to merge, over the pairs of a group: means and sample standard deviations in percent."""
+    """Mean accuracies and sample standard deviations of one merge method over the pairs of a group, in percent."""
 
     group: str
     stage: str
@@ -102,14 +102,14 @@ class Mean:
 
 
 def deviation(values: Sequence[float]) -> float:
-    """The sample standard deviation; NaN for a single value."""
+    """Compute the sample standard deviation; NaN for a single value."""
     return statistics.stdev(values) if len(values) > 1 else float("nan")
 
 
 def choose(rows: Iterable[Row]) -> list[list[Row]]:
-    """For each way to merge, the rows with the setting of its matcher that is the best on held-out images.
+    """Choose the best setting of the matcher on held-out images, for each merge method.
 
-    Settings are compared by their mean joint accuracy over pairs; those that were tried on fewer pairs do not count.
+    Settings are compared by their mean joint accuracy over pairs. Settings with missing pairs are ignored.
 
     Returns:
         The rows of one group, stage, matcher and refinement, a row for each pair.
@@ -121,7 +121,7 @@ def choose(rows: Iterable[Row]) -> list[list[Row]]:
 
 
 def by_way(rows: Iterable[Row]) -> dict[tuple[str, ...], list[list[Row]]]:
-    """By group, stage, matcher and refinement, the rows of each setting that was tried on the most pairs."""
+    """Group the rows by group, stage, matcher and refinement, then by setting; keep settings with the most pairs."""
     ways: dict[tuple[str, ...], dict[str, dict[str, Row]]] = {}
     for row in rows:
         way = ways.setdefault((row.group, row.stage, row.matcher, row.refine), {})
@@ -134,7 +134,7 @@ def by_way(rows: Iterable[Row]) -> dict[tuple[str, ...], list[list[Row]]]:
 
 
 def average(rows: Sequence[Row]) -> Mean:
-    """The mean of rows that differ in the pair alone."""
+    """Average rows that differ only in the pair."""
     first = rows[0]
     joint, mean = [row.joint for row in rows], [row.mean for row in rows]
     return Mean(
@@ -154,7 +154,7 @@ def average(rows: Sequence[Row]) -> Mean:
 
 
 def write_means(means: Sequence[Mean], path: Path) -> None:
-    """The means as a CSV file, accuracies to two decimals."""
+    """Write the means to a CSV file, with accuracies to two decimals."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Mean)], lineterminator="\n")
         writer.writeheader()

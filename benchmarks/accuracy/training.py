@@ -1,4 +1,4 @@
-"""Trained networks, each from its file or else trained now."""
+"""Trained source networks, cached in files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ log = logging.getLogger("accuracy")
 
 @dataclass(frozen=True)
 class Training:
-    """How networks are trained: so many epochs, one cycle of the learning rate up to ``rate``."""
+    """Training settings: ``rate`` is the highest learning rate of the one cycle."""
 
     epochs: int
     batch_size: int = 64
@@ -30,13 +30,13 @@ class Training:
 
 
 class Sources:
-    """The networks of all tasks.
+    """Loads the network of a task, or trains it.
 
     Args:
         splits: images by data set.
-        cache: the folder of the checkpoints, of this training on these images.
-        training: how those that are missing are trained.
-        embeddings: of the names of the classes, by data set ``(classes, size)``, for networks with such heads.
+        cache: folder of the checkpoints for these settings and images.
+        training: settings for missing networks.
+        embeddings: embeddings ``(classes, size)`` of the class names by data set, for text-embedding heads.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Sources:
         return self.cache / f"{group.architecture}x{group.width:g}-{heads}-{task.name}.pt"
 
     def get(self, group: Group, task: Task) -> Classifier:
-        """The trained network of a task, in eval mode."""
+        """Return the trained network of a task, in eval mode."""
         if task.file is not None:
             ready, _ = load_model(task.file)
             model = Classifier(group.architecture, group.width, len(task.classes))
@@ -67,7 +67,7 @@ class Sources:
         return model.eval().requires_grad_(False)
 
     def _train(self, group: Group, task: Task, path: Path) -> None:
-        """Train, going on with the last whole epoch of a training that was interrupted."""
+        """Train a network. An interrupted training resumes after its last complete epoch."""
         images = self.splits[task.data].train.of(task.classes)
         seed_everything(task.seed, verbose=False)
         loader = Batches(images, augment=True).loader(min(self.training.batch_size, len(images)), task.seed)

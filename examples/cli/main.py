@@ -1,4 +1,4 @@
-"""A project as LightningCLI's users have it: a model, a data module, and a command line that can also merge.
+"""A LightningCLI project: a model, a data module, and a command line with ``merge``.
 
 python main.py fit --config fit.yaml --data.task low
 """
@@ -22,7 +22,7 @@ class LitDigits(LightningModule):
     """A small CNN with batch norm.
 
     Args:
-        num_classes: digits to tell apart.
+        num_classes: number of digits.
         channels: width of the first two layers; the others have twice as many.
         lr: learning rate.
     """
@@ -57,11 +57,11 @@ class LitDigits(LightningModule):
 
 
 class Digits(LightningDataModule):
-    """Handwritten digits of scikit-learn, 8×8 pixels: every third one for testing.
+    """Handwritten digits of scikit-learn, 8×8 pixels. Every third one is a test image.
 
     Args:
         task: "low" for the digits 0-4, "high" for 5-9; both tasks by default, with a test loader for each.
-        batch_size: images to a batch.
+        batch_size: images per batch.
     """
 
     def __init__(self, task: str | None = None, batch_size: int = 64) -> None:
@@ -75,7 +75,7 @@ class Digits(LightningDataModule):
         self.labels = torch.tensor(digits.target)
 
     def select(self, tasks: list[str], test: bool) -> TensorDataset:
-        """The images of some tasks, labelled from 0 in each."""
+        """Select the images of some tasks; the labels of each task start at 0."""
         classes = torch.tensor([digit for task in tasks for digit in TASKS[task]])
         chosen = torch.isin(self.labels, classes) & ((torch.arange(len(self.labels)) % 3 == 0) == test)
         return TensorDataset(self.images[chosen], self.labels[chosen] % 5)
@@ -84,7 +84,7 @@ class Digits(LightningDataModule):
         return DataLoader(self.select(self.tasks, test=False), self.batch_size, shuffle=True)
 
     def calibration_dataloader(self) -> list[DataLoader]:
-        """What ``merge`` looks at, one loader per task; the labels are not used."""
+        """Return the calibration data of ``merge``, one loader per task; labels are not used."""
         return [DataLoader(self.select([task], test=False), self.batch_size) for task in self.tasks]
 
     def test_dataloader(self) -> list[DataLoader]:

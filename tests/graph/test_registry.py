@@ -9,7 +9,7 @@ from torch import fx, nn
 from lightning_zipit.graph.operator_table import operators_as_markdown
 from lightning_zipit.graph.registry import OPERATORS, Trait, operator_of, spelled, traits_of, writes_in_place
 
-PAGE = Path(__file__).parents[2] / "docs" / "operators.md"
+PAGE = Path(__file__).parents[2] / "docs" / "reference" / "operators.md"
 
 
 def node_of(operator, *args, **kwargs):
@@ -22,7 +22,9 @@ def node_of(operator, *args, **kwargs):
 def test_the_manual_has_the_table_of_operators():
     begin, end = "<!-- operators -->\n", "\n<!-- end of operators -->"
     written = PAGE.read_text().partition(begin)[2].partition(end)[0]
-    assert written == operators_as_markdown(), "run python -m lightning_zipit.graph.operator_table docs/operators.md"
+    assert written == operators_as_markdown(), (
+        "run python -m lightning_zipit.graph.operator_table docs/reference/operators.md"
+    )
 
 
 def test_every_rule_is_found_by_all_spellings():
