@@ -143,7 +143,7 @@ def test_rows_and_reports_are_text(inbox):
     MergeReport.load("report.json")
     content["class_path"], content["merged"]["class_path"] = "os.mkdir", "os.mkdir"
     Path("report.json").write_text(json.dumps(content))
-    with pytest.raises(CheckpointError, match="no report"):
+    with pytest.raises(CheckpointError, match="not a report"):
         MergeReport.load("report.json")
     assert not Path("marker").exists()
 
