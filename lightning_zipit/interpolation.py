@@ -47,7 +47,7 @@ def interpolate(
         True
     """
     if len(networks) != 2:
-        raise ConfigurationError(f"`networks` must be two networks to interpolate between, got {len(networks)}.")
+        raise ConfigurationError(f"`networks` must hold exactly two networks, got {len(networks)}.")
     if wrong := [share for share in shares if not 0 <= share <= 1]:
         raise ConfigurationError(f"`shares` must be between 0 and 1, got {wrong}.")
     settings = replace(settings or MergeSettings(matcher=Permute(), refine=None), merge_heads=True)

@@ -36,7 +36,7 @@ def test_the_line_is_straight_and_ends_at_the_two_networks():
 def test_the_barrier_is_the_highest_loss_less_the_mean_of_the_ends():
     assert F.loss_barrier([1.0, 5.0, 4.0, 2.0]) == 3.5
     assert F.loss_barrier([1.0, 2.0]) == 0.5
-    with pytest.raises(ValueError, match="two networks"):
+    with pytest.raises(ValueError, match="`losses`"):
         F.loss_barrier([1.0])
 
 

@@ -271,7 +271,7 @@ def test_cycle_consistent_matching_finds_copies_and_is_permute_for_two():
     [
         (lambda: DualSpace(tau=1.5), "tau"),
         (lambda: DualSpace(rounds=0), "rounds"),
-        (lambda: DualSpace(matcher=WeightMatching()), "DualSpace|similarities"),
+        (lambda: DualSpace(matcher=WeightMatching()), "one space at a time"),
         (lambda: WeightMatching(tau=0.5), "DualSpace"),
         (lambda: Agglomerative("nearest"), "linkage"),
         (lambda: Agglomerative()(torch.full((4, 4), float("nan")), 2), "NaN"),

@@ -139,7 +139,7 @@ def test_statistics_file_refuses_other_positions(models, tmp_path):
         merge(models, tmp_path / f"{name}.safetensors", refine=None, positions=positions)
     for name, found, wanted in (("all", "None", 4), ("four", "4", None), ("four", "4", 5)):
         written = (tmp_path / f"{name}.safetensors").read_bytes()
-        with pytest.raises(StatisticsError, match=rf"positions={found}, and this merge has positions={wanted}.*delete"):
+        with pytest.raises(StatisticsError, match=rf"positions={found}, but this merge has positions={wanted}.*delete"):
             merge(models, tmp_path / f"{name}.safetensors", refine=None, positions=wanted)
         assert (tmp_path / f"{name}.safetensors").read_bytes() == written
     whole, four, more = (

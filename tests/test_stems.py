@@ -221,7 +221,7 @@ def test_each_task_runs_its_own_step_behind_its_own_stem(merged, models):
     assert torch.equal(merged(gray(X), task="gray"), wanted["gray"])
     assert list(merged({"gray": gray(X)})) == ["gray"]
     assert list(merged.stems) == list(TASKS) and merged.report.spaces[0].name == "stem"
-    with pytest.raises(ConfigurationError, match=r"inputs for 'sonar', but the tasks are"):
+    with pytest.raises(ConfigurationError, match=r"unknown tasks 'sonar': the tasks of this network are"):
         merged({"sonar": X})
 
 
@@ -268,13 +268,13 @@ def test_statistics_hold_the_inputs_of_all_and_where_the_trunk_starts(models, me
     }
     known = CalibrationStatistics.load(file)
     assert (known + known).example_of(TASKS)["gray"].shape == (1, 1, 8, 8)
-    with pytest.raises(StatisticsError, match=r"start_at='body', and this merge has start_at='body\.1'"):
+    with pytest.raises(StatisticsError, match=r"start_at='body', but this merge has start_at='body\.1'"):
         ZipIt(trainer()).merge(models, backbone="net", start_at="body.1", refine=None, statistics=file)
     dataclasses.replace(known, views=(("no_type", (3, 8, 8)), known.views[1])).save(file)
     with pytest.raises(StatisticsError, match="cannot be read as a statistics file"):
         CalibrationStatistics.load(file)
     dataclasses.replace(known, views=known.views[:1]).save(file)
-    with pytest.raises(StatisticsError, match="of 1 views of a sample, for 2 tasks"):
+    with pytest.raises(StatisticsError, match="1 views of a sample, but this merge has 2 tasks"):
         ZipIt(trainer()).merge(models, backbone="net", start_at="body", refine=None, statistics=file)
 
 

@@ -97,7 +97,7 @@ def test_the_driver_takes_a_base_with_another_head():
     ("arguments", "message"),
     [
         ({"combine": Ties(), "matcher": GreedyZip()}, "Use matcher=Average"),
-        ({"combine": "ties", "matcher": Average()}, "must be a Combination such as Ties"),
+        ({"combine": "ties", "matcher": Average()}, "Combination, such as Ties"),
     ],
 )
 def test_merge_settings_refuse_bad_combinations(arguments, message):

@@ -170,7 +170,7 @@ def test_space_whose_size_an_operator_needs_keeps_its_size():
     merged = merge_backbones({"a": net, "b": Reshaped()}, [data], MergeSettings(width=1.5))
     assert {space.name: space.width for space in merged.report.spaces} == {"first": 12, "second": 12}
     assert any("`width` was not applied to these spaces: `second`" in note for note in merged.report.notes)
-    with pytest.raises(ConfigurationError, match="'second' must be 1: an operator relies on its size"):
+    with pytest.raises(ConfigurationError, match="'second' must be 1: an operator depends on its size"):
         merge_backbones({"a": net, "b": Reshaped()}, [data], MergeSettings(width={"second": 1.5}))
 
 

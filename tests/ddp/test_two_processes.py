@@ -120,11 +120,11 @@ def test_samples_that_are_counted_twice_or_not_at_all_are_an_error_on_every_rank
     *_, messages = two
     for rank in (0, 1):
         assert (
-            f"rank {rank}: The processes have seen 106 samples of calibration loader 0, whose data set has 53"
+            f"rank {rank}: The processes have seen 106 samples of calibration loader 0, but its data set has 53"
             in messages
         )
         assert (
-            f"rank {rank}: The processes have seen 54 samples of calibration loader 0, whose data set has 53"
+            f"rank {rank}: The processes have seen 54 samples of calibration loader 0, but its data set has 53"
             in messages
         )
         assert f"rank {rank}: A process received no calibration batch" in messages
