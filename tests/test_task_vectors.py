@@ -97,7 +97,7 @@ def test_the_driver_takes_a_base_with_another_head():
     ("arguments", "message"),
     [
         ({"combine": Ties(), "matcher": GreedyZip()}, "Use matcher=Average"),
-        ({"combine": "ties", "matcher": Average()}, "must be a Combination such as Ties"),
+        ({"combine": "ties", "matcher": Average()}, "must be an instance of Combination, such as Ties"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(arguments, message):
