@@ -558,9 +558,9 @@ def test_the_installed_command_exports(folder, capsys):
     [
         ("merge", "--checkpoints.TASK FILE"),
         ("test", "If --ckpt_path is a merged checkpoint, omit the model"),
-        ("inspect", "the feature spaces that a merge would find"),
+        ("inspect", "must be merged together"),
         ("export", "--batch_size"),
-        (None, '"inspect" shows'),
+        (None, '"inspect" prints'),
     ],
 )
 def test_help_is_for_a_person(capsys, command, words):
