@@ -345,9 +345,10 @@ class StatisticsRecord:
         """
         known = self.resumed.seen.get(loader, 0) if self.resumed is not None else 0
         if before < known < before + samples:
+            parts = self.path.with_name(f"{self.path.stem}.part-*{self.path.suffix}")
             raise StatisticsError(
                 f"The batches differ from those of the interrupted calibration: it had seen {known} samples of loader "
-                f"{loader}, which is not a batch boundary now. Use the same batch size, or delete {self._own} to "
+                f"{loader}, which is not a batch boundary now. Use the same batch size, or delete the files {parts} to "
                 "calibrate again."
             )
         return before < known
