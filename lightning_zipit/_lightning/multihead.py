@@ -26,9 +26,9 @@ from lightning_zipit._merging.rebuild import build_head, build_stem, build_trunk
 from lightning_zipit._report.report import MergeReport
 from lightning_zipit.errors import CheckpointError, ConfigurationError
 from lightning_zipit.graph import MergeGraph
-from lightning_zipit.graph.agreement import trace_all
 from lightning_zipit.graph.joined import Joined
 from lightning_zipit.graph.notes import read_barriers
+from lightning_zipit.graph.settle import trace_all
 from lightning_zipit.merged import MergedBackbone
 from lightning_zipit.refine import BatchNorm
 from lightning_zipit.refine.task_norms import give_norms

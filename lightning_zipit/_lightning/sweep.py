@@ -27,7 +27,7 @@ from lightning_zipit._lightning.multihead import MultiHeadModule
 from lightning_zipit._lightning.multitask import Ensemble, MultiTaskModule
 from lightning_zipit._report.report import Cost, MergeReport
 from lightning_zipit._sweep.plan import Plan
-from lightning_zipit._sweep.results import Mode, ResultsFile, SweepResult, SweepRow, describe
+from lightning_zipit._sweep.results import Mode, ResultsFile, SweepResult, SweepRow, as_columns
 from lightning_zipit._sweep.statistics import StatisticsFiles
 from lightning_zipit.errors import CalibrationError, ConfigurationError, StatisticsError, ZipItError
 from lightning_zipit.graph import MergeGraph
@@ -80,7 +80,7 @@ class Sweep:
             row = file.find(settings)
             if row is None or row.error:
                 ensemble = ensemble or self._run_ensemble(module, show)
-                text = describe(settings)
+                text = as_columns(settings)
                 show(", ".join(text[name] for name in ("stop_at", "matcher", "refine")), 0)
                 row, outcome = self._attempt(settings)
                 if isinstance(outcome, Exception):

@@ -18,9 +18,9 @@ from lightning_zipit._merging.cost import FlopCounts, FlopsModel, count_flops
 from lightning_zipit._merging.widths import find_choices
 from lightning_zipit.errors import ConfigurationError, UnknownShapeError, ZipItError
 from lightning_zipit.graph import MergeGraph
-from lightning_zipit.graph.agreement import settle, trace_all
 from lightning_zipit.graph.joined import Joined
 from lightning_zipit.graph.replay import working_copy
+from lightning_zipit.graph.settle import settle, trace_all
 from lightning_zipit.refine.task_norms import find_norms
 from lightning_zipit.settings import MergeSettings
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lightning_zipit._common.collectives import decide
 from lightning_zipit._common.messages import quiet
 from lightning_zipit._common.options import Spelled, fits, options_of, spell_out, spelled_options, unknown_names
-from lightning_zipit._sweep.results import Mode, SweepRow, describe, to_text
+from lightning_zipit._sweep.results import Mode, SweepRow, as_columns, to_text
 from lightning_zipit.errors import ConfigurationError
 from lightning_zipit.matchers import GreedyZip
 from lightning_zipit.settings import MergeSettings, Target
@@ -250,7 +250,7 @@ class Search(Plan):
             rows.append(evaluate(settings))
             for trial in asked:
                 self._tell(trial, rows[-1])
-        return list({tuple(describe(row.settings).items()): row for row in rows if row.settings is not None}.values())
+        return list({tuple(as_columns(row.settings).items()): row for row in rows if row.settings is not None}.values())
 
     def _known(self) -> list[dict[str, Any]]:
         return [trial.params for trial in self.study.trials if trial.state.is_finished()]
@@ -368,7 +368,7 @@ def grid(choices: Mapping[str, Any], **fixed: Any) -> list[MergeSettings]:
         settings += made(MergeSettings, chosen | fixed, problems)
     if problems:
         raise ConfigurationError.collect(list(dict.fromkeys(problems)))
-    return list({tuple(describe(each).items()): each for each in settings}.values())
+    return list({tuple(as_columns(each).items()): each for each in settings}.values())
 
 
 def _listed(value: Any) -> list[Any]:

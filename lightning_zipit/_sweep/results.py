@@ -137,7 +137,7 @@ class SweepResult:
         if rows is None:
             rows = [*self.pareto, *([self.ensemble] if self.ensemble is not None else [])]
         table = Table()
-        texts = [describe(row.settings) for row in self.rows if row.settings is not None]
+        texts = [as_columns(row.settings) for row in self.rows if row.settings is not None]
         varied = [name for name in SETTINGS if len({text[name] for text in texts}) > 1]
         metrics = list(dict.fromkeys(name for row in rows for name in row.metrics))
         for heading in varied or ["setting"]:
@@ -145,7 +145,7 @@ class SweepResult:
         for heading in (*metrics, "MFLOPs", "× one source"):
             table.add_column(heading, justify="right")
         for row in rows:
-            text = describe(row.settings) if row.settings is not None else {}
+            text = as_columns(row.settings) if row.settings is not None else {}
             named = [text.get(name, "") for name in varied[1:]]
             first = text.get(varied[0], "") if varied and text else "merged" if text else "ensemble"
             numbers = [f"{row.metrics.get(name, float('nan')):.4f}" for name in metrics]
@@ -182,7 +182,7 @@ class SweepResult:
         groups: dict[str, list[SweepRow]] = {}
         for row in self.rows:
             if row.settings is not None and not row.error:
-                groups.setdefault(describe(row.settings)["stop_at"], []).append(row)
+                groups.setdefault(as_columns(row.settings)["stop_at"], []).append(row)
         for name, rows in groups.items():
             axes.scatter(*self._points(rows), label=f"stop_at {name}", s=25)
         if self.ensemble is not None:
@@ -197,7 +197,7 @@ class SweepResult:
         return [row.flops / 1e6 for row in rows], [row.metrics[self.metric] for row in rows]
 
 
-def describe(settings: MergeSettings) -> dict[str, str]:
+def as_columns(settings: MergeSettings) -> dict[str, str]:
     """Return the settings as text, by column. These texts identify a row of a sweep."""
     return {name: to_text(getattr(settings, name)) for name in SETTINGS}
 
@@ -281,14 +281,14 @@ class ResultsFile:
 
     def _with_defaults(self, record: Mapping[str, str]) -> dict[str, str]:
         """Fill in the defaults of options that have no column."""
-        defaults = describe(MergeSettings()) if record["network"] == "merged" else dict.fromkeys(SETTINGS, "")
+        defaults = as_columns(MergeSettings()) if record["network"] == "merged" else dict.fromkeys(SETTINGS, "")
         return {**defaults, **record}
 
     def _key(self, record: Mapping[str, str]) -> tuple[str, ...]:
         return tuple(record[name] for name in ("network", *SETTINGS))
 
     def _record(self, row: SweepRow) -> dict[str, str]:
-        settings = dict.fromkeys(SETTINGS, "") if row.settings is None else describe(row.settings)
+        settings = dict.fromkeys(SETTINGS, "") if row.settings is None else as_columns(row.settings)
         numbers = (row.flops, row.relative_flops, row.parameters)
         return {
             "models": self.models,

@@ -15,7 +15,7 @@ from lightning_zipit.errors import ConfigurationError
 from lightning_zipit.graph.events import Event
 from lightning_zipit.graph.grouping import Grouping
 from lightning_zipit.graph.interpret import Context
-from lightning_zipit.graph.naming import describe, place_of
+from lightning_zipit.graph.naming import describe_node, place_of
 from lightning_zipit.graph.notes import find_notes
 from lightning_zipit.graph.order import varying
 from lightning_zipit.graph.registry import Trait, traits_of
@@ -99,7 +99,7 @@ class Analysis:
                 self.ctx.enter(value)
             elif any(isinstance(part, (Features, Opaque)) and part.ids.size for part in leaves(value)):
                 raise ConfigurationError(
-                    f"The trunk cannot start at {self.start_at!r}: its input from {describe(node, self.backbone)} has "
+                    f"The trunk cannot start at {self.start_at!r}: its input from {describe_node(node, self.backbone)} has "
                     "no known axis of features, or several. Choose another module as `start_at`, or register rules for "
                     "the operators before it with `lightning_zipit.graph.register_rule`."
                 )

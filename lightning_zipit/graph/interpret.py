@@ -17,7 +17,7 @@ from lightning_zipit.errors import TraceError, ZipItError
 from lightning_zipit.graph.constants import Constants
 from lightning_zipit.graph.events import Event, EventKind, Nesting, Projected
 from lightning_zipit.graph.explain import counts, unexplained
-from lightning_zipit.graph.naming import describe, symbol
+from lightning_zipit.graph.naming import describe_node, symbol
 from lightning_zipit.graph.registry import Operator, Trait, operator_of, spelled, writes_in_place
 from lightning_zipit.graph.table import named_tensors
 from lightning_zipit.graph.values import Features, Ids, Joined, Opaque, Parameter, Plain, Value, leaves, parts_of
@@ -180,7 +180,7 @@ class Context:
         The error makes the operator a barrier, unless it is ``fatal``.
         """
         error = TraceError(
-            f"{describe(self.node, self.module)} cannot be merged: {reason}. Register a rule with "
+            f"{describe_node(self.node, self.module)} cannot be merged: {reason}. Register a rule with "
             f"`lightning_zipit.graph.register_rule({symbol(self.node, self.module)}, rule)`, register a rule for a "
             "module that contains the operator, or merge less: choose another `backbone`, or a `stop_at` before it."
         )

@@ -30,7 +30,7 @@ def place_of(node: fx.Node) -> str:
     return str(node.target) if node.op == "call_module" else location(node)
 
 
-def describe(node: fx.Node, module: nn.Module) -> str:
+def describe_node(node: fx.Node, module: nn.Module) -> str:
     """Describe a node by its operator and its module."""
     name = symbol(node, module)
     if node.op == "call_module":

@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from lightning_zipit.errors import TraceError
 from lightning_zipit.graph.joined import Joined
-from lightning_zipit.graph.naming import describe
+from lightning_zipit.graph.naming import describe_node
 from lightning_zipit.graph.registry import has_own_forward, operator_of_module
 from lightning_zipit.graph.replay import working_copy
 from lightning_zipit.graph.run import IN_PLACE
@@ -143,7 +143,7 @@ def _drop_unused(backbone: nn.Module, graph: fx.Graph) -> None:
         module = backbone.get_submodule(target) if node.op == "call_module" else None
         if node.op.startswith("call") and (target.endswith("_") or getattr(module, "inplace", False)):
             raise TraceError(
-                f"{describe(node, backbone)} changes a tensor in place and its result is not used. The graph does not "
+                f"{describe_node(node, backbone)} changes a tensor in place and its result is not used. The graph does not "
                 "record later reads of the changed tensor. Assign the result in the forward: `x = …`."
             )
         graph.erase_node(node)

@@ -7,7 +7,7 @@ from torch import nn
 
 from lightning_zipit import trace
 from lightning_zipit.errors import ArchitectureMismatchError, ConfigurationError
-from lightning_zipit.graph.agreement import trace_all
+from lightning_zipit.graph.settle import trace_all
 
 X = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from lightning_zipit._common.views import Inputs, view_of
 from lightning_zipit.errors import ArchitectureMismatchError, ZipItError
 from lightning_zipit.graph.compare import first_difference, first_difference_of_entries
-from lightning_zipit.graph.positions import find_unlike
 from lightning_zipit.graph.prove import SAMPLES, find_failing
 from lightning_zipit.graph.replay import check_capture
 from lightning_zipit.graph.spaces import MergeGraph
 from lightning_zipit.graph.trace import analyse_again, trace
+from lightning_zipit.graph.unlike import find_unlike
 
 
 def trace_all(
