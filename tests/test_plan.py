@@ -9,7 +9,7 @@ from lightning_zipit import Range, ZipIt
 from lightning_zipit._lightning.sweep import Sweep
 from lightning_zipit._phases.calibrate import Gathering
 from lightning_zipit._sweep.plan import Search
-from lightning_zipit._sweep.results import SweepRow, describe
+from lightning_zipit._sweep.results import SweepRow, as_columns
 from lightning_zipit.errors import ConfigurationError
 from lightning_zipit.matchers import GreedyZip, Permute
 from lightning_zipit.settings import MergeSettings
@@ -63,7 +63,7 @@ def test_what_is_to_be_tried_together_is_known_before():
     ends = search({"alpha": Range(0.2, 0.8), "stop_at": ["x", "y"]}).settings
     assert {(each.stop_at, each.matcher.alpha) for each in ends} == {("x", 0.2), ("x", 0.8), ("y", 0.2), ("y", 0.8)}
     rows = plan.run(lambda settings: SweepRow(settings, {"loss": 1.0}))
-    assert len(rows) == len({str(describe(row.settings)) for row in rows}) <= 4  # a setting is a row once
+    assert len(rows) == len({str(as_columns(row.settings)) for row in rows}) <= 4  # a setting is a row once
 
 
 @pytest.mark.parametrize("directions", [DIRECTIONS, DIRECTIONS[:1]])

@@ -12,7 +12,7 @@ import pytest
 from lightning_zipit import MergeSettings, ZipIt, ZipItCallback, ZipItCLI, ZipItTrainer
 from lightning_zipit._common.options import entries, keywords_of, options_of, spelled_options
 from lightning_zipit._lightning.internals import subcommand_parsers
-from lightning_zipit._sweep.results import ResultsFile, SweepRow, describe
+from lightning_zipit._sweep.results import ResultsFile, SweepRow, as_columns
 from lightning_zipit.errors import ConfigurationError
 from lightning_zipit.matchers import Average, GreedyZip, Permute
 from lightning_zipit.refine import LeastSquares
@@ -207,4 +207,4 @@ def test_two_processes_that_write_results_keep_the_rows_of_both(results):
 
 
 def test_settings_as_text_tell_settings_apart():
-    assert len({tuple(describe(MergeSettings(**arguments)).items()) for arguments in RIGHT}) == len(RIGHT)
+    assert len({tuple(as_columns(MergeSettings(**arguments)).items()) for arguments in RIGHT}) == len(RIGHT)

@@ -143,8 +143,8 @@ def _drop_unused(backbone: nn.Module, graph: fx.Graph) -> None:
         module = backbone.get_submodule(target) if node.op == "call_module" else None
         if node.op.startswith("call") and (target.endswith("_") or getattr(module, "inplace", False)):
             raise TraceError(
-                f"{describe_node(node, backbone)} changes a tensor in place and its result is not used. The graph does not "
-                "record later reads of the changed tensor. Assign the result in the forward: `x = …`."
+                f"{describe_node(node, backbone)} changes a tensor in place and its result is not used. The graph does "
+                "not record later reads of the changed tensor. Assign the result in the forward: `x = …`."
             )
         graph.erase_node(node)
 
