@@ -100,7 +100,8 @@ class Analysis:
             elif any(isinstance(part, (Features, Opaque)) and part.ids.size for part in leaves(value)):
                 raise ConfigurationError(
                     f"The trunk cannot start at {self.start_at!r}: its input from "
-                    f"{describe_node(node, self.backbone)} has no known axis of features, or several. Choose another module as `start_at`, or register rules for "
+                    f"{describe_node(node, self.backbone)} has no known axis of features, or several. "
+                    "Choose another module as `start_at`, or register rules for "
                     "the operators before it with `lightning_zipit.graph.register_rule`."
                 )
             entering[node] = value
