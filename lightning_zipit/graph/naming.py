@@ -25,6 +25,11 @@ def modules_around(node: fx.Node) -> list[str]:
     return [name.partition("@")[0] for name in node.meta.get("nn_module_stack") or ()]  # torch.fx numbers the calls
 
 
+def call_of(node: fx.Node) -> list[str]:
+    """The calls of modules around the node, outermost first: full names, with ``@`` and a number from the second on."""
+    return list(node.meta.get("nn_module_stack") or ())
+
+
 def place_of(node: fx.Node) -> str:
     """The module that a node calls, or the one whose forward it stands in."""
     return str(node.target) if node.op == "call_module" else location(node)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from operator import attrgetter
 from typing import Any
 
@@ -150,11 +150,7 @@ def _is(value: Any, device: torch.device | None) -> bool:
 
 def _keep_meta(node: fx.Node) -> None:
     """Keep what is plain data: the modules around a node, its line, and shape and type of its result."""
-    stack: Mapping[str, Any] = node.meta.get("nn_module_stack") or {}
-    names = [str(name) for name, _ in stack.values()]
-    inside = [name.removeprefix(WRAPPER).removeprefix(".") for name in names if name.startswith(WRAPPER)]
-    kinds = [kind for name, kind in stack.values() if str(name).startswith(WRAPPER)]
-    meta: dict[str, Any] = {"nn_module_stack": {name: (name, kind) for name, kind in zip(inside, kinds, strict=True)}}
+    meta: dict[str, Any] = {"nn_module_stack": dict(_calls(node.meta.get("nn_module_stack") or {}))}
     value = node.meta.get("val")
     if isinstance(value, Tensor):
         meta |= {"shape": tuple(map(hint, value.shape)), "dtype": value.dtype}
@@ -165,3 +161,12 @@ def _keep_meta(node: fx.Node) -> None:
     if "stack_trace" in node.meta:
         meta["stack_trace"] = node.meta["stack_trace"]
     node.meta = meta
+
+
+def _calls(stack: Mapping[str, Any]) -> Iterator[tuple[str, tuple[str, Any]]]:
+    """The calls of modules around a node: full name and number of the call, full name and type of the module."""
+    for call, (path, kind) in stack.items():
+        if str(path).startswith(WRAPPER):
+            name = str(path).removeprefix(WRAPPER).removeprefix(".").partition("@")[0]
+            number = call.rpartition("@")[2] if "@" in call else ""
+            yield (f"{name}@{number}" if number else name), (name, kind)

@@ -13,6 +13,7 @@ from lightning_zipit.errors import CalibrationError, TraceError
 from lightning_zipit.graph.capture import capture
 from lightning_zipit.graph.functional_form import writes
 from lightning_zipit.graph.structure import UnknownContainerError, flatten
+from lightning_zipit.graph.whole_modules import fold
 
 UNSEEN = 7
 
@@ -407,3 +408,23 @@ def test_a_forward_that_counts_its_calls_is_refused():
     network.calls = 0
     check_replay(network, tensor(4))  # each run is the first of a copy
     assert network.calls == 0
+
+
+def test_calls_of_modules_are_put_back():
+    parts = {"a": nn.Linear(4, 4), "act": nn.ReLU(True), "norm": nn.BatchNorm1d(4), "drop": nn.Dropout(0.5)}
+    network = module(lambda self, x: self.drop(self.norm(self.act(self.a(self.act(self.a(x)))).flatten(1))), **parts)
+    found = captured(network, tensor(4))
+    fold(found.graph, network, lambda each: not list(each.children()))
+    called = [node.target for node in found.graph.nodes if node.op == "call_module"]
+    assert called == ["a", "act", "a", "act", "norm", "drop"]
+    x = torch.randn(UNSEEN, 4)
+    torch.testing.assert_close(found.run(network.eval(), x), network(x))
+
+
+def test_modules_that_return_tuples_stay_open():
+    network = module(lambda self, x: self.rnn(x)[0], rnn=nn.LSTM(4, 5, batch_first=True))
+    found = captured(network, tensor(3, 4))
+    fold(found.graph, network, lambda each: not list(each.children()))
+    assert not any(node.op == "call_module" for node in found.graph.nodes)
+    x = torch.randn(UNSEEN, 3, 4)
+    torch.testing.assert_close(found.run(network.eval(), x), network(x))
