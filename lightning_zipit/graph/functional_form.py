@@ -31,7 +31,7 @@ def shares_memory(node: fx.Node) -> bool:
 
 
 def make_functional(graph: fx.Graph) -> list[fx.Node]:
-    """Replace each operator in place whose target no view shares memory with.
+    """Replace each operator in place whose target no tensor that is read later shares memory with.
 
     Args:
         graph: the graph; it is changed.
@@ -53,11 +53,11 @@ def _replace(graph: fx.Graph, node: fx.Node) -> bool:
     order = {each: number for number, each in enumerate(graph.nodes)}
     family = _family(target)
     base = next(iter(family))
-    if base.op == "get_attr" or target is not base:
+    if base.op == "get_attr":
         return False
     earlier = (member for member in family if member is not target and order[member] < order[node])
     if any(order[user] > order[node] for member in earlier for user in member.users):
-        return False  # a view that was made before would see the new values
+        return False  # it would see the new values
     with graph.inserting_before(node):
         new = graph.call_function(twin, node.args, node.kwargs)
     new.meta = dict(node.meta)

@@ -20,6 +20,9 @@ from lightning_zipit.graph.sizes import hint
 
 aten = torch.ops.aten
 
+SAME = {**ORIGINALS, aten.view.default: aten.reshape.default, aten._unsafe_view.default: aten.reshape.default}
+"""Operators that are another, so that there is one for each thing: a copied tensor may have other strides."""
+
 WRAPPER = "network"
 """Name of the network in the module that is exported."""
 CHECKS = frozenset(
@@ -87,7 +90,7 @@ def _converted(program: ExportedProgram, network: nn.Module) -> fx.Graph:
             built[node] = convert(node.args[0])
         elif node.target not in CHECKS:
             built[node] = copied = graph.node_copy(node, convert)
-            copied.target = ORIGINALS.get(node.target, node.target)
+            copied.target = SAME.get(node.target, node.target)
             copied.kwargs = {name: value for name, value in copied.kwargs.items() if name != "pin_memory"}
             _write_out_dtype(copied)
             _follow_device(graph, copied, device, anchor)

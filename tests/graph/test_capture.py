@@ -105,6 +105,14 @@ def writes_through_a_view(self, x):
     return y + z.add_(1)
 
 
+def writes_into_what_is_read_later(self, x):
+    y = self.fc(x)
+    flat = y.view(-1, 2)
+    flat.relu_()
+    first = F.dropout(y.flatten(1), 0.5, self.training, inplace=True)[:, :3]
+    return first.add_(y[:, 3:]), y
+
+
 def makes_tensors(self, x):
     places = torch.arange(x.shape[1])
     start = torch.zeros(x.size(0), 4)
@@ -169,6 +177,10 @@ NETWORKS = {
     "unpacked chunks": lambda: (module(attends, qkv=nn.Linear(8, 24), out=nn.Linear(8, 8)), tensor(5, 8)),
     "rearranged patches": lambda: (module(splits_patches, fc=nn.Linear(48, 6)), tensor(3, 8, 8)),
     "writes through views": lambda: (module(writes_through_a_view, fc=nn.Linear(4, 6)), tensor(4)),
+    "writes into what is read later": lambda: (
+        module(writes_into_what_is_read_later, fc=nn.Linear(4, 6)),
+        tensor(4),
+    ),
     "tensors of the forward": lambda: (
         module(makes_tensors, embed=nn.Embedding(9, 4), fc=nn.Linear(4, 3)),
         tensor(5, 4),
