@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import io
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from lightning_zipit.graph.explain_capture import cannot_capture, unknown_contai
 from lightning_zipit.graph.program import to_graph
 from lightning_zipit.graph.recurrent import KeepRecurrent
 from lightning_zipit.graph.replay import CAPTURE_TOLERANCE, agree, working_copy
-from lightning_zipit.graph.sizes import ShortExpressions, Sizes, TooManyOperationsError, sizes_of
+from lightning_zipit.graph.sizes import ShortExpressions, Sizes, sizes_of
 from lightning_zipit.graph.structure import Structure, UnknownContainerError, flatten
 from lightning_zipit.graph.two_batches import DifferentGraphsError, join
 
@@ -226,7 +227,8 @@ class _Flat(nn.Module):
     def export(self, tensors: Sequence[Tensor], free: Sequence[Iterable[int]]) -> ExportedProgram:
         """Export it, where some axes of the inputs can have any size; those that the forward fixes cannot."""
         shapes = tuple({axis: Dim.AUTO for axis in axes} for axes in free)
-        with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
+        quiet = redirect_stderr(io.StringIO())  # torch.export prints the graph of what it cannot follow
+        with torch.inference_mode(False), torch.no_grad(), quiet, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.export.export(self, tuple(tensors), dynamic_shapes=(shapes,), strict=False)
 
@@ -283,7 +285,7 @@ def _untied(network: nn.Module) -> nn.Module:
 def _export(flat: _Flat, tensors: Sequence[Tensor], network: nn.Module, who: str) -> tuple[fx.Graph, Sizes]:
     try:
         program = flat.export(tensors, [range(tensor.ndim) for tensor in tensors])
-    except TooManyOperationsError:
+    except Exception:  # such as TooManyOperationsError, or numbers that are computed from sizes by tensors
         program = flat.export(tensors, [range(tensor.ndim)[:1] for tensor in tensors])
     numbers = [read for read in flat.answer.decisions if not read.is_yes_or_no]
     if numbers:

@@ -61,7 +61,7 @@ def _where(network: nn.Module, trace: TracebackType | None) -> tuple[str, str] |
     path, line = None, ""
     for frame, number in traceback.walk_tb(trace):
         name = frame.f_code.co_filename
-        module = frame.f_locals.get("self")
+        module = frame.f_locals.get(next(iter(frame.f_code.co_varnames), ""))  # `self`, by whatever name
         if id(module) in names and frame.f_code.co_name not in ("_call_impl", "_wrapped_call_impl"):
             path = names[id(module)]
         if not name.startswith((TORCH, PACKAGE, "<")):

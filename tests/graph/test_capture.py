@@ -400,6 +400,13 @@ def test_what_cannot_be_followed_is_refused_with_module_line_and_way_out():
     assert "such as `0` or `2`" in str(error.value)
 
 
+def test_a_size_that_data_decides_is_refused_with_its_line_and_without_noise(capfd):
+    network = module(lambda self, x: self.fc(x)[: len(x[x > 0]) % 2 + 1], fc=nn.Linear(4, 3))
+    with pytest.raises(TraceError, match=r"test_capture\.py:\d+"):
+        capture(network, torch.eye(4)[:1])
+    assert capfd.readouterr() == ("", "")
+
+
 def test_a_loop_over_samples_is_refused():
     network = module(lambda self, x: torch.stack([self.fc(row) for row in x]), fc=nn.Linear(4, 3))
     with pytest.raises(TraceError, match="loop over samples"):
