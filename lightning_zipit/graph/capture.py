@@ -195,9 +195,7 @@ def resize(tensors: Sequence[Tensor], batched: Sequence[bool] | None, samples: i
         first = next((len(tensor) for tensor in tensors if tensor.ndim), 0)
         batched = [tensor.ndim > 0 and len(tensor) == first for tensor in tensors]
     return [
-        tensor.detach()[torch.arange(samples, device=tensor.device) % len(tensor)]
-        if chosen
-        else tensor.detach().clone()
+        tensor[torch.arange(samples, device=tensor.device) % len(tensor)] if chosen else tensor.clone()
         for tensor, chosen in zip((tensor.detach() for tensor in tensors), batched, strict=True)
     ]
 

@@ -7,66 +7,11 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.capturing import UNSEEN, call, captured, check_replay, module, tensor, tokens
 from torch import nn
 
-from lightning_zipit.errors import CalibrationError, TraceError
-from lightning_zipit.graph.capture import capture
 from lightning_zipit.graph.functional_form import writes
-from lightning_zipit.graph.structure import UnknownContainerError, flatten
 from lightning_zipit.graph.whole_modules import fold
-
-UNSEEN = 7
-
-
-def call(example, samples):
-    """Positional and keyword arguments of an example of another number of samples, with new numbers."""
-    torch.manual_seed(samples)
-    args, kwargs = example(samples)
-    return args, kwargs
-
-
-def captured(network, example):
-    args, kwargs = call(example, 2)
-    return capture(network, kwargs if kwargs else args)
-
-
-def check_replay(network, example, samples=UNSEEN):
-    """Capture a network and compare the graph with it on a batch of another size."""
-    torch.manual_seed(0)
-    found = captured(network, example)
-    args, kwargs = call(example, samples)
-    network = copy.deepcopy(network).eval()
-    with torch.no_grad():
-        torch.manual_seed(0)
-        want = network(*copy.deepcopy(args), **copy.deepcopy(kwargs))
-        torch.manual_seed(0)
-        got = found.run(network, *args, **kwargs)
-    (one, structure), (two, expected) = flatten(got), flatten(want)
-    assert structure == expected and type(got) is type(want)
-    for a, b in zip(one, two, strict=True):
-        torch.testing.assert_close(a, b)
-    return found
-
-
-def tensor(*shape):
-    return lambda n: ((torch.randn(n, *shape),), {})
-
-
-def tokens(n, length=6):
-    return (torch.randint(0, 20, (n, length)),), {}
-
-
-def module(forward, **parts):
-    """A module of some parts with a forward."""
-
-    class Module(nn.Module):
-        def __init__(self):
-            super().__init__()
-            for name, part in parts.items():
-                setattr(self, name, part)
-
-    Module.forward = forward
-    return Module()
 
 
 def decides_on_sizes(self, x):
@@ -288,19 +233,6 @@ def test_inputs_can_be_nested():
     check_replay(network, lambda n: ((), {"batch": {"x": [torch.randn(n, 4), torch.randn(n, 4)]}, "k": 2}))
 
 
-class Cache:
-    def __init__(self, keys):
-        self.keys = keys
-
-
-def test_a_cache_in_the_output_is_refused_with_the_way_out():
-    network = module(lambda self, x: {"logits": self.fc(x), "cache": Cache(self.fc(x))}, fc=nn.Linear(4, 3))
-    with pytest.raises(TraceError, match=r"returns a Cache \(output\['cache'\]\)[\s\S]*use_cache"):
-        captured(network, tensor(4))
-    with pytest.raises(UnknownContainerError):
-        flatten(object())
-
-
 def test_parameters_are_read_by_every_name_that_they_have():
     network = module(
         lambda self, x: self.out(self.embed(x)), embed=nn.Embedding(20, 8), out=nn.Linear(8, 20, bias=False)
@@ -339,96 +271,6 @@ def test_a_batch_of_one_sample_can_be_run():
     assert torch.equal(captured(network, tensor(4)).run(network, x), network(x))
 
 
-def test_sizes_that_the_forward_decides_by_are_refused():
-    network = module(lambda self, x: self.fc(x).relu() if x.shape[1] > 4 else self.fc(x), fc=nn.Linear(3, 3)).eval()
-    found = captured(network, tensor(6, 3))
-    long, short = torch.randn(2, 9, 3), torch.randn(2, 4, 3)
-    assert torch.equal(found.run(network, long), network(long))
-    with pytest.raises(TraceError, match="condition"):
-        found.run(network, short)
-    with pytest.raises(TraceError, match="condition"):
-        found.check(network, short)
-
-
-def test_a_fixed_size_is_refused_by_name():
-    network = module(lambda self, x: F.max_pool1d(self.fc(x), x.size(1)), fc=nn.Linear(8, 8)).eval()
-    with pytest.raises(TraceError, match=r"fixed|shape \(2, 5, 8\)"):
-        captured(network, tensor(4, 8)).run(network, torch.randn(2, 5, 8))
-
-
-def test_other_arguments_are_refused():
-    network = nn.Linear(4, 3)
-    with pytest.raises(TraceError, match="other arguments"):
-        captured(network, tensor(4)).run(network, input=torch.randn(2, 4))
-
-
-def decides_by_data(self, x):
-    return self.fc(x) if (x.abs() < 100).all() else self.fc(x) * 2
-
-
-def test_a_decision_on_data_is_reported_with_its_line():
-    (decision,) = captured(module(decides_by_data, fc=nn.Linear(4, 3)), tensor(4)).decisions
-    assert decision.value is True and decision.line.startswith(f"{__file__}:")
-
-
-def test_a_decision_on_constants_is_none():
-    network, example = NETWORKS["causal mask"]()
-    assert not captured(network, example).decisions
-
-
-def test_a_decision_that_changes_with_the_batch_is_refused():
-    network = module(lambda self, x: self.fc(x) * (2 if x.sum() > 8.5 else 1), fc=nn.Linear(2, 3))
-    with pytest.raises(TraceError, match=r"decides by its data: .*test_capture\.py:\d+"):
-        capture(network, torch.ones(2, 2))
-
-
-def test_a_number_read_from_data_is_refused_with_its_line():
-    network = module(lambda self, x: self.fc(x)[:, : int(x.argmax()) % 2 + 1], fc=nn.Linear(4, 3))
-    with pytest.raises(TraceError, match=r"reads from tensors that depend on the input: .*test_capture\.py:\d+"):
-        capture(network, torch.eye(4)[:1])
-
-
-def test_what_cannot_be_followed_is_refused_with_module_line_and_way_out():
-    def forward(self, x):
-        if torch.compiler.is_exporting():
-            raise NotImplementedError("not for export")
-        return x
-
-    network = nn.Sequential(nn.Linear(4, 4), nn.Sequential(module(forward)), nn.Linear(4, 2))
-    with pytest.raises(TraceError, match=r"`1\.0` \(Module\) at .*test_capture\.py:\d+, in forward") as error:
-        capture(network, torch.rand(2, 4))
-    assert "such as `0` or `2`" in str(error.value)
-
-
-def test_a_size_that_data_decides_is_refused_with_its_line_and_without_noise(capfd):
-    network = module(lambda self, x: self.fc(x)[: len(x[x > 0]) % 2 + 1], fc=nn.Linear(4, 3))
-    with pytest.raises(TraceError, match=r"test_capture\.py:\d+"):
-        capture(network, torch.eye(4)[:1])
-    assert capfd.readouterr() == ("", "")
-
-
-def test_a_loop_over_samples_is_refused():
-    network = module(lambda self, x: torch.stack([self.fc(row) for row in x]), fc=nn.Linear(4, 3))
-    with pytest.raises(TraceError, match="loop over samples"):
-        capture(network, torch.rand(2, 4))
-
-
-def test_an_input_that_does_not_fit_is_named():
-    with pytest.raises(CalibrationError, match=r"Linear cannot take an input of shape \(3, 7\)"):
-        capture(nn.Linear(4, 3), torch.randn(2, 7))
-
-
-def test_a_forward_that_counts_its_calls_is_refused():
-    def forward(self, x):
-        self.calls += 1
-        return self.fc(x) * self.calls
-
-    network = module(forward, fc=nn.Linear(4, 3))
-    network.calls = 0
-    check_replay(network, tensor(4))  # each run is the first of a copy
-    assert network.calls == 0
-
-
 def test_calls_of_modules_are_put_back():
     parts = {"a": nn.Linear(4, 4), "act": nn.ReLU(True), "norm": nn.BatchNorm1d(4), "drop": nn.Dropout(0.5)}
     network = module(lambda self, x: self.drop(self.norm(self.act(self.a(self.act(self.a(x)))).flatten(1))), **parts)
@@ -447,3 +289,8 @@ def test_modules_that_return_tuples_stay_open():
     assert not any(node.op == "call_module" for node in found.graph.nodes)
     x = torch.randn(UNSEEN, 3, 4)
     torch.testing.assert_close(found.run(network.eval(), x), network(x))
+
+
+def test_a_decision_on_constants_is_none():
+    network, example = NETWORKS["causal mask"]()
+    assert not captured(network, example).decisions
