@@ -64,9 +64,7 @@ def test_a_decision_that_changes_with_the_batch_is_refused():
 
 def test_a_number_read_from_data_is_refused_with_its_line():
     network = module(lambda self, x: self.fc(x)[:, : int(x.argmax()) % 2 + 1], fc=nn.Linear(4, 3))
-    with pytest.raises(
-        TraceError, match=r"that depend on the input: .*test_capture_refuses\.py:\d+"
-    ):
+    with pytest.raises(TraceError, match=r"that depend on the input: .*test_capture_refuses\.py:\d+"):
         capture(network, torch.eye(4)[:1])
 
 
