@@ -25,6 +25,11 @@ def modules_around(node: fx.Node) -> list[str]:
     return [name.partition("@")[0] for name in node.meta.get("nn_module_stack") or ()]  # "name@2" is the second call
 
 
+def call_of(node: fx.Node) -> list[str]:
+    """The calls of modules around the node, outermost first: full names, with ``@`` and a number from the second on."""
+    return list(node.meta.get("nn_module_stack") or ())
+
+
 def place_of(node: fx.Node) -> str:
     """Return the full name of the module that a node calls, or of the module whose forward contains the node."""
     return str(node.target) if node.op == "call_module" else location(node)

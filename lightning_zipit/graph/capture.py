@@ -1,0 +1,340 @@
+"""Runs a network once and writes down what it computes: a graph of ATen operators over its own parameters."""
+
+from __future__ import annotations
+
+import copy
+import io
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+
+from lightning_zipit.errors import CalibrationError, TraceError
+from lightning_zipit.graph.decisions import Answer, Read, Watch
+from lightning_zipit.graph.explain_capture import cannot_capture, unknown_container
+from lightning_zipit.graph.program import to_graph
+from lightning_zipit.graph.recurrent import KeepRecurrent
+from lightning_zipit.graph.replay import CAPTURE_TOLERANCE, agree, working_copy
+from lightning_zipit.graph.sizes import ShortExpressions, Sizes, sizes_of
+from lightning_zipit.graph.structure import Structure, UnknownContainerError, flatten
+from lightning_zipit.graph.two_batches import DifferentGraphsError, join
+
+BATCHES = (3, 5)
+"""Samples of the captured batch and of the one that the graph is compared on: numbers that are seldom other sizes."""
+
+
+@dataclass(frozen=True)
+class Captured:
+    """What a network computes in eval mode.
+
+    Attributes:
+        graph: placeholders for the tensors of the input, ``get_attr`` of parameters and buffers by their names in the
+            network, and calls of ATen operators, none of which writes in place; returns the tensors of the output.
+            Nodes know their modules (``meta["nn_module_stack"]``), their line (``meta["stack_trace"]``), and the
+            shape and type of their result for the captured batch (``meta["shape"]``, ``meta["dtype"]``).
+        inputs: the structure of positional and keyword arguments.
+        outputs: the structure of what is returned.
+        sizes: the sizes of inputs that the graph holds for.
+        decisions: what the forward read from tensors that depend on the inputs, and decided by: the graph is what it
+            computes where it decides the same.
+    """
+
+    graph: fx.Graph = field(repr=False)
+    inputs: Structure
+    outputs: Structure
+    sizes: Sizes
+    decisions: tuple[Read, ...] = ()
+
+    def tensors(self, *args: Any, **kwargs: Any) -> list[Tensor]:
+        """The tensors of an input, in the order of the graph's placeholders.
+
+        Raises:
+            TraceError: if the input has another structure than the captured one.
+        """
+        tensors, structure = flatten((args, kwargs), "input")
+        if structure != self.inputs:
+            raise TraceError(
+                f"The network was captured for other arguments. Captured: {self.inputs}. Given: {structure}. Give an "
+                "`example_input` of the same arguments as the data."
+            )
+        return tensors
+
+    def run(self, network: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """What the graph computes.
+
+        Args:
+            network: the network, or another of the same architecture.
+            args: the positional arguments of its forward.
+            kwargs: its keyword arguments.
+
+        Raises:
+            TraceError: if the graph does not hold for inputs of this structure or these sizes.
+        """
+        tensors = self.tensors(*args, **kwargs)
+        self.sizes.check(tensors)
+        with torch.no_grad():
+            return self.outputs.unflatten(list(fx.Interpreter(network, graph=self.graph).run(*tensors)))
+
+    def check(self, network: nn.Module, *args: Any, **kwargs: Any) -> None:
+        """Refuse an input for which the graph does not compute what the network does.
+
+        Inputs whose sizes meet the conditions of the capture are not run. Others are compared, as some of the
+        conditions matter to torch.export alone.
+
+        Args:
+            network: the network; it is left as it is.
+            args: the positional arguments of its forward.
+            kwargs: its keyword arguments.
+
+        Raises:
+            TraceError: if it does not.
+        """
+        tensors = self.tensors(*args, **kwargs)
+        try:
+            self.sizes.check(tensors)
+        except TraceError:
+            expected = _observe(network, self.inputs, tensors, type(network).__name__).tensors
+            try:
+                same = _agrees(self, network, tensors, expected)
+            except Exception:  # whatever an operator raises for sizes that do not fit
+                same = False
+            if not same:
+                raise
+
+    def in_dtype(self, dtype: torch.dtype) -> Captured:
+        """The same network for parameters and inputs of another floating-point type, in which it computes throughout.
+
+        Args:
+            dtype: the type, in place of ``torch.float32`` wherever the forward writes it.
+        """
+        graph = copy.deepcopy(self.graph)
+        for node in graph.nodes:
+            node.args = _exchanged(node.args, torch.float32, dtype)
+            node.kwargs = _exchanged(node.kwargs, torch.float32, dtype)
+        return replace(self, graph=graph)
+
+
+def capture(network: nn.Module, example: Any, *, batched: Sequence[bool] | None = None, name: str = "") -> Captured:
+    """Capture what a network computes in eval mode; the network is left as it was.
+
+    The network is run twice, on a batch of 3 samples and on one of 5, with the samples of the example; torch.export
+    writes down the operators; and the graph is compared with the network on both batches.
+
+    Args:
+        network: any module. Its forward may take any number of arguments; tensors can be nested in tuples, lists,
+            dicts and dataclasses.
+        example: an input: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
+        batched: per tensor of the input, whether its first axis is the batch. By default, whether it has as many
+            entries there as the first tensor.
+        name: what errors call the network.
+
+    Raises:
+        CalibrationError: if the network cannot take the input.
+        TraceError: if the network cannot be captured, or the graph does not compute what the network does.
+    """
+    who = f"{type(network).__name__}{f' of task {name!r}' if name else ''}"
+    try:
+        tensors, inputs = flatten(as_call(example), "input")
+    except UnknownContainerError as error:
+        raise unknown_container(who, error, "takes") from error
+    batches = [resize(tensors, batched, samples) for samples in BATCHES]
+    runs = [_observe(network, inputs, batch, who) for batch in batches]
+    first, second = runs
+    _check_decisions(who, first.reads, second.reads)
+    if first.structure != second.structure:
+        raise TraceError(
+            f"What {who} returns depends on the number of samples in more than the sizes of tensors: "
+            f"{first.structure} for {BATCHES[0]} samples, {second.structure} for {BATCHES[1]}. Return tensors."
+        )
+    graph, sizes, decisions = _follow(network, inputs, batches, runs, who)
+    captured = Captured(graph, inputs, first.structure, sizes, tuple(decisions))
+    for batch, run in zip(batches, runs, strict=True):
+        if not _agrees(captured, network, batch, run.tensors):
+            raise TraceError(
+                f"The graph that was captured of {who} does not compute what its forward does for {len(batch[0])} "
+                "samples: the forward decides something by more than its inputs, or keeps something from one call to "
+                "the next. Name a submodule that does not as `backbone`."
+            )
+    return _with_single(captured, network, resize(tensors, batched, 1), who)
+
+
+def _with_single(captured: Captured, network: nn.Module, sample: list[Tensor], who: str) -> Captured:
+    """The capture, which says whether it holds for a batch of one sample, too."""
+    try:
+        expected = _observe(network, captured.inputs, sample, who).tensors
+        same = _agrees(captured, network, sample, expected)
+    except Exception:  # whatever the network or an operator raises for one sample
+        return captured
+    return replace(captured, sizes=replace(captured.sizes, single=same))
+
+
+def as_call(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments: of a tuple the former, of a dict the latter, of anything else one argument."""
+    if isinstance(example, tuple) and type(example) is tuple:
+        return example, {}
+    if isinstance(example, Mapping):
+        return (), dict(example)
+    return (example,), {}
+
+
+def resize(tensors: Sequence[Tensor], batched: Sequence[bool] | None, samples: int) -> list[Tensor]:
+    """Inputs of another number of samples, which are those that there are, in turn.
+
+    Args:
+        tensors: the tensors of an input.
+        batched: per tensor, whether its first axis is the batch; by default, whether it has as many entries as the
+            first of the first tensor that has axes.
+        samples: how many samples there shall be.
+    """
+    if batched is None:
+        first = next((len(tensor) for tensor in tensors if tensor.ndim), 0)
+        batched = [tensor.ndim > 0 and len(tensor) == first for tensor in tensors]
+    return [
+        tensor[torch.arange(samples, device=tensor.device) % len(tensor)] if chosen else tensor.clone()
+        for tensor, chosen in zip((tensor.detach() for tensor in tensors), batched, strict=True)
+    ]
+
+
+class _Run(NamedTuple):
+    """One run of a network: the tensors that it returned, their structure, and what it read from tensors."""
+
+    tensors: list[Tensor]
+    structure: Structure
+    reads: list[Read]
+
+
+class _Flat(nn.Module):
+    """A network from tensors to tensors, as torch.export wants it."""
+
+    def __init__(self, network: nn.Module, inputs: Structure, reads: Sequence[Read]) -> None:
+        super().__init__()
+        self.network, self.inputs, self.answer = network, inputs, Answer(reads)
+
+    def forward(self, *tensors: Tensor) -> list[Tensor]:
+        args, kwargs = self.inputs.unflatten(tensors)
+        self.answer.start(tensors)
+        with KeepRecurrent(), ShortExpressions(), self.answer:
+            returned = self.network(*args, **kwargs)
+        return flatten(returned, "output")[0]
+
+    def export(self, tensors: Sequence[Tensor], free: Sequence[Iterable[int]]) -> ExportedProgram:
+        """Export it, where some axes of the inputs can have any size; those that the forward fixes cannot."""
+        shapes = tuple({axis: Dim.AUTO for axis in axes} for axes in free)
+        quiet = redirect_stderr(io.StringIO())  # torch.export prints the graph of what it cannot follow
+        with torch.inference_mode(False), torch.no_grad(), quiet, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.export.export(self, tuple(tensors), dynamic_shapes=(shapes,), strict=False)
+
+
+def _observe(network: nn.Module, inputs: Structure, tensors: Sequence[Tensor], who: str) -> _Run:
+    working = working_copy(network)
+    args, kwargs = inputs.unflatten([tensor.clone() for tensor in tensors])
+    try:
+        with _seeded(), Watch() as watch:
+            returned = working(*args, **kwargs)
+    except Exception as error:
+        shapes = ", ".join(f"{tuple(tensor.shape)} ({tensor.dtype})" for tensor in tensors)
+        raise CalibrationError(f"The backbone {who} cannot take an input of shape {shapes}: {error}") from error
+    try:
+        found, structure = flatten(returned, "output")
+    except UnknownContainerError as error:
+        raise unknown_container(who, error, "returns") from error
+    return _Run(found, structure, watch.reads)
+
+
+def _follow(
+    network: nn.Module, inputs: Structure, batches: Sequence[list[Tensor]], runs: Sequence[_Run], who: str
+) -> tuple[fx.Graph, Sizes, list[Read]]:
+    """The graph of a network, the sizes that it holds for, and what decided it."""
+    flat = _Flat(_untied(working_copy(network)), inputs, runs[0].reads).eval()
+    try:
+        graph, sizes = _export(flat, batches[0], network, who)
+        if isinstance(sizes.batch, int):
+            again = _Flat(_untied(working_copy(network)), inputs, runs[1].reads).eval()
+            other, _ = _export(again, batches[1], network, who)
+            join(graph, other, BATCHES)
+            sizes = sizes.with_free_batch(batches)
+    except DifferentGraphsError as error:
+        raise TraceError(
+            f"{who} computes something else for another number of samples: {error}. Name a submodule that does not as "
+            "`backbone`."
+        ) from error
+    except Exception as error:  # whatever a forward or torch.export raises
+        raise cannot_capture(flat.network, who, error) from error
+    return graph, sizes, flat.answer.decisions
+
+
+def _untied(network: nn.Module) -> nn.Module:
+    """A working copy in which a tied parameter is another tensor under each name, so that reads keep the name."""
+    seen: set[int] = set()
+    for module in network.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) in seen:
+                module._parameters[name] = parameter = nn.Parameter(parameter.detach(), requires_grad=False)
+            seen.add(id(parameter))
+    return network
+
+
+def _export(flat: _Flat, tensors: Sequence[Tensor], network: nn.Module, who: str) -> tuple[fx.Graph, Sizes]:
+    try:
+        program = flat.export(tensors, [range(tensor.ndim) for tensor in tensors])
+    except Exception:  # such as TooManyOperationsError, or numbers that are computed from sizes by tensors
+        program = flat.export(tensors, [range(tensor.ndim)[:1] for tensor in tensors])
+    numbers = [read for read in flat.answer.decisions if not read.is_yes_or_no]
+    if numbers:
+        raise TraceError(
+            f"{who} computes with numbers that it reads from tensors that depend on the input: {numbers[0]}. They "
+            "would be the same for all data. Compute with the tensor, or name a submodule without that line as "
+            "`backbone`."
+        )
+    placeholders = [node for node in program.graph.nodes if node.name in program.graph_signature.user_inputs]
+    return to_graph(program, network, who), sizes_of(placeholders, _names(flat.inputs))
+
+
+def _check_decisions(who: str, reads: Sequence[Read], again: Sequence[Read]) -> None:
+    pairs = zip(reads, again, strict=False)
+    different = next(((one, two) for one, two in pairs if str(one) != str(two)), None)
+    if different is not None:
+        raise TraceError(
+            f"{who} decides by its data: {different[0]} for {BATCHES[0]} samples, and {different[1]} for {BATCHES[1]}. "
+            "No one graph computes what it does. Name a submodule without that line as `backbone`."
+        )
+
+
+def _agrees(captured: Captured, network: nn.Module, tensors: list[Tensor], expected: list[Tensor]) -> bool:
+    with _seeded():
+        found = list(fx.Interpreter(working_copy(network), graph=captured.graph).run(*tensors))
+    return len(found) == len(expected) and all(map(_close, expected, found))
+
+
+def _close(expected: Tensor, found: Tensor) -> bool:
+    return agree(expected, found, CAPTURE_TOLERANCE)
+
+
+@contextmanager
+def _seeded() -> Iterator[None]:
+    """Run a forward: without gradients, and with random numbers that are the same each time."""
+    with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(0)
+        yield
+
+
+def _names(inputs: Structure, path: str = "input") -> list[str]:
+    """What the tensors of an input are called in errors."""
+    if inputs.kind is Tensor:
+        return [path]
+    return [name for number, part in enumerate(inputs.parts) for name in _names(part, f"{path}[{number}]")]
+
+
+def _exchanged(value: Any, old: torch.dtype, new: torch.dtype) -> Any:
+    if value is old:
+        return new
+    if isinstance(value, (tuple, list)):
+        return type(value)(_exchanged(part, old, new) for part in value)
+    return {key: _exchanged(part, old, new) for key, part in value.items()} if isinstance(value, dict) else value
