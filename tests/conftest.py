@@ -12,6 +12,9 @@ from lightning_zipit.graph import registry
 
 untouched.install()
 
+collect_ignore = ["helpers/ddp_script.py", "helpers/failing_script.py"]
+"""Scripts that tests start as processes."""
+
 
 @pytest.fixture(autouse=True)
 def _quiet_and_repeatable(monkeypatch):

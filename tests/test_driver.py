@@ -360,7 +360,16 @@ def compiled(model, how):
     return model
 
 
-@pytest.mark.parametrize("how", ["the model", "a model that was tested", "the backbone", "a part of it", "in place"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "the model",
+        pytest.param("a model that was tested", marks=pytest.mark.nightly),
+        "the backbone",
+        "a part of it",
+        "in place",
+    ],
+)
 def test_compiled_models_merge_as_they_would_uncompiled(how):
     models = pair()
     sources = {"a": compiled(models["a"], how), "b": models["b"]}

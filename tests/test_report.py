@@ -221,7 +221,7 @@ def test_a_printed_report_names_every_space_and_its_reader(report):
         assert str(space.across) in line
     assert "nan" not in text
     sentences = " ".join(text.split())
-    assert "the most 0.50 (`trunk.bn1`)" in sentences and "the least 0.25 (`trunk.bn1`)" in sentences
+    assert "by at most 0.50 (`trunk.bn1`)" in sentences and "at least 0.25 times (`trunk.bn1`)" in sentences
     assert "merged 2.5 M FLOPs, 350 k parameters" in text
     assert "ensemble 5 M, 700 k" in text
 

@@ -233,7 +233,7 @@ def test_unusable_statistics_file_fails_before_calibration(models, path):
     data = loaders()[0].dataset
     with pytest.raises(ConfigurationError, match=r"shuffles.*interrupted"):
         merge(models, path, [DataLoader(data, 16, shuffle=True)] * 2)
-    with pytest.raises(ConfigurationError, match=r"raise .statistics_memory."):
+    with pytest.raises(ConfigurationError, match=r"Raise .statistics_memory."):
         merge(models, path, statistics_memory=1e-6)
     with pytest.raises(ConfigurationError, match=r"folder .* of `statistics` does not exist"):
         merge(models, path.parent / "nowhere" / "file.safetensors")

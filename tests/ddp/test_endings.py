@@ -46,10 +46,30 @@ AWKWARD = {  # on the rank that has the error, and on the other
 }
 
 
+ALWAYS = {
+    "prepare",
+    "first_batch",
+    "later_batch_of_rank_0",
+    "matching",
+    "merging",
+    "later_refinement_batch",
+    "end_of_refinement",
+    "sweep_merge",
+    "sweep_validation_step",
+    "exchange_errors",
+}
+"""Cases of the default tests; nightly tests run all."""
+
+
+def cases(names):
+    return [pytest.param(name, marks=() if name in ALWAYS else pytest.mark.nightly) for name in names]
+
+
 @pytest.fixture(scope="module")
-def endings(tmp_path_factory):
-    """Of each case, how it has ended on each rank."""
-    names = [*CASES, *AWKWARD]
+def endings(request, tmp_path_factory):
+    """Of each selected case, how it has ended on each rank."""
+    selected = {getattr(item, "callspec", None) and item.callspec.params.get("name") for item in request.session.items}
+    names = [name for name in (*CASES, *AWKWARD) if name in selected]
     ranks = [
         {"LOCAL_RANK": rank, "NODE_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
         for rank in "01"
@@ -65,7 +85,7 @@ def endings(tmp_path_factory):
     return {name: tuple(own[name] for own in ended) for name in names}
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", cases(CASES))
 def test_all_ranks_end_with_the_error_of_one(endings, name):
     for ending in endings[name]:
         assert ending["error"].startswith(CASES[name]), endings[name]
@@ -74,7 +94,7 @@ def test_all_ranks_end_with_the_error_of_one(endings, name):
     assert first["error"] == second["error"]
 
 
-@pytest.mark.parametrize("name", AWKWARD)
+@pytest.mark.parametrize("name", cases(AWKWARD))
 def test_an_error_that_cannot_be_sent_arrives_as_text(endings, name):
     other, own = endings[name]
     assert own["error"] == AWKWARD[name][0]

@@ -71,6 +71,7 @@ def main():
     runpy.run_path("main.py", run_name="__main__")
 
 
+@pytest.mark.nightly
 def test_slurm_starts_a_merge_on_the_command_line(sources):
     slurm = {
         "SLURM_JOB_ID": "1",

@@ -143,6 +143,7 @@ def test_sharding_strategies_test_a_merged_module_but_do_not_merge(two):
     assert "DTensor" in messages
 
 
+@pytest.mark.nightly
 def test_processes_that_are_spawned_hand_the_merged_module_over(folder, two):
     run = trainer(devices=2, strategy="ddp_spawn")
     merge(run, 2)
