@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning_zipit import JointAccuracy, MergeSettings, ZipIt
 from lightning_zipit._phases.calibrate import Gathering
 from lightning_zipit._sweep.plan import grid
-from lightning_zipit._sweep.results import SweepResult, SweepRow, pareto_front
+from lightning_zipit._sweep.results import SweepResult, SweepRow, pareto_front, to_text
 from lightning_zipit.errors import CalibrationError, ConfigurationError
 from lightning_zipit.matchers import Average, GreedyZip, Matcher, Permute
 from lightning_zipit.pipeline import Pipeline
@@ -275,3 +275,16 @@ def test_shares_that_there_are_not_are_refused(models, seen):
     with pytest.raises(ConfigurationError, match=r"`trials`.*`study`"):
         sweep(models, share="1/2", trials=3)
     assert seen == {"calibrated": 0, "validated": 0}
+
+
+class Weighted(Permute):
+    """A matcher of a user's own, with a large tensor."""
+
+    def __init__(self, weights):
+        object.__setattr__(self, "weights", weights)
+
+
+def test_options_that_differ_in_one_entry_of_a_large_tensor_are_told_apart():
+    first, second = torch.ones(3000), torch.ones(3000)
+    second[1000] = 2
+    assert to_text(Weighted(first)) == to_text(Weighted(first.clone())) != to_text(Weighted(second))

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from torch import Tensor
 
+from lightning_zipit._calibration.fingerprint import digest_tensors
 from lightning_zipit._common.files import locked, replacing
 from lightning_zipit._common.options import options_of
 from lightning_zipit.errors import ConfigurationError
@@ -210,9 +212,13 @@ def to_text(value: Any) -> str:
         return value
     if isinstance(value, Mapping):
         return json.dumps(value, sort_keys=True)
-    if type(value).__repr__ is not object.__repr__:
+    items = getattr(value, "__dict__", {})
+    # The text of a large tensor leaves entries out: a digest tells two tensors apart.
+    tensors = {name: digest_tensors({name: item}) for name, item in items.items() if isinstance(item, Tensor)}
+    if type(value).__repr__ is not object.__repr__ and not tensors:
         return repr(value)
-    return f"{type(value).__name__}({', '.join(f'{name}={item!r}' for name, item in vars(value).items())})"
+    shown = (f"{name}={tensors.get(name, repr(item))}" for name, item in items.items())
+    return f"{type(value).__name__}({', '.join(shown)})"
 
 
 class ResultsFile:

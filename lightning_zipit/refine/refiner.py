@@ -47,7 +47,7 @@ class Refiner:
             ConfigurationError: if the refinement changed the name or shape of parameters or buffers.
         """
         with torch.inference_mode(False), torch.no_grad():
-            changes = self._refining.finish()
+            changes = self._refining.finish() or Changes()
             before, after = self.merged.parts, self._working.parts
             check_structure(before, after, self._name)
             check_results(before, after)

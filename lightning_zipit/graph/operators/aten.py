@@ -75,11 +75,14 @@ def _size(ctx: Context, input: Value, dim: int) -> Any:
     return rules.shapes.size(ctx, input, dim)
 
 
-for _name, _record in _records().items():
-    if _name not in IN_AN_ORDER_OF_THEIR_OWN:
-        register(_name, _record.rule, _record.traits)
-for _name, _other in OTHER_NAMES.items():
-    if _other in _records():
-        register(_name, _records()[_other].rule, _records()[_other].traits)
-register("embedding", _embedding, rules.layers.LAYER | Trait.LOOKUP)
-register("sym_size", _size, Trait.SHAPE)
+def register_all() -> None:
+    """Register the rules of all ATen operators; importing this module registers nothing."""
+    records = _records()
+    for name, record in records.items():
+        if name not in IN_AN_ORDER_OF_THEIR_OWN:
+            register(name, record.rule, record.traits)
+    for name, other in OTHER_NAMES.items():
+        if other in records:
+            register(name, records[other].rule, records[other].traits)
+    register("embedding", _embedding, rules.layers.LAYER | Trait.LOOKUP)
+    register("sym_size", _size, Trait.SHAPE)
