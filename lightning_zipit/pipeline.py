@@ -124,10 +124,8 @@ class Pipeline:
             networks: copies of the source networks in eval mode, on the device of the batches.
         """
         self._networks, self._begun = networks, max(self._begun, number)
-        if number and self.phase is Phase.PREPARE:
-            self._prepare(None)
-        while self._calibrated < min(number, self.calibration_passes):
-            self._end_calibration_pass()
+        if number:
+            self._end_calibration_passes(min(number, self.calibration_passes))
         if number >= self.calibration_passes and self.phase in (Phase.CALIBRATE, Phase.MERGE):
             self._merge()
 
@@ -192,10 +190,7 @@ class Pipeline:
         Raises:
             CalibrationError: if no pass received a batch, or activations contain NaN or Inf.
         """
-        if self.phase is Phase.PREPARE:
-            self._prepare(None)
-        while self._calibrated < self.calibration_passes:
-            self._end_calibration_pass()
+        self._end_calibration_passes(self.calibration_passes)
         if self.phase is not Phase.CALIBRATE:
             return
         assert self._traced is not None
@@ -203,8 +198,7 @@ class Pipeline:
         with torch.inference_mode(False), torch.no_grad():
             if self._file is not None and self._file.complete is not None:
                 self._match(self._restored(traced))
-            leads = list(sources.of_models(sources.networks).values())
-            self._matchings.finish(traced.graph, leads, traced.choices)
+            self._matchings.finish(traced.graph, list(sources.leads.values()), traced.choices)
             self._matching = self._in_step(lambda: choose(self._matchings.found, traced, sources, self.settings))
         self.graphs = self._matching.graphs
         self.phase = Phase.MERGE
@@ -249,9 +243,20 @@ class Pipeline:
     def _gather(self) -> Gathering:
         """Start the statistics of the feature spaces of this pass."""
         assert self._traced is not None
-        spaces = [name for family in self._families() for name in family]
-        calibration = measuring(self._traced, self.sources, self.settings, self._networks, spaces)
+        calibration = self._measuring(self._traced, self._networks)
         return Gathering(calibration, self._traced, self.sources, self.settings, self._file)
+
+    def _measuring(self, traced: Traced, networks: Mapping[str, nn.Module]) -> Calibration:
+        """Create empty statistics of the feature spaces of this pass."""
+        spaces = [name for family in self._families() for name in family]
+        return measuring(traced, self.sources, self.settings, networks, spaces)
+
+    def _end_calibration_passes(self, count: int) -> None:
+        """Complete passes, until this number of passes has gathered statistics."""
+        if self.phase is Phase.PREPARE:
+            self._prepare(None)
+        while self._calibrated < count:
+            self._end_calibration_pass()
 
     def _end_calibration_pass(self) -> None:
         """Sum the statistics of a pass over all ranks, and match the feature spaces of the pass."""
@@ -304,8 +309,7 @@ class Pipeline:
         """Load the statistics from the file, instead of calibrating."""
         assert self._file is not None and self._file.complete is not None
         known = self._file.complete.statistics
-        spaces = [name for family in self._families() for name in family]
-        calibration = measuring(traced, self.sources, self.settings, self.sources.networks, spaces)
+        calibration = self._measuring(traced, self.sources.networks)
         calibration.restore(known)
         for unused in known.values():
             unused.free()

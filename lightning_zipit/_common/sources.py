@@ -49,6 +49,11 @@ class Sources:
         """The network of the first task."""
         return next(iter(self.networks.values()))
 
+    @property
+    def leads(self) -> dict[str, nn.Module]:
+        """The network of each model's first task, by the name of the model."""
+        return self.of_models(self.networks)
+
     def of_models(self, by_task: Mapping[str, Value]) -> dict[str, Value]:
         """Return one value per model: the value of the model's first task.
 

@@ -21,6 +21,7 @@ from lightning_zipit._lightning.loaders import find_loader_problems, in_fixed_or
 from lightning_zipit._lightning.multihead import MultiHeadModule, split_merged
 from lightning_zipit._lightning.sources import (
     DelegatedTransfers,
+    WithoutCheckpoint,
     find_input,
     find_inputs,
     find_problems,
@@ -29,7 +30,7 @@ from lightning_zipit._lightning.sources import (
 )
 from lightning_zipit._merging.widths import changes_size
 from lightning_zipit._phases.prepare import make_sources
-from lightning_zipit.errors import CheckpointError, ConfigurationError
+from lightning_zipit.errors import ConfigurationError
 from lightning_zipit.pipeline import Pipeline
 from lightning_zipit.settings import MergeSettings
 
@@ -51,7 +52,7 @@ class _Outside:
     merged: MultiHeadModule | None = None
 
 
-class ZipItModule(DelegatedTransfers, LightningModule):
+class ZipItModule(DelegatedTransfers, WithoutCheckpoint, LightningModule):
     """N source modules that ``trainer.predict`` merges, with a :class:`~lightning_zipit.ZipItCallback`.
 
     The calibration runs on copies of the sources. The sources are not moved, cast or changed.
@@ -97,15 +98,6 @@ class ZipItModule(DelegatedTransfers, LightningModule):
         # Spawned workers write the merged module here; the main process loads it.
         self._handover = Path(tempfile.gettempdir()) / f"lightning-zipit-{uuid.uuid4().hex}.ckpt"
         self._listed = False  # whether trainer.predict uses the loaders of this module, which are listed for every pass
-
-    @classmethod
-    def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> Any:
-        """Refuse to load: this class has no checkpoints, and Lightning would call everything that a file names.
-
-        Raises:
-            CheckpointError: always.
-        """
-        raise CheckpointError(f"{cls.__name__} cannot be loaded from a checkpoint. Create it from its models.")
 
     @property
     def models(self) -> dict[str, LightningModule]:

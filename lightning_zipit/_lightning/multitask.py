@@ -16,6 +16,7 @@ from lightning_zipit._common.copying import copy_module
 from lightning_zipit._common.views import Inputs, like, view_of
 from lightning_zipit._lightning.sources import (
     DelegatedTransfers,
+    WithoutCheckpoint,
     find_input,
     find_inputs,
     find_problems,
@@ -23,7 +24,7 @@ from lightning_zipit._lightning.sources import (
     make_shell,
     name_tasks,
 )
-from lightning_zipit.errors import CalibrationError, CheckpointError, ConfigurationError
+from lightning_zipit.errors import CalibrationError, ConfigurationError
 from lightning_zipit.functional import fit_temperatures
 from lightning_zipit.graph.shapes import evaluating
 from lightning_zipit.paths import run_all, run_one
@@ -57,7 +58,7 @@ class PassOn(nn.Module):
         return (x,)
 
 
-class MultiTaskModule(DelegatedTransfers, LightningModule):
+class MultiTaskModule(DelegatedTransfers, WithoutCheckpoint, LightningModule):
     """A trunk with a head per task, and the steps of each source module.
 
     ``validation_step``, ``test_step`` and ``predict_step`` run the step of one source module: the module of the task
@@ -99,15 +100,6 @@ class MultiTaskModule(DelegatedTransfers, LightningModule):
         )
         self._loader_tasks: list[str] = list(models)
         self.eval()
-
-    @classmethod
-    def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> Any:
-        """Refuse to load: this class has no checkpoints, and Lightning would call everything that a file names.
-
-        Raises:
-            CheckpointError: always.
-        """
-        raise CheckpointError(f"{cls.__name__} cannot be loaded from a checkpoint. Create it from its models.")
 
     @property
     def tasks(self) -> list[str]:

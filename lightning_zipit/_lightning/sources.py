@@ -14,7 +14,7 @@ from torch._dynamo import OptimizedModule
 from lightning_zipit._common.copying import copy_module
 from lightning_zipit._common.views import Inputs
 from lightning_zipit._lightning.internals import forget_compilation
-from lightning_zipit.errors import CalibrationError, ConfigurationError
+from lightning_zipit.errors import CalibrationError, CheckpointError, ConfigurationError
 
 INPUT_KEYS = ("x", "image", "images", "img", "input", "inputs", "pixel_values", "data", "features")
 """Keys of the network's input in a batch that is a dict."""
@@ -177,3 +177,16 @@ class DelegatedTransfers(ABC):
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         return self._transfer("on_after_batch_transfer", dataloader_idx, batch)
+
+
+class WithoutCheckpoint:
+    """Mixin for modules that are created from their models only."""
+
+    @classmethod
+    def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> Any:
+        """Refuse to load: this class has no checkpoints, and Lightning would call everything that a file names.
+
+        Raises:
+            CheckpointError: always.
+        """
+        raise CheckpointError(f"{cls.__name__} cannot be loaded from a checkpoint. Create it from its models.")

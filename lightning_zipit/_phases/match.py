@@ -10,7 +10,7 @@ from lightning_zipit._matching.matchings import Matched
 from lightning_zipit._merging.widths import BudgetedWidths
 from lightning_zipit._phases.calibrate import as_measured
 from lightning_zipit._phases.prepare import Graphs, Traced, find_shorter
-from lightning_zipit.graph import FeatureSpace
+from lightning_zipit.graph import FeatureSpace, MergeGraph
 from lightning_zipit.graph.cut import find_cuts
 from lightning_zipit.settings import MergeSettings
 
@@ -26,6 +26,11 @@ class Matching:
 
     graphs: Graphs
     spaces: Mapping[str, Matched]
+
+    @property
+    def graph(self) -> MergeGraph:
+        """The merge graph of the first network."""
+        return next(iter(self.graphs.values()))
 
 
 def choose(

@@ -60,8 +60,7 @@ def merge(sources: Sources, matching: Matching, settings: MergeSettings) -> Merg
         heads: dict[str, nn.Module] = dict(zip(sources.tasks, built, strict=True))
         stems: dict[str, nn.Module] = dict(zip(sources.tasks, build_stems(graphs, maps), strict=False))
         if settings.combine is not None and sources.base is not None:
-            leads = list(sources.of_models(sources.networks).values())
-            combine_into(trunk, leads, sources.base, settings.combine)
+            combine_into(trunk, list(sources.leads.values()), sources.base, settings.combine)
         if settings.norms_per_task:
             give_norms(trunk, heads)
             set_affine(trunk, sources.networks, graphs[0].axes, maps, sources.numbers)
@@ -86,7 +85,7 @@ def with_report(
         example: an input of one sample, or one such input per task.
         notes: notes of earlier phases for the report.
     """
-    graph = next(iter(matching.graphs.values()))
+    graph = matching.graph
     x = like(example, sources.first)
     with torch.inference_mode(False), torch.no_grad():
         report = MergeReport(
@@ -102,7 +101,7 @@ def with_report(
 
 def _notes(merged: Merged, matching: Matching, sources: Sources, settings: MergeSettings) -> tuple[str, ...]:
     """Write notes for the report."""
-    graph, matcher = next(iter(matching.graphs.values())), settings.matcher
+    graph, matcher = matching.graph, settings.matcher
     notes: list[str] = []
     if sources.weights is not None:
         counts = ", ".join(f"{name} {one:g}" for name, one in zip(sources.models, sources.weights, strict=True))
@@ -125,5 +124,5 @@ def _notes(merged: Merged, matching: Matching, sources: Sources, settings: Merge
             names = ", ".join(f"`{name}`" for name in sorted(handed_over(graph)))
             notes.append(f"Matched one to one, because their features are outputs of the stems: {names}.")
     if not matcher.by_index:
-        notes += common_start(graph, list(sources.of_models(sources.networks).values()), merged.maps)
+        notes += common_start(graph, list(sources.leads.values()), merged.maps)
     return tuple(notes)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -86,12 +87,12 @@ def make_sources(
             f"but got combine={settings.combine!r} and {'no' if base is None else 'a'} base. Give both or neither."
         )
     model_of = dict(model_of) if model_of else {task: task for task in networks}
-    of_tasks = [model_of[task] for task in networks]
-    models = list(dict.fromkeys(of_tasks))
-    weights = settings.weights_of(models)
-    if weights is None and len(models) < len(networks):
-        weights = tuple(float(of_tasks.count(name)) for name in models)
-    return Sources(dict(networks), model_of, weights, base)
+    sources = Sources(dict(networks), model_of, base=base)
+    weights = settings.weights_of(sources.models)
+    if weights is None and len(sources.models) < len(networks):
+        counts = Counter(model_of[task] for task in networks)
+        weights = tuple(float(counts[name]) for name in sources.models)
+    return replace(sources, weights=weights)
 
 
 def open_file(sources: Sources, settings: MergeSettings) -> StatisticsRecord | None:
@@ -103,7 +104,7 @@ def open_file(sources: Sources, settings: MergeSettings) -> StatisticsRecord | N
     """
     if settings.statistics is None:
         return None
-    file = StatisticsRecord(settings.statistics, sources.of_models(sources.networks))
+    file = StatisticsRecord(settings.statistics, sources.leads)
     file.check_settings(settings.verify, start_at=settings.start_at, positions=settings.positions)
     return file
 
@@ -290,7 +291,7 @@ def _with_choices(traced: Traced, sources: Sources, settings: MergeSettings, x: 
     network, models = working_copy(sources.first), len(sources.models)
     choices, notes = find_choices(traced.graph, network, own, settings.width, models)
     counts = _flop_counts(traced.graphs, sources, settings, traced.example)
-    traced = Traced(traced.graphs, traced.example, choices, notes, traced.cuts, counts)
+    traced = replace(traced, choices=choices, notes=notes, flop_counts=counts)
     if settings.flops is not None:
         flops = traced.flops_model(traced.graphs)
         least = flops({name: widths[0] for name, widths in choices.items()}) / flops.source

@@ -217,7 +217,7 @@ def to_text(value: Any) -> str:
     tensors = {name: digest_tensors({name: item}) for name, item in items.items() if isinstance(item, Tensor)}
     if type(value).__repr__ is not object.__repr__ and not tensors:
         return repr(value)
-    shown = (f"{name}={tensors.get(name, repr(item))}" for name, item in items.items())
+    shown = (f"{name}={tensors[name] if name in tensors else repr(item)}" for name, item in items.items())
     return f"{type(value).__name__}({', '.join(shown)})"
 
 
