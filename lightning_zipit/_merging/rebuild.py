@@ -18,6 +18,7 @@ from lightning_zipit._merging.parameters import merge_into, unmerge_into
 from lightning_zipit.graph import MergeGraph
 from lightning_zipit.graph.joined import UNMERGE, Joined
 from lightning_zipit.graph.registry import Trait, traits_of, writes_in_place
+from lightning_zipit.graph.returned import return_as
 from lightning_zipit.graph.table import Table, bind, named_tensors, untie
 
 MERGE = "merge"
@@ -267,7 +268,10 @@ def build_head(graph: MergeGraph, widths: Mapping[str, int] | None = None) -> fx
             value = head.call_method("clone", (value,))  # the other heads also read it
         built[by_name[crossing.node]] = value
     for node in graph.head_graph():
-        if node.op != "placeholder":  # an unused input
+        if node.op == "output":
+            structure = graph.captured.outputs if graph.captured is not None else None
+            return_as(structure, root, head, [built[source] for source in node.args[0]])
+        elif node.op != "placeholder":  # an unused input
             built[node] = head.node_copy(node, built.__getitem__)
     return _module(root, head, "Head", graph.head_axes, widths)
 

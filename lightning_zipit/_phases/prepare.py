@@ -259,7 +259,7 @@ def _prove(
     """Return graphs that fit an input, agree with the networks, and are proved on the input unless ``verify=False``."""
     again = partial(trace_sources, sources, settings, x, stop_at)
     views = {task: view_of(x, task) for task in networks}
-    if not graphs or any(graph.input_shape != views[task].shape[1:] for task, graph in graphs.items()):
+    if not graphs or not all(graph.captured.is_of(views[task]) for task, graph in graphs.items() if graph.captured):
         try:
             graphs = again()
         except ZipItError as error:

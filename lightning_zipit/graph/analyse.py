@@ -167,7 +167,6 @@ class Analysis:
             shapes=dict(self.ctx.shapes),
             barriers=dict(self.barriers),
             notes=tuple(find_notes(self.backbone, self.nodes, self.trunk, spaces, axes, self.barriers)),
-            input_shape=next(self.ctx.shapes[node.name][1:] for node in self.nodes if node.op == "placeholder"),
             start_at=self.start_at,
             stem_nodes=frozenset(node.name for node in self.stem),
             entries=tuple(map(self._entry, self.entry_nodes)),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import copy
+import inspect
 import io
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
+from lightning_zipit._common.structure import Structure, UnknownContainerError, flatten
 from lightning_zipit.errors import CalibrationError, TraceError
 from lightning_zipit.graph.decisions import Answer, Read, Watch
 from lightning_zipit.graph.explain_capture import cannot_capture, unknown_container
@@ -21,7 +23,6 @@ from lightning_zipit.graph.program import to_graph
 from lightning_zipit.graph.recurrent import KeepRecurrent
 from lightning_zipit.graph.replay import CAPTURE_TOLERANCE, agree, working_copy
 from lightning_zipit.graph.sizes import ShortExpressions, Sizes, sizes_of
-from lightning_zipit.graph.structure import Structure, UnknownContainerError, flatten
 from lightning_zipit.graph.two_batches import DifferentGraphsError, join
 
 BATCHES = (3, 5)
@@ -63,6 +64,15 @@ class Captured:
                 "`example_input` of the same arguments as the data."
             )
         return tensors
+
+    def is_of(self, *args: Any, **kwargs: Any) -> bool:
+        """Whether an input has the structure and the sizes of the captured one, except for the number of samples."""
+        tensors, structure = flatten((args, kwargs), "input")
+        placeholders = [node for node in self.graph.nodes if node.op == "placeholder"]
+        return structure == self.inputs and all(
+            node.meta["shape"][1:] == tuple(tensor.shape[1:])
+            for node, tensor in zip(placeholders, tensors, strict=True)
+        )
 
     def run(self, network: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """What the graph computes.
@@ -106,18 +116,6 @@ class Captured:
             if not same:
                 raise
 
-    def in_dtype(self, dtype: torch.dtype) -> Captured:
-        """The same network for parameters and inputs of another floating-point type, in which it computes throughout.
-
-        Args:
-            dtype: the type, in place of ``torch.float32`` wherever the forward writes it.
-        """
-        graph = copy.deepcopy(self.graph)
-        for node in graph.nodes:
-            node.args = _exchanged(node.args, torch.float32, dtype)
-            node.kwargs = _exchanged(node.kwargs, torch.float32, dtype)
-        return replace(self, graph=graph)
-
 
 def capture(network: nn.Module, example: Any, *, batched: Sequence[bool] | None = None, name: str = "") -> Captured:
     """Capture what a network computes in eval mode; the network is left as it was.
@@ -160,7 +158,42 @@ def capture(network: nn.Module, example: Any, *, batched: Sequence[bool] | None 
                 "samples: the forward decides something by more than its inputs, or keeps something from one call to "
                 "the next. Name a submodule that does not as `backbone`."
             )
+    _check_random(captured, network, batches[0], first, who)
     return _with_single(captured, network, resize(tensors, batched, 1), who)
+
+
+def holds_for(captured: Captured, network: nn.Module, example: Any) -> bool:
+    """Whether the graph of a capture computes what another network computes, for two numbers of samples.
+
+    Args:
+        captured: the capture.
+        network: a network of the same modules; it is not changed.
+        example: an input; see :func:`capture`.
+    """
+    tensors, structure = flatten(as_call(example), "input")
+    if structure != captured.inputs:
+        return False
+    try:
+        for samples in BATCHES:
+            batch = resize(tensors, None, samples)
+            run = _observe(network, structure, batch, type(network).__name__)
+            if run.structure != captured.outputs or not _agrees(captured, network, batch, run.tensors):
+                return False
+    except Exception:  # whatever an operator raises for sizes that do not fit
+        return False
+    return True
+
+
+def _check_random(captured: Captured, network: nn.Module, batch: list[Tensor], run: _Run, who: str) -> None:
+    """Refuse a network that draws random numbers that matter."""
+    drawing = (torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) for node in captured.graph.nodes)
+    if any(drawing):
+        again = _observe(network, captured.inputs, batch, who, seed=1).tensors
+        if not all(map(_close, run.tensors, again)):
+            raise TraceError(
+                f"The forward of {who} is random in eval mode: two runs on the same input give different results. A "
+                "merge of it cannot be checked. Make the forward deterministic in eval mode."
+            )
 
 
 def _with_single(captured: Captured, network: nn.Module, sample: list[Tensor], who: str) -> Captured:
@@ -231,11 +264,11 @@ class _Flat(nn.Module):
             return torch.export.export(self, tuple(tensors), dynamic_shapes=(shapes,), strict=False)
 
 
-def _observe(network: nn.Module, inputs: Structure, tensors: Sequence[Tensor], who: str) -> _Run:
+def _observe(network: nn.Module, inputs: Structure, tensors: Sequence[Tensor], who: str, seed: int = 0) -> _Run:
     working = working_copy(network)
     args, kwargs = inputs.unflatten([tensor.clone() for tensor in tensors])
     try:
-        with _seeded(), Watch() as watch:
+        with _seeded(seed), Watch() as watch:
             returned = working(*args, **kwargs)
     except Exception as error:
         shapes = ", ".join(f"{tuple(tensor.shape)} ({tensor.dtype})" for tensor in tensors)
@@ -293,7 +326,11 @@ def _export(flat: _Flat, tensors: Sequence[Tensor], network: nn.Module, who: str
             "`backbone`."
         )
     placeholders = [node for node in program.graph.nodes if node.name in program.graph_signature.user_inputs]
-    return to_graph(program, network, who), sizes_of(placeholders, _names(flat.inputs))
+    names = names_of(flat.inputs, network)
+    graph = to_graph(program, network, who)
+    for node, name in zip((each for each in graph.nodes if each.op == "placeholder"), names, strict=True):
+        node.target = re.sub(r"\W+", "_", name).strip("_")
+    return graph, sizes_of(placeholders, names)
 
 
 def _check_decisions(who: str, reads: Sequence[Read], again: Sequence[Read]) -> None:
@@ -317,24 +354,32 @@ def _close(expected: Tensor, found: Tensor) -> bool:
 
 
 @contextmanager
-def _seeded() -> Iterator[None]:
+def _seeded(seed: int = 0) -> Iterator[None]:
     """Run a forward: without gradients, and with random numbers that are the same each time."""
     with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         yield
 
 
-def _names(inputs: Structure, path: str = "input") -> list[str]:
-    """What the tensors of an input are called in errors."""
-    if inputs.kind is Tensor:
+def names_of(inputs: Structure, network: nn.Module) -> list[str]:
+    """What the tensors of an input are called: the names of the forward's arguments, and where they are inside.
+
+    Args:
+        inputs: the structure of positional and keyword arguments.
+        network: the network.
+    """
+    positional, keywords = inputs.parts
+    known = inspect.signature(network.forward).parameters.values()
+    names = [each.name for each in known if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
+    names += [f"argument_{number}" for number in range(len(names), len(positional.parts))]
+    parts = (*zip(names, positional.parts, strict=False), *zip(keywords.context, keywords.parts, strict=True))
+    return [name for argument, part in parts for name in _names_inside(part, argument)]
+
+
+def _names_inside(structure: Structure, path: str) -> list[str]:
+    if structure.kind is Tensor:
         return [path]
-    return [name for number, part in enumerate(inputs.parts) for name in _names(part, f"{path}[{number}]")]
-
-
-def _exchanged(value: Any, old: torch.dtype, new: torch.dtype) -> Any:
-    if value is old:
-        return new
-    if isinstance(value, (tuple, list)):
-        return type(value)(_exchanged(part, old, new) for part in value)
-    return {key: _exchanged(part, old, new) for key, part in value.items()} if isinstance(value, dict) else value
+    keys = structure.context if isinstance(structure.context, list) else range(len(structure.parts))
+    pairs = zip(keys, structure.parts, strict=True)
+    return [name for key, part in pairs for name in _names_inside(part, f"{path}[{key!r}]")]

@@ -10,12 +10,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._ops import OpOverload
 
+from lightning_zipit.graph.naming import describe_node, modules_around
 from lightning_zipit.graph.notes import reached
 from lightning_zipit.graph.registry import Operator, Trait, operator_of, operator_of_module
 from lightning_zipit.graph.spaces import Crossing, MergeGraph
 from lightning_zipit.graph.table import named_tensors
 
+SETTINGS = (bool, int, float, str, type(None))
+"""Types of attributes by which a difference is explained."""
 INTERNAL = frozenset(vars(nn.Module()))
 """Attributes that every module has. They do not change what it computes."""
 
@@ -70,7 +74,8 @@ def _compare_node(first: MergeGraph, node: fx.Node, second: MergeGraph, other: f
     known, others = operator_of(node, first.module), operator_of(other, second.module)
     name, other_name = _called(first, node), _called(second, other)
     if node.op != other.op or name != other_name:
-        return f"node `{node.name}` is {_pair(name, other_name)}"
+        in_words = _explain(first.module, second.module, node)
+        return in_words or f"node `{node.name}` is {_pair(name, other_name)}"
     if node.op == "call_module":
         modules = (graph.module.get_submodule(str(each.target)) for graph, each in ((first, node), (second, other)))
         if found := _compare_modules(str(node.target), *modules):
@@ -83,7 +88,25 @@ def _compare_node(first: MergeGraph, node: fx.Node, second: MergeGraph, other: f
     for key in dict.fromkeys((*arguments[0], *arguments[1])):
         values = [each.get(key) for each in arguments]
         if not _same(*values):
-            return f"node `{node.name}` ({name}) has {key}={_pair(*values)}"
+            in_words = _explain(first.module, second.module, node)
+            return in_words or f"node `{node.name}` ({describe_node(node, first.module)}) has {key}={_pair(*values)}"
+    return None
+
+
+def _explain(first: nn.Module, second: nn.Module, node: fx.Node) -> str | None:
+    """Find the attribute of a module around a node that differs, from the innermost module to the outermost."""
+    for name in reversed(modules_around(node)):
+        modules = first.get_submodule(name), second.get_submodule(name)
+        if type(modules[0]) is not type(modules[1]):
+            return f"module `{name}` is {_pair(*(type(module).__name__ for module in modules))}"
+        settings, others = (
+            {key: value for key, value in configuration(module).items() if isinstance(value, SETTINGS)}
+            for module in modules
+        )
+        for key in dict.fromkeys((*settings, *others)):
+            if settings.get(key) != others.get(key):
+                where = f"module `{name}` ({type(modules[0]).__name__})" if name else type(modules[0]).__name__
+                return f"{where} has {key}={_pair(settings.get(key), others.get(key))}"
     return None
 
 
@@ -93,10 +116,7 @@ def _called(graph: MergeGraph, node: fx.Node) -> str:
         where = f"`{node.target}` " if graph.entries else ""
         cls = type(graph.module.get_submodule(str(node.target)))
         return f"{where}{cls.__module__}.{cls.__qualname__}"
-    target = node.target
-    if isinstance(target, str):
-        return target
-    return f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', target)}"
+    return str(node.target)
 
 
 def _compare_modules(name: str, first: nn.Module, second: nn.Module) -> str | None:
@@ -138,6 +158,9 @@ def _arguments(graph: MergeGraph, node: fx.Node, known: Operator | None) -> dict
 
 
 def _by_name(node: fx.Node, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    if isinstance(node.target, OpOverload):
+        names = [argument.name for argument in node.target._schema.arguments]
+        return {**dict(zip(names, args, strict=False)), **kwargs}
     try:
         bound = inspect.signature(node.target).bind(*args, **kwargs)  # type: ignore[arg-type]
     except (TypeError, ValueError):  # a module, a method, or a function without a Python signature

@@ -10,7 +10,7 @@ from itertools import count
 from torch import fx
 
 from lightning_zipit._common.text import printable
-from lightning_zipit.graph.naming import place_of
+from lightning_zipit.graph.naming import operator_name, place_of
 from lightning_zipit.graph.spaces import MergeGraph
 
 ROW, BOX, MARGIN, LETTER = 24, 18, 10, 6.6
@@ -42,7 +42,7 @@ def label(graph: MergeGraph, node: fx.Node) -> str:
         return f"{node.target} · {type(graph.module.get_submodule(str(node.target))).__name__}"
     if node.op in ("placeholder", "output"):
         return {"placeholder": "input"}.get(node.op, node.op)
-    operator = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+    operator = operator_name(node)
     return f"{operator} in {place_of(node)}"
 
 

@@ -7,9 +7,9 @@ from types import TracebackType
 
 from torch import nn
 
+from lightning_zipit._common.structure import UnknownContainerError
 from lightning_zipit.errors import TraceError
 from lightning_zipit.graph.decisions import PACKAGE, TORCH
-from lightning_zipit.graph.structure import UnknownContainerError
 
 
 def unknown_container(who: str, error: UnknownContainerError, does: str) -> TraceError:

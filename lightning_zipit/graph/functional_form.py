@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 
+from lightning_zipit.graph.run import IN_PLACE
+
 aten = torch.ops.aten
 
 IN_EVAL_MODE = frozenset(
@@ -60,7 +62,7 @@ def _replace(graph: fx.Graph, node: fx.Node) -> bool:
         return False  # it would see the new values
     with graph.inserting_before(node):
         new = graph.call_function(twin, node.args, node.kwargs)
-    new.meta = dict(node.meta)
+    new.meta = {**node.meta, IN_PLACE: node.target}
     node.replace_all_uses_with(new)
     target.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new and order[user] > order[node])
     graph.erase_node(node)

@@ -7,9 +7,15 @@ from collections.abc import Mapping
 from operator import attrgetter
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
+from lightning_zipit._common.structure import flatten
 from lightning_zipit.errors import ConfigurationError
+from lightning_zipit.graph.capture import BATCHES, Captured, as_call, names_of, resize
+from lightning_zipit.graph.returned import RETURNED, tensors_returned
+from lightning_zipit.graph.shapes import evaluating, note_shapes
+from lightning_zipit.graph.sizes import Sizes
 
 UNMERGE = "unmerge"
 """Name of the submodule of a head that holds its explicit unmerge operators."""
@@ -78,6 +84,20 @@ class Joined(nn.Module):
     def forward(self, x: Tensor) -> Any:
         return fx.Interpreter(self, graph=self.graph).run(x)
 
-    def record(self) -> fx.Graph:
-        """Return a copy of the graph that callers may change."""
-        return copy.deepcopy(self.graph)
+    def captured(self, example: Any) -> Captured:
+        """Return the network as a capture. Callers may change its graph.
+
+        Args:
+            example: an input; see :func:`~lightning_zipit.graph.capture.capture`.
+        """
+        tensors, inputs = flatten(as_call(example), "input")
+        batches = [resize(tensors, None, samples) for samples in BATCHES]
+        graph = copy.deepcopy(self.graph)
+        output = next(iter(reversed(graph.nodes)))
+        output.args = (tuple(tensors_returned(graph)),)
+        graph.eliminate_dead_code(lambda node: node.target != RETURNED)
+        note_shapes(self, graph, batches[0])
+        with torch.no_grad(), evaluating(self):
+            _, outputs = flatten(self(*batches[0]), "output")
+        sizes = Sizes(tuple(names_of(inputs, self)), tuple(tuple(tensor.shape) for tensor in batches[0]))
+        return Captured(graph, inputs, outputs, sizes.with_free_batch(batches))

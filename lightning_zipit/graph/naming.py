@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
+
 from torch import fx, nn
+from torch._ops import OpOverload
 
 
 def symbol(node: fx.Node, module: nn.Module) -> str:
-    """Return the first argument of ``register_rule`` as code: a class, a function, or the quoted name of a method."""
+    """Return the first argument of ``register_rule`` as code: a class, an operator or a function."""
     if node.op == "call_module":
         return type(module.get_submodule(str(node.target))).__name__
-    if node.op == "call_method":
-        return repr(node.target)
+    if isinstance(node.target, OpOverload):
+        return f"torch.ops.{node.target}"
     return getattr(node.target, "__name__", str(node.target))
 
 
@@ -37,8 +41,45 @@ def place_of(node: fx.Node) -> str:
 
 def describe_node(node: fx.Node, module: nn.Module) -> str:
     """Describe a node by its operator and its module."""
-    name = symbol(node, module)
     if node.op == "call_module":
-        return f"Module `{node.target}` ({name})"
-    kind = {"call_method": "Tensor method", "call_function": "Function"}.get(node.op, "Node")
-    return f"{kind} `{name.strip(chr(39))}` in `{location(node)}` (node `{node.name}`)"
+        return f"Module `{node.target}` ({symbol(node, module)})"
+    return f"Operator `{operator_name(node)}` in `{location(node)}` (node `{node.name}`)"
+
+
+def operator_name(node: fx.Node) -> str:
+    """Return the name of a node's operator without namespace and overload, such as ``relu``."""
+    if isinstance(node.target, OpOverload):
+        return node.target._schema.name.rpartition("::")[2]
+    return getattr(node.target, "__name__", str(node.target))
+
+
+def name_nodes(nodes: Iterable[fx.Node]) -> set[str]:
+    """Name nodes for their modules and operators; a number tells nodes of one name apart.
+
+    Args:
+        nodes: the nodes in order; their names are changed.
+
+    Returns:
+        The names.
+    """
+    taken: set[str] = set()
+    for node in nodes:
+        node.name = free_name(_plain_name(node), taken)
+    return taken
+
+
+def free_name(base: str, taken: set[str]) -> str:
+    """Return a name that is not taken, and add it to those that are."""
+    name, number = base, 0
+    while name in taken:
+        number += 1
+        name = f"{base}_{number}"
+    taken.add(name)
+    return name
+
+
+def _plain_name(node: fx.Node) -> str:
+    if node.op == "call_function":
+        return re.sub(r"\W", "_", operator_name(node))
+    name = re.sub(r"\W+", "_", str(node.target)).strip("_")
+    return f"_{name}" if name[:1].isdigit() else name

@@ -16,6 +16,7 @@ from lightning_zipit.errors import TraceError
 from lightning_zipit.graph.functional_form import make_functional
 from lightning_zipit.graph.naming import location
 from lightning_zipit.graph.recurrent import ORIGINALS
+from lightning_zipit.graph.run import IN_PLACE
 from lightning_zipit.graph.sizes import hint
 
 aten = torch.ops.aten
@@ -161,8 +162,7 @@ def _keep_meta(node: fx.Node) -> None:
         meta |= {"shape": tuple(tuple(map(hint, part.shape)) for part in value)}
     elif isinstance(value, (int, torch.SymInt)):
         meta |= {"value": hint(value)}
-    if "stack_trace" in node.meta:
-        meta["stack_trace"] = node.meta["stack_trace"]
+    meta |= {key: node.meta[key] for key in ("stack_trace", IN_PLACE) if key in node.meta}
     node.meta = meta
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from lightning_zipit._common.copying import copy_module
 from lightning_zipit.errors import ConfigurationError, VerificationError
-from lightning_zipit.graph.replay import agree, swapped, tensors_in
+from lightning_zipit.graph.replay import agree, in_dtype, swapped, tensors_in
 from lightning_zipit.graph.run import Run, Values
 from lightning_zipit.graph.spaces import Crossing, MergeGraph, unit_members, units_around, units_first
 from lightning_zipit.graph.table import AxisRef, Row, Table, bind, named_tensors, row_of
@@ -233,6 +233,7 @@ class _Proof:
         vary: bool,
         handed: Sequence[Any] | None,
     ) -> None:
+        graph = replace(graph, fx_graph=in_dtype(graph.fx_graph, dtype))
         self.network, self.graph, self.with_trunk = network, graph, handed is None
         change = _varied if vary else lambda tensor: tensor
         self.tensors = {

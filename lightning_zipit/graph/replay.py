@@ -1,7 +1,8 @@
-"""Runs of a captured graph with exchanged tensors, and its comparison with the network's forward."""
+"""Runs of a captured graph with other tensors and types, and the comparison of their results."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -11,9 +12,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from lightning_zipit._common.copying import copy_module
-from lightning_zipit.errors import CalibrationError, TraceError
 from lightning_zipit.graph.run import Run
-from lightning_zipit.graph.shapes import evaluating
 
 CAPTURE_TOLERANCE = 1e-3
 """Tolerance of a capture, relative to the largest output. Both run the same kernels, which may round differently."""
@@ -89,43 +88,25 @@ def agree(expected: Tensor, found: Tensor, tolerance: float) -> bool:
     return not gap.numel() or bool(gap.max() <= tolerance * scale.max().clamp(min=torch.finfo(torch.float32).tiny))
 
 
-def check_capture(network: nn.Module, graph: fx.Graph, x: Tensor, name: str = "") -> None:
-    """Check that a captured graph computes the same as the network's forward.
+def in_dtype(graph: fx.Graph, dtype: torch.dtype) -> fx.Graph:
+    """Return the graph of a network in which another floating-point type stands wherever the forward writes float32.
 
     Args:
-        network: the network, or a working copy of it.
-        graph: the captured graph.
-        x: an input whose batch size differs from the one of the capture.
-        name: the task, for error messages.
-
-    Raises:
-        TraceError: if the graph computes something different, or the forward is random in eval mode.
-        CalibrationError: if the forward fails on the input.
+        graph: a captured graph.
+        dtype: the type.
     """
-    who = f"{type(network).__name__}{f' of task {name!r}' if name else ''}"
-    with evaluating(network), torch.inference_mode(False), torch.no_grad():
-        try:
-            expected = tensors_in(network(x.clone()))
-        except Exception as error:
-            raise CalibrationError(
-                f"The forward of the backbone {who} failed on an input of shape {tuple(x.shape)} ({x.dtype}): {error}"
-            ) from error
-        found = returned(Run(network, graph), x)
-        if len(expected) == len(found) and all(map(_close, expected, found)):
-            return
-        again = tensors_in(network(x.clone()))
-    if not all(map(_close, expected, again)):
-        raise TraceError(
-            f"The forward of {who} is random in eval mode: two runs on the same input give different results. A merge "
-            "of it cannot be checked. Make the forward deterministic in eval mode."
-        )
-    raise TraceError(
-        f"The captured graph of {who} does not compute the same as its forward. The forward branches on its input "
-        "(such as `isinstance(x, torch.Tensor)`), or changes a tensor in place where torch.fx does not record it. "
-        "Choose a submodule without that code as `backbone`, or register a rule for the block with "
-        "`lightning_zipit.graph.register_rule`, so that it becomes a leaf module."
-    )
+    if dtype is torch.float32:
+        return graph
+    graph = copy.deepcopy(graph)
+    for node in graph.nodes:
+        node.args = _exchanged(node.args, torch.float32, dtype)
+        node.kwargs = _exchanged(node.kwargs, torch.float32, dtype)
+    return graph
 
 
-def _close(expected: Tensor, found: Tensor) -> bool:
-    return agree(expected, found, CAPTURE_TOLERANCE)
+def _exchanged(value: Any, old: torch.dtype, new: torch.dtype) -> Any:
+    if value is old:
+        return new
+    if isinstance(value, (tuple, list)):
+        return type(value)(_exchanged(part, old, new) for part in value)
+    return {key: _exchanged(part, old, new) for key, part in value.items()} if isinstance(value, dict) else value

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
 from torch import Tensor, fx, nn
 
 IN_PLACE = "in_place"
-"""Key that marks an in-place addition of the forward, because torch.fx records it as a plain addition."""
+"""Key of the operator of the forward that writes in place, where the graph has one that returns a new tensor."""
 
 Values: TypeAlias = "dict[fx.Node, Any]"
 """Values of nodes."""
@@ -25,8 +24,7 @@ class Run(fx.Interpreter):
         graph: its graph.
         nodes: the nodes to run, in order; by default all nodes of the graph.
         kept: the nodes whose values are not dropped; by default those that no node of the run reads.
-        in_place: add in place if the forward does. This saves memory. The values are the same if
-            :func:`~lightning_zipit.graph.replay.check_capture` finds no difference.
+        in_place: write in place where the forward does. This saves memory.
         watch: function that is called with each node and its value, right after the value is computed.
     """
 
@@ -53,7 +51,8 @@ class Run(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         """Compute one node from the values of its inputs."""
         if self.in_place and n.meta.get(IN_PLACE):
-            return operator.iadd(*fx.node.map_arg(n.args, self.env.__getitem__))
+            args, kwargs = fx.node.map_arg((n.args, n.kwargs), self.env.__getitem__)
+            return n.meta[IN_PLACE](*args, **kwargs)
         return super().run_node(n)
 
     def enter(self, values: Values) -> None:

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from lightning_zipit._common.views import Inputs, view_of
 from lightning_zipit.errors import ArchitectureMismatchError, ZipItError
 from lightning_zipit.graph.compare import first_difference, first_difference_of_entries
-from lightning_zipit.graph.prove import SAMPLES, find_failing
-from lightning_zipit.graph.replay import check_capture
+from lightning_zipit.graph.prove import find_failing
 from lightning_zipit.graph.spaces import MergeGraph
 from lightning_zipit.graph.trace import analyse_again, trace
 from lightning_zipit.graph.unlike import find_unlike
@@ -101,8 +100,6 @@ def settle(
         CalibrationError: if a network fails on its input.
         VerificationError: if nothing is left that can be merged.
     """
-    for task, network in networks.items():
-        check_capture(network, graphs[task].fx_graph, inputs[task][:SAMPLES], task)
     while failing := find_unlike(networks, graphs, inputs) or (verify and find_failing(networks, graphs, inputs)):
         graphs = analyse_again(next(iter(graphs.values())), failing, merge_heads, trace_again)
     return graphs

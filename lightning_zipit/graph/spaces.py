@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, fx
 
+from lightning_zipit.graph.capture import Captured
 from lightning_zipit.graph.order import with_constants
 from lightning_zipit.graph.table import AxisRef, Block, Row
 
@@ -129,7 +130,7 @@ class MergeGraph:
         barriers: nodes that stay in the heads with all that depends on them, although they come before the cut, and the
             reasons.
         notes: human-readable list of what is matched by index instead of by activation, or is not merged, with reasons.
-        input_shape: the shape of one sample of the input that determined the shapes.
+        captured: the capture of the network, for the structure of its arguments and its output.
         start_at: the requested first module of the trunk; ``None`` zips from the input on.
         stem_nodes: names of the graph nodes of the stem, which stays per task.
         entries: the values that pass from a stem to the trunk, in order; empty if the trunk starts at the input.
@@ -146,7 +147,7 @@ class MergeGraph:
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict, repr=False)
     barriers: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-    input_shape: tuple[int, ...] = ()
+    captured: Captured | None = field(default=None, repr=False)
     start_at: str | None = None
     stem_nodes: frozenset[str] = frozenset()
     entries: tuple[Crossing, ...] = ()

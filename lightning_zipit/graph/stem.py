@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import re
-
 from torch import fx, nn
 
 from lightning_zipit.errors import ConfigurationError
 from lightning_zipit.graph.cut import no_such_module, with_items
-from lightning_zipit.graph.naming import modules_around
+from lightning_zipit.graph.naming import free_name, modules_around, name_nodes
 from lightning_zipit.graph.order import descendants, varying, with_constants
 
 
@@ -96,24 +94,9 @@ def name_apart(
     Returns:
         Shapes of tensors by new node name.
     """
-    taken: set[str] = set()
-    renamed: dict[str, tuple[int, ...]] = {}
-    for node in sorted(graph.nodes, key=lambda node: node not in after_start):
-        base = _plain_name(node) if node in after_start else f"stem_{node.name}"
-        name, number = base, 0
-        while name in taken:
-            number += 1
-            name = f"{base}_{number}"
-        taken.add(name)
-        if node.name in shapes:
-            renamed[name] = shapes[node.name]
-        node.name = name
-    return renamed
-
-
-def _plain_name(node: fx.Node) -> str:
-    """Return the name of a node without the suffix that torch.fx appends to repeated names."""
-    if node.op in ("call_module", "get_attr"):
-        name = re.sub(r"\W", "_", str(node.target))
-        return f"_{name}" if name[0].isdigit() else name
-    return re.sub(r"(?<=.)(_\d+)+$", "", node.name)
+    of_node = {node: shapes[node.name] for node in graph.nodes if node.name in shapes}
+    taken = name_nodes(node for node in graph.nodes if node in after_start)
+    for node in graph.nodes:
+        if node not in after_start:
+            node.name = free_name(f"stem_{node.name}", taken)
+    return {node.name: shape for node, shape in of_node.items()}

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
+from dataclasses import replace
+from typing import Any, TypeVar
 
 from torch import Tensor, fx, nn
 
 from lightning_zipit.errors import ConfigurationError, TraceError, VerificationError
 from lightning_zipit.graph.analyse import Analysis
 from lightning_zipit.graph.cut import find_trunk
+from lightning_zipit.graph.guess import guess_input
 from lightning_zipit.graph.order import descendants, with_constants
 from lightning_zipit.graph.prove import SAMPLES, Failure, explain, find_failing
-from lightning_zipit.graph.record import record
-from lightning_zipit.graph.replay import check_capture, working_copy
-from lightning_zipit.graph.shapes import shapes_of
+from lightning_zipit.graph.remember import capture_once
+from lightning_zipit.graph.replay import working_copy
 from lightning_zipit.graph.spaces import MergeGraph
 from lightning_zipit.graph.stem import find_after_start, find_stem, name_apart, split_constants
 
@@ -23,7 +24,7 @@ def trace(
     backbone: nn.Module,
     stop_at: str | None = None,
     *,
-    example_input: Tensor | None = None,
+    example_input: Any = None,
     merge_heads: bool = False,
     verify: Tensor | None = None,
     barriers: Mapping[str, str] | None = None,
@@ -31,19 +32,19 @@ def trace(
 ) -> MergeGraph:
     """Find the axes of a network's parameters that must be merged together.
 
-    torch.fx records the network in eval mode. The network is not changed. No data is needed if a fitting input can be
-    guessed from the first layer.
+    The network runs in eval mode, and torch.export writes down what it computes. The network is not changed. No data is
+    needed if a fitting input can be guessed from the first layer.
 
     An operator without a rule is a barrier: the operator, and all that depends on it, stays in the heads, one per task.
     :attr:`MergeGraph.barriers` lists the barriers.
 
     Args:
-        backbone: a network of one input whose ``forward`` torch.fx can trace.
+        backbone: the network. Its forward may take any number of tensors, nested in any way.
         stop_at: dotted name of the trunk's last module; everything after it stays a head per task. ``None`` zips
             everything down to the last layer with weights.
-        example_input: an input whose shape is used. Its values do not matter.
+        example_input: an input: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
         merge_heads: include the last layer in the trunk; the models then share one output space.
-        verify: an input for two checks. The captured graph must compute the same as the network. Every space is
+        verify: an input for the proof. Every space is
             permuted in a copy, by two permutations without fixed points, and the copy must return the same. This takes
             three forwards of 2 samples, in float64 if the network supports it. A space that fails becomes a barrier.
         barriers: nodes of the traced graph that must be barriers, and the reasons.
@@ -55,8 +56,7 @@ def trace(
 
     Raises:
         UnknownShapeError: if no input is given and no guess fits.
-        TraceError: if torch.fx cannot trace the forward, if the captured graph does not compute the same as the
-            network, or if a barrier leaves nothing to merge.
+        TraceError: if the network cannot be captured, or if a barrier leaves nothing to merge.
         ConfigurationError: if ``stop_at`` or ``start_at`` does not exist or leaves nothing to merge.
         VerificationError: if ``verify`` finds that nothing can be merged.
 
@@ -73,7 +73,7 @@ def trace(
     if verify is None:
         return merge_graph
     working, x = working_copy(backbone), verify[:SAMPLES].detach()
-    check_capture(working, capture.graph, x)
+    capture.captured.check(working, x)
     while failing := find_failing({"": working}, {"": merge_graph}, {"": x}):
         merge_graph = analyse_again(merge_graph, failing, merge_heads, capture.analyse)
     return merge_graph
@@ -112,13 +112,14 @@ class _Capture:
     """A captured network: its graph, the shapes of its tensors, and its stem and trunk without barriers."""
 
     def __init__(
-        self, backbone: nn.Module, stop_at: str | None, start_at: str | None, merge_heads: bool, example: Tensor | None
+        self, backbone: nn.Module, stop_at: str | None, start_at: str | None, merge_heads: bool, example: Any
     ) -> None:
         self.backbone, self.stop_at, self.start_at, self.merge_heads = backbone, stop_at, start_at, merge_heads
-        self.graph = graph = record(backbone)
+        self.captured = capture_once(backbone, guess_input(backbone) if example is None else example)
+        self.graph = graph = self.captured.graph
         if start_at is not None:
             split_constants(graph)
-        shapes = shapes_of(working_copy(backbone), graph, example)
+        shapes = {node.name: shape for node in graph.nodes if (shape := shape_of(node)) is not None}
         self.nodes = nodes = list(graph.nodes)
         trunk = find_trunk(backbone, nodes, stop_at, shapes, merge_heads)
         self.stem: set[fx.Node] = set()
@@ -144,13 +145,19 @@ class _Capture:
                     self.backbone, self.graph, self.shapes, trunk, self.stop_at, known, self.stem, self.start_at
                 ).result()
                 _check_mergeable(graph, self.stop_at)
-                return graph
+                return replace(graph, captured=self.captured)
             except ConfigurationError as error:
                 raise last or error from None
             except TraceError as error:
                 if self.merge_heads or error.node is None or error.node in known:
                     raise
                 known[error.node], last = str(error), error
+
+
+def shape_of(node: fx.Node) -> tuple[int, ...] | None:
+    """Return the shape of a node's value for the captured batch; ``None`` if the value is not a tensor."""
+    shape = node.meta.get("shape")
+    return None if shape is None or any(isinstance(size, tuple) for size in shape) else shape
 
 
 def _check_mergeable(graph: MergeGraph, stop_at: str | None) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from torch import fx, nn
 
-from lightning_zipit.graph.naming import call_of
+from lightning_zipit.graph.naming import call_of, name_nodes
 
 
 def fold(graph: fx.Graph, network: nn.Module, whole: Callable[[nn.Module], bool]) -> None:
@@ -30,7 +30,8 @@ def fold(graph: fx.Graph, network: nn.Module, whole: Callable[[nn.Module], bool]
         name = call.partition("@")[0]
         if _takes_one(network.get_submodule(name)):
             _replace(graph, name, nodes)
-    graph.eliminate_dead_code(lambda node: node.op != "get_attr")  # parameters that the modules read themselves
+    _drop_unused(graph)
+    name_nodes(graph.nodes)
 
 
 def _outermost(node: fx.Node, network: nn.Module, whole: Callable[[nn.Module], bool]) -> str | None:
@@ -44,7 +45,7 @@ def _outermost(node: fx.Node, network: nn.Module, whole: Callable[[nn.Module], b
 def _replace(graph: fx.Graph, name: str, nodes: list[fx.Node]) -> None:
     inside = set(nodes)
     given = {source for node in nodes for source in node.all_input_nodes if source not in inside}
-    inputs = [source for source in given if not _belongs(source, name)]
+    inputs = [source for source in given if "shape" in source.meta and not _belongs(source, name)]
     results = [node for node in nodes if any(user not in inside for user in node.users)]
     if len(inputs) != 1 or len(results) != 1 or results[0].target is operator.getitem:
         return
@@ -54,6 +55,13 @@ def _replace(graph: fx.Graph, name: str, nodes: list[fx.Node]) -> None:
     results[0].replace_all_uses_with(call)
     for node in reversed(nodes):
         if not node.users:
+            graph.erase_node(node)
+
+
+def _drop_unused(graph: fx.Graph) -> None:
+    """Drop the nodes that modules now compute themselves, such as reads of their parameters."""
+    for node in reversed(list(graph.nodes)):
+        if not node.users and node.op not in ("placeholder", "output"):
             graph.erase_node(node)
 
 

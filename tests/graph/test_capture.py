@@ -2,7 +2,7 @@
 
 import copy
 from collections import UserDict, namedtuple
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from helpers.capturing import UNSEEN, call, captured, check_replay, module, tens
 from torch import nn
 
 from lightning_zipit.graph.functional_form import writes
+from lightning_zipit.graph.replay import in_dtype
 from lightning_zipit.graph.whole_modules import fold
 
 
@@ -190,7 +191,7 @@ def test_a_graph_computes_the_same_in_float64(kind):
     found = captured(network, example)
     with torch.no_grad():
         want = network(x)
-        got = found.in_dtype(torch.float64).run(
+        got = replace(found, graph=in_dtype(found.graph, torch.float64)).run(
             copy.deepcopy(network).double(), x.double() if x.is_floating_point() else x
         )
     assert got.dtype == torch.float64

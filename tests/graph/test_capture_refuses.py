@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from helpers.capturing import captured, check_replay, module, tensor
 from torch import nn
 
+from lightning_zipit._common.structure import UnknownContainerError, flatten
 from lightning_zipit.errors import CalibrationError, TraceError
 from lightning_zipit.graph.capture import capture
-from lightning_zipit.graph.structure import UnknownContainerError, flatten
 
 
 class Cache:

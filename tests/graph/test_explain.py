@@ -142,7 +142,7 @@ def test_an_error_inside_a_rule_is_a_barrier_that_names_the_operator(monkeypatch
     monkeypatch.setitem(registry.OPERATORS, torch.tanh, registry.Operator(faulty))
     net = First({}, lambda net, p, x: torch.tanh(net.first(x)))
     net.first = nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, WIDTH))
-    (reason,) = trace(net).barriers.values()
+    (reason,) = trace(net, example_input=torch.randn(3, 5)).barriers.values()
     assert "`tanh`" in reason and "KeyError" in reason
 
 

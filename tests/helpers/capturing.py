@@ -5,8 +5,8 @@ import copy
 import torch
 from torch import nn
 
+from lightning_zipit._common.structure import flatten
 from lightning_zipit.graph.capture import capture
-from lightning_zipit.graph.structure import flatten
 
 UNSEEN = 7
 

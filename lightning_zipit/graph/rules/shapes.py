@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 
 from lightning_zipit.graph.align import broadcast_all, entrywise
 from lightning_zipit.graph.interpret import Context
+from lightning_zipit.graph.naming import operator_name
 from lightning_zipit.graph.registry import Trait, module_rule, rule, spellings
 from lightning_zipit.graph.values import Features, Joined, Parameter, Plain, Value, leaves
 
@@ -30,7 +31,7 @@ MOVING = Trait.REARRANGE | Trait.VIEW
 @rule(*spellings(REARRANGEMENTS), "unfold", traits=MOVING)
 def rearrange(ctx: Context, input: Value, *args: Any, **kwargs: Any) -> Any:
     """Move entries without changing them: the operator itself runs on feature indices."""
-    if ctx.node.target in LIKE_ANOTHER:
+    if operator_name(ctx.node) in LIKE_ANOTHER:
         ctx.positional(args, kwargs)
     elif any(isinstance(value, Features) for value in leaves((args, kwargs))):
         raise ctx.error("it selects entries by the values of features")

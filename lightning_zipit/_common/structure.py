@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import enum
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -36,16 +36,16 @@ class Structure:
     """A nested value without its tensors.
 
     Attributes:
-        build: makes the value from its parts; ``None`` for a tensor, and for a constant.
-        kind: the type of the value.
+        kind: the type of the value; ``Tensor`` for a tensor.
         context: what tells two values of one type apart, such as the keys of a dict; of a constant, the constant.
         parts: the structures of its parts.
+        template: a copy of the value without its parts, for types whose other attributes are kept.
     """
 
     kind: type
     context: Any = None
     parts: tuple[Structure, ...] = ()
-    build: Callable[[list[Any]], Any] | None = dataclasses.field(default=None, compare=False, repr=False)
+    template: Any = field(default=None, compare=False, repr=False)
 
     @property
     def count(self) -> int:
@@ -58,13 +58,20 @@ class Structure:
             raise ValueError(f"expected {self.count} tensors, got {len(tensors)}")
         if self.kind is Tensor:
             return tensors[0]
-        if self.build is None:
+        if issubclass(self.kind, PLAIN):
             return self.context
         values, start = [], 0
         for part in self.parts:
             values.append(part.unflatten(tensors[start : start + part.count]))
             start += part.count
-        return self.build(values)
+        return self._build(values)
+
+    def _build(self, parts: list[Any]) -> Any:
+        if issubclass(self.kind, Distribution):
+            return self.kind(**dict(zip(self.context, parts, strict=True)))
+        if self.template is None:
+            return pytree.SUPPORTED_NODES[_registered_type(self.kind)].unflatten_fn(parts, self.context)
+        return _filled(self.template, self.context, parts)
 
 
 def flatten(value: Any, path: str = "") -> tuple[list[Tensor], Structure]:
@@ -84,52 +91,50 @@ def flatten(value: Any, path: str = "") -> tuple[list[Tensor], Structure]:
         return [value], Structure(Tensor)
     if isinstance(value, PLAIN):
         return [], Structure(type(value), value)
-    names, children, context, build = _open(value, path)
+    names, children, context, template = _open(value, path)
     tensors: list[Tensor] = []
     parts = []
     for name, child in zip(names, children, strict=True):
         inside, part = flatten(child, f"{path}{name}")
         tensors += inside
         parts.append(part)
-    return tensors, Structure(type(value), context, tuple(parts), build)
+    return tensors, Structure(type(value), context, tuple(parts), template)
 
 
-def _open(value: Any, path: str) -> tuple[list[str], list[Any], Any, Callable[[list[Any]], Any]]:
-    """Names and values of the parts, what else the value is, and how to make another of other parts."""
+def _open(value: Any, path: str) -> tuple[list[str], list[Any], Any, Any]:
+    """Names and values of the parts, what tells the value from others of its type, and its template."""
     kind = type(value)
-    registered = pytree.SUPPORTED_NODES.get(pytree._get_node_type(value))
+    registered = pytree.SUPPORTED_NODES.get(_registered_type(kind))
     if isinstance(value, Distribution):
-        fields = [name for name in kind.arg_constraints if name in vars(value)]
-        children = [getattr(value, name) for name in fields]
-        return _dotted(fields), children, fields, lambda parts: kind(**dict(zip(fields, parts, strict=True)))
+        names = [name for name in kind.arg_constraints if name in vars(value)]
+        return [f".{name}" for name in names], [getattr(value, name) for name in names], names, None
     if registered is not None:
         children, context = registered.flatten_fn(value)
         names = [f"[{number}]" for number in range(len(children))]
         if isinstance(value, Mapping):
             names = [f"[{key!r}]" for key in value]
-        return names, list(children), context, lambda parts: registered.unflatten_fn(parts, context)
+        return names, list(children), context, None
     if dataclasses.is_dataclass(value):
-        fields = [field.name for field in dataclasses.fields(value)]
-        return _dotted(fields), [getattr(value, name) for name in fields], fields, _replacing(value, fields, setattr)
+        names = [each.name for each in dataclasses.fields(value)]
+        children = [getattr(value, name) for name in names]
+        return [f".{name}" for name in names], children, names, _filled(value, names, [None] * len(names))
     if isinstance(value, Mapping):
         keys = list(value)
-        return [f"[{key!r}]" for key in keys], list(value.values()), keys, _replacing(value, keys, _set_item)
+        return [f"[{key!r}]" for key in keys], list(value.values()), keys, _filled(value, keys, [None] * len(keys))
     raise UnknownContainerError(kind, path)
 
 
-def _dotted(fields: list[str]) -> list[str]:
-    return [f".{name}" for name in fields]
+def _registered_type(kind: type) -> Any:
+    """The type under which torch knows how to open a value."""
+    return pytree.namedtuple if pytree.is_namedtuple_class(kind) else kind
 
 
-def _set_item(mapping: Any, key: Any, part: Any) -> None:
-    mapping[key] = part
-
-
-def _replacing(value: Any, keys: list[Any], put: Callable[[Any, Any, Any], None]) -> Callable[[list[Any]], Any]:
-    def build(parts: list[Any]) -> Any:
-        copied = copy.copy(value)
-        for key, part in zip(keys, parts, strict=True):
-            (object.__setattr__ if put is setattr else put)(copied, key, part)
-        return copied
-
-    return build
+def _filled(value: Any, keys: Sequence[Any], parts: Sequence[Any]) -> Any:
+    """A copy of a dataclass or a mapping with other parts."""
+    copied = copy.copy(value)
+    for key, part in zip(keys, parts, strict=True):
+        if dataclasses.is_dataclass(copied):
+            object.__setattr__(copied, key, part)
+        else:
+            copied[key] = part
+    return copied

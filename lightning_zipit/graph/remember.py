@@ -1,0 +1,105 @@
+"""Captures of this process, so that networks of one architecture are captured once."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from types import FunctionType
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_zipit._common.structure import flatten
+from lightning_zipit.graph.capture import Captured, as_call, capture, holds_for
+from lightning_zipit.graph.joined import Joined
+from lightning_zipit.graph.registry import operator_of_module
+from lightning_zipit.graph.whole_modules import fold
+
+KEPT = 64
+"""Number of captures that are kept."""
+DEPTH = 4
+"""Levels of nested attributes that are compared."""
+OF_EVERY_MODULE = frozenset({*vars(nn.Module()), "__orig_class__"}) - {"_forward_hooks", "_forward_pre_hooks"}
+"""Attributes that do not tell what a forward computes, or are compared by the table of tensors."""
+
+
+@dataclass
+class _Known:
+    """A capture, and the networks for which it was seen to hold."""
+
+    captured: Captured
+    networks: weakref.WeakSet[nn.Module] = field(default_factory=weakref.WeakSet)
+
+
+_known: OrderedDict[Any, _Known] = OrderedDict()
+
+
+def capture_once(network: nn.Module, example: Any) -> Captured:
+    """Capture a network, or return a capture of a network of the same architecture.
+
+    A capture of another network is used only if its graph computes what this network computes. Modules with a record
+    are whole in the graph.
+
+    Args:
+        network: the network; it is not changed.
+        example: an input; see :func:`~lightning_zipit.graph.capture.capture`.
+
+    Returns:
+        A capture whose graph callers may change.
+
+    Raises:
+        CalibrationError: if the network cannot take the input.
+        TraceError: if the network cannot be captured.
+    """
+    if isinstance(network, Joined):
+        return network.captured(example)
+    key = (_of_input(example), tuple(_of_network(network)))
+    known = _known.get(key)
+    if known is None or not (network in known.networks or holds_for(known.captured, network, example)):
+        known = _known[key] = _Known(capture(network, example))
+    known.networks.add(network)
+    _known.move_to_end(key)
+    while len(_known) > KEPT:
+        _known.popitem(last=False)
+    captured = replace(known.captured, graph=copy.deepcopy(known.captured.graph))
+    fold(captured.graph, network, lambda module: operator_of_module(module) is not None)
+    return captured
+
+
+def _of_input(example: Any) -> Any:
+    tensors, structure = flatten(as_call(example), "input")
+    return str(structure), tuple((tensor.dtype, tensor.device, tuple(tensor.shape[1:])) for tensor in tensors)
+
+
+def _of_network(network: nn.Module) -> Iterator[Any]:
+    """What tells networks apart: classes and attributes of modules, and shapes, types and ties of tensors."""
+    first: dict[int, str] = {}
+    for name, module in network.named_modules(remove_duplicate=False):
+        yield name, type(module), getattr(type(module).forward, "__code__", None)
+        yield from ((key, _of(value, DEPTH)) for key, value in vars(module).items() if key not in OF_EVERY_MODULE)
+        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                yield key, _of(tensor, 1), tensor.device, first.setdefault(id(tensor), f"{name}.{key}")
+
+
+def _of(value: Any, depth: int) -> Any:
+    """What tells an attribute from others, as far as it can be told."""
+    if isinstance(value, Tensor):
+        return tuple(value.shape), value.dtype
+    if isinstance(value, FunctionType):
+        return value.__code__, _of(value.__defaults__, depth - 1), _of_cells(value, depth - 1)
+    if depth == 0 or isinstance(value, nn.Module):
+        return type(value)
+    if isinstance(value, Mapping):
+        return type(value), tuple((str(key), _of(part, depth - 1)) for key, part in value.items())
+    if isinstance(value, (list, tuple, set)):
+        return type(value), tuple(_of(part, depth - 1) for part in value)
+    own = getattr(value, "__dict__", None)
+    return (type(value), _of(own, depth - 1)) if isinstance(own, dict) else (type(value), repr(value))
+
+
+def _of_cells(function: FunctionType, depth: int) -> Any:
+    return tuple(_of(cell.cell_contents, depth) for cell in function.__closure__ or () if depth > 0)
