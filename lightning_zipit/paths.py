@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
+from lightning_zipit._common.calls import Call
+from lightning_zipit._common.structure import Structure
 from lightning_zipit._common.views import Inputs
 from lightning_zipit.errors import ConfigurationError
 from lightning_zipit.refine.task_norms import has_task_norms
@@ -35,11 +37,41 @@ class AllHeads(nn.Module):
         self.stems = stems if isinstance(stems, nn.ModuleDict) else nn.ModuleDict(stems)
         self.per_task = has_task_norms(trunk)
 
-    def forward(self, x: Inputs) -> dict[str, Any]:
-        return run_all(self.stems, self.trunk, self.heads, x, self.per_task)
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Return the outputs by task.
+
+        Args:
+            args: the arguments of the networks; or one dict with the input of each task, as for
+                :func:`~lightning_zipit._common.views.as_inputs`.
+            kwargs: keyword arguments of the networks.
+        """
+        return run_all(self.stems, self.trunk, self.heads, given(args, kwargs, list(self.heads)), self.per_task)
 
 
-def run_one(stem: nn.Module | None, trunk: nn.Module, head: nn.Module, x: Tensor, norms_of: str | None = None) -> Any:
+def given(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], tasks: Collection[str], takes: Structure | None = None
+) -> Inputs:
+    """Return the inputs of a network of several tasks from the arguments of its forward.
+
+    Args:
+        args: positional arguments; a single dict by task, if tasks have different inputs.
+        kwargs: keyword arguments.
+        tasks: the tasks.
+        takes: the structure of the arguments of a source network, if it is known.
+    """
+    if len(args) != 1 or kwargs:
+        return Call.of_arguments(args, kwargs)
+    x = args[0]
+    if not isinstance(x, Mapping):
+        return Call.of(x)
+    if any(isinstance(value, Call) for value in x.values()):
+        return dict(x)
+    whole = Call.of_arguments(args, kwargs)
+    by_task = any(task in tasks for task in x) if takes is None else whole.structure != takes
+    return {task: Call.of(value) for task, value in x.items()} if by_task else whole
+
+
+def run_one(stem: nn.Module | None, trunk: nn.Module, head: nn.Module, x: Call, norms_of: str | None = None) -> Any:
     """Compute the output of one task.
 
     Args:
@@ -49,7 +81,7 @@ def run_one(stem: nn.Module | None, trunk: nn.Module, head: nn.Module, x: Tensor
         x: the input.
         norms_of: the name of the task, for a trunk with a batch norm per task.
     """
-    entering = (x,) if stem is None else stem(x)
+    entering = x.tensors if stem is None else stem(*x.tensors)
     return head(*trunk(*entering, *(() if norms_of is None else (norms_of,))))
 
 
@@ -74,10 +106,10 @@ def run_all(
     Raises:
         ConfigurationError: if an input belongs to an unknown task.
     """
-    if isinstance(inputs, Tensor) and not per_task and not len(stems):
-        crossing = trunk(inputs)
+    if isinstance(inputs, Call) and not per_task and not len(stems):
+        crossing = trunk(*inputs.tensors)
         return {task: head(*crossing) for task, head in heads.items()}
-    views = dict.fromkeys(heads, inputs) if isinstance(inputs, Tensor) else inputs
+    views = dict.fromkeys(heads, inputs) if isinstance(inputs, Call) else inputs
     if unknown := [task for task in views if task not in heads]:
         raise ConfigurationError(
             f"The inputs contain the unknown tasks {', '.join(map(repr, unknown))}: the tasks of this network are "

@@ -9,7 +9,7 @@ import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from enum import IntEnum
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -19,7 +19,7 @@ from lightning_zipit._calibration.layout import Layout
 from lightning_zipit._common.collectives import exchange
 from lightning_zipit._common.messages import warn_on_rank_zero
 from lightning_zipit._common.sources import Sources
-from lightning_zipit._common.views import Inputs, check_views
+from lightning_zipit._common.views import Inputs, as_inputs
 from lightning_zipit._matching.families import split_families
 from lightning_zipit._matching.matchings import Matchings
 from lightning_zipit._phases.calibrate import Gathering, measuring
@@ -129,11 +129,12 @@ class Pipeline:
         if number >= self.calibration_passes and self.phase in (Phase.CALIBRATE, Phase.MERGE):
             self._merge()
 
-    def add(self, x: Inputs, tasks: Iterable[str], loader: int = 0) -> None:
+    def add(self, x: Any, tasks: Iterable[str], loader: int = 0) -> None:
         """Add a batch to the pass.
 
         Args:
-            x: an input of the networks, or one input per task.
+            x: an input of the networks, or one input per task; see
+                :func:`~lightning_zipit._common.views.as_inputs`.
             tasks: the tasks that the batch belongs to.
             loader: the index of the dataloader of the batch.
 
@@ -142,17 +143,17 @@ class Pipeline:
             StatisticsError: if the batches differ from the batches of the calibration that is resumed.
             VerificationError: if no feature space passes the proof.
         """
-        x = check_views(x, self.sources.networks)
+        inputs = as_inputs(x, self.sources.networks)
         if self.phase is Phase.PREPARE:
-            self._prepare(x)
+            self._prepare(inputs)
         if self.phase is Phase.REFINE:
             assert self._refiner is not None
-            self._refiner.add(self._layout(x, self._networks), tasks)
+            self._refiner.add(self._layout(inputs, self._networks), tasks)
             self._refined = True
             return
         if self._gathering is None:
             self._gathering = self._gather()
-        self._gathering.add(self._layout(x, self._networks), loader)
+        self._gathering.add(self._layout(inputs, self._networks), loader)
 
     def finish(self) -> MergedBackbone:
         """End the merge.

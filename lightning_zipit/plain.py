@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_zipit._common.views import Inputs
 from lightning_zipit._phases.prepare import make_sources
 from lightning_zipit.errors import ConfigurationError
 from lightning_zipit.graph.replay import working_copy
@@ -18,7 +18,7 @@ from lightning_zipit.settings import MergeSettings
 
 def merge_backbones(
     backbones: Mapping[str, nn.Module],
-    batches: Sequence[Iterable[Inputs]] | Iterable[Inputs],
+    batches: Sequence[Iterable[Any]] | Iterable[Any],
     settings: MergeSettings | None = None,
     base: nn.Module | None = None,
 ) -> MergedBackbone:
@@ -48,7 +48,7 @@ def merge_backbones(
     settings = settings or MergeSettings()
     pipeline = Pipeline(make_sources(backbones, settings, base), settings)
     per_task = isinstance(batches, (list, tuple)) and batches and not isinstance(batches[0], (Tensor, Mapping))
-    loaders: list[Iterable[Inputs]] = list(batches) if per_task else [batches]  # type: ignore[list-item, arg-type]
+    loaders: list[Iterable[Any]] = list(batches) if per_task else [batches]
     if per_task and len(loaders) != len(backbones):
         raise ConfigurationError(
             f"`batches` lists {len(loaders)} iterables for {len(backbones)} tasks. Give one iterable for each task, "
@@ -58,7 +58,7 @@ def merge_backbones(
     return pipeline.finish()
 
 
-def push(pipeline: Pipeline, loaders: Sequence[Iterable[Inputs]], passes: int | None = None) -> None:
+def push(pipeline: Pipeline, loaders: Sequence[Iterable[Any]], passes: int | None = None) -> None:
     """Push all batches into a pipeline, pass by pass.
 
     Args:

@@ -254,7 +254,7 @@ def test_statistics_file_stores_input_and_barriers(path):
     data = DataLoader(torch.randn(32, 6), 8)
     gathered = merge(models, path, data, refine=None)
     known = CalibrationStatistics.load(path)
-    assert known.input_shape == (6,) and list(known.barriers) == ["cumsum"]
+    assert known.example_of("ab").tensors[0].shape == (1, 6) and list(known.barriers) == ["cumsum"]
     assert same(merge(models, path, [], refine=None), gathered)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from lightning_zipit._common.calls import Call
 from lightning_zipit._common.views import Inputs, each_view, view_of
 
 
@@ -28,7 +29,7 @@ class Layout:
         """
         if self._change is None:
             self._change = prefer_channels_last(x, networks)
-        return each_view(x, channels_last) if self._change else x
+        return each_view(x, lambda one: one.each(channels_last)) if self._change else x
 
 
 def prefer_channels_last(x: Inputs, networks: Mapping[str, nn.Module]) -> bool:
@@ -41,7 +42,7 @@ def prefer_channels_last(x: Inputs, networks: Mapping[str, nn.Module]) -> bool:
         x: one input for all networks, or one input per task.
         networks: the networks by task, of one architecture, on the device of ``x``.
     """
-    asked = list(networks.items())[: 1 if isinstance(x, Tensor) else None]
+    asked = list(networks.items())[: 1 if isinstance(x, Call) else None]
     return all(gains(network) and agrees(network, view_of(x, task)) for task, network in asked)
 
 
@@ -58,9 +59,10 @@ def gains(network: nn.Module) -> bool:
     return bool(layers) and not grouped and types <= {torch.float32, torch.bfloat16}
 
 
-def agrees(network: nn.Module, x: Tensor) -> bool:
-    """Whether a network on a CPU computes the same from channels-last images of the shape of ``x``."""
-    if x.ndim != 4 or x.device.type != "cpu" or not x.is_floating_point():
+def agrees(network: nn.Module, call: Call) -> bool:
+    """Whether a network on a CPU computes the same from channels-last images of the shape of an input."""
+    x = call.tensors[0]
+    if call.structure != Call.of(x).structure or x.ndim != 4 or x.device.type != "cpu" or not x.is_floating_point():
         return False
     noise = torch.randn((1, *x.shape[1:]), generator=torch.Generator().manual_seed(0)).to(x.dtype)
     expected = network(noise.clone())

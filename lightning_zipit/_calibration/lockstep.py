@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 from torch import Tensor, nn
 
 from lightning_zipit._calibration.folding import Folds
+from lightning_zipit._common.calls import Call
 from lightning_zipit.graph import MergeGraph
 from lightning_zipit.graph.run import Run, Values
 
@@ -40,7 +41,7 @@ class Lockstep:
         self.runs = [Run(network, graph.fx_graph, self.nodes, kept=(), in_place=True) for network in networks]
         self.folds = Folds(networks, self.nodes, observed)
 
-    def run(self, views: Sequence[Tensor], observe: Callable[[str, list[Tensor]], None]) -> None:
+    def run(self, views: Sequence[Call], observe: Callable[[str, list[Tensor]], None]) -> None:
         """Run all networks on one batch.
 
         Args:
@@ -64,11 +65,12 @@ class Lockstep:
             for run in self.runs:
                 run.leave()
 
-    def _start(self, index: int, x: Tensor) -> Values:
+    def _start(self, index: int, x: Call) -> Values:
         """Compute the values at which the trunk of a network starts."""
         if self.stems:
             return dict(zip(self.entries, run_stem(self.stems[index], x), strict=True))
-        return {node: x.clone() for node in self.inputs}  # in-place operators must not change another network's input
+        copies = (tensor.clone() for tensor in x.tensors)  # operators in place must not change another network's input
+        return dict(zip(self.inputs, copies, strict=True))
 
 
 def run_of_stem(graph: MergeGraph, network: nn.Module) -> Run:
@@ -83,6 +85,7 @@ def run_of_stem(graph: MergeGraph, network: nn.Module) -> Run:
     return Run(network, graph.fx_graph, graph.stem_graph(), entries, in_place=True)
 
 
-def run_stem(run: Run, x: Tensor) -> list[Tensor]:
+def run_stem(run: Run, x: Call) -> list[Tensor]:
     """Compute the values that a stem passes to the trunk, in the order of the graph's entries."""
-    return list(run.results({node: x for node in run.nodes if node.op == "placeholder"}).values())
+    inputs = [node for node in run.nodes if node.op == "placeholder"]
+    return list(run.results(dict(zip(inputs, x.tensors, strict=True))).values())

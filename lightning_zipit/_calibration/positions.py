@@ -5,10 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_zipit._common.calls import Call
 
-def marks(x: Tensor) -> Tensor:
+
+def marks(x: Call) -> Tensor:
     """Compute a number for each sample of a batch from its content only, ``(batch,)``."""
-    return x.detach().contiguous().view(torch.uint8).flatten(1).sum(1, dtype=torch.int64)
+    batched = [tensor for tensor, chosen in zip(x.tensors, x.batched, strict=True) if chosen]
+    return torch.stack([_marks_of(tensor) for tensor in batched]).sum(0)
+
+
+def _marks_of(x: Tensor) -> Tensor:
+    rows = x.detach().reshape(len(x), -1).contiguous()
+    return rows.view(torch.uint8).sum(1, dtype=torch.int64)
 
 
 def choose_positions(marks: Tensor, size: int, count: int) -> Tensor:
@@ -37,7 +45,7 @@ class ChosenPositions:
         count: the number of positions per sample.
     """
 
-    def __init__(self, batch: Tensor, count: int) -> None:
+    def __init__(self, batch: Call, count: int) -> None:
         self._marks, self._count = marks(batch), count
         self._chosen: dict[int, Tensor] = {}  # number of positions of a sample → chosen positions
 

@@ -15,15 +15,17 @@ from torch import Tensor, nn
 
 from lightning_zipit._calibration.fingerprint import digest_operators, digest_tensors, fingerprint
 from lightning_zipit._calibration.statistics import STATES, FeatureStatistics
+from lightning_zipit._common.calls import Call
 from lightning_zipit._common.collectives import exchange, rank_and_size
 from lightning_zipit._common.files import find_output_problem, replacing
 from lightning_zipit._common.messages import inform_on_rank_zero
-from lightning_zipit._common.views import Inputs, Sample, zeros_like_sample
+from lightning_zipit._common.samples import Description, inputs_of
+from lightning_zipit._common.views import Inputs
 from lightning_zipit.errors import ConfigurationError, StatisticsError
 from lightning_zipit.graph import MergeGraph
 from lightning_zipit.graph.notes import read_barriers
 
-FORMAT = 3
+FORMAT = 4
 """Version of the file format. Raise it with every change in the meaning of the content, so that no file is misread."""
 
 HEADER = "lightning_zipit"
@@ -42,14 +44,13 @@ class CalibrationStatistics:
 
     Attributes:
         fingerprints: per task, a digest of the weights of its source network.
-        input_shape: the shape of one sample.
-        input_dtype: the dtype of the samples, such as ``"float32"``.
+        inputs: a description of one sample: the structure of the arguments of the networks, and shapes and dtypes of
+            tensors; ``None`` if it cannot be described.
         barriers: the nodes of the networks that cannot be merged; see :attr:`MergeGraph.barriers`.
         statistics: the statistics of all networks side by side, by tap key.
         seen: for an incomplete calibration, the number of samples by loader index; otherwise empty.
         cuts: for merges with several ``stop_at``, the barriers by ``stop_at`` (``""`` stands for ``None``).
         start_at: the module at which the trunk starts; ``None`` for the input.
-        views: dtype and shape of a sample for each network, if each network has its own view; otherwise empty.
         positions: the number of positions that were measured of each sample; ``None`` for all.
         verified: whether the table of axes was proved on the first batch.
         operators: per task, a digest of the operators of its network.
@@ -72,14 +73,12 @@ class CalibrationStatistics:
     """
 
     fingerprints: dict[str, str]
-    input_shape: tuple[int, ...]
-    input_dtype: str
+    inputs: Description | None
     barriers: dict[str, str]
     statistics: dict[str, FeatureStatistics]
     seen: dict[int, int] = field(default_factory=dict)
     cuts: dict[str, dict[str, str]] = field(default_factory=dict)
     start_at: str | None = None
-    views: tuple[Sample, ...] = ()
     positions: int | None = None
     verified: bool = False
     operators: dict[str, str] = field(default_factory=dict)
@@ -93,24 +92,25 @@ class CalibrationStatistics:
         """The largest number of samples (images × positions) over all spaces."""
         return max((int(each.count) for each in self.statistics.values()), default=0)
 
-    @property
-    def example(self) -> Tensor:
-        """Zeros of the shape and dtype of one sample, ``(1, …)``."""
-        return zeros_like_sample((self.input_dtype, self.input_shape))
-
     def example_of(self, tasks: Sequence[str]) -> Inputs:
         """Return one example for all tasks, or an example per task if each task has its own view.
 
         Raises:
-            StatisticsError: if the number of views differs from the number of tasks.
+            StatisticsError: if the number of views differs from the number of tasks, or samples are not described.
         """
-        if not self.views:
-            return self.example.clone()
-        if len(self.views) != len(tasks):
+        if self.inputs is None:
             raise StatisticsError(
-                f"The statistics have {len(self.views)} views of a sample, but this merge has {len(tasks)} tasks."
+                "The statistics file does not describe a sample, because the arguments of the networks are of types "
+                "other than tuples, lists and dicts. Give such arguments with `get_input`, and calibrate again."
             )
-        return {task: zeros_like_sample(view).clone() for task, view in zip(tasks, self.views, strict=True)}
+        example = inputs_of(self.inputs)
+        if isinstance(example, Call):
+            return example
+        if len(example) != len(tasks):
+            raise StatisticsError(
+                f"The statistics have {len(example)} views of a sample, but this merge has {len(tasks)} tasks."
+            )
+        return dict(zip(tasks, example.values(), strict=True))
 
     def __add__(self, other: CalibrationStatistics) -> CalibrationStatistics:
         """Return the statistics of the samples of both.
@@ -120,12 +120,10 @@ class CalibrationStatistics:
         """
         for attribute, what in (
             ("fingerprints", "networks"),
-            ("input_shape", "inputs of shape"),
-            ("input_dtype", "inputs of dtype"),
+            ("inputs", "inputs"),
             ("barriers", "networks with the barriers"),
             ("cuts", "merges with the cuts"),
             ("start_at", "merges with start_at"),
-            ("views", "views"),
             ("positions", "merges with positions"),
             ("operators", "networks with the operators"),
         ):
@@ -163,13 +161,11 @@ class CalibrationStatistics:
         header = {
             "format": FORMAT,
             "fingerprints": self.fingerprints,
-            "input_shape": list(self.input_shape),
-            "input_dtype": self.input_dtype,
+            "inputs": self.inputs,
             "barriers": self.barriers,
             "seen": {str(loader): samples for loader, samples in self.seen.items()},
             "cuts": self.cuts,
             "start_at": self.start_at,
-            "views": [[dtype, list(shape)] for dtype, shape in self.views],
             "positions": self.positions,
             "verified": self.verified,
             "operators": self.operators,
@@ -198,27 +194,31 @@ class CalibrationStatistics:
                 raise ValueError("its content has changed since it was written")
             known = cls(
                 {str(task): str(digest) for task, digest in header["fingerprints"].items()},
-                tuple(int(size) for size in header["input_shape"]),
-                str(header["input_dtype"]),
+                header["inputs"],
                 read_barriers(header["barriers"]),
                 _restore(tensors, len(header["fingerprints"])),
                 {int(loader): int(samples) for loader, samples in header["seen"].items()},
                 {str(stop_at): dict(barriers) for stop_at, barriers in header["cuts"].items()},
                 header["start_at"],
-                tuple((str(dtype), tuple(map(int, shape))) for dtype, shape in header["views"]),
                 header["positions"],
                 bool(header["verified"]),
                 {str(task): str(digest) for task, digest in header["operators"].items()},
             )
-            for dtype, shape in ((known.input_dtype, known.input_shape), *known.views):
-                if not zeros_like_sample((dtype, shape)).numel():
-                    raise ValueError(f"samples of shape {shape} are empty")
+            if known.inputs is not None:
+                _check_sample(known.inputs)
         except Exception as error:  # a damaged file can cause any error
             raise StatisticsError(
                 f"{path} cannot be read as a statistics file: {error}. Delete the file, or give another path, to "
                 "calibrate again."
             ) from error
         return known
+
+
+def _check_sample(inputs: Description) -> None:
+    example = inputs_of(inputs)
+    for view in [example] if isinstance(example, Call) else example.values():
+        if not all(tensor.numel() for tensor in view.tensors):
+            raise ValueError("a sample is empty")
 
 
 def _restore(tensors: Mapping[str, Tensor], num_models: int) -> dict[str, FeatureStatistics]:

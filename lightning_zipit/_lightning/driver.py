@@ -10,7 +10,6 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from typing_extensions import Unpack
 
 from lightning_zipit._common.ending import ending_together
-from lightning_zipit._common.views import Inputs
 from lightning_zipit._lightning.callback import ZipItCallback
 from lightning_zipit._lightning.evaluation import Evaluation
 from lightning_zipit._lightning.internals import attach, unsupported_strategy
@@ -47,7 +46,7 @@ class ZipIt:
         backbone: str = "",
         *,
         base: LightningModule | None = None,
-        get_input: Callable[[Any], Inputs] = find_input,
+        get_input: Callable[[Any], Any] = find_input,
         **options: Unpack[MergeOptions],
     ) -> MultiHeadModule:
         """Merge N trained modules into one module with a head per task, without training.
@@ -117,7 +116,7 @@ class ZipIt:
         study: Study | None = None,
         share: str | None = None,
         base: LightningModule | None = None,
-        get_input: Callable[[Any], Inputs] = find_input,
+        get_input: Callable[[Any], Any] = find_input,
         **choices: Any,
     ) -> SweepResult:
         """Merge with many settings and validate each merged module, from one calibration.

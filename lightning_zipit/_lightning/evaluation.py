@@ -10,7 +10,6 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from torch import Tensor
 
 from lightning_zipit._common.collectives import exchange
-from lightning_zipit._common.views import Inputs
 from lightning_zipit._lightning.multitask import MultiTaskModule
 from lightning_zipit.errors import ConfigurationError
 from lightning_zipit.metrics import JointAccuracy
@@ -45,7 +44,7 @@ class JointEvaluation(Callback):
         get_input: a function from a batch to the backbone's input.
     """
 
-    def __init__(self, classes: Mapping[str, Sequence[int]], get_input: Callable[[Any], Inputs]) -> None:
+    def __init__(self, classes: Mapping[str, Sequence[int]], get_input: Callable[[Any], Any]) -> None:
         self.metric = JointAccuracy(classes)
         self.get_input = get_input
 
@@ -108,7 +107,7 @@ class Evaluation:
     datamodule: LightningDataModule | None
     metric: str | None
     classes: Mapping[str, Sequence[int]] | None
-    get_input: Callable[[Any], Inputs]
+    get_input: Callable[[Any], Any]
 
     @property
     def decides(self) -> str:

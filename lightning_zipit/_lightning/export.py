@@ -10,6 +10,7 @@ import torch
 from lightning_utilities.core.imports import RequirementCache
 from torch import Tensor
 
+from lightning_zipit._common.calls import Call
 from lightning_zipit._common.files import find_output_problem, replacing_with_companions
 from lightning_zipit._common.views import Inputs, each_view, like
 from lightning_zipit._lightning.multihead import MultiHeadModule
@@ -29,9 +30,9 @@ class Network(AllHeads):
     def __init__(self, merged: MultiHeadModule) -> None:
         super().__init__(merged.trunk, merged.heads, merged.stems)
 
-    def forward(self, x: Inputs) -> dict[str, Tensor]:
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Return the outputs by name: the task, or ``task.key`` if a head has several outputs."""
-        outputs = super().forward(x)
+        outputs = super().forward(*args, **kwargs)
         return {name: output for task, each in outputs.items() for name, output in _by_name(task, each)}
 
 
@@ -62,22 +63,21 @@ def export_merged(merged: MultiHeadModule, output: str | Path, batch_size: int |
     output = Path(output)
     if problem := find_output_problem(output) or _find_format_problem(output):
         raise ConfigurationError(problem)
-    example = merged.example_input
+    example = merged.example
     if example is None:
         raise ConfigurationError(
             "The merged module does not know the shape of its input. Pass an `example_input` to MultiHeadModule."
         )
     network = Network(merged).eval()
-    if len(merged.stems) and isinstance(example, Tensor):
+    if len(merged.stems) and isinstance(example, Call):
         example = dict.fromkeys(merged.tasks, example)
-    x = each_view(like(example, network), lambda one: one.expand(batch_size or 2, *one.shape[1:]).contiguous())
+    x = each_view(like(example, network), lambda one: one.repeated(batch_size or 2))
     with torch.no_grad():
         names = list(network(x))
-    tasks = [] if isinstance(x, Tensor) else list(x)
-    batch: Any = {task: {0: torch.export.Dim(f"batch_{number}")} for number, task in enumerate(tasks)}
-    open_axes = None if batch_size else (batch or {0: torch.export.Dim("batch")},)
+    args, kwargs = x.arguments if isinstance(x, Call) else (({task: _only_tensor(one) for task, one in x.items()},), {})
+    open_axes = None if batch_size else _open_axes(x)
     try:
-        program = torch.export.export(network, (x,), dynamic_shapes=open_axes)
+        program = torch.export.export(network, args, kwargs, dynamic_shapes=open_axes)
     except Exception as error:  # torch.export has no error class of its own
         hint = "" if batch_size else " A fixed batch size may help: batch_size=1 (--batch_size=1)."
         raise ConfigurationError(
@@ -89,15 +89,34 @@ def export_merged(merged: MultiHeadModule, output: str | Path, batch_size: int |
         else:
             onnx = torch.onnx.export(
                 program,
-                input_names=[f"input.{task}" for task in tasks] or ["input"],
+                input_names=_input_names(x),
                 output_names=names,
-                dynamic_shapes=open_axes,
                 dynamo=True,
                 verbose=False,
             )
             assert onnx is not None
             onnx.save(file)
     return names
+
+
+def _only_tensor(x: Call) -> Tensor:
+    (tensor,) = x.tensors
+    return tensor
+
+
+def _open_axes(x: Inputs) -> Any:
+    """Leave the number of samples open, for each input of a network."""
+    if not isinstance(x, Call):
+        return {"args": ({task: {0: torch.export.Dim(f"batch_{number}")} for number, task in enumerate(x)},)}
+    batch = torch.export.Dim("batch")
+    args, kwargs = x.structure.unflatten([{0: batch} if chosen else None for chosen in x.batched])
+    return {"args": tuple(args), **kwargs}
+
+
+def _input_names(x: Inputs) -> list[str]:
+    if not isinstance(x, Call):
+        return [f"input.{task}" for task in x]
+    return ["input"] if len(x.tensors) == 1 else [f"input_{number}" for number in range(len(x.tensors))]
 
 
 def _find_format_problem(output: Path) -> str | None:

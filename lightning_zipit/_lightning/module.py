@@ -15,7 +15,7 @@ from torch import nn
 
 from lightning_zipit._common.copying import copy_module
 from lightning_zipit._common.files import replacing
-from lightning_zipit._common.views import Inputs, any_view, check_views
+from lightning_zipit._common.views import any_view, as_inputs
 from lightning_zipit._lightning.internals import count_samples, predict_loaders, spawns_processes
 from lightning_zipit._lightning.loaders import find_loader_problems, in_fixed_order, length_of, list_loaders
 from lightning_zipit._lightning.multihead import MultiHeadModule, split_merged
@@ -79,7 +79,7 @@ class ZipItModule(DelegatedTransfers, WithoutCheckpoint, LightningModule):
         backbone: str = "",
         dataloaders: Any = None,
         datamodule: LightningDataModule | None = None,
-        get_input: Callable[[Any], Inputs] = find_input,
+        get_input: Callable[[Any], Any] = find_input,
         base: LightningModule | None = None,
     ) -> None:
         super().__init__()
@@ -263,10 +263,10 @@ class ZipItModule(DelegatedTransfers, WithoutCheckpoint, LightningModule):
             The number of samples.
         """
         assert self.pipeline is not None
-        x = check_views(find_inputs(batch, self.models, self.get_input), self.models)
+        x = as_inputs(find_inputs(batch, self.models, self.get_input), self.models)
         loader = dataloader_idx % self._loaders_per_pass()
         self.pipeline.add(x, self._tasks_of(dataloader_idx), loader)
-        return len(any_view(x))
+        return any_view(x).samples
 
     def finish(self) -> None:
         """Complete the merge, and build the merged module."""

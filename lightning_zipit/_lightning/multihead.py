@@ -9,7 +9,8 @@ from typing import IO, Any
 from lightning.pytorch import LightningModule
 from torch import Tensor, fx, nn
 
-from lightning_zipit._common.views import Inputs, like
+from lightning_zipit._common.calls import Call
+from lightning_zipit._common.views import Inputs, as_inputs, like
 from lightning_zipit._lightning.files.checkpoint import (
     CHECKPOINT_KEY,
     FORMAT,
@@ -71,13 +72,14 @@ class MultiHeadModule(MultiTaskModule):
         backbone: str = "",
         settings: MergeSettings | None = None,
         merged: MergedBackbone | None = None,
-        example_input: Inputs | None = None,
+        example_input: Any = None,
         barriers: Mapping[str, str] | None = None,
         widths: Mapping[str, int] | None = None,
     ) -> None:
         models = name_tasks(models)
         settings = settings or MergeSettings()
-        example = merged.example if merged is not None else example_input
+        example = None if example_input is None else as_inputs(example_input, models)
+        example = merged.example if merged is not None else example
         graphs = merged.graphs if merged is not None else _trace_models(models, backbone, settings, example, barriers)
         if merged is None:
             built = build_trunk(next(iter(graphs.values())), widths)
@@ -96,6 +98,8 @@ class MultiHeadModule(MultiTaskModule):
         }
         super().__init__(trunk, heads, models, backbone, used, stems)
         self.report = merged.report if merged is not None else None
+        captured = next(iter(graphs.values())).captured
+        self.takes = captured.inputs if captured is not None else None
         self._record: dict[str, Any] = {
             "format": FORMAT,
             "sources": {task: describe_source(model) for task, model in models.items()},
@@ -160,8 +164,19 @@ class MultiHeadModule(MultiTaskModule):
         return split
 
     @property
-    def example_input(self) -> Inputs | None:
-        """Zeros of the shape and type of one sample, ``(1, …)``, by task if inputs differ; ``None`` if unknown."""
+    def example_input(self) -> Any:
+        """One sample of zeros: a tensor, a tuple of positional or a dict of keyword arguments; ``None`` if unknown.
+
+        If inputs differ between tasks, it is a dict of these by task.
+        """
+        example = self.example
+        if example is None or isinstance(example, Call):
+            return example and example.value
+        return {task: view.value for task, view in example.items()}
+
+    @property
+    def example(self) -> Inputs | None:
+        """One sample of zeros as the arguments of the networks; ``None`` if unknown."""
         return read_example(self._record)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -12,8 +12,10 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from lightning_zipit._common.calls import Call
 from lightning_zipit._common.copying import copy_module
-from lightning_zipit._common.views import Inputs, like, view_of
+from lightning_zipit._common.structure import Structure
+from lightning_zipit._common.views import as_inputs, like, view_of
 from lightning_zipit._lightning.sources import (
     DelegatedTransfers,
     WithoutCheckpoint,
@@ -27,7 +29,7 @@ from lightning_zipit._lightning.sources import (
 from lightning_zipit.errors import CalibrationError, ConfigurationError
 from lightning_zipit.functional import fit_temperatures
 from lightning_zipit.graph.shapes import evaluating
-from lightning_zipit.paths import run_all, run_one
+from lightning_zipit.paths import given, run_all, run_one
 from lightning_zipit.refine.task_norms import has_task_norms
 
 
@@ -47,15 +49,15 @@ class MergedPath(nn.Module):
         self._owner = (owner,)
         self.task = task
 
-    def forward(self, x: Tensor) -> Any:
-        return self._owner[0].run_task(x, self.task)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._owner[0].run_task(Call.of_arguments(args, kwargs), self.task)
 
 
 class PassOn(nn.Module):
     """A trunk without layers, which returns its input."""
 
-    def forward(self, x: Tensor) -> tuple[Tensor]:
-        return (x,)
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return inputs
 
 
 class MultiTaskModule(DelegatedTransfers, WithoutCheckpoint, LightningModule):
@@ -99,6 +101,7 @@ class MultiTaskModule(DelegatedTransfers, WithoutCheckpoint, LightningModule):
             {task: make_shell(model, backbone, MergedPath(self, task), used[task]) for task, model in models.items()}
         )
         self._loader_tasks: list[str] = list(models)
+        self.takes: Structure | None = None
         self.eval()
 
     @property
@@ -115,13 +118,14 @@ class MultiTaskModule(DelegatedTransfers, WithoutCheckpoint, LightningModule):
         """Whether the trunk has a batch norm for each task."""
         return has_task_norms(self.trunk)
 
-    def forward(self, x: Inputs, task: str | None = None) -> Any:
+    def forward(self, *args: Any, task: str | None = None, **kwargs: Any) -> Any:
         """Compute the outputs of all tasks, or the output of one task.
 
         The trunk runs once for all tasks. If tasks have stems or a batch norm of their own, it runs once per task.
 
         Args:
-            x: an input of the backbone; or a dict of inputs by task, for the outputs of those tasks.
+            args: the arguments of the backbone; or a dict of inputs by task, for the outputs of those tasks.
+            kwargs: keyword arguments of the backbone.
             task: the only task to run; ``None`` for all tasks.
 
         Returns:
@@ -130,17 +134,18 @@ class MultiTaskModule(DelegatedTransfers, WithoutCheckpoint, LightningModule):
         Raises:
             ConfigurationError: if an input belongs to an unknown task.
         """
+        x = given(args, kwargs, self.tasks, self.takes)
         if task is not None:
             return self.run_task(view_of(x, task), task)
         return run_all(self.stems, self.trunk, self.heads, x, self.norms_per_task)
 
-    def run_task(self, x: Tensor, task: str) -> Any:
+    def run_task(self, x: Call, task: str) -> Any:
         """Compute the output of one task from its input."""
         stem = self.stems[task] if len(self.stems) else None
         return run_one(stem, self.trunk, self.heads[task], x, task if self.norms_per_task else None)
 
     @torch.no_grad()
-    def fit_temperatures(self, dataloaders: Any, get_input: Callable[[Any], Inputs] = find_input) -> dict[str, float]:
+    def fit_temperatures(self, dataloaders: Any, get_input: Callable[[Any], Any] = find_input) -> dict[str, float]:
         """Fit temperatures for :class:`~lightning_zipit.JointAccuracy` that make all heads equally confident.
 
         Labels are not used; see :func:`~lightning_zipit.functional.fit_temperatures`.
@@ -162,7 +167,7 @@ class MultiTaskModule(DelegatedTransfers, WithoutCheckpoint, LightningModule):
         loaders = list(dataloaders.values()) if isinstance(dataloaders, Mapping) else dataloaders
         with evaluating(self):
             seen = [
-                [self(like(find_inputs(batch, self.tasks, get_input), self)) for batch in loader]
+                [self(like(as_inputs(find_inputs(batch, self.tasks, get_input), self.tasks), self)) for batch in loader]
                 for loader in (loaders if isinstance(loaders, (list, tuple)) else [loaders])
             ]
         outputs = list(itertools.chain(*seen))

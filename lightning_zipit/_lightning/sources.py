@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 
 from lightning_zipit._common.copying import copy_module
-from lightning_zipit._common.views import Inputs
 from lightning_zipit._lightning.internals import forget_compilation
 from lightning_zipit.errors import CalibrationError, CheckpointError, ConfigurationError
 
@@ -128,7 +127,7 @@ def find_input(batch: Any) -> Tensor:
     )
 
 
-def find_inputs(batch: Any, tasks: Collection[str], get_input: Callable[[Any], Inputs] = find_input) -> Inputs:
+def find_inputs(batch: Any, tasks: Collection[str], get_input: Callable[[Any], Any] = find_input) -> Any:
     """Return the inputs of all models in a batch, with ``get_input``, or by default by task if the tasks are its keys.
 
     Raises:

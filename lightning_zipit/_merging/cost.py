@@ -13,7 +13,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from lightning_zipit._common.views import Inputs, each_view
+from lightning_zipit._common.calls import Call
+from lightning_zipit._common.views import Inputs, any_view, each_view
 from lightning_zipit.graph import AxisRef, MergeGraph
 from lightning_zipit.graph.replay import working_copy
 from lightning_zipit.graph.table import Row, Table, bind, named_tensors
@@ -52,7 +53,7 @@ def measure_cost(module: nn.Module, x: Inputs) -> Cost:
 
     def count(x: Inputs) -> Counter[str]:
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            working(x)
+            x.run(working) if isinstance(x, Call) else working(x)
         return Counter({"": counter.get_total_flops()})
 
     return Cost(_of_one_sample(working, x, count)[""], sum(parameter.numel() for parameter in module.parameters()))
@@ -66,7 +67,7 @@ def _of_one_sample(network: nn.Module, x: Inputs, count: Callable[[Inputs], Coun
     """
 
     def count_of(samples: int) -> Counter[Any]:
-        return count(each_view(x, lambda one: one.expand(samples, *one.shape[1:])))
+        return count(each_view(x, lambda one: one.repeated(samples)))
 
     if all(child.running_mean is not None for child in network.modules() if isinstance(child, _BatchNorm)):
         return count_of(1)
@@ -74,7 +75,7 @@ def _of_one_sample(network: nn.Module, x: Inputs, count: Callable[[Inputs], Coun
     return Counter({key: 2 * of_two[key] - of_three[key] for key in of_two})
 
 
-def count_flops(network: nn.Module, graph: MergeGraph, x: Tensor) -> FlopCounts:
+def count_flops(network: nn.Module, graph: MergeGraph, x: Call) -> FlopCounts:
     """Count the FLOPs of one forward by node and weight.
 
     Args:
@@ -91,7 +92,7 @@ def count_flops(network: nn.Module, graph: MergeGraph, x: Tensor) -> FlopCounts:
         counting = _FlopInterpreter(working, graph.fx_graph)
         mapping = {operator: counting.attributed(known) for operator, known in flop_registry.items()}
         with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=mapping):
-            counting.run(x)
+            counting.run(*any_view(x).tensors)
         return counting.counts
 
     return _of_one_sample(working, x, count)

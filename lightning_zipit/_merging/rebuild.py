@@ -270,7 +270,8 @@ def build_head(graph: MergeGraph, widths: Mapping[str, int] | None = None) -> fx
     for node in graph.head_graph():
         if node.op == "output":
             structure = graph.captured.outputs if graph.captured is not None else None
-            return_as(structure, root, head, [built[source] for source in node.args[0]])
+            returned: Any = node.args[0]
+            return_as(structure, root, head, [built[source] for source in returned])
         elif node.op != "placeholder":  # an unused input
             built[node] = head.node_copy(node, built.__getitem__)
     return _module(root, head, "Head", graph.head_axes, widths)

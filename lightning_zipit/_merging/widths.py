@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, fx, nn
 
+from lightning_zipit._common.calls import Call
 from lightning_zipit._matching.maps import SpaceMap
 from lightning_zipit._merging.cost import FlopsModel
 from lightning_zipit._merging.rebuild import build_head, build_merged, build_stem, build_stems, build_trunk
@@ -32,7 +33,7 @@ def changes_size(width: Width) -> bool:
 
 
 def find_choices(
-    graph: MergeGraph, network: nn.Module, example: Tensor, width: Width, num_models: int
+    graph: MergeGraph, network: nn.Module, example: Call, width: Width, num_models: int
 ) -> tuple[dict[str, tuple[int, ...]], tuple[str, ...]]:
     """Find the allowed widths of each space of the merged network.
 
@@ -80,7 +81,7 @@ def find_choices(
     return choices, (note,) * bool(fixed)
 
 
-def find_fixed(graph: MergeGraph, network: nn.Module, example: Tensor) -> dict[str, str]:
+def find_fixed(graph: MergeGraph, network: nn.Module, example: Call) -> dict[str, str]:
     """Find the spaces that must keep the size that they have in the sources.
 
     For all other spaces the function proves that they can be resized. It merges the network with itself, and leaves
@@ -109,9 +110,7 @@ def find_fixed(graph: MergeGraph, network: nn.Module, example: Tensor) -> dict[s
         for block in (block for ref in refs if ref is not None for block in ref.blocks):
             if not block.contiguous:
                 fixed.setdefault(block.space, "its features are interleaved with other features")
-    x = example[:SAMPLES].detach().clone()
-    if x.is_floating_point():  # zeros would hide differences
-        x = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
+    x = example.first(SAMPLES).each(_noise)  # zeros would hide differences
     with torch.no_grad(), evaluating(network):
         resizable = _prove(graph, network, x, [name for name in graph.spaces if name not in fixed])
     return fixed | {
@@ -119,7 +118,13 @@ def find_fixed(graph: MergeGraph, network: nn.Module, example: Tensor) -> dict[s
     }
 
 
-def _prove(graph: MergeGraph, network: nn.Module, x: Tensor, spaces: Sequence[str]) -> list[str]:
+def _noise(x: Tensor) -> Tensor:
+    if not x.is_floating_point():
+        return x.detach()
+    return torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
+
+
+def _prove(graph: MergeGraph, network: nn.Module, x: Call, spaces: Sequence[str]) -> list[str]:
     """Return the spaces that can be resized together."""
     if not spaces or _agrees(graph, network, x, dict.fromkeys(spaces, 1)):
         return list(spaces)
@@ -135,12 +140,12 @@ def _prove(graph: MergeGraph, network: nn.Module, x: Tensor, spaces: Sequence[st
     return list(grown) if _agrees(graph, network, x, grown) else []
 
 
-def _fits(graph: MergeGraph, x: Tensor, extra: Mapping[str, int]) -> bool:
+def _fits(graph: MergeGraph, x: Call, extra: Mapping[str, int]) -> bool:
     """Whether a network runs without error if its spaces have more features. It runs on the meta device."""
     widths = {name: graph.spaces[name].size + more for name, more in extra.items()}
     try:
         parts = [build_stem] * bool(graph.stem_nodes) + [build_trunk, build_head]
-        values: Any = (x.to("meta"),)
+        values: Any = x.each(lambda one: one.to("meta")).tensors
         for part in parts:
             values = fx.Interpreter(part(graph, widths).to("meta")).run(*values)
     except Exception:  # the user's operators may raise any error for an unexpected size
@@ -148,20 +153,21 @@ def _fits(graph: MergeGraph, x: Tensor, extra: Mapping[str, int]) -> bool:
     return True
 
 
-def _agrees(graph: MergeGraph, network: nn.Module, x: Tensor, extra: Mapping[str, int]) -> bool:
+def _agrees(graph: MergeGraph, network: nn.Module, x: Call, extra: Mapping[str, int]) -> bool:
     """Whether a network merged with itself computes the same if some features of the copy stay unmerged."""
     maps = {}
     for name, space in graph.spaces.items():
         unmerged = torch.arange(space.size, space.size + extra.get(name, 0))
         labels = torch.cat([torch.arange(space.size), unmerged, torch.arange(len(unmerged), space.size)])
         maps[name] = SpaceMap(labels, 2)
-    expected = _tensors_in(network(x.clone()))
+    expected = _tensors_in(x.run(network))
     try:
         trunk, heads = build_merged([graph, graph], [network, network], maps)
         stems: Sequence[fx.GraphModule | None] = build_stems([graph, graph], maps) or [None, None]
         found = []
         for stem, head in zip(stems, heads, strict=True):
-            entering = (x.clone(),) if stem is None else fx.Interpreter(stem).run(x.clone())
+            copies = x.each(torch.Tensor.clone).tensors
+            entering = copies if stem is None else fx.Interpreter(stem).run(*copies)
             found.append(_tensors_in(fx.Interpreter(head).run(*fx.Interpreter(trunk).run(*entering))))
     except Exception:  # see _fits
         return False

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_zipit._calibration.calibration import Calibration, check_counts, statistics_bytes
 from lightning_zipit._calibration.fingerprint import digest_operators
 from lightning_zipit._calibration.statistics_file import CalibrationStatistics, StatisticsRecord
 from lightning_zipit._common.collectives import exchange, is_distributed, rank_and_size
+from lightning_zipit._common.samples import describe_inputs
 from lightning_zipit._common.sources import Sources
-from lightning_zipit._common.views import Inputs, any_view, describe_sample
+from lightning_zipit._common.views import Inputs, any_view
 from lightning_zipit._phases.prepare import Graphs, Traced
 from lightning_zipit.graph import MergeGraph
 from lightning_zipit.graph.taps import before_activations, tapped_by_all
@@ -106,7 +107,7 @@ class Gathering:
             CalibrationError: if the activations on the first batch contain NaN or Inf.
             StatisticsError: if the batches differ from the batches of the calibration that is resumed.
         """
-        before, count = self._seen.get(loader, 0), len(any_view(x))
+        before, count = self._seen.get(loader, 0), any_view(x).samples
         self._seen[loader] = before + count
         if self.file is not None and self.file.is_known(loader, before, count):
             return
@@ -140,19 +141,15 @@ class Gathering:
     def _gathered(self, seen: dict[int, int]) -> CalibrationStatistics:
         assert self.file is not None
         traced, settings = self.traced, self.settings
-        dtype, shape = describe_sample(any_view(traced.example))
-        views = () if isinstance(traced.example, Tensor) else tuple(map(describe_sample, traced.example.values()))
         graphs = self.sources.of_models(traced.graphs)
         return CalibrationStatistics(
             self.file.fingerprints,
-            shape,
-            dtype,
+            describe_inputs(traced.example),
             traced.graph.barriers,
             self.calibration.statistics,
             seen,
             {stop_at or "": next(iter(cut.values())).barriers for stop_at, cut in traced.cuts.items()},
             settings.start_at,
-            views,
             settings.positions,
             settings.verify,
             {name: digest_operators(graph) for name, graph in graphs.items()},

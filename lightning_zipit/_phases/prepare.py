@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_zipit._calibration.statistics_file import CalibrationStatistics, StatisticsRecord
+from lightning_zipit._common.calls import Call
 from lightning_zipit._common.collectives import decide
 from lightning_zipit._common.sources import Sources
 from lightning_zipit._common.views import Inputs, any_view, each_view, explain_views, like, view_of
@@ -191,8 +192,8 @@ def prepare(
         TraceError: if a network cannot be traced.
         VerificationError: if no feature space passes the proof.
     """
-    first = each_view(x, lambda view: view[:SAMPLES].detach())
-    example = each_view(x, lambda view: torch.zeros_like(view[:1], device="cpu"))
+    first = each_view(x, lambda view: view.first(SAMPLES).each(Tensor.detach))
+    example = each_view(x, Call.blank)
     found: list[Traced] = []
 
     def look() -> _Decided:
@@ -263,7 +264,7 @@ def _prove(
         try:
             graphs = again()
         except ZipItError as error:
-            if not isinstance(x, Tensor) or settings.start_at is None:
+            if not isinstance(x, Call) or settings.start_at is None:
                 raise
             raise type(error)(f"{error} {explain_views(networks)}") from error
     return settle(networks, graphs, views, again, settings.verify, settings.merge_heads)
@@ -306,5 +307,5 @@ def _with_choices(traced: Traced, sources: Sources, settings: MergeSettings, x: 
 def _flop_counts(graphs: Graphs, sources: Sources, settings: MergeSettings, example: Inputs) -> tuple[FlopCounts, ...]:
     if settings.flops is None:
         return ()
-    x = each_view(like(example, sources.first), lambda view: view[:1])
+    x = each_view(like(example, sources.first), lambda view: view.first(1))
     return tuple(count_flops(network, graphs[task], view_of(x, task)) for task, network in sources.networks.items())

@@ -6,7 +6,7 @@ import inspect
 import io
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
+from lightning_zipit._common.calls import Call
 from lightning_zipit._common.structure import Structure, UnknownContainerError, flatten
 from lightning_zipit.errors import CalibrationError, TraceError
 from lightning_zipit.graph.decisions import Answer, Read, Watch
@@ -51,27 +52,25 @@ class Captured:
     sizes: Sizes
     decisions: tuple[Read, ...] = ()
 
-    def tensors(self, *args: Any, **kwargs: Any) -> list[Tensor]:
+    def tensors(self, call: Call) -> tuple[Tensor, ...]:
         """The tensors of an input, in the order of the graph's placeholders.
 
         Raises:
             TraceError: if the input has another structure than the captured one.
         """
-        tensors, structure = flatten((args, kwargs), "input")
-        if structure != self.inputs:
+        if call.structure != self.inputs:
             raise TraceError(
-                f"The network was captured for other arguments. Captured: {self.inputs}. Given: {structure}. Give an "
-                "`example_input` of the same arguments as the data."
+                f"The network was captured for other arguments. Captured: {self.inputs}. Given: {call.structure}. Give "
+                "an `example_input` of the same arguments as the data."
             )
-        return tensors
+        return call.tensors
 
-    def is_of(self, *args: Any, **kwargs: Any) -> bool:
+    def is_of(self, call: Call) -> bool:
         """Whether an input has the structure and the sizes of the captured one, except for the number of samples."""
-        tensors, structure = flatten((args, kwargs), "input")
         placeholders = [node for node in self.graph.nodes if node.op == "placeholder"]
-        return structure == self.inputs and all(
+        return call.structure == self.inputs and all(
             node.meta["shape"][1:] == tuple(tensor.shape[1:])
-            for node, tensor in zip(placeholders, tensors, strict=True)
+            for node, tensor in zip(placeholders, call.tensors, strict=True)
         )
 
     def run(self, network: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -85,12 +84,12 @@ class Captured:
         Raises:
             TraceError: if the graph does not hold for inputs of this structure or these sizes.
         """
-        tensors = self.tensors(*args, **kwargs)
+        tensors = self.tensors(Call.of_arguments(args, kwargs))
         self.sizes.check(tensors)
         with torch.no_grad():
             return self.outputs.unflatten(list(fx.Interpreter(network, graph=self.graph).run(*tensors)))
 
-    def check(self, network: nn.Module, *args: Any, **kwargs: Any) -> None:
+    def check(self, network: nn.Module, call: Call) -> None:
         """Refuse an input for which the graph does not compute what the network does.
 
         Inputs whose sizes meet the conditions of the capture are not run. Others are compared, as some of the
@@ -98,13 +97,12 @@ class Captured:
 
         Args:
             network: the network; it is left as it is.
-            args: the positional arguments of its forward.
-            kwargs: its keyword arguments.
+            call: the input.
 
         Raises:
             TraceError: if it does not.
         """
-        tensors = self.tensors(*args, **kwargs)
+        tensors = list(self.tensors(call))
         try:
             self.sizes.check(tensors)
         except TraceError:
@@ -117,7 +115,7 @@ class Captured:
                 raise
 
 
-def capture(network: nn.Module, example: Any, *, batched: Sequence[bool] | None = None, name: str = "") -> Captured:
+def capture(network: nn.Module, example: Any, name: str = "") -> Captured:
     """Capture what a network computes in eval mode; the network is left as it was.
 
     The network is run twice, on a batch of 3 samples and on one of 5, with the samples of the example; torch.export
@@ -126,9 +124,8 @@ def capture(network: nn.Module, example: Any, *, batched: Sequence[bool] | None 
     Args:
         network: any module. Its forward may take any number of arguments; tensors can be nested in tuples, lists,
             dicts and dataclasses.
-        example: an input: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
-        batched: per tensor of the input, whether its first axis is the batch. By default, whether it has as many
-            entries there as the first tensor.
+        example: an input: a tensor, a tuple of positional arguments, a dict of keyword arguments, or a
+            :class:`~lightning_zipit._common.calls.Call`.
         name: what errors call the network.
 
     Raises:
@@ -137,10 +134,10 @@ def capture(network: nn.Module, example: Any, *, batched: Sequence[bool] | None 
     """
     who = f"{type(network).__name__}{f' of task {name!r}' if name else ''}"
     try:
-        tensors, inputs = flatten(as_call(example), "input")
+        call = Call.of(example).each(Tensor.detach)
     except UnknownContainerError as error:
         raise unknown_container(who, error, "takes") from error
-    batches = [resize(tensors, batched, samples) for samples in BATCHES]
+    inputs, batches = call.structure, [_batch(call, samples) for samples in BATCHES]
     runs = [_observe(network, inputs, batch, who) for batch in batches]
     first, second = runs
     _check_decisions(who, first.reads, second.reads)
@@ -159,7 +156,7 @@ def capture(network: nn.Module, example: Any, *, batched: Sequence[bool] | None 
                 "the next. Name a submodule that does not as `backbone`."
             )
     _check_random(captured, network, batches[0], first, who)
-    return _with_single(captured, network, resize(tensors, batched, 1), who)
+    return _with_single(captured, network, _batch(call, 1), who)
 
 
 def holds_for(captured: Captured, network: nn.Module, example: Any) -> bool:
@@ -170,12 +167,13 @@ def holds_for(captured: Captured, network: nn.Module, example: Any) -> bool:
         network: a network of the same modules; it is not changed.
         example: an input; see :func:`capture`.
     """
-    tensors, structure = flatten(as_call(example), "input")
+    call = Call.of(example).each(Tensor.detach)
+    structure = call.structure
     if structure != captured.inputs:
         return False
     try:
         for samples in BATCHES:
-            batch = resize(tensors, None, samples)
+            batch = _batch(call, samples)
             run = _observe(network, structure, batch, type(network).__name__)
             if run.structure != captured.outputs or not _agrees(captured, network, batch, run.tensors):
                 return False
@@ -206,31 +204,9 @@ def _with_single(captured: Captured, network: nn.Module, sample: list[Tensor], w
     return replace(captured, sizes=replace(captured.sizes, single=same))
 
 
-def as_call(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments: of a tuple the former, of a dict the latter, of anything else one argument."""
-    if isinstance(example, tuple) and type(example) is tuple:
-        return example, {}
-    if isinstance(example, Mapping):
-        return (), dict(example)
-    return (example,), {}
-
-
-def resize(tensors: Sequence[Tensor], batched: Sequence[bool] | None, samples: int) -> list[Tensor]:
-    """Inputs of another number of samples, which are those that there are, in turn.
-
-    Args:
-        tensors: the tensors of an input.
-        batched: per tensor, whether its first axis is the batch; by default, whether it has as many entries as the
-            first of the first tensor that has axes.
-        samples: how many samples there shall be.
-    """
-    if batched is None:
-        first = next((len(tensor) for tensor in tensors if tensor.ndim), 0)
-        batched = [tensor.ndim > 0 and len(tensor) == first for tensor in tensors]
-    return [
-        tensor[torch.arange(samples, device=tensor.device) % len(tensor)] if chosen else tensor.clone()
-        for tensor, chosen in zip((tensor.detach() for tensor in tensors), batched, strict=True)
-    ]
+def _batch(call: Call, samples: int) -> list[Tensor]:
+    """The tensors of an input with another number of samples."""
+    return [tensor.clone() for tensor in call.repeated(samples).tensors]
 
 
 class _Run(NamedTuple):

@@ -33,10 +33,11 @@ def find_trunk(
         ConfigurationError: if ``stop_at`` does not exist, or leaves no head.
     """
     body = [node for node in nodes if node.op != "output"]
+    inputs = {node for node in nodes if node.op == "placeholder"}  # heads get inputs through the trunk
     if stop_at is None:
         head = set() if whole else descendants(_last_layers(backbone, nodes, shapes), nodes)
         trunk = with_items(ancestors(_inputs_of(body, head), nodes), nodes, shapes) if head else set(body)
-        return with_constants(trunk, nodes)
+        return with_constants(trunk | inputs, nodes)
     inside = [node for node in body if stop_at in modules_around(node) or node.target == stop_at]
     if not inside:
         raise ConfigurationError(no_such_module(backbone, nodes, "stop_at", stop_at))
@@ -46,7 +47,7 @@ def find_trunk(
             f"stop_at={stop_at!r} leaves no head: the last layer would be in the trunk. Use stop_at=None to zip "
             "everything down to the last layer, or merge_heads=True if all models share one output space."
         )
-    return with_constants(trunk, nodes)
+    return with_constants(trunk | inputs, nodes)
 
 
 def find_cuts(graph: MergeGraph) -> list[str]:
@@ -77,7 +78,8 @@ def find_cuts(graph: MergeGraph) -> list[str]:
     for name, last in inside.items():
         own = ancestors(last, nodes) & trunk
         layers = tuple(reached(nodes, own, weights))
-        if sum(not own.issuperset(node.users) for node in own) == 1 and len(own) > found.get(layers, ("", 0))[1]:
+        handed = [node for node in own if graph.held.get(node.name) and not own.issuperset(node.users)]
+        if len(handed) == 1 and len(own) > found.get(layers, ("", 0))[1]:
             found[layers] = (name, len(own))
     for layers in ((), tuple(reached(nodes, trunk, weights))):
         found.pop(layers, None)

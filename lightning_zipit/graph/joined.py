@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from lightning_zipit._common.calls import Call
 from lightning_zipit._common.structure import flatten
 from lightning_zipit.errors import ConfigurationError
-from lightning_zipit.graph.capture import BATCHES, Captured, as_call, names_of, resize
+from lightning_zipit.graph.capture import BATCHES, Captured, names_of
 from lightning_zipit.graph.returned import RETURNED, tensors_returned
 from lightning_zipit.graph.shapes import evaluating, note_shapes
 from lightning_zipit.graph.sizes import Sizes
@@ -81,8 +82,8 @@ class Joined(nn.Module):
             else:
                 setattr(owner, attribute, found)
 
-    def forward(self, x: Tensor) -> Any:
-        return fx.Interpreter(self, graph=self.graph).run(x)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return fx.Interpreter(self, graph=self.graph).run(*Call.of_arguments(args, kwargs).tensors)
 
     def captured(self, example: Any) -> Captured:
         """Return the network as a capture. Callers may change its graph.
@@ -90,8 +91,8 @@ class Joined(nn.Module):
         Args:
             example: an input; see :func:`~lightning_zipit.graph.capture.capture`.
         """
-        tensors, inputs = flatten(as_call(example), "input")
-        batches = [resize(tensors, None, samples) for samples in BATCHES]
+        call = Call.of(example)
+        inputs, batches = call.structure, [list(call.repeated(samples).tensors) for samples in BATCHES]
         graph = copy.deepcopy(self.graph)
         output = next(iter(reversed(graph.nodes)))
         output.args = (tuple(tensors_returned(graph)),)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from lightning_zipit._common.calls import Call
 from lightning_zipit._common.copying import copy_module
 from lightning_zipit.errors import ConfigurationError, VerificationError
 from lightning_zipit.graph.replay import agree, in_dtype, swapped, tensors_in
@@ -137,7 +138,7 @@ def _tables(ref: AxisRef, graph: MergeGraph, permutations: Mapping[str, Tensor])
     return {space: permutations.get(space, torch.arange(graph.spaces[space].size)) for space in ref.spaces}
 
 
-def verify_graph(backbone: nn.Module, graph: MergeGraph, batch: Tensor) -> None:
+def verify_graph(backbone: nn.Module, graph: MergeGraph, batch: Any) -> None:
     """Prove a merge graph: permute every space at random in a copy, and compare the network's outputs.
 
     Args:
@@ -148,7 +149,7 @@ def verify_graph(backbone: nn.Module, graph: MergeGraph, batch: Tensor) -> None:
     Raises:
         VerificationError: if a permutation changes the outputs; the message names every failing space.
     """
-    if failing := find_failing({"": backbone}, {"": graph}, {"": batch}):
+    if failing := find_failing({"": backbone}, {"": graph}, {"": Call.of(batch)}):
         raise VerificationError(explain(graph, failing))
 
 
@@ -167,7 +168,7 @@ def explain(graph: MergeGraph, failing: Sequence[Failure]) -> str:
 
 
 def find_failing(
-    networks: Mapping[str, nn.Module], graphs: Mapping[str, MergeGraph], inputs: Mapping[str, Tensor]
+    networks: Mapping[str, nn.Module], graphs: Mapping[str, MergeGraph], inputs: Mapping[str, Call]
 ) -> list[Failure]:
     """Find the spaces whose random permutation changes the outputs of the networks.
 
@@ -187,7 +188,7 @@ def find_failing(
     handed: list[Any] | None = None
     with torch.inference_mode(False), torch.no_grad():
         for task, network in networks.items():
-            proof = _start(network, graphs[task], inputs[task][:SAMPLES].detach(), handed)
+            proof = _start(network, graphs[task], inputs[task].first(SAMPLES).each(Tensor.detach), handed)
             if proof is None:
                 return []
             for failure in (*proof.find(second=False), *proof.find(second=True)):
@@ -196,9 +197,11 @@ def find_failing(
     return list(failing.values())
 
 
-def _start(network: nn.Module, graph: MergeGraph, x: Tensor, handed: Sequence[Any] | None) -> _Proof | None:
+def _start(network: nn.Module, graph: MergeGraph, x: Call, handed: Sequence[Any] | None) -> _Proof | None:
     """Return the proof in the most precise dtype that the network supports; ``None`` if values are not finite."""
-    own = next((tensor.dtype for tensor in named_tensors(network).values() if tensor.is_floating_point()), x.dtype)
+    own = next(
+        (tensor.dtype for tensor in named_tensors(network).values() if tensor.is_floating_point()), torch.float32
+    )
     dtypes = [torch.float64] * (x.device.type != "mps") + [torch.float32]
     problem: Exception | None = None
     for dtype in dict.fromkeys((*dtypes, own)):
@@ -228,7 +231,7 @@ class _Proof:
         self,
         network: nn.Module,
         graph: MergeGraph,
-        x: Tensor,
+        x: Call,
         dtype: torch.dtype,
         vary: bool,
         handed: Sequence[Any] | None,
@@ -244,7 +247,8 @@ class _Proof:
         self.crossings = [nodes[crossing.node] for crossing in graph.crossings]
         self.entries = [nodes[entry.node] for entry in graph.entries]
         self.output = next(node for node in nodes.values() if node.op == "output")
-        self.inputs = {node: _cast(x, dtype) for node in nodes.values() if node.op == "placeholder"}
+        placeholders = [node for node in nodes.values() if node.op == "placeholder"]
+        self.inputs = {node: _cast(value, dtype) for node, value in zip(placeholders, x.tensors, strict=True)}
         passing = [node for node in self.crossings if node.name in graph.stem_nodes]
         self.seen: set[torch.dtype] = set()
         made = [node for node in self.crossings if node not in passing]

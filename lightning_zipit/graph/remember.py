@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_zipit._common.structure import flatten
-from lightning_zipit.graph.capture import Captured, as_call, capture, holds_for
+from lightning_zipit._common.calls import Call
+from lightning_zipit.graph.capture import Captured, capture, holds_for
 from lightning_zipit.graph.joined import Joined
 from lightning_zipit.graph.registry import operator_of_module
 from lightning_zipit.graph.whole_modules import fold
@@ -70,8 +70,12 @@ def capture_once(network: nn.Module, example: Any) -> Captured:
 
 
 def _of_input(example: Any) -> Any:
-    tensors, structure = flatten(as_call(example), "input")
-    return str(structure), tuple((tensor.dtype, tensor.device, tuple(tensor.shape[1:])) for tensor in tensors)
+    call = Call.of(example)
+    shapes = tuple(
+        (tensor.dtype, tensor.device, tuple(tensor.shape)[chosen:])
+        for tensor, chosen in zip(call.tensors, call.batched, strict=True)
+    )
+    return str(call.structure), call.batched, shapes
 
 
 def _of_network(network: nn.Module) -> Iterator[Any]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from lightning_zipit._common.calls import Call
 from lightning_zipit._common.copying import copy_module
 from lightning_zipit.graph.run import Run
 
@@ -59,9 +60,10 @@ def swapped(network: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]
             registry[attribute] = tensor
 
 
-def returned(run: Run, x: Tensor) -> list[Tensor]:
+def returned(run: Run, x: Call) -> list[Tensor]:
     """Run a whole graph on an input and return its output tensors."""
-    return tensors_in(list(run.results({node: x for node in run.nodes if node.op == "placeholder"}).values()))
+    placeholders = [node for node in run.nodes if node.op == "placeholder"]
+    return tensors_in(list(run.results(dict(zip(placeholders, x.tensors, strict=True))).values()))
 
 
 def tensors_in(value: Any) -> list[Tensor]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from torch import Tensor, nn
+from torch import nn
 
+from lightning_zipit._common.calls import Call
 from lightning_zipit._common.views import Inputs, view_of
 from lightning_zipit.errors import ArchitectureMismatchError, ZipItError
 from lightning_zipit.graph.compare import first_difference, first_difference_of_entries
-from lightning_zipit.graph.prove import find_failing
+from lightning_zipit.graph.prove import SAMPLES, find_failing
 from lightning_zipit.graph.spaces import MergeGraph
 from lightning_zipit.graph.trace import analyse_again, trace
 from lightning_zipit.graph.unlike import find_unlike
@@ -77,7 +78,7 @@ STEMS = " If only their first layers differ, start the trunk after those layers 
 def settle(
     networks: Mapping[str, nn.Module],
     graphs: dict[str, MergeGraph],
-    inputs: Mapping[str, Tensor],
+    inputs: Mapping[str, Call],
     trace_again: Callable[[dict[str, str]], dict[str, MergeGraph]],
     verify: bool = True,
     merge_heads: bool = False,
@@ -100,6 +101,10 @@ def settle(
         CalibrationError: if a network fails on its input.
         VerificationError: if nothing is left that can be merged.
     """
+    for task, network in networks.items():
+        captured = graphs[task].captured
+        if captured is not None:
+            captured.check(network, inputs[task].first(SAMPLES))
     while failing := find_unlike(networks, graphs, inputs) or (verify and find_failing(networks, graphs, inputs)):
         graphs = analyse_again(next(iter(graphs.values())), failing, merge_heads, trace_again)
     return graphs

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, fx, nn
 
+from lightning_zipit._common.calls import Call
 from lightning_zipit.errors import ConfigurationError, TraceError, VerificationError
 from lightning_zipit.graph.analyse import Analysis
 from lightning_zipit.graph.cut import find_trunk
@@ -26,7 +27,7 @@ def trace(
     *,
     example_input: Any = None,
     merge_heads: bool = False,
-    verify: Tensor | None = None,
+    verify: Any = None,
     barriers: Mapping[str, str] | None = None,
     start_at: str | None = None,
 ) -> MergeGraph:
@@ -72,7 +73,7 @@ def trace(
     merge_graph = capture.analyse(barriers or {})
     if verify is None:
         return merge_graph
-    working, x = working_copy(backbone), verify[:SAMPLES].detach()
+    working, x = working_copy(backbone), Call.of(verify).first(SAMPLES).each(Tensor.detach)
     capture.captured.check(working, x)
     while failing := find_failing({"": working}, {"": merge_graph}, {"": x}):
         merge_graph = analyse_again(merge_graph, failing, merge_heads, capture.analyse)

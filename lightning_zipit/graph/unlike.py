@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, fx, nn
 
+from lightning_zipit._common.calls import Call
 from lightning_zipit.graph.notes import reached
 from lightning_zipit.graph.prove import SAMPLES, Failure
 from lightning_zipit.graph.replay import agree, returned, swapped
@@ -37,7 +38,7 @@ def unmerged(graph: MergeGraph) -> list[str]:
 
 
 def find_unlike(
-    networks: Mapping[str, nn.Module], graphs: Mapping[str, MergeGraph], inputs: Mapping[str, Tensor]
+    networks: Mapping[str, nn.Module], graphs: Mapping[str, MergeGraph], inputs: Mapping[str, Call]
 ) -> list[Failure]:
     """Find the parameters and buffers without features whose values cannot be shared by all sources.
 
@@ -59,7 +60,7 @@ def find_unlike(
     names = unmerged(graphs[first])
     with torch.inference_mode(False), torch.no_grad():
         for task in others:
-            own, graph, x = named_tensors(networks[task]), graphs[task], inputs[task][:SAMPLES].detach()
+            own, graph, x = named_tensors(networks[task]), graphs[task], inputs[task].first(SAMPLES).each(Tensor.detach)
             values = {name: known[name].to(own[name]) for name in names}
             unlike = {name: value for name, value in values.items() if not torch.equal(own[name], value)}
             if not unlike:
@@ -79,7 +80,7 @@ def find_unlike(
 class _Substitution:
     """A network whose outputs are compared before and after some of its tensors are replaced."""
 
-    def __init__(self, network: nn.Module, graph: MergeGraph, x: Tensor) -> None:
+    def __init__(self, network: nn.Module, graph: MergeGraph, x: Call) -> None:
         self.network, self.x = network, x
         self.run = Run(network, graph.fx_graph)
         self.expected = returned(self.run, x)

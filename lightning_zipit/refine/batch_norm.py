@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_zipit._common.calls import Call
 from lightning_zipit._common.collectives import all_reduce_sums, exchange
 from lightning_zipit._common.views import Inputs
 from lightning_zipit.errors import CalibrationError
@@ -53,8 +54,8 @@ class ReEstimation(Refining):
         self._suspects: set[str] = set()  # tasks whose batches produced NaN or Inf
 
     def add(self, inputs: Inputs, tasks: Iterable[str]) -> None:
-        if isinstance(inputs, Tensor) and not self.merged.runs_per_task:
-            crossing = self._collect(self.merged.trunk, inputs.clone())
+        if isinstance(inputs, Call) and not self.merged.runs_per_task:
+            crossing = self._collect(self.merged.trunk, *inputs.each(Tensor.clone).tensors)
             for task in tasks:
                 self._collect_head(task, crossing)
             return

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from torch import fx
+from torch import Tensor, fx
 
 from lightning_zipit._calibration.lockstep import run_of_stem, run_stem
 from lightning_zipit._calibration.positions import marks
@@ -212,9 +212,10 @@ class Walk:
         """Compute the start values of the merged trunk for each path, followed by those of each source."""
         x, stems = self.batches[batch], self.merged.stems
         if not stems:
-            inputs = next(node for node in self.trunk.runs[0].nodes if node.op == "placeholder")
-            return [{inputs: view_of(x, task).clone()} for task in (*self.paths, *self.leads)]
-        merged = [stems[task](view_of(x, task).clone()) for task in self.paths]
+            inputs = [node for node in self.trunk.runs[0].nodes if node.op == "placeholder"]
+            given = [_copies(x, task) for task in (*self.paths, *self.leads)]
+            return [dict(zip(inputs, tensors, strict=True)) for tensors in given]
+        merged = [stems[task](*_copies(x, task)) for task in self.paths]
         own = [run_stem(self._stem_of(task), view_of(x, task)) for task in self.leads]
         return [dict(zip(self.entries, values, strict=False)) for values in (*merged, *own)]
 
@@ -246,9 +247,13 @@ class Walk:
         ]
         if passed:
             stem = self.merged.stems[task]
-            made = stem(view_of(self.batches[batch], task).clone())[len(self.entries) :]
+            made = stem(*_copies(self.batches[batch], task))[len(self.entries) :]
             for known in values:
                 known |= {node: cloned(value) for node, value in zip(passed, made, strict=True)}
+
+
+def _copies(x: Inputs, task: str) -> tuple[Tensor, ...]:
+    return view_of(x, task).each(Tensor.clone).tensors
 
 
 @contextmanager

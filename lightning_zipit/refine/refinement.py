@@ -60,8 +60,8 @@ class MergedNetworks:
             inputs: a batch, as in :meth:`Refining.add`.
             task: the name of the task.
         """
-        view = view_of(inputs, task).clone()  # the first layer may change its input in place
-        entering = tuple(self.stems[task](view)) if self.stems else (view,)
+        view = view_of(inputs, task).each(torch.Tensor.clone).tensors  # the first layer may change its input in place
+        entering = tuple(self.stems[task](*view)) if self.stems else view
         return (*entering, task) if has_task_norms(self.trunk) else entering
 
     def output(self, inputs: Inputs, task: str) -> Any:
@@ -70,7 +70,7 @@ class MergedNetworks:
 
     def source_output(self, inputs: Inputs, task: str) -> Any:
         """Compute the output of the source network of one task. For the arguments, see :meth:`enter_trunk`."""
-        return self.sources[task](view_of(inputs, task).clone())
+        return view_of(inputs, task).run(self.sources[task])
 
     def working_copy(self) -> MergedNetworks:
         """Copy trunk, heads and stems, in eval mode, to the device of the batches and the dtype of the sources."""

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from lightning_zipit import MergeSettings, merge_backbones, register_rule, trace
+from lightning_zipit._common.calls import Call
 from lightning_zipit.errors import VerificationError
 from lightning_zipit.graph.prove import cycle, find_failing, random_permutations
 
@@ -71,7 +72,7 @@ def test_proof_finds_a_rule_that_ignores_a_factor_per_group(groups):
         *(nn.Conv2d(channels, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1)),
     )
     x = torch.randn(4, 3, 8, 8)
-    assert find_failing({"": net.eval()}, {"": trace(net, example_input=x)}, {"": x})
+    assert find_failing({"": net.eval()}, {"": trace(net, example_input=x)}, {"": Call.of(x)})
     with pytest.raises(VerificationError, match="1 groups"):
         trace(net, verify=x)
 
@@ -187,7 +188,7 @@ def test_proof_covers_parameters_with_equal_entries():
     register_rule(Scaled, takes_for_positions("scale"))
     net = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), Scaled(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2))
     graph = trace(net)
-    assert find_failing({"": net}, {"": graph}, {"": torch.randn(4, 5)})
+    assert find_failing({"": net}, {"": graph}, {"": Call.of(torch.randn(4, 5))})
 
 
 def test_a_head_of_any_task_is_proved():

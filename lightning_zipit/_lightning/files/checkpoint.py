@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lightning_zipit._common.views import Inputs, describe_sample, zeros_like_sample
+from lightning_zipit._common.calls import Call
+from lightning_zipit._common.samples import describe_inputs, inputs_of, sample_of
+from lightning_zipit._common.views import Inputs
 from lightning_zipit.errors import CheckpointError, ZipItError
 
 CHECKPOINT_KEY = "lightning_zipit"
@@ -81,27 +83,26 @@ def find_weights(checkpoint: Mapping[str, Any], where: str) -> Mapping[str, Tens
 
 
 def write_example(example: Inputs | None) -> dict[str, Any]:
-    """Convert the shape and type of a sample, or of each task's sample, to lists and strings."""
-    if example is None:
-        return {"input_shape": None, "input_dtype": None}
-    if isinstance(example, Tensor):
-        dtype, shape = describe_sample(example)
-        return {"input_shape": list(shape), "input_dtype": dtype}
-    known = {task: describe_sample(x) for task, x in example.items()}
-    return {
-        "input_shape": {task: list(shape) for task, (_, shape) in known.items()},
-        "input_dtype": {task: dtype for task, (dtype, _) in known.items()},
-    }
+    """Describe a sample, or each task's sample, by lists, dicts, numbers and strings."""
+    return {"inputs": None if example is None else describe_inputs(example)}
 
 
 def read_example(record: Mapping[str, Any]) -> Inputs | None:
-    """Make zeros of the shape and type of one sample, or of each task's sample, from a checkpoint."""
-    shape, dtype = record["input_shape"], record.get("input_dtype") or "float32"
+    """Make one sample, or each task's sample, from its description in a checkpoint."""
+    if "inputs" in record:
+        return None if record["inputs"] is None else inputs_of(record["inputs"])
+    shape, dtype = record["input_shape"], record.get("input_dtype") or "float32"  # files of version 0.1
     if shape is None:
         return None
     if isinstance(shape, dict):
-        return {task: zeros_like_sample((dtype[task], own)) for task, own in shape.items()}
-    return zeros_like_sample((dtype, shape))
+        return {task: _one_tensor(dtype[task], own) for task, own in shape.items()}
+    return _one_tensor(dtype, shape)
+
+
+def _one_tensor(dtype: str, shape: Sequence[int]) -> Call:
+    return sample_of(
+        {"tuple": [{"tuple": [{"tensor": dtype, "shape": [1, *shape], "batched": True, "value": 0}]}, {"dict": {}}]}
+    )
 
 
 def read_checkpoint(

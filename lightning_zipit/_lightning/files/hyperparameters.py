@@ -20,7 +20,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import torch
 from torch import nn
 
-from lightning_zipit._common.views import DTYPES
+from lightning_zipit._common.samples import DTYPES
 from lightning_zipit._lightning.files.names import is_import_path, look_up
 from lightning_zipit._lightning.files.trust import Request, Trust
 
