@@ -95,6 +95,7 @@ def entrywise(ctx: Context, *operands: Any) -> Any:
     parameters = [value for value in values if isinstance(value, Parameter) and value.counts]
     rank = max((len(parameter.shape) for parameter in parameters), default=0)
     if parameters and all(_is_number(value, rank) for value in values if value not in parameters):
+        ctx.positional([value for value in values if isinstance(value, Parameter) and not value.counts])
         return combined(parameters)
     if all(parameter.constant for parameter in parameters):
         return ctx.constant(list(leaves(operands)))

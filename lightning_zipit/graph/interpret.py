@@ -243,6 +243,7 @@ class Context:
         shown = parameter.along(axis)
         if shown is None:
             raise self.error(f"`{parameter.name}` is reshaped in a way that hides which entry belongs to which feature")
+        self._explained.update(part.name for part in parts_of(parameter))
         for part in shown.all():
             self._note_entries(part, entries.ravel(), kind, tensor, groups)
 

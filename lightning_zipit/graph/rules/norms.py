@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_zipit.graph.align import broadcast, by_channel, entrywise, mix
-from lightning_zipit.graph.computed import combined, with_axes
+from lightning_zipit.graph.computed import as_features, combined, with_axes
 from lightning_zipit.graph.interpret import Context
 from lightning_zipit.graph.registry import Trait, module_rule, rule, spellings
 from lightning_zipit.graph.values import Features, Parameter, Plain, Value
@@ -126,6 +126,8 @@ def layer_norm(
 ) -> Value:
     """Normalize the last axes jointly, with one entry of each parameter per entry of these axes."""
     parameters = [value for value in (weight, bias) if isinstance(value, (Parameter, Features, Plain))]
+    if isinstance(input, Parameter) and input.counts and len(normalized_shape) == 1:
+        input = as_features(ctx, input, -1)
     if not isinstance(input, Features):
         return entrywise(ctx, input, *parameters)
     mix(ctx, input, set(range(input.rank - len(normalized_shape), input.rank)))

@@ -106,6 +106,9 @@ def _compared(ctx: Context, x1: Value, x2: Value, dim: int, keepdim: bool) -> Va
     if not isinstance(both, Features):
         ctx.positional(x1, x2)
         return ctx.constant([])
+    for value in (x1, x2):
+        if isinstance(value, Features):
+            ctx.observe(value)
     return reduced(ctx, both, dim, keepdim)
 
 

@@ -201,6 +201,8 @@ def cat(ctx: Context, tensors: Sequence[Any], dim: int = 0) -> Any:
     parameters = [value for value in tensors if isinstance(value, Parameter) and value.counts]
     if not features and not parameters:
         return ctx.constant(list(tensors))
+    if features and dim == 0 and len(features) == len(tensors) and _are_states(features):
+        return Features(np.stack([value.ids for value in features]), (0, *features[0].axes))
     if any(value.axes != features[0].axes for value in features):
         raise ctx.error("it concatenates tensors with features on different axes")
     if features and dim % features[0].rank in features[0].axes:
@@ -211,6 +213,13 @@ def cat(ctx: Context, tensors: Sequence[Any], dim: int = 0) -> Any:
         if parameter.shape[dim] > 1:
             raise ctx.error(f"`{parameter.name}` has several entries along the concatenated axis")
     return entrywise(ctx, *tensors)
+
+
+def _are_states(tensors: Sequence[Features]) -> bool:
+    """Whether tensors are the last states of several recurrent layers, ``(1, samples, units)``."""
+    first = tensors[0]
+    alike = all(value.shape == first.shape and value.axes == first.axes == (2,) for value in tensors)
+    return alike and first.rank == 3 and first.shape[0] == 1
 
 
 def _varies(ctx: Context, tensors: Sequence[Any]) -> bool:
