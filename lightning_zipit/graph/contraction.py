@@ -147,11 +147,11 @@ def _of_parameters(
         if len(own) > 1 and len(others) > 1:
             ctx.read(first, own.index(letter), inner)
             ctx.write(second, others.index(letter), inner)
-        else:  # a vector, such as that of spectral norm, in the order of the features that the other tensor reads
+        else:
             ctx.tie(inner, ctx.follow(other))
             for value, names in zip((first, second), letters, strict=True):
-                if len(names) == 1:
-                    ctx.write(value, 0, inner)
+                if len(names) == 1 and not value.made_of:
+                    ctx.align(value, 0, inner)
     sizes = _sizes(letters, (first, second)) or {}
     used = [
         [(value, names.index(letter)) for value, names in zip((first, second), letters, strict=True) if letter in names]

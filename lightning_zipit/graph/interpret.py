@@ -52,6 +52,7 @@ class Context:
         self._constants = Constants(module)
         self._explained: set[str] = set()
         self._partial: tuple[Mapping[Any, Any], dict[tuple[str, int], Ids]] = (self.events, {})
+        self._aligned: list[tuple[fx.Node, Parameter, int, Ids]] = []
         self._edges: list[tuple[Ids, Ids]] = []
         self._count = 0
         self._canonical: dict[int, str] = {}
@@ -163,6 +164,26 @@ class Context:
         for other in entries.also:
             self.tie(ids, self.follow(other))
         return ids
+
+    def align(self, parameter: Parameter, axis: int, ids: Ids) -> None:
+        """Record a parameter that has the order of an axis of another, such as a vector of spectral norm.
+
+        Its entries keep their order if no other operator gives the other axis features.
+        """
+        self.positional(parameter)
+        self._aligned.append((self.node, parameter, axis, ids))
+
+    def _settle(self) -> None:
+        """Write the parameters that have the order of another axis, if that axis holds features."""
+        aligned, self._aligned = self._aligned, []
+        if not aligned:
+            return
+        component = self._connected()
+        used = [component[event.entries] for events in self.events.values() for event in events]
+        held = np.unique(np.concatenate(used)) if used else np.empty(0, np.int64)
+        for self.node, parameter, axis, ids in aligned:
+            if np.isin(component[ids], held).any():
+                self.write(parameter, axis, ids)
 
     def positional(self, *parameters: Any) -> None:
         """Record parameters whose entries keep their order: they correspond to input positions, or are not read."""
@@ -351,6 +372,7 @@ class Context:
                 touched = [value.ids.ravel() for value in leaves(arguments) if isinstance(value, (Features, Opaque))]
                 values[node] = Opaque(np.unique(np.concatenate(touched)) if touched else np.empty(0, np.int64))
                 self.opaque.append(values[node].ids)
+        self._settle()
         return values
 
     def _with_node(self, value: Any, node: fx.Node) -> Any:

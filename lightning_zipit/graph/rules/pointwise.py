@@ -19,7 +19,7 @@ FUNCTIONS = (
     "abs absolute acos acosh asin asinh atan atanh ceil clone cos cosh erf erfc erfinv exp exp2 expm1 floor frac "
     "isfinite isinf isnan log log10 log1p log2 logical_not logit nan_to_num neg negative pos positive reciprocal round "
     "rsqrt sign sin sinc sinh sqrt square tan trunc bitwise_not invert angle conj conj_physical deg2rad digamma erfcx "
-    "i0 lgamma polygamma rad2deg real imag sgn signbit resolve_conj resolve_neg"
+    "i0 lgamma rad2deg real imag sgn signbit resolve_conj resolve_neg"
 )
 BOUNDS = "clamp clip clamp_min clamp_max pow float_power"
 OF_SEVERAL = (

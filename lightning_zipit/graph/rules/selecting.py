@@ -53,6 +53,10 @@ def take_along(ctx: Context, input: Value, indices: Value, dim: int | None = Non
     """Read positions along one axis, given by an index."""
     if dim is None and isinstance(input, Features):
         raise ctx.error("it selects features by data")
+    if isinstance(indices, Plain) and indices.shape is not None and isinstance(input, Features):
+        single = [axis for axis, size in enumerate(indices.shape) if size == 1]  # broadcast over the input
+        sizes = tuple(input.shape[axis] if axis in single else size for axis, size in enumerate(indices.shape))
+        indices = Plain(sizes, (*indices.alike, *single))
     return gather(ctx, input, dim or 0, indices)
 
 

@@ -155,10 +155,14 @@ def _looked_up(ctx: Context, view: Parameter) -> Features:
 
 
 def _view(parameter: Parameter, numbered: list[Any], shape: Shape | None = None) -> Parameter:
-    """Return a view of a parameter, from the indices along each of its axes."""
+    """Return a view of a parameter, from the indices along each of its axes.
+
+    Where several axes become one, it shows the larger of the first two. All others, such as those of a kernel, are
+    positions.
+    """
     shape = tuple(numbered[0].shape) if shape is None else shape
     found: list[tuple[int, Any] | None] = [None] * len(shape)
-    for source in sorted(range(parameter.rank), key=lambda source: parameter.shape[source]):
+    for source in sorted(range(parameter.rank), key=lambda source: (source < 2, parameter.shape[source])):
         for axis in range(len(shape)) if numbered[source] is not None and parameter.shape[source] > 1 else ():
             numbers = numbered[source]
             row = numbers.movedim(axis, 0).reshape(numbers.shape[axis], -1)[:, 0]
