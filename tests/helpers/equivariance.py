@@ -193,11 +193,11 @@ class Permutations:
         }
 
     def clash(self):
-        """Whether units of one number hold different features, which tracing refuses."""
+        """Whether an operator divides the features of a unit in two ways, which tracing refuses."""
         rows = defaultdict(set)
-        for members, units in self.nested:
+        for index, (members, units) in enumerate(self.nested):
             for unit, row in zip(units.tolist(), members.tolist(), strict=True):
-                rows[unit].add(tuple(sorted(row)))
+                rows[index, unit].add(tuple(sorted(row)))
         return any(len(held) > 1 for held in rows.values())
 
     def draw(self):

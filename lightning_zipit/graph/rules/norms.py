@@ -157,12 +157,23 @@ def norm_except_dim(ctx: Context, v: Value, pow: int = 2, dim: int = 0) -> Value
 
 def native_layer_norm(ctx: Context, input: Value, normalized_shape: Any, weight: Any, bias: Any, eps: float) -> Any:
     """Normalize the last axes jointly, with one entry of each parameter per entry of these axes."""
-    return layer_norm(ctx, input, normalized_shape, weight, bias), Plain(), Plain()
+    output = layer_norm(ctx, input, normalized_shape, weight, bias)
+    spread: Value = Plain()
+    if isinstance(output, Features):
+        axes = set(range(output.rank - len(normalized_shape), output.rank))
+        ids = mix(ctx, output, axes)
+        kept = tuple(axis for axis in output.axes if axis not in axes)
+        spread = Plain() if ids is None else Features(ids, kept)
+    return output, spread, spread
 
 
 def native_group_norm(ctx: Context, input: Value, weight: Any, bias: Any, *sizes: Any) -> Any:
     """Normalize each group of channels jointly. Groups are units."""
-    return group_norm(ctx, input, sizes[3], weight, bias), Plain(), Plain()
+    output = group_norm(ctx, input, sizes[3], weight, bias)
+    groups: Value = Plain()
+    if isinstance(output, Features):
+        groups = Features(ctx.units(output.ids.reshape(sizes[3], -1), "groups"), (1,))
+    return output, groups, groups
 
 
 def native_batch_norm(ctx: Context, input: Value, weight: Any, bias: Any, mean: Any, variance: Any, *_: Any) -> Any:
