@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from lightning_zipit.graph.computed import broadcast_shape, combined
 from lightning_zipit.graph.interpret import Context
-from lightning_zipit.graph.values import Features, Ids, Joined, Parameter, Plain, Shape, Value, leaves
+from lightning_zipit.graph.values import Features, Ids, Parameter, Plain, Shape, Value, leaves
 
 
 def units_along(ctx: Context, x: Features, kept: tuple[int, ...], kind: str = "heads") -> Ids:
@@ -59,6 +61,21 @@ def fix_inner(ctx: Context, x: Features, axes: tuple[int, ...], why: str) -> Non
         ctx.tie(ids[..., 0], ids[..., inner])
 
 
+def by_channel(ctx: Context, x: Features, first: int) -> Features:
+    """Fix the order of entries along the axes from ``first`` on, where an operator reads positions.
+
+    Features along further axes, such as the channels of an image that a linear layer computes, can still be reordered.
+    """
+    inner = tuple(axis for axis in x.axes if axis >= (first if first >= 0 else first + x.rank))
+    if not inner:
+        return x
+    if inner == x.axes:
+        raise ctx.error("it treats an axis of features as positions")
+    fix_inner(ctx, x, inner, f"{_node_name(ctx)} reads them as positions")
+    index = tuple(0 if axis in inner else slice(None) for axis in x.axes)
+    return replace(x, ids=x.ids[index], axes=tuple(axis for axis in x.axes if axis not in inner))
+
+
 def entrywise(ctx: Context, *operands: Any) -> Any:
     """Record an elementwise operator, which computes each entry from the corresponding entries of its operands.
 
@@ -70,18 +87,24 @@ def entrywise(ctx: Context, *operands: Any) -> Any:
         The value of the result. If no operand has features, a parameter holds positions along the axes of a tensor, and
         writes new features along one additional axis.
     """
-    values = [value for value in leaves(operands) if isinstance(value, (Features, Parameter, Plain, Joined))]
+    values = [value for value in leaves(operands) if isinstance(value, (Features, Parameter, Plain))]
     if any(isinstance(value, Features) for value in values):
         return broadcast_all(ctx, values)
     if len(values) == 1 and not isinstance(values[0], Plain):
         return values[0]
     parameters = [value for value in values if isinstance(value, Parameter) and value.counts]
-    ranks = [len(value.shape) for value in values if isinstance(value, Parameter)]
-    if len(parameters) == 1 and len(ranks) == len(values) and max(ranks) == len(parameters[0].shape):
-        return parameters[0]  # all others are scalars
+    rank = max((len(parameter.shape) for parameter in parameters), default=0)
+    if parameters and all(_is_number(value, rank) for value in values if value not in parameters):
+        ctx.positional([value for value in values if isinstance(value, Parameter) and not value.counts])
+        return combined(parameters)
     if all(parameter.constant for parameter in parameters):
         return ctx.constant(list(leaves(operands)))
     return _make(ctx, parameters, [value.shape for value in values if isinstance(value, Plain)])
+
+
+def _is_number(value: Value, rank: int) -> bool:
+    """Whether a value has a single entry, so that it can be broadcast over tensors of some number of axes."""
+    return value.shape is not None and len(value.shape) <= rank and math.prod(value.shape) == 1
 
 
 def _make(ctx: Context, parameters: Sequence[Parameter], positions: Sequence[Shape | None]) -> Value:
@@ -101,13 +124,6 @@ def _make(ctx: Context, parameters: Sequence[Parameter], positions: Sequence[Sha
     for parameter in parameters:
         _write(ctx, made, parameter)
     return made
-
-
-def broadcast_shape(shapes: Sequence[Shape]) -> Shape:
-    """Return the broadcast shape of several shapes, aligned at their last axes."""
-    rank = max(map(len, shapes), default=0)
-    padded = [(1,) * (rank - len(shape)) + tuple(shape) for shape in shapes]
-    return tuple(max(sizes, key=lambda size: (size != 1, size)) for sizes in zip(*padded, strict=True))
 
 
 def broadcast_all(ctx: Context, operands: Sequence[Any]) -> Features:
@@ -135,8 +151,6 @@ def broadcast(ctx: Context, x: Features, other: Any) -> None:
         _tie(ctx, x, other)
     elif isinstance(other, Parameter):
         _write(ctx, x, other)
-    elif isinstance(other, Joined):
-        raise ctx.error("it combines features with several concatenated parameters")
     elif isinstance(other, Plain):
         if other.shape is None:
             ctx.pin(x, f"{_node_name(ctx)} combines them with a tensor without features")
@@ -156,6 +170,9 @@ def _tie(ctx: Context, first: Features, second: Features) -> None:
     others = {axis - second.rank for axis in second.axes}
     if second.ids.size == 1 and first.ids.size > 1:
         ctx.pin(second, f"{_node_name(ctx)} broadcasts one feature over several")  # even if it is on another axis
+        return
+    if others.isdisjoint(axes) and all(_size(second, axis) == 1 for axis in axes):
+        ctx.pin(second, f"{_node_name(ctx)} combines them with positions")  # such as one weight per expert
         return
     if not others <= axes:
         raise ctx.error("the features of its two inputs are on different axes")
@@ -181,14 +198,18 @@ def _write(ctx: Context, x: Features, parameter: Parameter) -> None:
             raise ctx.error(f"it combines `{parameter.name}` with the features of several heads")
         return _pin_order(ctx, x, parameter)
     axis = varying[0] - x.rank + len(parameter.shape)
+    if parameter.constant and parameter.along(axis) is None:
+        return _pin_order(ctx, x, parameter)
     ctx.write(parameter, axis, x if len(x.axes) == 1 else units_along(ctx, x, varying))
     return None
 
 
 def _size(value: Value, axis: int) -> int:
-    """Return the size of an axis, counted from the back; 1 if the value does not have the axis."""
+    """Return the size of an axis, counted from the back; 1 if the value does not have it, or is the same along it."""
     assert value.shape is not None
-    return value.shape[axis] if -axis <= len(value.shape) else 1
+    if -axis > len(value.shape) or (isinstance(value, Plain) and axis + len(value.shape) in value.alike):
+        return 1
+    return value.shape[axis]
 
 
 def _node_name(ctx: Context) -> str:

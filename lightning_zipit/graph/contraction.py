@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from lightning_zipit.graph.align import fix_inner, mix, units_along
+from lightning_zipit.graph.computed import computed, together
 from lightning_zipit.graph.interpret import Context
-from lightning_zipit.graph.values import Features, Joined, Parameter, Plain, Shape, Value
+from lightning_zipit.graph.values import Features, Parameter, Plain, Shape, Value
 
 Sizes = dict[str, int]
 
@@ -24,8 +25,8 @@ def contract(ctx: Context, letters: tuple[str, str], output: str, operands: tupl
     first, second = operands
     if any(len(set(names)) < len(names) for names in (*letters, output)):
         raise ctx.error("it takes a diagonal")
-    if isinstance(first, Joined) or isinstance(second, Joined):
-        raise ctx.error("it multiplies by several concatenated parameters")
+    if isinstance(first, Parameter) and isinstance(second, Parameter) and (first.counts or second.counts):
+        return _of_parameters(ctx, letters, output, first, second)
     if _sort_key(second) > _sort_key(first):
         first, second, letters = second, first, letters[::-1]
     sizes = _sizes(letters, (first, second))
@@ -130,6 +131,35 @@ def _new(ctx: Context, made: list[str], others: str, output: str, weight: Parame
     features = Features(ctx.fresh(weight.shape[axis]), (output.index(made[0]),), shape or ())
     ctx.write(weight, axis, features)
     return features
+
+
+def _of_parameters(
+    ctx: Context, letters: tuple[str, str], output: str, first: Parameter, second: Parameter
+) -> Parameter:
+    """Multiply two parameters. Along an axis that is summed, their entries belong together."""
+    own, others = letters
+    for letter in (name for name in own if name in others and name not in output):
+        shown = [value.along(names.index(letter)) for value, names in zip((first, second), letters, strict=True)]
+        summed, other = shown
+        if summed is None or other is None:
+            raise ctx.error(f"it sums over entries of `{first.name}` and `{second.name}` that it cannot follow")
+        inner = ctx.follow(summed)
+        if len(own) > 1 and len(others) > 1:
+            ctx.read(first, own.index(letter), inner)
+            ctx.write(second, others.index(letter), inner)
+        else:
+            ctx.tie(inner, ctx.follow(other))
+            for value, names in zip((first, second), letters, strict=True):
+                if len(names) == 1 and not value.made_of:
+                    ctx.align(value, 0, inner)
+    sizes = _sizes(letters, (first, second)) or {}
+    used = [
+        [(value, names.index(letter)) for value, names in zip((first, second), letters, strict=True) if letter in names]
+        for letter in output
+    ]
+    entries = [together([value.along(axis) for value, axis in pairs if value.shape[axis] > 1]) for pairs in used]
+    ctx.positional(first, second)
+    return computed([first, second], tuple(sizes[letter] for letter in output), entries)
 
 
 def _sizes(letters: tuple[str, str], operands: tuple[Value, Value]) -> Sizes | None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from lightning_zipit.graph.values import Features, Joined, Opaque, Parameter, Plain, leaves, parts_of
+from lightning_zipit.graph.values import Features, Opaque, Parameter, Plain, leaves, parts_of
 
 
 def unexplained(
@@ -34,7 +34,7 @@ def unexplained(
     Returns:
         The names. Tensors of an integer type, and tensors with one entry, need no explanation.
     """
-    if not any(isinstance(value, (Features, Plain, Opaque, Parameter, Joined)) for value in leaves(output)):
+    if not any(isinstance(value, (Features, Plain, Opaque, Parameter)) for value in leaves(output)):
         return []
     handed_on = {part.name for value in leaves(output) for part in parts_of(value)}
     used = dict.fromkeys(part.name for value in leaves(inputs) for part in parts_of(value) if part.counts)

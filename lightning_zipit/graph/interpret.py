@@ -20,7 +20,7 @@ from lightning_zipit.graph.explain import counts, unexplained
 from lightning_zipit.graph.naming import describe_node, symbol
 from lightning_zipit.graph.registry import Operator, Trait, operator_of, spelled, writes_in_place
 from lightning_zipit.graph.table import named_tensors
-from lightning_zipit.graph.values import Features, Ids, Joined, Opaque, Parameter, Plain, Value, leaves, parts_of
+from lightning_zipit.graph.values import Entries, Features, Ids, Opaque, Parameter, Plain, Value, leaves, parts_of
 
 UNSEEN = Trait.REARRANGE | Trait.IDENTITY | Trait.SHAPE
 """Traits of operators that leave every feature unchanged."""
@@ -51,6 +51,8 @@ class Context:
         self.values: Mapping[fx.Node, Any] = {}
         self._constants = Constants(module)
         self._explained: set[str] = set()
+        self._partial: tuple[Mapping[Any, Any], dict[tuple[str, int], Ids]] = (self.events, {})
+        self._aligned: list[tuple[fx.Node, Parameter, int, Ids]] = []
         self._edges: list[tuple[Ids, Ids]] = []
         self._count = 0
         self._canonical: dict[int, str] = {}
@@ -153,6 +155,36 @@ class Context:
         else:
             self._note(parameter, axis, value, "producer", groups)
 
+    def follow(self, entries: Entries) -> Ids:
+        """Return the features that some entries of parameters write or read."""
+        ids = self.fresh(len(entries.which))
+        for number, (source, axis, size) in enumerate(entries.of):
+            chosen = np.flatnonzero(entries.which == number)
+            ids[chosen] = self._numbered(source, axis, size)[entries.rows[chosen]]
+        for other in entries.also:
+            self.tie(ids, self.follow(other))
+        return ids
+
+    def align(self, parameter: Parameter, axis: int, ids: Ids) -> None:
+        """Record a parameter that has the order of an axis of another, such as a vector of spectral norm.
+
+        Its entries keep their order if no other operator gives the other axis features.
+        """
+        self.positional(parameter)
+        self._aligned.append((self.node, parameter, axis, ids))
+
+    def _settle(self) -> None:
+        """Write the parameters that have the order of another axis, if that axis holds features."""
+        aligned, self._aligned = self._aligned, []
+        if not aligned:
+            return
+        component = self._connected()
+        used = [component[event.entries] for events in self.events.values() for event in events]
+        held = np.unique(np.concatenate(used)) if used else np.empty(0, np.int64)
+        for self.node, parameter, axis, ids in aligned:
+            if np.isin(component[ids], held).any():
+                self.write(parameter, axis, ids)
+
     def positional(self, *parameters: Any) -> None:
         """Record parameters whose entries keep their order: they correspond to input positions, or are not read."""
         for parameter in leaves(parameters):
@@ -222,12 +254,6 @@ class Context:
     ) -> None:
         if parameter is None:
             return
-        if isinstance(parameter, Joined):
-            ids = (value.ids if isinstance(value, Features) else value).ravel()
-            bounds = np.cumsum([part.shape[0] for part in parameter.parts])
-            for part, held in zip(parameter.parts, np.split(ids, bounds[:-1]), strict=True):
-                self._note(part, axis, held, kind, groups)
-            return
         if not isinstance(parameter, Parameter):
             raise self.error("one of its parameters is computed from others and is not a parameter of the network")
         entries, tensor = (value.ids, value) if isinstance(value, Features) else (value, None)
@@ -235,17 +261,51 @@ class Context:
             raise self.error(
                 f"`{parameter.name}` has {groups * parameter.shape[axis]} entries for {entries.size} features"
             )
-        origin = parameter.axes[axis]
-        if origin is None:
+        shown = parameter.along(axis)
+        if shown is None:
             raise self.error(f"`{parameter.name}` is reshaped in a way that hides which entry belongs to which feature")
-        path = parameter.path or parameter.name
-        self._add(Event(parameter.name, origin, entries.ravel(), kind, tensor, self.node, groups, path))
+        self._explained.update(part.name for part in parts_of(parameter))
+        for part in shown.all():
+            self._note_entries(part, entries.ravel(), kind, tensor, groups)
+
+    def _note_entries(self, shown: Entries, held: Ids, kind: EventKind, value: Features | None, groups: int) -> None:
+        """Record that some entries of parameters write or read features, one each."""
+        for number, (source, axis, size) in enumerate(shown.of):
+            chosen = np.flatnonzero(shown.which == number)
+            rows = shown.rows[chosen]
+            whole = len(rows) == size and (np.sort(rows) == np.arange(size)).all()
+            if groups > 1 and not (whole and len(shown.of) == 1):
+                raise self.error(f"it reads a part of `{source.name}` in groups")
+            if groups > 1:
+                features = held
+            elif whole:
+                features = held[chosen[np.argsort(rows)]]
+            else:
+                features = self._numbered(source, axis, size)
+                self.tie(features[rows], held[chosen])
+                if value is not None and kind == "consumer":
+                    self.observe(value)
+            known = value if whole else None
+            path = source.path or source.name
+            self._add(Event(source.name, axis, features, kind, known, self.node, groups, path))
+
+    def _numbered(self, parameter: Parameter, axis: int, size: int) -> Ids:
+        """Return the features along the whole axis of a parameter of which only some entries are used at a time."""
+        if self._partial[0] is not self.events:  # the heads have features of their own
+            self._partial = (self.events, {})
+        used, partial = self.events.get((parameter.name, axis)), self._partial[1]
+        if (parameter.name, axis) not in partial:
+            partial[parameter.name, axis] = used[0].entries if used else self.fresh(size)
+        return partial[parameter.name, axis]
 
     def _add(self, event: Event) -> None:
         self._explained.add(event.name)
         known = self.events.setdefault((event.name, event.axis), [])
+        partial = self._partial[1].get((event.name, event.axis)) if self._partial[0] is self.events else None
         if known:  # the parameter is used twice
             self.tie(known[0].entries, event.entries)
+        elif partial is not None:
+            self.tie(partial, event.entries)
         known.append(event)
 
     # Connected components
@@ -303,6 +363,8 @@ class Context:
                     raise self.error("it is a barrier")
                 values[node] = self._with_node(self._run_node(node, values), node)
                 self._constants.take(node, values)
+                if isinstance(values[node], Plain) and self.known(node):
+                    values[node] = replace(values[node], alike=self._constants.alike(node))
             except TraceError:
                 if node not in tolerant:
                     raise
@@ -310,6 +372,7 @@ class Context:
                 touched = [value.ids.ravel() for value in leaves(arguments) if isinstance(value, (Features, Opaque))]
                 values[node] = Opaque(np.unique(np.concatenate(touched)) if touched else np.empty(0, np.int64))
                 self.opaque.append(values[node].ids)
+        self._settle()
         return values
 
     def _with_node(self, value: Any, node: fx.Node) -> Any:
@@ -319,7 +382,7 @@ class Context:
             if value.ids.shape != tuple(held.get(axis) for axis in value.axes):
                 raise self.error("its rule returns features that do not match the axes of its output")
             return replace(value, shape=shape or (), node=node)
-        return Plain(shape) if isinstance(value, Plain) and shape is not None else value
+        return replace(value, shape=shape) if isinstance(value, Plain) and shape is not None else value
 
     def _run_node(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
         if node.op == "placeholder":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -47,5 +47,32 @@ class KeepRecurrent(TorchFunctionMode):
     ) -> Any:
         packed = func in WHOLE and isinstance(args[3], (tuple, list))  # (data, batch_sizes, hx, params, …)
         if func in WHOLE and not packed:
-            return WHOLE[func](*args, **(kwargs or {}))
+            return _layer_by_layer(WHOLE[func], *args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+
+def _layer_by_layer(
+    operator: Any,
+    x: Tensor,
+    hx: Any,
+    params: Sequence[Tensor],
+    has_biases: bool,
+    num_layers: int,
+    dropout: float,
+    train: bool,
+    bidirectional: bool,
+    batch_first: bool,
+) -> Any:
+    """Call a recurrent operator once for each layer, so that the graph holds the output of every layer."""
+    if num_layers == 1 or (train and dropout):
+        return operator(x, hx, params, has_biases, num_layers, dropout, train, bidirectional, batch_first)
+    states = hx if isinstance(hx, (tuple, list)) else (hx,)
+    directions, each = 1 + bidirectional, len(params) // num_layers
+    last: list[tuple[Tensor, ...]] = []
+    for layer in range(num_layers):
+        given = [state.narrow(0, layer * directions, directions) for state in states]
+        own = params[layer * each : (layer + 1) * each]
+        start = given if isinstance(hx, (tuple, list)) else given[0]
+        x, *reached = operator(x, start, own, has_biases, 1, dropout, train, bidirectional, batch_first)
+        last.append(tuple(reached))
+    return (x, *(torch.cat(state) for state in zip(*last, strict=True)))

@@ -124,7 +124,8 @@ REARRANGED = {
     ],
     "transpose swapaxes swapdims movedim moveaxis": lambda x: [(1, 2), (0, 1), (-1, 1), ((1, 2), (2, 1))],
     "t": lambda x: [()],
-    "chunk split tensor_split": lambda x: [(2, 1), (3, -1), (2, 2), ([2, 4], 1)],
+    "diagonal": lambda x: [(0, 1, 2), (1, -1, 1)],
+    "chunk split tensor_split unsafe_chunk unsafe_split": lambda x: [(2, 1), (3, -1), (2, 2), ([2, 4], 1)],
     "split_with_sizes": lambda x: [([2, 4], 1), ([1, 3], -1), ([1, 3], 2)],
     "unbind": lambda x: [(1,), (-1,), (2,)],
     "select": lambda x: [(1, 2), (-1, 0), (2, 1)],
@@ -276,9 +277,9 @@ def made(cls, channels, last, inner):
     """Return the distinct modules of a class."""
     arguments = [(), (2,), (channels,), (2, channels), (-1,), (channels, 5, 1), (channels, channels, 1), (last, 5)]
     arguments += [(inner,), (0.1, 0.5), (1, 2), (1, 2.0), ((1, 1), 0.5), (1, 0.5), (1, (2, -1)), (0.3, "row")]
-    arguments += [([0, 2, 1],), (2.0, 2), (3, 1, 1)]
+    arguments += [([0, 2, 1],), (2.0, 2), (3, 1, 1), (last, 5, 2)]
     named = [{}, {"groups": 2}, {"groups": channels}, {"affine": True, "track_running_stats": True}, {"inplace": True}]
-    named += [{"return_indices": True}, {"dim": 1}, {"scale_factor": 2}]
+    named += [{"return_indices": True}, {"dim": 1}, {"scale_factor": 2}, {"bidirectional": True, "batch_first": True}]
     found = {}
     for args, kwargs in product(arguments, named):
         with suppress(Exception):  # whatever a class raises that is not made so
@@ -298,7 +299,108 @@ def attention(x):
         yield from (((x, like, like), {"attn_mask": mask}), ((x, like, like, mask, 0.0, mask is None), {}))
 
 
+def chosen(x):
+    """Read and write entries at positions along each axis, which an index gives for each entry or for all."""
+    like, plain, token = Input(x.shape, x.axes), without(x), Weight(x.shape[1:])
+    for dim in range(1, len(x.shape)):
+        size = x.shape[dim]
+        flat = Input((1,) * len(x.shape), (), indices)
+        one = Input((3,), (), distinct)
+        part = Input((*x.shape[:dim], 3, *x.shape[dim + 1 :]), x.axes)
+        for where in (Input(x.shape, (), indices), Input(x.shape, (), indices, x.axes)):
+            yield from (((x, dim, where), {}), ((x, where, dim), {}), ((x, dim, where, 2.0), {}))
+            yield from (((x, dim, where, other), {}) for other in (like, plain))
+            yield from (((x, dim, where, other, "sum"), {}) for other in (like, plain))
+        yield from (((x, dim, one, other), {}) for other in (part, without(part), 2.0))
+        yield ((x, dim, flat), {})
+        less = Input((*x.shape[:dim], *x.shape[dim + 1 :]), tuple(a - (a > dim) for a in x.axes if a != dim))
+        for other in (less, without(less)):
+            yield from (((x, other, dim, 1), {}), ((without(x), other, dim, 1), {}))
+        for start, end in ((0, 3), (1, size), (size - 3, size)):
+            yield from (((y, z, dim, start, end), {}) for y, z in ((x, part), (x, without(part)), (without(x), part)))
+        where = [Input((3,), (), indices)] * dim + [one]
+        tail = Input((3, *x.shape[dim + 1 :]), tuple(a - dim for a in x.axes if a > dim))
+        for other in (tail, without(tail), token, Input(())):
+            yield from (((x, where, other), {}), ((x, [None, *where[1:]], other, True), {}))
+
+
+def distinct(tensor):
+    return torch.arange(tensor.numel()).reshape(tensor.shape)
+
+
+def in_order(x):
+    """Use operators that depend on the order along some axes."""
+    for dim in (*range(1, len(x.shape)), -1):
+        yield from (((x, dim), {}), ((x, 2, dim), {}), ((x,), {"dim": dim}), ((x, None, dim), {}), ((x, dim, True), {}))
+    for dims in combinations(range(1, len(x.shape)), 2):
+        yield from (((x, None, dims), {}), ((x,), {"dim": dims}))
+    yield from (((x,), {}), ((x, 1), {}))
+
+
+def sampled(x):
+    grid = (*x.shape[:1], *x.shape[2:], len(x.shape) - 2)
+    for other in (Input(grid), Input(grid, (len(x.shape) - 1,))):
+        yield from (((x, other), {"align_corners": False}), ((x, other, 0, 0, False), {}))
+
+
+def patched(x):
+    yield from (((x, 2), {}), ((x, (2, 1)), {}), ((x, (3, 2), (2, 1)), {}), ((x, (3, 4), 1), {}))
+
+
+def several(x):
+    single = Input(
+        (x.shape[0], *(1 if axis not in x.axes else x.shape[axis] for axis in range(1, len(x.shape)))), x.axes
+    )
+    yield from (((x, Input(x.shape, x.axes)), {}), ((single, without(x)), {}), ((x, Weight(x.shape[1:])), {}))
+
+
+def compared(x):
+    like, rows = Input(x.shape, x.axes), Input((*x.shape[:-2], 5, x.shape[-1]), x.axes)
+    for other in (like, rows, without(x), Weight((7, x.shape[-1])), Weight(x.shape[-1:])):
+        yield from (((x, other), {}), ((x, other, 1), {}), ((x, other), {"keepdim": True}), ((other, x), {}))
+
+
+def recurrent_function(x, name):
+    """Make the arguments of recurrent layers as functions: one and two layers, both directions, several states."""
+    gates, size, hidden = {"lstm": 4, "gru": 3}.get(name.partition("_cell")[0], 1), x.shape[-1], 5
+    states, rank = 1 + name.startswith("lstm"), len(x.shape)
+
+    def pack(found):
+        return found if states > 1 else found[0]
+
+    weights = [Weight((gates * hidden, size)), Weight((gates * hidden, hidden))]
+    biases = [Weight((gates * hidden,))] * 2
+    for axes in ((rank - 1,), ()):
+        given = pack([Input((x.shape[0], hidden), axes)] * states)
+        yield from (((x, given, *weights), {}), ((x, given, *weights, *biases), {}))
+    for layers, directions in product((1, 2), (1, 2)):
+        shape = (layers * directions, x.shape[0], hidden)
+        params = []
+        for layer, _ in product(range(layers), range(directions)):
+            width = size if layer == 0 else hidden * directions
+            params += [Weight((gates * hidden, width)), weights[1], *biases]
+        for axes in ((2,), ()):
+            given = pack([Input(shape, axes)] * states)
+            for bias in (True, False):
+                own = [each for each in params if bias or len(each.shape) == 2]
+                yield ((x, given, own, bias, layers, 0.0, False, directions == 2, True), {})
+    if name == "lstm":
+        narrow = [Weight((4 * hidden, size)), Weight((4 * hidden, 3)), Weight((3, hidden))]
+        given = [Input((1, x.shape[0], 3), (2,)), Input((1, x.shape[0], hidden), (2,))]
+        yield ((x, given, narrow, False, 1, 0.0, False, False, True), {})
+
+
 FAMILIES = {
+    "gather take_along scatter index_write slice_scatter select_scatter index_put": chosen,
+    "difference running_extreme sort order largest fourier fourier_of_several shift triangle": in_order,
+    "gated": in_order,
+    "as_complex": lambda x: [((Input((*x.shape, 2), axes),), {}) for axes in (x.axes, (*x.axes, len(x.shape)))],
+    "as_real": lambda x: [((Input(x.shape, x.axes, lambda tensor: torch.complex(tensor, tensor.cos())),), {})],
+    "sample": sampled,
+    "patches sum_of_patches": patched,
+    "broadcast_tensors": several,
+    "inner distances distance similarity": compared,
+    "layer step": recurrent_function,
     "pointwise": entrywise,
     "cast": cast,
     "alike blank": blank,
@@ -315,16 +417,24 @@ FAMILIES = {
     "forward transposed linear bilinear embedding embedding_bag": weighted,
     "batch_norm instance_norm group_norm layer_norm prelu": weighted,
     "scaled_dot_product_attention": attention,
+    "outer": compared,
 }
 NOT_SWEPT = {
     "multihead_attention_module": "its heads are seen by its inputs and outputs alone: whole networks test it",
     "shifted_window_attention": "as above",
     "relative_position_bias": "a table of positions for the one above",
     "patch_merging": "takes the last axis of four: Swin tests it",
+    "grid": "its tensors hold no features",
+    "random": "returns random numbers",
+    "affine_grid": "its features keep their order: a network with a spatial transformer tests it",
+    "weight_norm": "takes parameters only: networks with weight norm test it",
+    "norm_except_dim": "as above",
     "attribute": "returns numbers",
     "assertion": "returns nothing",
 }
-HERE = {"cuda": "needs a device", "addmv": "has no batch: its vectors hold one sample"}
+HERE = {"cuda": "needs a device", "imag": "needs complex numbers"} | dict.fromkeys(
+    ["addmv", "dot", "vdot", "outer", "ger"], "its vectors have no batch"
+)
 
 
 def base(operator):

@@ -60,6 +60,11 @@ FIRST = {
     ),
     "bag": ({}, lambda net, p, x: net.bag(numbers(x)).tanh(), {"bag.weight": 1}),
     "rows by number": ({"w": (9, WIDTH)}, lambda net, p, x: p.w[numbers(x)].tanh().sum(1), {"p.w": 1}),
+    "softmax of a parameter": (
+        {"g": (WIDTH,), "c": (WIDTH,)},
+        lambda net, p, x: (x[:, :1] + p.g.softmax(0) * p.c).tanh(),
+        {"p.g": 0, "p.c": 0},
+    ),
     "bilinear": ({}, lambda net, p, x: net.bilinear(x, x).tanh(), {"bilinear.weight": 0, "bilinear.bias": 0}),
 }
 
@@ -81,7 +86,6 @@ def test_a_first_operator_makes_features_that_are_matched(name):
 
 
 UNEXPLAINED = {
-    "recurrent layer": lambda net, p, x: net.gru(x[:, None])[0][:, -1],
     "product of parameters": lambda net, p, x: x @ (p.w @ p.v),
     "unknown function": lambda net, p, x: torch.cdist(x, p.c),
     "positions of its own": lambda net, p, x: (net.first(x)[:, None] + p.queries).mean(1),
@@ -89,7 +93,7 @@ UNEXPLAINED = {
         [p.queries[None].expand(x.shape[0], -1, -1), net.first(x)[:, None]], 1
     ).mean(1),
     "mixed positions": lambda net, p, x: net.mix(net.first(x)[..., None].expand(-1, -1, 4)).mean(-1),
-    "softmax of a parameter": lambda net, p, x: net.first(x) * p.g.softmax(0),
+    "sorted parameter": lambda net, p, x: net.first(x) * p.g.sort(0)[0],
     "a parameter for the features of each head": lambda net, p, x: (net.first(x).unflatten(1, (2, 4)) * p.d).flatten(1),
 }
 
@@ -98,7 +102,7 @@ UNEXPLAINED = {
 def test_unexplained_parameter_is_a_barrier(name):
     shapes = {"w": (5, 3), "v": (3, WIDTH), "c": (WIDTH, 5), "queries": (3, WIDTH), "g": (WIDTH,), "d": (4,)}
     net = First(shapes, UNEXPLAINED[name])
-    net.gru, net.first, net.mix = nn.GRU(5, WIDTH, batch_first=True), nn.Linear(5, WIDTH), nn.Linear(4, 6)
+    net.first, net.mix = nn.Linear(5, WIDTH), nn.Linear(4, 6)
     net.before = nn.Linear(5, 5)
     net.run = lambda net, p, x: UNEXPLAINED[name](net, p, net.before(x).relu())
     graph = trace(net, verify=torch.randn(4, 5))
@@ -261,9 +265,20 @@ def test_a_chain_of_residual_blocks_is_walked_once():
     assert time.perf_counter() - start < 20  # 2^30 steps would be hours
 
 
+class Kronecker(nn.Module):
+    """Multiplies by a parameter with an operator that has no rule."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(1, 8))
+
+    def forward(self, x):
+        return torch.kron(x, self.weight)
+
+
 def test_trunk_that_starts_with_an_unexplained_parameter_is_refused():
-    with pytest.raises(TraceError, match=r"the order of entries is unknown in `0\.weight_ih_l0`"):
-        trace(nn.Sequential(nn.GRU(4, 8)), merge_heads=True, example_input=torch.randn(2, 3, 4))
+    with pytest.raises(TraceError, match=r"the order of entries is unknown in `0\.weight`"):
+        trace(nn.Sequential(Kronecker()), merge_heads=True, example_input=torch.randn(2, 4))
 
 
 class Apart(nn.Module):

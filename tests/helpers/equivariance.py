@@ -28,11 +28,13 @@ class Input:
     Attributes:
         axes: those of its features; none for a tensor without features.
         make: makes it from random numbers.
+        alike: axes along which all entries are the same, which the rule is told.
     """
 
     shape: tuple
     axes: tuple = ()
     make: object = None
+    alike: tuple = ()
 
 
 @dataclass
@@ -102,7 +104,11 @@ def judge(call, draws=2):
     ctx, values = Context(network, shapes), {}
     for node, value in inputs.items():
         sizes = [value.shape[axis] for axis in value.axes]
-        given = Features(ctx.fresh(*sizes), value.axes, value.shape, node) if value.axes else Plain(value.shape)
+        given = (
+            Features(ctx.fresh(*sizes), value.axes, value.shape, node)
+            if value.axes
+            else Plain(value.shape, value.alike)
+        )
         values[node] = given
     nodes = list(graph.nodes)
     given = dict(values)
@@ -137,7 +143,8 @@ def _items(value):
 
 
 def _tensor(value):
-    tensor = torch.randn(value.shape, dtype=torch.float64)
+    sizes = [1 if axis in value.alike else size for axis, size in enumerate(value.shape)]
+    tensor = torch.randn(sizes, dtype=torch.float64).expand(value.shape).contiguous()
     return value.make(tensor) if value.make else tensor
 
 
@@ -186,11 +193,11 @@ class Permutations:
         }
 
     def clash(self):
-        """Whether units of one number hold different features, which tracing refuses."""
+        """Whether an operator divides the features of a unit in two ways, which tracing refuses."""
         rows = defaultdict(set)
-        for members, units in self.nested:
+        for index, (members, units) in enumerate(self.nested):
             for unit, row in zip(units.tolist(), members.tolist(), strict=True):
-                rows[unit].add(tuple(sorted(row)))
+                rows[index, unit].add(tuple(sorted(row)))
         return any(len(held) > 1 for held in rows.values())
 
     def draw(self):

@@ -3,6 +3,30 @@
 A rule returns the value of the operator's output. Modules and functions with the same arguments share one rule.
 """
 
-from lightning_zipit.graph.rules import attention, layers, norms, pointwise, positions, products, shapes, symmetric
+from lightning_zipit.graph.rules import (
+    attention,
+    creating,
+    layers,
+    norms,
+    pointwise,
+    positions,
+    products,
+    recurrent,
+    selecting,
+    shapes,
+    symmetric,
+)
 
-__all__ = ["attention", "layers", "norms", "pointwise", "positions", "products", "shapes", "symmetric"]
+__all__ = [
+    "attention",
+    "creating",
+    "layers",
+    "norms",
+    "pointwise",
+    "positions",
+    "products",
+    "recurrent",
+    "selecting",
+    "shapes",
+    "symmetric",
+]

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_zipit.graph.align import broadcast, entrywise
+from lightning_zipit.graph.computed import with_axes
 from lightning_zipit.graph.contraction import contract
 from lightning_zipit.graph.interpret import Context
 from lightning_zipit.graph.registry import Trait, module_rule, rule
@@ -32,15 +33,26 @@ def scaled_dot_product_attention(
     """Treat heads as units and tie queries to keys. The output has the features of the values."""
     if dropout_p:
         raise ctx.error("it applies dropout in eval mode too (`dropout_p`)")
-    if enable_gqa:
-        raise ctx.error("its heads share keys and values in groups (`enable_gqa`)")
     if query.shape is None:
         raise ctx.error("the shape of its queries is unknown")
+    if enable_gqa:
+        key, value = (_repeated(ctx, each, query.shape[-3]) for each in (key, value))
     batch = string.ascii_lowercase[: len(query.shape) - 2]
     scores = contract(ctx, (batch + "LE", batch + "SE"), batch + "LS", (query, key))
     if attn_mask is not None:
         scores = entrywise(ctx, scores, attn_mask)
     return contract(ctx, (batch + "LS", batch + "SV"), batch + "LV", (scores, value))
+
+
+def _repeated(ctx: Context, x: Value, heads: int) -> Value:
+    """Repeat the heads of keys or values, which several heads of queries share."""
+    if x.shape is None or isinstance(x, Parameter):
+        raise ctx.error("its keys or values are parameters, or of unknown shape")
+    axis, times = len(x.shape) - 3, heads // x.shape[-3]
+    shape = (*x.shape[:axis], heads, *x.shape[axis + 1 :])
+    if isinstance(x, Features) and axis in x.axes:
+        return replace(x, ids=np.repeat(x.ids, times, x.axes.index(axis)), shape=shape)
+    return replace(x, shape=shape)
 
 
 def _heads(
@@ -136,7 +148,7 @@ def relative_position_bias(ctx: Context, table: Value, index: Any, window_size: 
     shape = ctx.shapes[ctx.node.name]
     ctx.positional(index)
     if isinstance(table, Parameter):
-        return replace(table, shape=shape, axes=(None, table.axes[-1], None, None))
+        return with_axes(table, shape, (None, table.rank - 1, None, None))
     return Features(table.ids, (1,), shape) if isinstance(table, Features) else ctx.constant([table])
 
 

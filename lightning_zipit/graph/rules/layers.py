@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lightning_zipit.graph.align import by_channel
+from lightning_zipit.graph.computed import as_features
 from lightning_zipit.graph.interpret import Context
 from lightning_zipit.graph.registry import Trait, module_rule, rule, spellings
 from lightning_zipit.graph.values import Features, Parameter, Plain, Value
@@ -24,30 +26,48 @@ def weight_of(ctx: Context, weight: Any, rank: int) -> Parameter:
     return weight
 
 
-def input_of(ctx: Context, x: Any) -> Features | Plain:
-    """Check a layer's input, and return it. A buffer as input is a constant."""
-    value = ctx.constant([x]) if isinstance(x, Parameter) and (x.constant or not x.counts) else x
-    if not isinstance(value, (Features, Plain)):
+def input_of(ctx: Context, x: Any, axis: int | None = None) -> Features | Plain:
+    """Check a layer's input, and return it. A buffer as input is a constant.
+
+    Args:
+        ctx: the context.
+        x: the input.
+        axis: the axis that the layer reads. A parameter as input holds features along it, and positions along others.
+    """
+    if isinstance(x, Parameter) and (x.constant or not x.counts):
+        return ctx.constant([x])
+    if isinstance(x, Parameter) and axis is not None:
+        return as_features(ctx, x, axis)
+    if not isinstance(x, (Features, Plain)):
         raise ctx.error("its input is a parameter")
-    return value
+    return x
 
 
 def convolution(
-    ctx: Context, input: Any, weight: Any, bias: Parameter | None, groups: int, axes: int, transposed: bool = False
+    ctx: Context,
+    input: Any,
+    weight: Any,
+    bias: Parameter | None,
+    groups: int,
+    axes: int,
+    transposed: bool = False,
+    padding: Any = None,
 ) -> Value:
     """Read the input channels and write new output channels. Groups are units.
 
     A depthwise convolution has one channel per group. It scales each channel separately, so it preserves features.
     """
-    weight, x = weight_of(ctx, weight, axes + 2), input_of(ctx, input)
+    weight, x = weight_of(ctx, weight, axes + 2), input_of(ctx, input, 1)
     if x.shape is not None and len(x.shape) != axes + 2:
         raise ctx.error("its input has no batch axis, so it reads the batch as channels")
+    if isinstance(x, Features) and 1 in x.axes:
+        x = by_channel(ctx, x, 2)
     made = ctx.fresh(weight.shape[1] * groups if transposed else weight.shape[0])
     if not isinstance(x, Features):
         if groups > 1:
             ctx.pin(made, f"`{ctx.node.name}` reads the network's input in groups")
     elif x.axes != (1,):
-        raise ctx.error("its input channels are not on axis 1 of its input")
+        return _covering(ctx, x, weight, bias, groups, None if transposed else padding)
     elif groups > 1 and x.ids.size == made.size == groups:
         made = x.ids
     elif groups > 1:
@@ -60,6 +80,26 @@ def convolution(
         ctx.write(weight, 0, output)
         if groups == 1 or weight.shape[1] > 1:
             ctx.read(weight, 1, x, groups)
+    ctx.write(bias, 0, output)
+    return output
+
+
+def _covering(
+    ctx: Context, x: Features, weight: Parameter, bias: Parameter | None, groups: int, padding: Any
+) -> Features:
+    """Read features with a kernel that covers them, such as that of a convolution over words.
+
+    The input is ``(samples, 1, words, features)``, and the kernel is as wide as the features.
+    """
+    axis = x.axes[0]
+    amounts = [padding] * (weight.rank - 2) if isinstance(padding, int) else [*(padding or ())]
+    amounts = amounts * (weight.rank - 2) if len(amounts) == 1 else amounts
+    unpadded = amounts[axis - 2 : axis - 1] == [0] or padding == "valid"
+    if len(x.axes) > 1 or axis < 2 or groups > 1 or weight.shape[axis] != x.shape[axis] or not unpadded:
+        raise ctx.error("its input channels are not on axis 1 of its input")
+    output = Features(ctx.fresh(weight.shape[0]), (1,))
+    ctx.write(weight, 0, output)
+    ctx.read(weight, axis, x)
     ctx.write(bias, 0, output)
     return output
 
@@ -78,7 +118,7 @@ def _convolution_functions(axes: int) -> None:
         groups: int = 1,
     ) -> Value:
         """Read the input channels and write new output channels. Groups are units."""
-        return convolution(ctx, input, weight, bias, groups, axes)
+        return convolution(ctx, input, weight, bias, groups, axes, padding=padding)
 
     def transposed(
         ctx: Context,
@@ -102,11 +142,29 @@ for _axes in (1, 2, 3):
     _convolution_functions(_axes)
 
 
+def any_convolution(
+    ctx: Context,
+    input: Value,
+    weight: Value,
+    bias: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    transposed: bool,
+    output_padding: Any,
+    groups: int,
+) -> Value:
+    """Read the input channels and write new output channels. Groups are units."""
+    axes = len(weight.shape or ()) - 2
+    return convolution(ctx, input, weight, bias, groups, axes, transposed, padding)
+
+
 @module_rule(nn.Conv1d, nn.Conv2d, nn.Conv3d, traits=LAYER)
 def convolution_module(ctx: Context, module: nn.Conv2d, input: Value) -> Value:
     """Read the input channels and write new output channels. Groups are units."""
     axes = len(module.kernel_size)
-    return convolution(ctx, input, ctx.weight(), ctx.parameter("bias"), module.groups, axes)
+    padding = module.padding if module.padding_mode == "zeros" else None
+    return convolution(ctx, input, ctx.weight(), ctx.parameter("bias"), module.groups, axes, padding=padding)
 
 
 @module_rule(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, traits=LAYER)
@@ -121,7 +179,7 @@ def transposed_convolution_module(
 @rule(F.linear, torch._C._nn.linear, traits=LAYER)
 def linear(ctx: Context, input: Value, weight: Value, bias: Parameter | None = None) -> Value:
     """Read the last axis (each feature H·W times after a flatten) and write a new last axis."""
-    weight, x = weight_of(ctx, weight, 2), input_of(ctx, input)
+    weight, x = weight_of(ctx, weight, 2), input_of(ctx, input, -1)
     if isinstance(x, Features) and x.rank - 1 not in x.axes:
         return _mix_positions(ctx, x, weight, bias)
     _check_last(ctx, x)
@@ -218,3 +276,13 @@ def embedding_bag(
 def embedding_bag_module(ctx: Context, module: nn.EmbeddingBag, input: Value, *args: Any, **kwargs: Any) -> Value:
     """Write new features on a new last axis, from integer indices."""
     return look_up(ctx, input, ctx.weight(), module.max_norm)
+
+
+def bags(ctx: Context, weight: Value, indices: Value, offsets: Value, *args: Any) -> Any:
+    """Write new features on a new last axis, from integer indices."""
+    weight, index = weight_of(ctx, weight, 2), input_of(ctx, indices)
+    if isinstance(index, Features):
+        raise ctx.error("its indices are features")
+    output = Features(ctx.fresh(weight.shape[1]), (1,))
+    ctx.write(weight, 1, output)
+    return output, Plain(), Plain(), Plain()

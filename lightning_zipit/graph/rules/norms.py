@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lightning_zipit.graph.align import broadcast, entrywise, mix
+from lightning_zipit.graph.align import broadcast, by_channel, entrywise, mix
+from lightning_zipit.graph.computed import as_features, combined, with_axes
 from lightning_zipit.graph.interpret import Context
 from lightning_zipit.graph.registry import Trait, module_rule, rule, spellings
 from lightning_zipit.graph.values import Features, Parameter, Plain, Value
@@ -21,6 +22,8 @@ def per_channel(ctx: Context, input: Value, *parameters: Any) -> Value:
     """Transform each channel separately, with one entry of each parameter per channel."""
     if isinstance(input, Parameter):
         raise ctx.error("its input is a parameter")
+    if isinstance(input, Features) and 1 in input.axes:
+        input = by_channel(ctx, input, 2)
     if isinstance(input, Features) and input.axes != (1,):
         raise ctx.error("its channels are not on axis 1 of its input")
     for parameter in parameters:
@@ -103,7 +106,7 @@ def group_norm(
     ctx: Context, input: Value, num_groups: int, weight: Any = None, bias: Any = None, *args: Any, **kwargs: Any
 ) -> Value:
     """Normalize each group of channels jointly. Groups are units."""
-    per_channel(ctx, input, weight, bias)
+    input = per_channel(ctx, input, weight, bias)
     if isinstance(input, Features):
         ctx.mix(input)
         ctx.units(input.ids.reshape(num_groups, -1), "groups")
@@ -123,9 +126,56 @@ def layer_norm(
 ) -> Value:
     """Normalize the last axes jointly, with one entry of each parameter per entry of these axes."""
     parameters = [value for value in (weight, bias) if isinstance(value, (Parameter, Features, Plain))]
+    if isinstance(input, Parameter) and input.counts and len(normalized_shape) == 1:
+        input = as_features(ctx, input, -1)
     if not isinstance(input, Features):
         return entrywise(ctx, input, *parameters)
     mix(ctx, input, set(range(input.rank - len(normalized_shape), input.rank)))
     for parameter in parameters:
         broadcast(ctx, input, parameter)
     return input
+
+
+@rule(torch._weight_norm, traits=Trait.SYMMETRIC)
+def weight_norm(ctx: Context, v: Value, g: Value, dim: int = 0) -> Value:
+    """Scale a weight to given norms. A norm does not depend on the order along the axes that it reduces."""
+    if not isinstance(v, Parameter) or not isinstance(g, Parameter):
+        raise ctx.error("it normalizes a tensor that is not a parameter")
+    return combined([v, g])
+
+
+@rule(torch.norm_except_dim, traits=Trait.SYMMETRIC)
+def norm_except_dim(ctx: Context, v: Value, pow: int = 2, dim: int = 0) -> Value:
+    """Reduce all axes of a weight but one to its norm."""
+    if not isinstance(v, Parameter):
+        raise ctx.error("it normalizes a tensor that is not a parameter")
+    return with_axes(v, ctx.shapes[ctx.node.name], [axis if axis == dim % v.rank else None for axis in range(v.rank)])
+
+
+# Variants that only ATen has
+
+
+def native_layer_norm(ctx: Context, input: Value, normalized_shape: Any, weight: Any, bias: Any, eps: float) -> Any:
+    """Normalize the last axes jointly, with one entry of each parameter per entry of these axes."""
+    output = layer_norm(ctx, input, normalized_shape, weight, bias)
+    spread: Value = Plain()
+    if isinstance(output, Features):
+        axes = set(range(output.rank - len(normalized_shape), output.rank))
+        ids = mix(ctx, output, axes)
+        kept = tuple(axis for axis in output.axes if axis not in axes)
+        spread = Plain() if ids is None else Features(ids, kept)
+    return output, spread, spread
+
+
+def native_group_norm(ctx: Context, input: Value, weight: Any, bias: Any, *sizes: Any) -> Any:
+    """Normalize each group of channels jointly. Groups are units."""
+    output = group_norm(ctx, input, sizes[3], weight, bias)
+    groups: Value = Plain()
+    if isinstance(output, Features):
+        groups = Features(ctx.units(output.ids.reshape(sizes[3], -1), "groups"), (1,))
+    return output, groups, groups
+
+
+def native_batch_norm(ctx: Context, input: Value, weight: Any, bias: Any, mean: Any, variance: Any, *_: Any) -> Any:
+    """Transform each channel separately, with one entry of each parameter per channel."""
+    return per_channel(ctx, input, mean, variance, weight, bias), Plain(), Plain()

@@ -18,12 +18,14 @@ ACTIVATIONS = (
 FUNCTIONS = (
     "abs absolute acos acosh asin asinh atan atanh ceil clone cos cosh erf erfc erfinv exp exp2 expm1 floor frac "
     "isfinite isinf isnan log log10 log1p log2 logical_not logit nan_to_num neg negative pos positive reciprocal round "
-    "rsqrt sign sin sinc sinh sqrt square tan trunc bitwise_not invert"
+    "rsqrt sign sin sinc sinh sqrt square tan trunc bitwise_not invert angle conj conj_physical deg2rad digamma erfcx "
+    "i0 lgamma rad2deg real imag sgn signbit resolve_conj resolve_neg"
 )
 BOUNDS = "clamp clip clamp_min clamp_max pow float_power"
 OF_SEVERAL = (
     "div divide true_divide truediv floor_divide floordiv fmod remainder mod atan2 copysign hypot xlogy "
-    "logaddexp maximum minimum fmax fmin masked_fill addcmul addcdiv lerp where "
+    "logaddexp logaddexp2 maximum minimum fmax fmin masked_fill addcmul addcdiv lerp where heaviside ldexp nextafter "
+    "complex polar isclose "
     "eq ne lt le gt ge logical_and logical_or logical_xor bitwise_and bitwise_or bitwise_xor and_ or_ xor"
 )
 

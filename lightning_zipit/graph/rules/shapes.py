@@ -13,18 +13,23 @@ import torch
 from torch import Tensor, fx, nn
 
 from lightning_zipit.graph.align import broadcast_all, entrywise
+from lightning_zipit.graph.computed import as_features, combined, computed, with_axes
 from lightning_zipit.graph.interpret import Context
 from lightning_zipit.graph.naming import operator_name
 from lightning_zipit.graph.registry import Trait, module_rule, rule, spellings
-from lightning_zipit.graph.values import Features, Joined, Parameter, Plain, Value, leaves
+from lightning_zipit.graph.rules.positions import within
+from lightning_zipit.graph.values import Features, Parameter, Plain, Shape, Value, concatenated, leaves, no_entries
 
 REARRANGEMENTS = (
     "reshape flatten ravel unflatten squeeze unsqueeze permute transpose swapaxes swapdims movedim moveaxis t chunk "
     "split split_with_sizes tensor_split unbind select narrow index_select view view_as reshape_as expand expand_as "
-    "broadcast_to repeat tile repeat_interleave roll flip rot90 pixel_shuffle pixel_unshuffle channel_shuffle"
+    "broadcast_to repeat tile repeat_interleave roll flip rot90 pixel_shuffle pixel_unshuffle channel_shuffle "
+    "diagonal unsafe_chunk unsafe_split"
 )
 LIKE_ANOTHER = ("view_as", "reshape_as", "expand_as")
 """Methods that read only the shape of their second tensor."""
+EXPANDING = ("expand", "expand_as", "broadcast_to", "repeat", "tile")
+"""Operators that repeat an axis of size 1."""
 MOVING = Trait.REARRANGE | Trait.VIEW
 
 
@@ -36,8 +41,17 @@ def rearrange(ctx: Context, input: Value, *args: Any, **kwargs: Any) -> Any:
     elif any(isinstance(value, Features) for value in leaves((args, kwargs))):
         raise ctx.error("it selects entries by the values of features")
     if isinstance(input, Plain):
-        return ctx.constant([input])
+        return _expanded(ctx, input) if operator_name(ctx.node) in EXPANDING else ctx.constant([input])
     return _views(ctx, input) if isinstance(input, Parameter) else _moved(ctx, input)
+
+
+def _expanded(ctx: Context, input: Plain) -> Any:
+    """Record that all entries along an axis of size 1 become the same along a longer axis."""
+    shape = ctx.shapes.get(ctx.node.name)
+    if shape is None or input.shape is None:
+        return ctx.constant([input])
+    before = (1,) * (len(shape) - len(input.shape)) + input.shape
+    return Plain(shape, tuple(axis for axis, size in enumerate(before) if size == 1))
 
 
 def _call(ctx: Context, numbers: Tensor, unknown: int) -> Any:
@@ -53,7 +67,7 @@ def _call(ctx: Context, numbers: Tensor, unknown: int) -> Any:
 def _open_indices(ctx: Context) -> bool:
     """Whether the current operator selects entries by data."""
     tensors = [node for node in ctx.node.all_input_nodes[1:] if isinstance(ctx.values[node], (Plain, Parameter))]
-    return ctx.node.target not in LIKE_ANOTHER and not all(map(ctx.known, tensors))
+    return operator_name(ctx.node) not in LIKE_ANOTHER and not all(map(ctx.known, tensors))
 
 
 def _operator(ctx: Context) -> Callable[..., Any]:
@@ -109,35 +123,57 @@ def _alike(ids: Tensor, places: Tensor) -> bool:
 
 def _views(ctx: Context, parameter: Parameter) -> Any:
     """Trace each axis of a parameter through the operator, by running it on indices along that axis."""
-    numbered = []
-    for axis, size in enumerate(parameter.shape):
-        ordinals = torch.arange(size).reshape([size if other == axis else 1 for other in range(len(parameter.shape))])
-        numbered.append(_call(ctx, ordinals.expand(parameter.shape), 0))
+    numbered = _numbered(ctx, parameter, 0)
     if numbered and not isinstance(numbered[0], Tensor):
         return tuple(_view(parameter, list(parts)) for parts in zip(*numbered, strict=True))
-    view = _view(parameter, numbered)
-    return _looked_up(ctx, view) if parameter.counts and _open_indices(ctx) else view
+    if not (parameter.counts and _open_indices(ctx)):
+        return _view(parameter, numbered)
+    again = _numbered(ctx, parameter, 1)  # axes that data selects from show no entries
+    same = [numbers if torch.equal(numbers, other) else None for numbers, other in zip(numbered, again, strict=True)]
+    return _looked_up(ctx, _view(parameter, same, tuple(numbered[0].shape)))
+
+
+def _numbered(ctx: Context, parameter: Parameter, unknown: int) -> list[Any]:
+    """Run the operator on the indices along each axis of a parameter."""
+    numbered = []
+    for axis, size in enumerate(parameter.shape):
+        ordinals = torch.arange(size).reshape([size if other == axis else 1 for other in range(parameter.rank)])
+        numbered.append(_call(ctx, ordinals.expand(parameter.shape), unknown))
+    return numbered
 
 
 def _looked_up(ctx: Context, view: Parameter) -> Features:
     """Write new features by a lookup of a parameter's rows with data-dependent indices, like an embedding."""
-    whole = [axis for axis, origin in enumerate(view.axes) if origin is not None]
-    if len(whole) != 1:
+    shown = [axis for axis in range(view.rank) if view.along(axis) is not None]
+    if len(shown) != 1:
         raise ctx.error(f"it selects single entries of `{view.name}` by data")
-    features = Features(ctx.fresh(view.shape[whole[0]]), (whole[0],), view.shape)
-    ctx.write(view, whole[0], features)
-    return features
+    return as_features(ctx, view, shown[0])
 
 
-def _view(parameter: Parameter, numbered: list[Tensor]) -> Parameter:
-    shape = tuple(numbered[0].shape)
-    axes: list[int | None] = [None] * len(shape)
-    for source, (numbers, size) in enumerate(zip(numbered, parameter.shape, strict=True)):
-        for axis in range(numbers.ndim):
-            ordinals = torch.arange(size).reshape([-1 if other == axis else 1 for other in range(numbers.ndim)])
-            if size > 1 and numbers.shape[axis] == size and (numbers == ordinals).all():
-                axes[axis] = parameter.axes[source]
-    return replace(parameter, shape=shape, axes=tuple(axes))
+def _view(parameter: Parameter, numbered: list[Any], shape: Shape | None = None) -> Parameter:
+    """Return a view of a parameter, from the indices along each of its axes.
+
+    Where several axes become one, it shows the larger of the first two. All others, such as those of a kernel, are
+    positions.
+    """
+    shape = tuple(numbered[0].shape) if shape is None else shape
+    found: list[tuple[int, Any] | None] = [None] * len(shape)
+    for source in sorted(range(parameter.rank), key=lambda source: (source < 2, parameter.shape[source])):
+        for axis in range(len(shape)) if numbered[source] is not None and parameter.shape[source] > 1 else ():
+            numbers = numbered[source]
+            row = numbers.movedim(axis, 0).reshape(numbers.shape[axis], -1)[:, 0]
+            alone = (numbers == row.reshape([-1 if other == axis else 1 for other in range(len(shape))])).all()
+            if alone and len(row) > 1 and (row != row[0]).any():
+                found[axis] = source, row.numpy()
+    if all(each is None or _in_full(parameter, *each) for each in found) and not parameter.entries:
+        axes = tuple(None if each is None else parameter.axes[each[0]] for each in found)
+        return replace(parameter, shape=shape, axes=axes)
+    along = [each and (parameter.along(each[0]), each[1]) for each in found]
+    return computed([parameter], shape, [each[0].take(each[1]) if each and each[0] else None for each in along])
+
+
+def _in_full(parameter: Parameter, source: int, row: Any) -> bool:
+    return len(row) == parameter.shape[source] and (row == np.arange(len(row))).all()
 
 
 @module_rule(
@@ -161,22 +197,59 @@ def getitem(ctx: Context, container: Any, index: Any) -> Any:
 @rule(torch.cat, torch.concat, torch.concatenate, traits=Trait.REARRANGE)
 def cat(ctx: Context, tensors: Sequence[Any], dim: int = 0) -> Any:
     """Concatenate features along a feature axis, and tie the features of its inputs along a position axis."""
-    if dim == 0 and all(isinstance(value, Parameter) and len(value.shape) == 1 for value in tensors):
-        return Joined(tuple(tensors))
     features = [value for value in tensors if isinstance(value, Features)]
     parameters = [value for value in tensors if isinstance(value, Parameter) and value.counts]
     if not features and not parameters:
         return ctx.constant(list(tensors))
+    if features and dim == 0 and len(features) == len(tensors) and _are_states(features):
+        return Features(np.stack([value.ids for value in features]), (0, *features[0].axes))
     if any(value.axes != features[0].axes for value in features):
         raise ctx.error("it concatenates tensors with features on different axes")
     if features and dim % features[0].rank in features[0].axes:
         return _side_by_side(ctx, tensors, features[0].axes, dim % features[0].rank)
+    if not features and (len(parameters) == len(tensors) or not _varies(ctx, tensors)):
+        return _joined(ctx, tensors, parameters, dim % parameters[0].rank)
     for parameter in parameters:
         if parameter.shape[dim] > 1:
             raise ctx.error(f"`{parameter.name}` has several entries along the concatenated axis")
-    if len(parameters) == len(tensors):
-        return ctx.constant(list(tensors))  # features and positions cannot be told apart
     return entrywise(ctx, *tensors)
+
+
+def _are_states(tensors: Sequence[Features]) -> bool:
+    """Whether tensors are the last states of several recurrent layers, ``(1, samples, units)``."""
+    first = tensors[0]
+    alike = all(value.shape == first.shape and value.axes == first.axes == (2,) for value in tensors)
+    return alike and first.rank == 3 and first.shape[0] == 1
+
+
+def _varies(ctx: Context, tensors: Sequence[Any]) -> bool:
+    """Whether some of the concatenated tensors depend on data."""
+    (nodes,) = [argument for argument in ctx.node.args[:1] if isinstance(argument, (list, tuple))] or [()]
+    return len(nodes) != len(tensors) or not all(
+        isinstance(value, Parameter) or ctx.known(node) for node, value in zip(nodes, tensors, strict=True)
+    )
+
+
+def _joined(ctx: Context, tensors: Sequence[Any], parameters: Sequence[Parameter], dim: int) -> Parameter:
+    """Concatenate parameters, and constants."""
+    shape = ctx.shapes[ctx.node.name]
+    others = combined([with_axes(each, _without(each.shape, dim), _but(each.rank, dim)) for each in parameters])
+    entries = [others.along(axis) for axis in range(len(shape))]
+    along = [
+        value.along(dim) if isinstance(value, Parameter) and value.counts else no_entries(value.shape[dim])
+        for value in tensors
+    ]
+    known = [each for each in along if each is not None]
+    entries[dim] = concatenated(known) if len(known) == len(along) else None
+    return computed(parameters, shape, entries)
+
+
+def _without(shape: Shape, dim: int) -> Shape:
+    return tuple(1 if axis == dim else size for axis, size in enumerate(shape))
+
+
+def _but(rank: int, dim: int) -> list[int | None]:
+    return [None if axis == dim else axis for axis in range(rank)]
 
 
 def _side_by_side(ctx: Context, tensors: Sequence[Any], axes: tuple[int, ...], dim: int) -> Features:
@@ -202,6 +275,37 @@ def stack(ctx: Context, tensors: Sequence[Value], dim: int = 0) -> Value:
     x = broadcast_all(ctx, tensors)
     dim %= x.rank + 1
     return Features(x.ids, tuple(axis + (axis >= dim) for axis in x.axes))
+
+
+@rule(*spellings("view_as_complex"), traits=MOVING)
+def as_complex(ctx: Context, input: Value) -> Value:
+    """Combine the two entries of the last axis, whose order is fixed, such as a pair of a rotary embedding."""
+    return within(ctx, input, -1) if isinstance(input, Features) else ctx.constant([input])
+
+
+@rule(*spellings("view_as_real"), traits=MOVING)
+def as_real(ctx: Context, input: Value) -> Value:
+    """Split numbers into two positions on a new last axis."""
+    return Features(input.ids, input.axes) if isinstance(input, Features) else ctx.constant([input])
+
+
+@rule(*spellings("glu"))
+def gated(ctx: Context, input: Value, dim: int = -1) -> Value:
+    """Multiply one half of an axis by a gate computed from the other half, and tie the features of both."""
+    if not isinstance(input, Features):
+        return ctx.constant([input])
+    dim %= input.rank
+    if dim not in input.axes:
+        return Features(input.ids, input.axes)
+    first, second = np.split(input.ids, 2, input.axes.index(dim))
+    ctx.tie(first, second)
+    return Features(first, input.axes)
+
+
+@module_rule(nn.GLU)
+def gated_module(ctx: Context, module: nn.GLU, input: Value) -> Value:
+    """Multiply one half of an axis by a gate computed from the other half, and tie the features of both."""
+    return gated(ctx, input, module.dim)
 
 
 # Sizes and other properties

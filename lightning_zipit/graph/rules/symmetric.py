@@ -9,14 +9,15 @@ import torch
 from torch import nn
 
 from lightning_zipit.graph.align import entrywise, mix
+from lightning_zipit.graph.computed import with_axes
 from lightning_zipit.graph.interpret import Context
 from lightning_zipit.graph.registry import Trait, module_rule, rule, spellings
-from lightning_zipit.graph.values import Features, Value
+from lightning_zipit.graph.values import Features, Parameter, Value
 
 Dims: TypeAlias = "int | Sequence[int] | None"
 
 
-def axes_of(x: Features, dims: Dims) -> set[int]:
+def axes_of(x: Features | Parameter, dims: Dims) -> set[int]:
     """Return the reduced axes, counted from the front; all axes if ``dims`` is ``None`` or empty."""
     if isinstance(dims, int):
         return {dims % x.rank}
@@ -25,6 +26,10 @@ def axes_of(x: Features, dims: Dims) -> set[int]:
 
 def reduced(ctx: Context, input: Value, dims: Dims, keepdim: bool) -> Value:
     """Reduce positions of each feature. A reduction over the features of a head leaves one feature per head."""
+    if isinstance(input, Parameter) and input.counts:
+        axes = axes_of(input, dims)
+        kept = [None if axis in axes else axis for axis in range(input.rank) if keepdim or axis not in axes]
+        return with_axes(input, ctx.shapes[ctx.node.name], kept)
     if not isinstance(input, Features):
         return ctx.constant([input])
     axes = axes_of(input, dims)
@@ -33,9 +38,8 @@ def reduced(ctx: Context, input: Value, dims: Dims, keepdim: bool) -> Value:
     ids = mix(ctx, input, axes)
     if ids is None:
         return ctx.constant([])
-    kept = (axis for axis in input.axes if axis not in axes)
     dropped = set() if keepdim else axes
-    return Features(ids, tuple(axis - sum(gone < axis for gone in dropped) for axis in kept))
+    return Features(ids, tuple(axis - sum(gone < axis for gone in dropped) for axis in input.axes if axis not in axes))
 
 
 @rule(
@@ -113,6 +117,8 @@ def vector_norm(
 
 def mixed(ctx: Context, input: Value, axes: Dims) -> Value:
     """Normalize entries along some axes jointly, and preserve features."""
+    if isinstance(input, Parameter) and input.counts:
+        return input
     if not isinstance(input, Features):
         return ctx.constant([input])
     mix(ctx, input, axes_of(input, axes))
