@@ -21,34 +21,14 @@ from lightning_zipit._lightning.sources import (
     find_inputs,
     find_problems,
     get_backbone,
-    make_shell,
     name_tasks,
 )
+from lightning_zipit._lightning.standin import MergedPath, make_shell
 from lightning_zipit.errors import CalibrationError, ConfigurationError
 from lightning_zipit.functional import fit_temperatures
 from lightning_zipit.graph.shapes import evaluating
 from lightning_zipit.paths import run_all, run_one
 from lightning_zipit.refine.task_norms import has_task_norms
-
-
-class MergedPath(nn.Module):
-    """Stem, trunk and head of one task as a single module, which replaces the backbone of a source module.
-
-    The parts are looked up in their owner at each call, so that a part that is replaced in the owner is replaced here.
-    The owner is stored in a tuple, so that it is not a submodule. A copy of the owner has its own paths.
-
-    Args:
-        owner: the module that has stems, trunk and heads.
-        task: the task.
-    """
-
-    def __init__(self, owner: MultiTaskModule, task: str) -> None:
-        super().__init__()
-        self._owner = (owner,)
-        self.task = task
-
-    def forward(self, x: Tensor) -> Any:
-        return self._owner[0].run_task(x, self.task)
 
 
 class PassOn(nn.Module):
@@ -134,6 +114,24 @@ class MultiTaskModule(DelegatedTransfers, WithoutCheckpoint, LightningModule):
             return self.run_task(view_of(x, task), task)
         return run_all(self.stems, self.trunk, self.heads, x, self.norms_per_task)
 
+    def path_of(self, task: str) -> MergedPath:
+        """Return the stand-in for the backbone of a task's source module."""
+        source = self.sources[task]
+        path = get_backbone(source, self.backbone) if self.backbone else source.__dict__["forward"]
+        assert isinstance(path, MergedPath)
+        return path
+
+    def parts_of(self, task: str) -> list[nn.Module]:
+        """Return the parts of a task's network: its head, the trunk, and its stem, if it has one."""
+        return [self.heads[task], self.trunk, *([self.stems[task]] if len(self.stems) else [])]
+
+    def find_difference(self, task: str) -> str | None:
+        """Explain why layers of the parts do not compute what they compute in the source; ``None`` if they do."""
+        return None
+
+    reorders = True
+    """Whether inner features may be in another order than in the sources."""
+
     def run_task(self, x: Tensor, task: str) -> Any:
         """Compute the output of one task from its input."""
         stem = self.stems[task] if len(self.stems) else None
@@ -209,7 +207,8 @@ class MultiTaskModule(DelegatedTransfers, WithoutCheckpoint, LightningModule):
         source.trainer = self._trainer
         source.__dict__["log"] = log
         try:
-            yield source
+            with self.path_of(task).lent():
+                yield source
         finally:
             del source.__dict__["log"]
             source.trainer = None
@@ -240,9 +239,9 @@ class MultiTaskModule(DelegatedTransfers, WithoutCheckpoint, LightningModule):
         """Run a hook of every source module. If it rebuilds the source's network, restore the merged path."""
         for task in self.tasks:
             with self._speaking(task) as source:
-                path = _path_of(source, self.backbone)
+                path, before = self.path_of(task), dict(source._modules)
                 getattr(source, hook)(*args)
-                _set_path(source, self.backbone, path)
+                _set_path(source, self.backbone, path, before)
 
     def on_validation_start(self) -> None:
         self._assign_loaders("validate", self.trainer.val_dataloaders)
@@ -296,13 +295,18 @@ for _stage in ("validation", "test", "predict"):
         setattr(MultiTaskModule, _hook, _delegated(_hook))
 
 
-def _path_of(source: LightningModule, backbone: str) -> nn.Module:
-    return get_backbone(source, backbone) if backbone else source.__dict__["forward"]
+def _set_path(source: LightningModule, backbone: str, path: nn.Module, before: Mapping[str, Any]) -> None:
+    """Restore the merged path of a source.
 
-
-def _set_path(source: LightningModule, backbone: str, path: nn.Module) -> None:
+    Args:
+        source: the source.
+        backbone: dotted name of the merged part.
+        path: the merged path.
+        before: the submodules of the source when it had the path.
+    """
     if not backbone:
         source.__dict__["forward"] = path
+        source._modules.update(before)
         return
     owner, _, name = backbone.rpartition(".")
     setattr(source.get_submodule(owner), name, path)
@@ -319,12 +323,23 @@ class Ensemble(MultiTaskModule):
         ConfigurationError: if no models are given, or a model has no such backbone.
     """
 
+    reorders = False
+
     def __init__(self, models: Mapping[str, LightningModule] | Sequence[LightningModule], backbone: str = "") -> None:
         models = name_tasks(models)
         problems = find_problems(models, backbone)
         if problems:
             raise ConfigurationError.collect(problems)
         heads = {task: copy_module(get_backbone(model, backbone)) for task, model in models.items()}
-        everything = [name for model in models.values() for name, _ in model.named_parameters()]
-        used = dict.fromkeys(models, [] if backbone else everything)
+        used = {task: _layers_of(get_backbone(model, backbone)) for task, model in models.items()}
         super().__init__(PassOn(), heads, models, backbone, used)
+
+
+def _layers_of(network: nn.Module) -> list[str]:
+    """Return the names of all modules without submodules, and of the tensors of all other modules."""
+    parents = [(name, module) for name, module in network.named_modules() if module._modules]
+    leaves = [name for name, module in network.named_modules() if not module._modules]
+    tensors = [
+        f"{name}.{key}".removeprefix(".") for name, module in parents for key in (*module._parameters, *module._buffers)
+    ]
+    return [*filter(None, leaves), *tensors]

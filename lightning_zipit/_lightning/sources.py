@@ -139,29 +139,6 @@ def find_inputs(batch: Any, tasks: Collection[str], get_input: Callable[[Any], I
     return get_input(batch)
 
 
-def make_shell(model: LightningModule, backbone: str, path: nn.Module, used: Sequence[str]) -> LightningModule:
-    """Copy a source model with its steps, metrics and losses, and replace its backbone by another network.
-
-    Args:
-        model: the source model.
-        backbone: dotted name of the merged part.
-        path: the network that replaces the backbone.
-        used: the names of the modules and parameters that ``forward`` uses. Only for the backbone ``""``.
-    """
-    if backbone:
-        return copy_module(model, {id(get_backbone(model, backbone)): path})
-    whole = model.__dict__.get("forward")  # set in a source that was split from a merged module
-    shell = copy_module(model, {id(whole): path} if whole is not None else {})
-    shell._modules.pop(PATH, None)
-    for name in used:
-        owner_name, _, leaf = name.rpartition(".")
-        owner = shell.get_submodule(owner_name)
-        for registry in (owner._modules, owner._parameters, owner._buffers):
-            registry.pop(leaf, None)
-    shell.__dict__["forward"] = path
-    return shell
-
-
 class DelegatedTransfers(ABC):
     """Mixin that moves batches to the device with the hooks of another module, chosen by dataloader."""
 
