@@ -21,7 +21,7 @@ from lightning_zipit._lightning.files.checkpoint import (
     reading_record,
     write_example,
 )
-from lightning_zipit._lightning.files.descriptions import DESCRIPTION, describe_source, make_sources
+from lightning_zipit._lightning.files.descriptions import DESCRIPTION, complete, describe_source, make_sources
 from lightning_zipit._lightning.files.trust import Trust, Trusted
 from lightning_zipit._lightning.multitask import MultiTaskModule
 from lightning_zipit._lightning.sources import get_backbone, name_tasks
@@ -284,6 +284,9 @@ class MultiHeadModule(MultiTaskModule):
                 f"`models` has the keys {sorted(unknown)}, but the tasks of {where} are {list(record['sources'])}."
             )
         sources = make_sources(record["sources"], trust, where, given)
+        example = read_example(record)
+        for task, source in sources.items():
+            complete(task, source, record["backbone"], None if example is None else view_of(example, task))
         settings = MergeSettings(
             stop_at=record["stop_at"],
             merge_heads=record["merge_heads"],
@@ -294,7 +297,7 @@ class MultiHeadModule(MultiTaskModule):
             sources,
             record["backbone"],
             settings,
-            example_input=read_example(record),
+            example_input=example,
             barriers=read_barriers(record["barriers"]),
             widths=record["widths"],
         )

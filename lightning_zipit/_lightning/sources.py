@@ -71,7 +71,7 @@ def find_problems(models: Mapping[str, Any], backbone: str) -> list[str]:
         if not isinstance(task, str) or not task or "." in task or "/" in task or task in RESERVED:
             problems.append(f"Task name {task!r} cannot name a head. Use a plain word without '.' or '/'.")
         if not isinstance(model, LightningModule):
-            problems.append(f"Task {task!r}: the model must be a LightningModule, got {type(model).__name__}.")
+            problems.append(f"Task {task!r}: {_foreign(model)}")
             continue
         try:
             part = get_backbone(model, backbone)
@@ -91,6 +91,19 @@ def find_problems(models: Mapping[str, Any], backbone: str) -> list[str]:
     return problems
 
 
+def _foreign(model: Any) -> str:
+    """Explain that an object is not a module of ``lightning.pytorch``."""
+    found = f"the model must be a LightningModule of `lightning.pytorch`, got {type(model).__name__}"
+    homes = [base.__module__ for base in type(model).__mro__ if base.__name__ == LightningModule.__name__]
+    if not homes:
+        return f"{found}."
+    package = homes[0].partition(".")[0]
+    return (
+        f"{found}, a LightningModule of `{package}`, which has other classes of the same names. Import "
+        f"`lightning.pytorch` instead of `{package}`. Each can load checkpoints of the other."
+    )
+
+
 def get_backbone(model: nn.Module, backbone: str) -> nn.Module:
     """Return the part of a source model that is merged.
 
@@ -103,7 +116,7 @@ def get_backbone(model: nn.Module, backbone: str) -> nn.Module:
         children = [name for name, _ in model.named_children()]
         raise ConfigurationError(
             f"backbone={backbone!r} is not a submodule of {type(model).__name__}. Its submodules are "
-            f"{', '.join(children)}."
+            f"{', '.join(children) or 'made later, in `setup` or `configure_model`'}."
         ) from None
 
 
