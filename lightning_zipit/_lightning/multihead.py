@@ -9,6 +9,7 @@ from typing import IO, Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, fx, nn
 
@@ -21,7 +22,13 @@ from lightning_zipit._lightning.files.checkpoint import (
     reading_record,
     write_example,
 )
-from lightning_zipit._lightning.files.descriptions import DESCRIPTION, complete, describe_source, make_sources
+from lightning_zipit._lightning.files.descriptions import (
+    DESCRIPTION,
+    complete,
+    describe_source,
+    explain_unmakeable,
+    make_sources,
+)
 from lightning_zipit._lightning.files.trust import Trust, Trusted
 from lightning_zipit._lightning.multitask import MultiTaskModule
 from lightning_zipit._lightning.sources import get_backbone, name_tasks
@@ -205,6 +212,10 @@ class MultiHeadModule(MultiTaskModule):
         return read_example(self._record)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        for task, description in self._record["sources"].items():
+            if problem := explain_unmakeable(task, description, type(self.sources[task])):
+                rank_zero_warn(problem)
         checkpoint[CHECKPOINT_KEY] = {**self._record, "report": self.report.to_dict() if self.report else None}
 
     @classmethod
@@ -268,13 +279,13 @@ class MultiHeadModule(MultiTaskModule):
         """
         with reading_record(checkpoint, where) as record:
             given = name_tasks(models) if models is not None else {}
-            return cls._from_record(record, checkpoint["state_dict"], given, trust, where)
+            return cls._from_record(record, dict(checkpoint), given, trust, where)
 
     @classmethod
     def _from_record(
         cls,
         record: dict[str, Any],
-        weights: dict[str, Tensor],
+        checkpoint: dict[str, Any],
         given: dict[str, LightningModule],
         trust: Trust,
         where: str,
@@ -301,6 +312,8 @@ class MultiHeadModule(MultiTaskModule):
             barriers=read_barriers(record["barriers"]),
             widths=record["widths"],
         )
+        weights: dict[str, Tensor] = dict(checkpoint["state_dict"])
+        module.on_load_checkpoint({**checkpoint, "state_dict": weights})
         module.load_state_dict(weights)
         module._record["sources"] = record["sources"]
         module.report = MergeReport.from_dict(record["report"]) if record["report"] else None

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,8 +12,8 @@ from torch import Tensor, nn
 
 from lightning_zipit._common.copying import copy_module
 from lightning_zipit._common.views import Inputs, like, view_of
+from lightning_zipit._lightning.finetuning import FineTuning
 from lightning_zipit._lightning.sources import (
-    DelegatedTransfers,
     WithoutCheckpoint,
     find_input,
     find_inputs,
@@ -24,6 +22,7 @@ from lightning_zipit._lightning.sources import (
     name_tasks,
 )
 from lightning_zipit._lightning.standin import MergedPath, make_shell
+from lightning_zipit._lightning.states import SourceStates
 from lightning_zipit.errors import CalibrationError, ConfigurationError
 from lightning_zipit.functional import fit_temperatures
 from lightning_zipit.graph.shapes import evaluating
@@ -38,12 +37,13 @@ class PassOn(nn.Module):
         return (x,)
 
 
-class MultiTaskModule(DelegatedTransfers, WithoutCheckpoint, LightningModule):
+class MultiTaskModule(WithoutCheckpoint, SourceStates, FineTuning):
     """A trunk with a head per task, and the steps of each source module.
 
     ``validation_step``, ``test_step`` and ``predict_step`` run the step of one source module: the module of the task
-    that the dataloader belongs to. In a sequence, the i-th loader belongs to the i-th task. In a dict, a loader belongs
-    to the task of its key. A step's metric ``{name}`` is logged as ``{task}/{name}``.
+    that the dataloader belongs to. ``training_step`` runs the steps of all source modules. In a sequence, the i-th
+    loader belongs to the i-th task. In a dict, a loader belongs to the task of its key. A step's metric ``{name}`` is
+    logged as ``{task}/{name}``.
 
     Args:
         trunk: the shared part, from an input to a tuple of the heads' inputs. A trunk with a batch norm per task also
@@ -59,7 +59,6 @@ class MultiTaskModule(DelegatedTransfers, WithoutCheckpoint, LightningModule):
     trunk: nn.Module
     heads: nn.ModuleDict
     stems: nn.ModuleDict
-    sources: nn.ModuleDict
 
     def __init__(
         self,
@@ -78,17 +77,7 @@ class MultiTaskModule(DelegatedTransfers, WithoutCheckpoint, LightningModule):
         self.sources = nn.ModuleDict(
             {task: make_shell(model, backbone, MergedPath(self, task), used[task]) for task, model in models.items()}
         )
-        self._loader_tasks: list[str] = list(models)
         self.eval()
-
-    @property
-    def tasks(self) -> list[str]:
-        """The names of the tasks, in the order of their heads."""
-        return list(self.heads)
-
-    def task_of(self, dataloader_idx: int) -> str:
-        """Return the task of a dataloader during a run of the Trainer."""
-        return self._loader_tasks[dataloader_idx]
 
     @property
     def norms_per_task(self) -> bool:
@@ -113,13 +102,6 @@ class MultiTaskModule(DelegatedTransfers, WithoutCheckpoint, LightningModule):
         if task is not None:
             return self.run_task(view_of(x, task), task)
         return run_all(self.stems, self.trunk, self.heads, x, self.norms_per_task)
-
-    def path_of(self, task: str) -> MergedPath:
-        """Return the stand-in for the backbone of a task's source module."""
-        source = self.sources[task]
-        path = get_backbone(source, self.backbone) if self.backbone else source.__dict__["forward"]
-        assert isinstance(path, MergedPath)
-        return path
 
     def parts_of(self, task: str) -> list[nn.Module]:
         """Return the parts of a task's network: its head, the trunk, and its stem, if it has one."""
@@ -189,127 +171,17 @@ class MultiTaskModule(DelegatedTransfers, WithoutCheckpoint, LightningModule):
         return self._step("predict_step", batch, batch_idx, dataloader_idx)
 
     def _step(self, name: str, batch: Any, batch_idx: int, dataloader_idx: int) -> Any:
-        with self._speaking(self.task_of(dataloader_idx)) as source:
-            step = getattr(source, name)
-            takes_loader = "dataloader_idx" in inspect.signature(step).parameters
-            return step(batch, batch_idx, **({"dataloader_idx": 0} if takes_loader else {}))
-
-    @contextmanager
-    def _speaking(self, task: str) -> Iterator[LightningModule]:
-        """Context manager in which a source module uses this module's Trainer, and logs with its task as prefix."""
-        source = self.sources[task]
-        assert isinstance(source, LightningModule)
-
-        def log(name: str, value: Any, *args: Any, **kwargs: Any) -> None:
-            kwargs["add_dataloader_idx"] = False
-            self.log(f"{task}/{name}", value, *args, **kwargs)
-
-        source.trainer = self._trainer
-        source.__dict__["log"] = log
-        try:
-            with self.path_of(task).lent():
-                yield source
-        finally:
-            del source.__dict__["log"]
-            source.trainer = None
-
-    def _each(self, hook: str, *args: Any) -> None:
-        for task in self._loader_tasks:
-            with self._speaking(task) as source:
-                getattr(source, hook)(*args)
-
-    def setup(self, stage: str) -> None:
-        self._each_unlogged("setup", stage)
-
-    def teardown(self, stage: str) -> None:
-        self._each_unlogged("teardown", stage)
-        self._loader_tasks = self.tasks
+        return self.run_step(self.task_of(dataloader_idx), name, batch, batch_idx)
 
     def configure_model(self) -> None:
         """Run ``configure_model`` of every source module. With a device mesh (FSDP2), shard stems, trunk and heads."""
-        self._each_unlogged("configure_model")
+        self._each_rebuilding("configure_model")
         if self.device_mesh is not None and self.device_mesh["data_parallel"].size() > 1:
             from torch.distributed.fsdp import FSDPModule, fully_shard  # not in every build of torch
 
             for part in (*self.stems.values(), self.trunk, *self.heads.values()):
                 if not isinstance(part, FSDPModule) and any(True for _ in part.parameters()):
                     fully_shard(part, mesh=self.device_mesh["data_parallel"])
-
-    def _each_unlogged(self, hook: str, *args: Any) -> None:
-        """Run a hook of every source module. If it rebuilds the source's network, restore the merged path."""
-        for task in self.tasks:
-            with self._speaking(task) as source:
-                path, before = self.path_of(task), dict(source._modules)
-                getattr(source, hook)(*args)
-                _set_path(source, self.backbone, path, before)
-
-    def on_validation_start(self) -> None:
-        self._assign_loaders("validate", self.trainer.val_dataloaders)
-        self._each("on_validation_start")
-
-    def on_test_start(self) -> None:
-        self._assign_loaders("test", self.trainer.test_dataloaders)
-        self._each("on_test_start")
-
-    def on_predict_start(self) -> None:
-        self._assign_loaders("predict", self.trainer.predict_dataloaders)
-        self._each("on_predict_start")
-
-    def _assign_loaders(self, verb: str, loaders: Any) -> None:
-        if isinstance(loaders, Mapping):
-            unknown = [task for task in loaders if task not in self.heads]
-            if unknown:
-                raise ConfigurationError(
-                    f"trainer.{verb} got dataloaders for {', '.join(map(repr, unknown))}, but the tasks are "
-                    f"{self.tasks}. Use the tasks as keys."
-                )
-            self._loader_tasks = list(loaders)
-            return
-        count = len(loaders) if isinstance(loaders, (list, tuple)) else 1
-        if count != len(self.tasks):
-            raise ConfigurationError(
-                f"trainer.{verb} got {count} dataloader{'s' * (count != 1)} for {len(self.tasks)} tasks. Give one "
-                f"loader per task in the order {self.tasks}, or a dict from task to loader."
-            )
-        self._loader_tasks = self.tasks
-
-    # The source module of a loader moves its batches to the device
-
-    def _transfer(self, hook: str, dataloader_idx: int, *args: Any) -> Any:
-        with self._speaking(self.task_of(dataloader_idx)) as source:
-            return getattr(source, hook)(*args, 0)
-
-
-def _delegated(hook: str) -> Callable[..., None]:
-    def run(self: MultiTaskModule) -> None:
-        self._each(hook)
-
-    run.__name__ = run.__qualname__ = hook
-    run.__doc__ = f"Run ``{hook}`` of every source module."
-    return run
-
-
-for _stage in ("validation", "test", "predict"):
-    for _moment in ("epoch_start", "epoch_end", "end"):
-        _hook = f"on_{_stage}_{_moment}"
-        setattr(MultiTaskModule, _hook, _delegated(_hook))
-
-
-def _set_path(source: LightningModule, backbone: str, path: nn.Module, before: Mapping[str, Any]) -> None:
-    """Restore the merged path of a source.
-
-    Args:
-        source: the source.
-        backbone: dotted name of the merged part.
-        path: the merged path.
-        before: the submodules of the source when it had the path.
-    """
-    if not backbone:
-        source.__dict__["forward"] = path
-        source._modules.update(before)
-        return
-    owner, _, name = backbone.rpartition(".")
-    setattr(source.get_submodule(owner), name, path)
 
 
 class Ensemble(MultiTaskModule):

@@ -201,6 +201,16 @@ class MergedPath(nn.Module):
             )
         return None
 
+    def find_twin(self, source: LightningModule) -> str | None:
+        """Return the name of a module of the source whose parameters have the names and shapes of the backbone."""
+        shapes = {name: tensor.shape for name, tensor in self._body[0].named_parameters()} if self._body else {}
+        own = {id(each) for each in (self, *self.modules())}
+        for name, module in source.named_modules():
+            found = {key: tensor.shape for key, tensor in module.named_parameters()}
+            if name and id(module) not in own and shapes and found == shapes:
+                return name
+        return None
+
     # Everything else is an attribute of the structure
 
     def __getattr__(self, name: str) -> Any:

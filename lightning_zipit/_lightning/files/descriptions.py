@@ -194,6 +194,32 @@ def make_source(
         ) from error
 
 
+def explain_unmakeable(task: str, description: Mapping[str, Any], found: type) -> str | None:
+    """Explain, when a file is written, why a source module cannot be made from its description.
+
+    Args:
+        task: the task of the module.
+        description: the description of :func:`describe_source`.
+        found: the class of the module.
+
+    Returns:
+        The reason and the way out; ``None`` if nothing is known to be missing.
+    """
+    missing = [name for name in find_missing(found, description) if name not in description["left_out"]]
+    if description["class_path"] is None:
+        why = f"its class {found.__qualname__} is not defined at the top level of a module"
+    elif missing or description["left_out"]:
+        objects = "".join(f" The value of {name!r} is an object." for name in description["left_out"])
+        unsaved = "".join(f" {name!r} is not a saved hyperparameter." for name in missing)
+        why = f"the file does not hold all arguments of {found.__qualname__}.{objects}{unsaved}"
+    else:
+        return None
+    return (
+        f"The source module of task {task!r} cannot be made from the saved file alone, because {why.rstrip('.')}. "
+        f"{_way_out(task)} On the command line, give the class with its arguments."
+    )
+
+
 def configured(module: LightningModule, task: str) -> LightningModule:
     """Let a module make the layers that it makes in ``configure_model``, as a Trainer does.
 
