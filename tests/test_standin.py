@@ -22,6 +22,7 @@ class Net(nn.Module):
     def __init__(self):
         super().__init__()
         self.num_classes = 3
+        self.task = "detect"
         self.embed = False
         self.encoder = nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 8), nn.ReLU())
         self.fc = nn.Linear(8, 3)
@@ -69,6 +70,7 @@ def predict(module, tasks="ab"):
 LOOKS = {
     "the backbone": lambda self, x: self.net(x),
     "an attribute": lambda self, x: self.net(x)[:, : self.net.num_classes - 1],
+    "an attribute that the library has too": lambda self, x: x * len(self.net.task),
     "a method": lambda self, x: self.net.features(x),
     "its parts": lambda self, x: self.net.fc(self.net.encoder(x)),
     "a layer": lambda self, x: self.net.encoder[0](x),
@@ -296,3 +298,19 @@ def test_a_layer_that_the_forward_does_not_use_says_that_it_was_merged_away():
 
     with pytest.raises(ConfigurationError, match="`auxiliary` of the backbone was merged away"):
         predict(merge_with_copy(Auxiliary()))
+
+
+def test_a_backbone_that_is_a_container_is_used_as_one():
+    class Stacked(Lit):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 3))
+
+        def look(self, x):
+            features = self.net[0](x)
+            for layer in self.net:
+                x = layer(x)
+            return torch.cat([x, features, self.net[:2](x.repeat(1, 2)), x.new_full((len(x), 1), len(self.net))], 1)
+
+    module = Stacked()
+    assert all(torch.allclose(one, predict(module), atol=1e-5) for one in predict(merge_with_copy(module)))

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
 from lightning_zipit._lightning.sources import DelegatedTransfers, get_backbone
-from lightning_zipit._lightning.standin import MergedPath
+from lightning_zipit._lightning.standin import STAND_IN, MergedPath, StandIn
 from lightning_zipit.errors import ConfigurationError
 
 OF_THE_OPTIMIZER = (
@@ -100,6 +100,11 @@ class DelegatedHooks(DelegatedTransfers, LightningModule):
         assert isinstance(path, MergedPath)
         return path
 
+    def stand_in_of(self, task: str) -> StandIn:
+        """Return what the merged path of a task stands on."""
+        stand_in: StandIn = self.path_of(task).__dict__[STAND_IN]
+        return stand_in
+
     def sources_with(self, name: str) -> list[str]:
         """Return the tasks whose source modules override a method of LightningModule."""
         sources = self._modules.get("sources") or nn.ModuleDict()
@@ -181,7 +186,7 @@ class DelegatedHooks(DelegatedTransfers, LightningModule):
         source.trainer = self._trainer
         source.__dict__["log"] = log
         try:
-            with self.path_of(task).lent():
+            with self.stand_in_of(task).lent():
                 yield source
         finally:
             source.trainer = trainer

@@ -101,12 +101,12 @@ class FineTuning(DelegatedHooks):
         Raises:
             ConfigurationError: if the step runs a copy of the backbone instead of the merged network.
         """
-        path = self.path_of(task)
-        path.entered = False
+        stand_in = self.stand_in_of(task)
+        stand_in.entered = False
         with self._speaking(task) as source:
             result = call_as_trainer(getattr(source, name), batch, batch_idx)
-            if not path.entered and batch is not None and (task, name) not in self._stepped:
-                if twin := path.find_twin(source):
+            if not stand_in.entered and batch is not None and (task, name) not in self._stepped:
+                if twin := stand_in.find_twin(source):
                     raise ConfigurationError(
                         f"The {name} of task {task!r} did not run the merged network. The source module has a copy of "
                         f"its backbone, `{twin}`, which is not merged. Let the step run the backbone, or merge with "

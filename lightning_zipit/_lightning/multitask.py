@@ -21,7 +21,7 @@ from lightning_zipit._lightning.sources import (
     get_backbone,
     name_tasks,
 )
-from lightning_zipit._lightning.standin import MergedPath, make_shell
+from lightning_zipit._lightning.standin import StandIn, make_shell
 from lightning_zipit._lightning.states import SourceStates
 from lightning_zipit.errors import CalibrationError, ConfigurationError
 from lightning_zipit.functional import fit_temperatures
@@ -75,7 +75,7 @@ class MultiTaskModule(WithoutCheckpoint, SourceStates, FineTuning):
         self.heads = nn.ModuleDict(heads)
         self.stems = nn.ModuleDict(stems)
         self.sources = nn.ModuleDict(
-            {task: make_shell(model, backbone, MergedPath(self, task), used[task]) for task, model in models.items()}
+            {task: make_shell(model, backbone, StandIn(self, task), used[task]) for task, model in models.items()}
         )
         self.eval()
 

@@ -31,8 +31,8 @@ REGISTRIES = ("_modules", "_parameters", "_buffers")
 Place = tuple[dict[str, Any], str, str]
 """A place of a layer or tensor: the registry of a module of the structure, the key in it, the name in the backbone."""
 
-STRUCTURE = "_zipit_structure"
-"""The attribute of the backbone of a split source with its earlier stand-in."""
+STAND_IN = "_zipit_stand_in"
+"""The attribute with the stand-in of a merged path, and of the backbone of a source that was split from a merge."""
 
 
 class Absent(nn.Module):
@@ -53,33 +53,38 @@ class Absent(nn.Module):
         )
 
 
-class MergedPath(nn.Module):
-    """Stem, trunk and head of one task as a single module, which replaces the backbone of a source module.
+class StandIn:
+    """What stands in for the backbone of a source: its structure, and the places of its layers in it.
 
-    The parts are looked up in their owner at each call, so that a part that is replaced in the owner is replaced here.
-    The owner is stored in a tuple, so that it is not a submodule. A copy of the owner has its own paths.
+    The layers are looked up in their owner at each use, so that a part that is replaced in the owner is replaced here.
 
     Args:
         owner: the module that has stems, trunk and heads.
         task: the task.
 
     Attributes:
+        body: the backbone without its layers; the source without them for the backbone ``""``.
         entered: whether code of the source has run the merged network. The user of the attribute resets it.
     """
 
-    def __init__(self, owner: MultiTaskModule, task: str) -> None:
-        super().__init__()
-        self._owner: tuple[MultiTaskModule, ...] = (owner,)
+    body: nn.Module
+
+    def __init__(self, owner: MultiTaskModule | None, task: str) -> None:
+        self.owner = owner
         self.task = task
         self.entered = False
-        self._body: tuple[nn.Module, ...] = ()
+        self.places: list[Place] = []
+        self.hooks: dict[str, LentHooks] = {}
         self._inner: list[nn.Module] = []  # modules of the structure that contain lent layers
-        self._places: list[Place] = []
-        self._hooks: dict[str, LentHooks] = {}
         self._depth = 0
         self._running = False
         self._changed: dict[str, Any] = {}  # the values of the capture of attributes that have other values now
         self._checked: tuple[Any, str | None] | None = None
+
+    @property
+    def _parts(self) -> list[nn.Module]:
+        assert self.owner is not None
+        return self.owner.parts_of(self.task)
 
     def take(
         self,
@@ -98,23 +103,22 @@ class MergedPath(nn.Module):
             absent: the names by the ``id`` of their placeholders in the copies.
             places: further places of these layers and tensors in the copies.
         """
-        if body is not shell:
-            for name in (*REGISTRIES, "_non_persistent_buffers_set", *HOOKS):
-                self.__dict__[name] = body.__dict__[name]
-        self._body = (body,)
-        self._places += places
+        self.body = body
+        self.places += places
         for name in names:
             owner, _, key = name.rpartition(".")
             if (holder := _find(body, owner)) is not None:
-                self._places += [(known, key, name) for known in _registries(holder) if key in known]
+                self.places += [(known, key, name) for known in _registries(holder) if key in known]
         for module in shell.modules():  # other references to a layer
             for known in _registries(module):
-                self._places += [(known, key, absent[id(value)]) for key, value in known.items() if id(value) in absent]
+                self.places += [(known, key, absent[id(value)]) for key, value in known.items() if id(value) in absent]
         inside = {".".join(name.split(".")[:end]) for name in names for end in range(1, name.count(".") + 1)}
         self._inner = [found for name in sorted(inside) if isinstance(found := _find(body, name), nn.Module)]
         self._fill(False)
 
-    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+    def run(self, *inputs: Any, **kwargs: Any) -> Any:
+        """Run the merged network: the source's own code of the backbone if it has hooks or other settings."""
+        assert self.owner is not None
         self.entered = True
         with self.lent():
             hooked = any(getattr(each, name) for each in self._inner for name in HOOKS)
@@ -122,12 +126,12 @@ class MergedPath(nn.Module):
                 self._check("has a hook in its backbone" if hooked else "changes an attribute of its backbone")
                 return self.run_body(*inputs, **kwargs)
             with self._run_whole():
-                return partial(self._owner[0].run_task, task=self.task)(*inputs, **kwargs)
+                return partial(self.owner.run_task, task=self.task)(*inputs, **kwargs)
 
     def run_body(self, *inputs: Any, **kwargs: Any) -> Any:
         """Run the source's own code of the backbone on the lent layers."""
         with self.lent(), self._run_whole():
-            return type(self._body[0]).forward(self._body[0], *inputs, **kwargs)
+            return type(self.body).forward(self.body, *inputs, **kwargs)
 
     @contextmanager
     def _run_whole(self) -> Iterator[None]:
@@ -144,24 +148,23 @@ class MergedPath(nn.Module):
         try:
             if self._depth == 1:
                 self._fill(True)
-                for name, hooks in self._hooks.items():
+                for name, hooks in self.hooks.items():
                     hooks.lend(self._layer(name), self._enter)
             yield
         finally:
             self._depth -= 1
             if self._depth == 0:
-                for hooks in self._hooks.values():
+                for hooks in self.hooks.values():
                     hooks.take_back()
                 self._fill(False)
 
     def _layer(self, name: str) -> Any:
-        return next(
-            (found for part in self._owner[0].parts_of(self.task) if (found := _find(part, name)) is not None), None
-        )
+        found = (_find(part, name) for part in self._parts)
+        return next((each for each in found if each is not None), None)
 
     def _fill(self, lending: bool) -> None:
-        found = {name: self._layer(name) if lending else None for _, _, name in self._places}
-        for registry, key, name in self._places:
+        found = {name: self._layer(name) if lending else None for _, _, name in self.places}
+        for registry, key, name in self.places:
             registry[key] = found[name]
 
     def _enter(self, layer: nn.Module, inputs: Any) -> None:
@@ -176,10 +179,9 @@ class MergedPath(nn.Module):
         Raises:
             ConfigurationError: if they do not, or if layers outside the backbone could read their features.
         """
-        owner = self._owner[0]
-        key = tuple(map(id, owner.parts_of(self.task)))
+        key = tuple(map(id, self._parts))
         if self._checked is None or self._checked[0] != key:
-            with self._run_whole(), without_hooks(self._body[0]), self._unchanged():
+            with self._run_whole(), without_hooks(self.body), self._unchanged():
                 self._checked = (key, self._find_difference())
         if self._checked[1] is not None:
             raise ConfigurationError(
@@ -189,12 +191,13 @@ class MergedPath(nn.Module):
             )
 
     def _find_difference(self) -> str | None:
-        if (reason := self._owner[0].find_difference(self.task)) is not None:
+        assert self.owner is not None
+        if (reason := self.owner.find_difference(self.task)) is not None:
             return reason
-        source = self._owner[0].sources[self.task]
-        own = {id(tensor) for part in self._owner[0].parts_of(self.task) for tensor in part.parameters()}
+        source = self.owner.sources[self.task]
+        own = {id(tensor) for part in self._parts for tensor in part.parameters()}
         others = [name for name, tensor in source.named_parameters() if id(tensor) not in own and tensor.numel() > 1]
-        if others and self._owner[0].reorders:
+        if others and self.owner.reorders:
             return (
                 f"their features are merged and in another order than the source's, and the source has layers outside "
                 f"the backbone, such as `{others[0]}`, which may read them"
@@ -203,45 +206,88 @@ class MergedPath(nn.Module):
 
     def find_twin(self, source: LightningModule) -> str | None:
         """Return the name of a module of the source whose parameters have the names and shapes of the backbone."""
-        shapes = {name: tensor.shape for name, tensor in self._body[0].named_parameters()} if self._body else {}
-        own = {id(each) for each in (self, *self.modules())}
-        for name, module in source.named_modules():
+        shapes = {name: tensor.shape for name, tensor in self.body.named_parameters()}
+        own = set(map(id, self.body.modules()))
+        others = {name: module for name, module in source.named_modules() if name and id(module) not in own}
+        for name, module in others.items():
             found = {key: tensor.shape for key, tensor in module.named_parameters()}
-            if name and id(module) not in own and shapes and found == shapes:
+            if found == shapes and not isinstance(module, MergedPath):
                 return name
         return None
 
-    # Everything else is an attribute of the structure
+    def set(self, name: str, value: Any) -> None:
+        """Set an attribute of the structure. The captured graph has the value of the capture."""
+        if name in vars(self.body):
+            captured = self._changed.pop(name, vars(self.body)[name])
+            if captured is not value and not (_is_plain(value) and captured == value):
+                self._changed[name] = captured
+        setattr(self.body, name, value)
+
+    @contextmanager
+    def _unchanged(self) -> Iterator[None]:
+        """Context manager in which the attributes of the structure have the values that they had in the capture."""
+        now = {name: vars(self.body)[name] for name in self._changed}
+        vars(self.body).update(self._changed)
+        try:
+            yield
+        finally:
+            vars(self.body).update(now)
+
+
+class MergedPath(nn.Module):
+    """Stem, trunk and head of one task as a single module, which replaces the backbone of a source module.
+
+    Its attributes, methods and submodules are those of the backbone. The stand-in has no registered modules of its own:
+    the path has its submodules, which are without layers unless these are lent.
+
+    Args:
+        stand_in: what stands in for the backbone.
+    """
+
+    def __init__(self, stand_in: StandIn) -> None:
+        super().__init__()
+        self.__dict__[STAND_IN] = stand_in
+
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        stand_in: StandIn = self.__dict__[STAND_IN]
+        return stand_in.run(*inputs, **kwargs)
+
+    def share(self, body: nn.Module) -> None:
+        """Share the submodules, tensors and hooks of a structure."""
+        for name in (*REGISTRIES, "_non_persistent_buffers_set", *HOOKS):
+            self.__dict__[name] = body.__dict__[name]
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            body = self.__dict__.get("_body")
-            if not body or name.startswith("__") or body[0].__dict__.get("forward") is self:
+            body = vars(self.__dict__.get(STAND_IN, object)).get("body")
+            if body is None or name.startswith("__") or body.__dict__.get("forward") is self:
                 raise
-            return getattr(body[0], name)
+            return getattr(body, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        body = self.__dict__.get("_body")
-        if not body or name in self.__dict__ or isinstance(value, (nn.Module, Tensor)):
+        stand_in = self.__dict__.get(STAND_IN)
+        if stand_in is None or name in self.__dict__ or isinstance(value, (nn.Module, Tensor)):
             super().__setattr__(name, value)
-            return
-        if name in vars(body[0]):
-            captured = self._changed.pop(name, vars(body[0])[name])
-            if captured is not value and not (_is_plain(value) and captured == value):
-                self._changed[name] = captured
-        setattr(body[0], name, value)
+        else:
+            stand_in.set(name, value)
 
-    @contextmanager
-    def _unchanged(self) -> Iterator[None]:
-        """Context manager in which the attributes of the structure have the values that they had in the capture."""
-        now = {name: vars(self._body[0])[name] for name in self._changed}
-        vars(self._body[0]).update(self._changed)
-        try:
-            yield
-        finally:
-            vars(self._body[0]).update(now)
+
+class MergedContainer(MergedPath):
+    """A merged path for a backbone that is also a container, such as ``nn.Sequential``."""
+
+    def __getitem__(self, key: Any) -> Any:
+        return self.__dict__[STAND_IN].body[key]
+
+    def __len__(self) -> int:
+        return len(self.__dict__[STAND_IN].body)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.__dict__[STAND_IN].body)
+
+    def __contains__(self, key: Any) -> bool:
+        return key in self.__dict__[STAND_IN].body
 
 
 def _is_plain(value: Any) -> bool:
@@ -261,19 +307,21 @@ def _find(module: Any, name: str) -> Any:
     return module
 
 
-def make_shell(model: LightningModule, backbone: str, path: MergedPath, used: Sequence[str]) -> LightningModule:
-    """Copy a source model with its steps, metrics and losses. The merged path stands in for its backbone.
+def make_shell(model: LightningModule, backbone: str, stand_in: StandIn, used: Sequence[str]) -> LightningModule:
+    """Copy a source model with its steps, metrics and losses. A merged path stands in for its backbone.
 
     Args:
         model: the source model.
         backbone: dotted name of the merged part.
-        path: the merged path.
+        stand_in: a stand-in, which takes over the structure of the backbone.
         used: the names of the modules and tensors that the forward of the backbone uses.
     """
     original = get_backbone(model, backbone)
-    earlier: MergedPath | None = original.__dict__.get(STRUCTURE)
+    earlier: StandIn | None = original.__dict__.get(STAND_IN)
     memo, absent = _placeholders(original, used, drop_others=bool(backbone))
     names = list(absent.values())
+    structure = original if earlier is None else earlier.body
+    path = (MergedContainer if hasattr(type(structure), "__getitem__") else MergedPath)(stand_in)
     if backbone or earlier is not None:
         memo[id(original)] = path
     shell = copy_module(model, memo)
@@ -281,15 +329,16 @@ def make_shell(model: LightningModule, backbone: str, path: MergedPath, used: Se
     body: nn.Module = shell
     if backbone:
         memo.pop(id(original))
-        body = copy_module(original if earlier is None else earlier._body[0], memo)
+        body = copy_module(structure, memo)
+        path.share(body)
     else:
         shell.__dict__["forward"] = path
     for name in names:
         layer = _find(original, name)
         if isinstance(layer, nn.Module):
-            path._hooks[name] = copy_hooks(layer, memo) if earlier is None else earlier._hooks[name].copied(memo)
-    places = [] if earlier is None else copy.deepcopy(earlier._places, memo)
-    path.take(body, shell, names, absent, places)
+            stand_in.hooks[name] = copy_hooks(layer, memo) if earlier is None else earlier.hooks[name].copied(memo)
+    places = [] if earlier is None else copy.deepcopy(earlier.places, memo)
+    stand_in.take(body, shell, names, absent, places)
     return shell
 
 
@@ -300,18 +349,15 @@ def split_source(source: LightningModule, backbone: str, path: MergedPath, netwo
         source: the source with its merged path.
         backbone: dotted name of the merged part.
         path: the merged path.
-        network: the network. It takes over the structure of the path.
+        network: the network. It gets the stand-in of the path.
     """
     memo: dict[int, Any] = {id(path): network}
     split = copy_module(source, memo)
     if not backbone:
         split.add_module(PATH, network)
-    memo.pop(id(path))
-    owner, path._owner = path._owner, ()
-    try:
-        network.__dict__[STRUCTURE] = copy.deepcopy(path, memo)
-    finally:
-        path._owner = owner
+    stand_in: StandIn = path.__dict__[STAND_IN]
+    memo[id(stand_in.owner)] = None
+    network.__dict__[STAND_IN] = copy.deepcopy(stand_in, memo)
     return split
 
 
