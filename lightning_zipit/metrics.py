@@ -10,6 +10,13 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+ONE_LOGIT = (
+    "The joint accuracy compares probabilities from a softmax over the classes of each head, and a softmax over one "
+    "logit is always 1. For a logit z of yes or no, give the outputs torch.cat([torch.zeros_like(z), z], dim=1), and "
+    "the labels of no and yes in `classes`."
+)
+"""The way out for binary heads: the softmax over (0, z) is the sigmoid of z."""
+
 
 class JointAccuracy(Metric):
     """Accuracy over the classes of all tasks together. The task of a sample is not known.
@@ -30,8 +37,8 @@ class JointAccuracy(Metric):
             finite value above 0 for a task.
 
     Example:
-        >>> metric = JointAccuracy({"animals": [0, 2], "vehicles": [1]})
-        >>> outputs = {"animals": torch.tensor([[2.0, 0.0], [0.0, 0.1]]), "vehicles": torch.tensor([[5.0], [5.0]])}
+        >>> metric = JointAccuracy({"animals": [0, 2], "vehicles": [1, 3]})
+        >>> outputs = {"animals": torch.tensor([[2.0, 0.0], [0.0, 0.1]]), "vehicles": torch.tensor([[5.0, 0.0]] * 2)}
         >>> metric.update(outputs, torch.tensor([0, 2]))
         >>> {name: round(value.item(), 2) for name, value in metric.compute().items()}
         {'joint': 0.0, 'animals': 1.0, 'vehicles': 0.0, 'mean': 1.0}
@@ -75,10 +82,12 @@ class JointAccuracy(Metric):
             target: global labels ``(samples,)``.
 
         Raises:
-            ValueError: if the logits of a task are missing, or have a wrong shape.
+            ValueError: if the logits of a task are missing, have a wrong shape, or are single logits.
         """
         for task, labels in self.classes.items():
             shape = tuple(outputs[task].shape) if task in outputs else None
+            if shape in ((len(target),), (len(target), 1)):
+                raise ValueError(f"Task {task!r} has a single logit. {ONE_LOGIT}")
             if shape != (len(target), len(labels)):
                 raise ValueError(f"Task {task!r} needs logits of shape {(len(target), len(labels))}, got {shape}.")
         tasks = list(self.classes)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers.cli_user import Data, LitNet, OneLoader, SizedNet, TestedData, TypedNet, UnrecordedNet
+from helpers.cli_user import Data, LitNet, OneLoader, SizedNet, TestedData, TrainedData, TypedNet, UnrecordedNet
 from helpers.processes import run as run_processes
 from lightning.pytorch import Trainer
 from safetensors.torch import save_file
@@ -444,9 +444,22 @@ def test_plain_weights_are_loaded_into_the_model_given(folder):
     assert "b.ckpt is neither a Lightning checkpoint" in message_of("merge", *SOURCES)
 
 
-def test_a_merged_checkpoint_is_not_trained_on(folder):
-    cli("merge", *SOURCES)
-    assert "`fit` cannot train" in message_of("fit", "--ckpt_path=merged.ckpt")
+def test_a_merged_checkpoint_is_fine_tuned_and_training_goes_on(folder):
+    merged = cli("merge", *SOURCES).trainer.lightning_module
+
+    def fit(path, *args, epochs=1):
+        root = f"--trainer.default_root_dir=run{len(names(folder))}"
+        args = (f"--ckpt_path={path}", root, f"--trainer.max_epochs={epochs}", *args)
+        return cli("fit", "--trainer.logger=false", *args, data=TrainedData).trainer
+
+    first = fit("merged.ckpt")
+    assert first.optimizers[0].param_groups[0]["lr"] == 0.1 and first.global_step == 3
+    assert not same_weights(first.lightning_module, merged)
+    first.save_checkpoint("tuned.ckpt")
+    assert fit("tuned.ckpt", epochs=2).global_step == 6
+    (chosen,) = fit("merged.ckpt", "--optimizer=Adam", "--optimizer.lr=0.01").optimizers
+    assert isinstance(chosen, torch.optim.Adam)
+    assert chosen.param_groups[0]["lr"] == 0.01
 
 
 def test_a_damaged_checkpoint_to_test_is_named(folder):

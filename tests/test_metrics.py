@@ -241,3 +241,15 @@ def test_a_module_of_several_heads_fits_temperatures_on_loaders():
         merged.fit_temperatures([])
     with pytest.raises(ConfigurationError, match="NaN"):
         merged.fit_temperatures(x * float("nan"), lambda image: image[None])
+
+
+def test_a_head_with_one_logit_says_what_the_joint_accuracy_needs():
+    kind, z = torch.tensor([[9.0, -9.0], [0.0, 0.0], [0.0, 0.0]]), torch.tensor([[9.0], [9.0], [-9.0]])
+    target = torch.tensor([0, 3, 2])
+    for labels in ([2], [2, 3]):
+        with pytest.raises(ValueError, match=r"'defect' has a single logit.*softmax.*torch\.cat"):
+            JointAccuracy({"kind": [0, 1], "defect": labels}).update({"kind": kind, "defect": z}, target)
+    metric = JointAccuracy({"kind": [0, 1], "defect": [2, 3]})
+    metric.update({"kind": kind, "defect": torch.cat([torch.zeros_like(z), z], dim=1)}, target)
+    probabilities = torch.cat([kind.softmax(1), 1 - z.sigmoid(), z.sigmoid()], 1)
+    assert metric.compute()["joint"] == (probabilities.argmax(1) == target).float().mean()

@@ -167,6 +167,18 @@ def test_merging_again(name, tmp_path, monkeypatch):
     assert run(name, tmp_path, monkeypatch)["everything"].tasks == ["animals", "plants", "vehicles"]
 
 
+@snippet("training")
+def test_fine_tuning(name, tmp_path, monkeypatch):
+    def training_step(self, batch, batch_idx):
+        return torch.nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    monkeypatch.setattr(Lit, "training_step", training_step)
+    scope = run(name, tmp_path, monkeypatch)
+    assert scope["tuning"].global_step == 3
+    found = scope["merged"].eval()(scope["images"])
+    assert all(torch.equal(output, found[task]) for task, output in scope["tuned"](scope["images"]).items())
+
+
 @snippet("stems")
 def test_stems(name, tmp_path, monkeypatch):
     scope = run(name, tmp_path, monkeypatch)

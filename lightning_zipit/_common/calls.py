@@ -111,9 +111,19 @@ class Call:
         """Return the call on a device, with floating-point tensors of a dtype."""
         return self.each(lambda one: one.to(device, dtype if one.is_floating_point() else None))
 
+    def with_noise(self) -> Call:
+        """Return the call with noise in place of floating-point tensors, the same each time."""
+        return self.each(_noise)
+
     def blank(self) -> Call:
         """Return one sample on the CPU: zeros, or for other types than floats the largest value, as of a mask."""
         return self.first(1).each(_blank)
+
+
+def _noise(tensor: Tensor) -> Tensor:
+    if not tensor.is_floating_point():
+        return tensor.detach()
+    return torch.randn(tensor.shape, generator=torch.Generator().manual_seed(0)).to(tensor)
 
 
 def _blank(tensor: Tensor) -> Tensor:

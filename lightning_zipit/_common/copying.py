@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from types import MethodType
+from types import CellType, FunctionType, MethodType
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ def copy_module(module: Copied, memo: dict[int, Any] | None = None) -> Copied:
     A forward can store tensors with gradient history in a module, such as a weight computed by weight norm, or features
     kept by a hook. ``copy.deepcopy`` fails for these tensors. Here, the copy holds them detached.
 
+    A hook can be a function that closes over the module or a list of it. ``copy.deepcopy`` returns the same function.
+    Here, the hook of the copy closes over the copy.
+
     Args:
         module: the module. It is not changed.
         memo: replacements for objects that are not to be copied, by the ``id`` of the object.
@@ -25,11 +28,56 @@ def copy_module(module: Copied, memo: dict[int, Any] | None = None) -> Copied:
     memo = {} if memo is None else memo
     for tensor in _tensors_with_history(module):
         memo.setdefault(id(tensor), tensor.detach().clone())
-    return copy.deepcopy(module, memo)
+    copied = copy.deepcopy(module, memo)
+    for each in copied.modules() if isinstance(copied, nn.Module) else ():
+        close_over_copies(vars(each), memo)
+    return copied
+
+
+def close_over_copies(values: dict[Any, Any], memo: dict[int, Any]) -> None:
+    """Replace functions in a dict, and in dicts in it, by functions that close over copies; see :func:`copy_module`.
+
+    Args:
+        values: the attributes or hooks of a copied module. The dict is changed.
+        memo: the copies by the ``id`` of the original.
+    """
+    for name, value in values.items():
+        if isinstance(value, FunctionType):
+            values[name] = _closed_over_copies(value, memo)
+        elif isinstance(value, dict) and any(isinstance(each, FunctionType) for each in value.values()):
+            close_over_copies(value, memo)
+
+
+def _closed_over_copies(function: FunctionType, memo: dict[int, Any]) -> FunctionType:
+    if id(function) in memo:
+        return memo[id(function)]
+    memo[id(function)] = function  # it may close over itself
+    cells = function.__closure__ or ()
+    copies = tuple(_copied(cell, memo) for cell in cells)
+    if any(new is not cell for new, cell in zip(copies, cells, strict=True)):
+        made = FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, copies)
+        made.__kwdefaults__, made.__dict__ = function.__kwdefaults__, dict(function.__dict__)
+        memo[id(function)] = made
+    return memo[id(function)]
+
+
+def _copied(cell: CellType, memo: dict[int, Any]) -> CellType:
+    """Copy a cell of a closure if it holds a module, a container, or a function that closes over one."""
+    try:
+        content = cell.cell_contents
+    except ValueError:  # the name has no value yet
+        return cell
+    if isinstance(content, FunctionType):
+        new: Any = _closed_over_copies(content, memo)
+    elif isinstance(content, (nn.Module, dict, list, set)):
+        new = copy.deepcopy(content, memo)
+    else:
+        return cell
+    return cell if new is content else CellType(new)
 
 
 def _tensors_with_history(module: nn.Module) -> Iterator[Tensor]:
-    """Find tensors with gradient history in attributes, in containers, and in modules whose methods are hooks."""
+    """Find tensors with gradient history in attributes, in containers, and in modules that hooks refer to."""
     waiting: list[Any] = [module]
     seen: set[int] = set()
     while waiting:
@@ -48,3 +96,5 @@ def _tensors_with_history(module: nn.Module) -> Iterator[Tensor]:
             waiting += value
         elif isinstance(value, MethodType):
             waiting.append(value.__self__)
+        elif isinstance(value, FunctionType):
+            waiting += [cell.cell_contents for cell in value.__closure__ or () if cell != CellType()]

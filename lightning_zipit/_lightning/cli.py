@@ -34,7 +34,7 @@ from lightning_zipit.errors import ConfigurationError, ZipItError
 from lightning_zipit.matchers import Matcher
 
 USAGES = {
-    "fit": "%(prog)s [option ...]",
+    "fit": "%(prog)s [--ckpt_path FILE] [option ...]",
     "validate": "%(prog)s [--ckpt_path FILE] [option ...]",
     "test": "%(prog)s [--ckpt_path FILE] [option ...]",
     "predict": "%(prog)s [--ckpt_path FILE] [option ...]",
@@ -56,10 +56,11 @@ MERGED_HINT = "If --ckpt_path is a merged checkpoint, omit the model, and give d
 class ZipItCLI(LightningCLI):
     """A drop-in replacement for LightningCLI with the additional subcommands ``merge`` and ``sweep``.
 
-    ``merge`` and ``sweep`` need no arguments of the model if the checkpoints hold hyperparameters. ``validate``,
-    ``test`` and ``predict`` also accept a merged checkpoint as ``--ckpt_path``, and read the model from it. A subclass
-    may define ``before_merge`` and ``after_merge``, like ``before_fit`` and ``after_fit`` of LightningCLI. After a
-    merge, ``self.trainer.lightning_module`` is the merged module.
+    ``merge`` and ``sweep`` need no arguments of the model if the checkpoints hold hyperparameters. ``fit``,
+    ``validate``, ``test`` and ``predict`` also accept a merged checkpoint as ``--ckpt_path``, and read the model from
+    it. ``fit`` fine-tunes it, and resumes if the checkpoint holds the states of optimizers. A subclass may define
+    ``before_merge`` and ``after_merge``, like ``before_fit`` and ``after_fit`` of LightningCLI. After a merge,
+    ``self.trainer.lightning_module`` is the merged module.
 
     As in LightningCLI, the hyperparameters of a checkpoint override the model's arguments. A class or function that the
     hyperparameters name is imported and called only if the command line names it too, or ``--trust`` allows it. The
@@ -138,13 +139,12 @@ class ZipItCLI(LightningCLI):
                 "data": None if self.datamodule_class else "The data module, by class path",
             }
             show_first(parser, titles)
-            if name != "fit":  # the other subcommands can read the model from a checkpoint
-                self._required[name] = make_optional(parser, "model")
+            self._required[name] = make_optional(parser, "model")  # it can be read from a checkpoint
             if name in MERGING:
                 ignore_others(parser, parsers["fit"])
             else:
                 add_trust(parser)
-            if name not in ("fit", *MERGING):
+            if name not in MERGING:
                 parser.description = f"{(parser.description or name).rstrip('.')}. {MERGED_HINT}"
 
     def _make_matcher(self, matcher_class: type[Matcher], *args: Any, **kwargs: Any) -> Matcher:
@@ -170,13 +170,8 @@ class ZipItCLI(LightningCLI):
             return
         self._checkpoint = read_checkpoint(path, "cpu", given.get("weights_only") is not False)
         self._ckpt_path, given["ckpt_path"] = path, None
-        if find_record(self._checkpoint) is None:
-            if describe_checkpoint(self._checkpoint)["class_path"] is None:
-                self._require("model")
-        elif subcommand == "fit":
-            raise ConfigurationError(
-                f"{path} is a merged checkpoint, which `fit` cannot train. Use it with `validate`, `test` or `predict`."
-            )
+        if find_record(self._checkpoint) is None and describe_checkpoint(self._checkpoint)["class_path"] is None:
+            self._require("model")
 
     def _missing(self) -> list[str]:
         """Find arguments of the model that are not given and have no default."""
@@ -195,11 +190,11 @@ class ZipItCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         """Make Trainer, model and data module. The model comes from the checkpoint if it describes the model."""
         trained = self._ckpt_path is not None and find_record(self._checkpoint) is None
-        if trained:
+        if trained or self._checkpoint.get("optimizer_states"):  # a merged module that was trained continues
             self.config[self.subcommand]["ckpt_path"] = self._ckpt_path
         model = self._find_model()
         if model is not None:
-            self.auto_configure_optimizers &= trained
+            self.auto_configure_optimizers &= trained or self.subcommand == "fit"
             known = self.model_class if isinstance(self.model_class, type) else LightningModule
             self.parser.add_instantiator(lambda *_, **__: model, known, subclasses=True, prepend=True)
         super().instantiate_classes()

@@ -49,6 +49,21 @@ def attach(trainer: Trainer, module: LightningModule) -> None:
     trainer.strategy.optimizers, trainer.strategy.lr_scheduler_configs = [], []
 
 
+@contextmanager
+def logging_batch(trainer: Trainer | None, batch: Any) -> Iterator[None]:
+    """Context manager in which logged values are weighted by the size of a batch, when they are averaged."""
+    results = trainer._results if trainer is not None else None
+    if results is None:
+        yield
+        return
+    before = results.batch, results.batch_size
+    results.batch, results.batch_size = batch, None
+    try:
+        yield
+    finally:
+        results.batch, results.batch_size = before
+
+
 def spawns_processes(trainer: Trainer) -> bool:
     """Whether the Trainer spawns processes, whose memory is lost when they end."""
     return type(trainer.strategy.launcher).__name__ == "_MultiProcessingLauncher"

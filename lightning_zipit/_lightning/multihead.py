@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
+import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, fx, nn
 
 from lightning_zipit._common.calls import Call
-from lightning_zipit._common.views import Inputs, as_inputs, like
+from lightning_zipit._common.views import Inputs, as_inputs, like, view_of
 from lightning_zipit._lightning.files.checkpoint import (
     CHECKPOINT_KEY,
     FORMAT,
@@ -19,21 +23,33 @@ from lightning_zipit._lightning.files.checkpoint import (
     reading_record,
     write_example,
 )
-from lightning_zipit._lightning.files.descriptions import DESCRIPTION, describe_source, make_sources
+from lightning_zipit._lightning.files.descriptions import (
+    DESCRIPTION,
+    complete,
+    describe_source,
+    explain_unmakeable,
+    make_sources,
+)
 from lightning_zipit._lightning.files.trust import Trust, Trusted
 from lightning_zipit._lightning.multitask import MultiTaskModule
-from lightning_zipit._lightning.sources import PATH, get_backbone, make_shell, name_tasks
+from lightning_zipit._lightning.sources import get_backbone, name_tasks
+from lightning_zipit._lightning.standin import split_source
 from lightning_zipit._merging.rebuild import build_head, build_stem, build_trunk
 from lightning_zipit._report.report import MergeReport
 from lightning_zipit.errors import CheckpointError, ConfigurationError
 from lightning_zipit.graph import MergeGraph
-from lightning_zipit.graph.joined import Joined
+from lightning_zipit.graph.joined import UNMERGE, Joined
 from lightning_zipit.graph.notes import read_barriers
+from lightning_zipit.graph.replay import CAPTURE_TOLERANCE, agree, tensors_in
 from lightning_zipit.graph.settle import trace_all
+from lightning_zipit.graph.shapes import evaluating
 from lightning_zipit.merged import MergedBackbone
 from lightning_zipit.refine import BatchNorm
 from lightning_zipit.refine.task_norms import give_norms
 from lightning_zipit.settings import MergeSettings
+
+LAYERS = ("call_module", "get_attr")
+"""The nodes of a graph that read layers or tensors."""
 
 
 class MultiHeadModule(MultiTaskModule):
@@ -157,11 +173,40 @@ class MultiHeadModule(MultiTaskModule):
                     f"The merged module cannot be merged again, because its trunk or the head of task {task!r} was "
                     "replaced by another module. Merge the sources."
                 )
-            split[task] = make_shell(source, self.backbone, Joined(trunk, head, self._record["barriers"]), ())
-            if not self.backbone:
-                split[task].add_module(PATH, split[task].__dict__["forward"])
+            joined = Joined(trunk, head, self._record["barriers"])
+            split[task] = split_source(source, self.backbone, self.path_of(task), joined)
             split[task].__dict__[DESCRIPTION] = self._record["sources"][task]
         return split
+
+    def find_difference(self, task: str) -> str | None:
+        trunk, head = self.trunk, self.heads[task]
+        if len(self.stems):
+            return "each task has a stem, whose features are merged behind it"
+        if self.norms_per_task:
+            return "its batch norm is per task"
+        if not (isinstance(trunk, fx.GraphModule) and isinstance(head, fx.GraphModule)):
+            return "its trunk or head was replaced by another module"
+        unmerged = [name for name, _ in head.named_modules() if name.startswith(f"{UNMERGE}.")]
+        if unmerged:
+            where = unmerged[0].removeprefix(f"{UNMERGE}.")
+            return f"its features are unmerged between the layers of the source, at `{where}`"
+        used = [{str(node.target) for node in part.graph.nodes if node.op in LAYERS} for part in (trunk, head)]
+        if both := used[0] & used[1]:
+            return f"`{min(both)}` is in the trunk and in the head, with different weights"
+        return self._compare_with_source(task)
+
+    @torch.no_grad()
+    def _compare_with_source(self, task: str) -> str | None:
+        """Run the source's own code on the layers of trunk and head, and compare it with trunk and head."""
+        example = self.example
+        if example is None:
+            return "the shape of its input is unknown, so that it cannot be checked"
+        x = like(view_of(example, task), self).with_noise()
+        stand_in = self.stand_in_of(task)
+        with evaluating(self), isolate_rng():
+            found, expected = x.run(stand_in.run_body), self.run_task(x, task=task)
+        same = all(map(partial(agree, tolerance=CAPTURE_TOLERANCE), tensors_in(expected), tensors_in(found)))
+        return None if same else "its layers alone do not compute the same as trunk and head"
 
     @property
     def example_input(self) -> Any:
@@ -180,6 +225,10 @@ class MultiHeadModule(MultiTaskModule):
         return read_example(self._record)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        for task, description in self._record["sources"].items():
+            if problem := explain_unmakeable(task, description, type(self.sources[task])):
+                rank_zero_warn(problem)
         checkpoint[CHECKPOINT_KEY] = {**self._record, "report": self.report.to_dict() if self.report else None}
 
     @classmethod
@@ -243,13 +292,13 @@ class MultiHeadModule(MultiTaskModule):
         """
         with reading_record(checkpoint, where) as record:
             given = name_tasks(models) if models is not None else {}
-            return cls._from_record(record, checkpoint["state_dict"], given, trust, where)
+            return cls._from_record(record, dict(checkpoint), given, trust, where)
 
     @classmethod
     def _from_record(
         cls,
         record: dict[str, Any],
-        weights: dict[str, Tensor],
+        checkpoint: dict[str, Any],
         given: dict[str, LightningModule],
         trust: Trust,
         where: str,
@@ -259,6 +308,9 @@ class MultiHeadModule(MultiTaskModule):
                 f"`models` has the keys {sorted(unknown)}, but the tasks of {where} are {list(record['sources'])}."
             )
         sources = make_sources(record["sources"], trust, where, given)
+        example = read_example(record)
+        for task, source in sources.items():
+            complete(task, source, record["backbone"], None if example is None else view_of(example, task))
         settings = MergeSettings(
             stop_at=record["stop_at"],
             merge_heads=record["merge_heads"],
@@ -269,10 +321,12 @@ class MultiHeadModule(MultiTaskModule):
             sources,
             record["backbone"],
             settings,
-            example_input=read_example(record),
+            example_input=example,
             barriers=read_barriers(record["barriers"]),
             widths=record["widths"],
         )
+        weights: dict[str, Tensor] = dict(checkpoint["state_dict"])
+        module.on_load_checkpoint({**checkpoint, "state_dict": weights})
         module.load_state_dict(weights)
         module._record["sources"] = record["sources"]
         module.report = MergeReport.from_dict(record["report"]) if record["report"] else None

@@ -70,7 +70,7 @@ def find_problems(models: Mapping[str, Any], backbone: str) -> list[str]:
         if not isinstance(task, str) or not task or "." in task or "/" in task or task in RESERVED:
             problems.append(f"Task name {task!r} cannot name a head. Use a plain word without '.' or '/'.")
         if not isinstance(model, LightningModule):
-            problems.append(f"Task {task!r}: the model must be a LightningModule, got {type(model).__name__}.")
+            problems.append(f"Task {task!r}: {_foreign(model)}")
             continue
         try:
             part = get_backbone(model, backbone)
@@ -90,6 +90,19 @@ def find_problems(models: Mapping[str, Any], backbone: str) -> list[str]:
     return problems
 
 
+def _foreign(model: Any) -> str:
+    """Explain that an object is not a module of ``lightning.pytorch``."""
+    found = f"the model must be a LightningModule of `lightning.pytorch`, got {type(model).__name__}"
+    homes = [base.__module__ for base in type(model).__mro__ if base.__name__ == LightningModule.__name__]
+    if not homes:
+        return f"{found}."
+    package = homes[0].partition(".")[0]
+    return (
+        f"{found}, a LightningModule of `{package}`, which has other classes of the same names. Import "
+        f"`lightning.pytorch` instead of `{package}`. Each can load checkpoints of the other."
+    )
+
+
 def get_backbone(model: nn.Module, backbone: str) -> nn.Module:
     """Return the part of a source model that is merged.
 
@@ -102,7 +115,7 @@ def get_backbone(model: nn.Module, backbone: str) -> nn.Module:
         children = [name for name, _ in model.named_children()]
         raise ConfigurationError(
             f"backbone={backbone!r} is not a submodule of {type(model).__name__}. Its submodules are "
-            f"{', '.join(children)}."
+            f"{', '.join(children) or 'made later, in `setup` or `configure_model`'}."
         ) from None
 
 
@@ -136,29 +149,6 @@ def find_inputs(batch: Any, tasks: Collection[str], get_input: Callable[[Any], A
     if get_input is find_input and isinstance(batch, Mapping) and all(task in batch for task in tasks):
         return {task: find_input(batch[task]) for task in tasks}
     return get_input(batch)
-
-
-def make_shell(model: LightningModule, backbone: str, path: nn.Module, used: Sequence[str]) -> LightningModule:
-    """Copy a source model with its steps, metrics and losses, and replace its backbone by another network.
-
-    Args:
-        model: the source model.
-        backbone: dotted name of the merged part.
-        path: the network that replaces the backbone.
-        used: the names of the modules and parameters that ``forward`` uses. Only for the backbone ``""``.
-    """
-    if backbone:
-        return copy_module(model, {id(get_backbone(model, backbone)): path})
-    whole = model.__dict__.get("forward")  # set in a source that was split from a merged module
-    shell = copy_module(model, {id(whole): path} if whole is not None else {})
-    shell._modules.pop(PATH, None)
-    for name in used:
-        owner_name, _, leaf = name.rpartition(".")
-        owner = shell.get_submodule(owner_name)
-        for registry in (owner._modules, owner._parameters, owner._buffers):
-            registry.pop(leaf, None)
-    shell.__dict__["forward"] = path
-    return shell
 
 
 class DelegatedTransfers(ABC):

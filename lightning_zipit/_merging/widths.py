@@ -110,18 +110,12 @@ def find_fixed(graph: MergeGraph, network: nn.Module, example: Call) -> dict[str
         for block in (block for ref in refs if ref is not None for block in ref.blocks):
             if not block.contiguous:
                 fixed.setdefault(block.space, "its features are interleaved with other features")
-    x = example.first(SAMPLES).each(_noise)  # zeros would hide differences
+    x = example.first(SAMPLES).with_noise()  # zeros would hide differences
     with torch.no_grad(), evaluating(network):
         resizable = _prove(graph, network, x, [name for name in graph.spaces if name not in fixed])
     return fixed | {
         name: "an operator depends on its size" for name in graph.spaces if name not in {*fixed, *resizable}
     }
-
-
-def _noise(x: Tensor) -> Tensor:
-    if not x.is_floating_point():
-        return x.detach()
-    return torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
 
 
 def _prove(graph: MergeGraph, network: nn.Module, x: Call, spaces: Sequence[str]) -> list[str]:

@@ -100,6 +100,13 @@ class TestedData(Data):
     predict_dataloader = val_dataloader = test_dataloader
 
 
+class TrainedData(Data):
+    """Noise to train two tasks on."""
+
+    def train_dataloader(self):
+        return {task: super(TrainedData, self).train_dataloader() for task in ("cats", "dogs")}
+
+
 class OneLoader(Data):
     """Noise to test one task with."""
 

@@ -12,16 +12,21 @@ from itertools import chain
 from typing import Any
 
 import numpy as np
+import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.parsing import AttributeDict
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
+from lightning_zipit._common.views import like
 from lightning_zipit._lightning.files.hyperparameters import find_requests, make_arguments, takes_any
 from lightning_zipit._lightning.files.names import import_path, look_up, portable
 from lightning_zipit._lightning.files.trust import Request, Trust, check_requests, find_source_class
 from lightning_zipit._lightning.internals import INSTANTIATORS, recorded
-from lightning_zipit.errors import CheckpointError, UntrustedError
+from lightning_zipit._lightning.sources import get_backbone
+from lightning_zipit.errors import CheckpointError, ConfigurationError, UntrustedError
+from lightning_zipit.graph.shapes import evaluating
 
 INSTANTIATOR = "_instantiator"
 """The hyperparameter with which Lightning marks hyperparameters that its command line has parsed."""
@@ -133,7 +138,7 @@ def make_sources(
     classes = {task: _find_class(task, description, trust) for task, description in others.items()}
     check(classes)  # again, because signatures of the classes show which strings name functions
     return {
-        task: given[task] if task in given else make_source(task, classes[task], description, trust)
+        task: given[task] if task in given else configured(make_source(task, classes[task], description, trust), task)
         for task, description in descriptions.items()
     }
 
@@ -187,6 +192,82 @@ def make_source(
             f"{dict(description['hyperparameters'])}: {error}.{left_out} Call `self.save_hyperparameters()` in its "
             f"__init__ before training. {_way_out(task)}"
         ) from error
+
+
+def explain_unmakeable(task: str, description: Mapping[str, Any], found: type) -> str | None:
+    """Explain, when a file is written, why a source module cannot be made from its description.
+
+    Args:
+        task: the task of the module.
+        description: the description of :func:`describe_source`.
+        found: the class of the module.
+
+    Returns:
+        The reason and the way out; ``None`` if nothing is known to be missing.
+    """
+    missing = [name for name in find_missing(found, description) if name not in description["left_out"]]
+    if description["class_path"] is None:
+        why = f"its class {found.__qualname__} is not defined at the top level of a module"
+    elif missing or description["left_out"]:
+        objects = "".join(f" The value of {name!r} is an object." for name in description["left_out"])
+        unsaved = "".join(f" {name!r} is not a saved hyperparameter." for name in missing)
+        why = f"the file does not hold all arguments of {found.__qualname__}.{objects}{unsaved}"
+    else:
+        return None
+    return (
+        f"The source module of task {task!r} cannot be made from the saved file alone, because {why.rstrip('.')}. "
+        f"{_way_out(task)} On the command line, give the class with its arguments."
+    )
+
+
+def configured(module: LightningModule, task: str) -> LightningModule:
+    """Let a module make the layers that it makes in ``configure_model``, as a Trainer does.
+
+    Args:
+        module: the module.
+        task: its task, for error messages.
+
+    Raises:
+        CheckpointError: if ``configure_model`` fails without a Trainer.
+    """
+    try:
+        module.configure_model()
+    except Exception as error:
+        raise CheckpointError(
+            f"`configure_model` of task {task!r} failed without a Trainer: {type(error).__name__}: {error}. "
+            f"{_way_out(task)}"
+        ) from error
+    return module
+
+
+def complete(task: str, module: LightningModule, backbone: str, example: Any) -> None:
+    """Check that a module has its backbone, and give lazy layers their sizes.
+
+    Args:
+        task: the task of the module, for error messages.
+        module: the module.
+        backbone: dotted name of its backbone.
+        example: an input of the backbone of one sample; ``None`` if it is unknown.
+
+    Raises:
+        CheckpointError: if the module does not have its backbone, or its lazy layers cannot get their sizes.
+    """
+    try:
+        network = get_backbone(module, backbone)
+    except ConfigurationError as error:
+        raise CheckpointError(
+            f"Task {task!r}: {error} A file cannot hold code, so that layers which are made in `setup` cannot be made "
+            f"again. {_way_out(task)} The module must have its layers."
+        ) from error
+    if not any(map(is_lazy, network.parameters())):
+        return
+    if example is None:
+        raise CheckpointError(
+            f"The backbone of task {task!r} has lazy layers, and the shape of its input is not known. {_way_out(task)} "
+            "The module must have run once."
+        )
+    with evaluating(network), torch.no_grad():
+        network(like(example, network))
 
 
 def build_module(
