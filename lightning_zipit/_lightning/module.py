@@ -15,7 +15,8 @@ from torch import nn
 
 from lightning_zipit._common.copying import copy_module
 from lightning_zipit._common.files import replacing
-from lightning_zipit._common.views import any_view, as_inputs
+from lightning_zipit._common.views import Inputs, any_view, as_inputs
+from lightning_zipit._lightning.entering import Entering, side_by_side
 from lightning_zipit._lightning.internals import count_samples, predict_loaders, spawns_processes
 from lightning_zipit._lightning.loaders import find_loader_problems, in_fixed_order, length_of, list_loaders
 from lightning_zipit._lightning.multihead import MultiHeadModule, split_merged
@@ -23,7 +24,6 @@ from lightning_zipit._lightning.sources import (
     DelegatedTransfers,
     WithoutCheckpoint,
     find_input,
-    find_inputs,
     find_problems,
     get_backbone,
     name_tasks,
@@ -64,9 +64,10 @@ class ZipItModule(DelegatedTransfers, WithoutCheckpoint, LightningModule):
             Labels are never used.
         datamodule: the calibration data, instead of ``dataloaders``: its ``calibration_dataloader()`` or, if it has
             none, its ``train_dataloader()`` in a fixed order.
-        get_input: a function from a batch to the backbone's input. By default, the input is the batch, its first item,
-            or the item of a usual key, such as ``"image"``. If the models take different inputs, the function returns a
-            dict with one view of the same samples per task. By default, a batch with the tasks as keys is such a dict.
+        get_input: a function from a batch to the backbone's input: a tensor, a tuple of positional arguments or a dict
+            of keyword arguments. By default, each source's own step runs on the batch, and its backbone's input is
+            what the step calls the backbone with. If the models take different inputs, the function returns a dict
+            with one view of the same samples per task. By default, a batch with the tasks as keys is such a dict.
         base: the module from which all sources were trained, for ``combine``.
 
     Attributes:
@@ -93,6 +94,7 @@ class ZipItModule(DelegatedTransfers, WithoutCheckpoint, LightningModule):
         self.pipeline: Pipeline | None = None
         self._settings = MergeSettings()
         self.copies = nn.ModuleDict()
+        self._entering: dict[str, Entering] = {}
         self._loaders: list[Any] = []
         self._datamodule_trainer: Any = None
         # Spawned workers write the merged module here; the main process loads it.
@@ -168,10 +170,12 @@ class ZipItModule(DelegatedTransfers, WithoutCheckpoint, LightningModule):
         shared: dict[int, Any] = {}  # so that the copies share the modules that the models share
         self.copies = nn.ModuleDict({task: copy_module(model, shared) for task, model in self.models.items()})
         self.copies.eval().requires_grad_(False)
+        self._entering = {task: Entering(self.copies[task], self.backbone, task) for task in self.models}
 
     def release(self) -> None:
         """Drop the copies of the sources."""
         self.copies = nn.ModuleDict()
+        self._entering = {}
         self.pipeline = None
         if self.datamodule is not None:
             self.datamodule.trainer = self._datamodule_trainer
@@ -263,10 +267,24 @@ class ZipItModule(DelegatedTransfers, WithoutCheckpoint, LightningModule):
             The number of samples.
         """
         assert self.pipeline is not None
-        x = as_inputs(find_inputs(batch, self.models, self.get_input), self.models)
+        if batch is None:  # a collate function may leave out every sample
+            return 0
         loader = dataloader_idx % self._loaders_per_pass()
-        self.pipeline.add(x, self._tasks_of(dataloader_idx), loader)
-        return any_view(x).samples
+        calls = self._inputs_of(batch, batch_idx)
+        for x in calls:
+            self.pipeline.add(x, self._tasks_of(dataloader_idx), loader)
+        return any_view(calls[0]).samples
+
+    def _inputs_of(self, batch: Any, batch_idx: int) -> list[Inputs]:
+        """Return the inputs of the backbones for every call of a backbone in a step."""
+        if self.get_input is not find_input:
+            return [as_inputs(self.get_input(batch), self.models)]
+        by_task = isinstance(batch, Mapping) and all(task in batch for task in self.models)
+        found = {
+            task: entering.calls(batch[task] if by_task else batch, batch_idx, self._trainer)
+            for task, entering in self._entering.items()
+        }
+        return side_by_side(found)
 
     def finish(self) -> None:
         """Complete the merge, and build the merged module."""

@@ -143,7 +143,7 @@ def test_an_error_inside_a_rule_is_a_barrier_that_names_the_operator(monkeypatch
     def faulty(ctx, *args, **kwargs):
         raise KeyError("L")
 
-    monkeypatch.setitem(registry.OPERATORS, torch.tanh, registry.Operator(faulty))
+    monkeypatch.setitem(registry.OPERATORS, torch.ops.aten.tanh.default, registry.Operator(faulty))
     net = First({}, lambda net, p, x: torch.tanh(net.first(x)))
     net.first = nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, WIDTH))
     (reason,) = trace(net, example_input=torch.randn(3, 5)).barriers.values()

@@ -267,7 +267,7 @@ def complete(task: str, module: LightningModule, backbone: str, example: Any) ->
             "The module must have run once."
         )
     with evaluating(network), torch.no_grad():
-        network(like(example, network))
+        like(example, network).run(network)
 
 
 def build_module(
