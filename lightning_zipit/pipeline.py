@@ -25,7 +25,15 @@ from lightning_zipit._matching.matchings import Matchings
 from lightning_zipit._phases.calibrate import Gathering, measuring
 from lightning_zipit._phases.match import Matching, choose
 from lightning_zipit._phases.merge import merge, with_report
-from lightning_zipit._phases.prepare import Graphs, Traced, open_file, prepare, prepare_from, trace_without_data
+from lightning_zipit._phases.prepare import (
+    Graphs,
+    Traced,
+    open_file,
+    prepare,
+    prepare_from,
+    prepare_without_data,
+    trace_without_data,
+)
 from lightning_zipit.errors import CalibrationError, ConfigurationError
 from lightning_zipit.graph import MergeGraph
 from lightning_zipit.merged import MergedBackbone
@@ -56,9 +64,12 @@ class Pipeline:
     Args:
         sources: the source networks.
         settings: the options of the merge.
+        without_data: merge without any pass, which is possible if neither matcher nor refinement needs data. The
+            networks are traced and proved on an input that is guessed from their first layers.
 
     Raises:
         ConfigurationError: with every problem that is known without data.
+        UnknownShapeError: if no guess of the input fits.
         TraceError: if a network cannot be traced.
         StatisticsError: if the statistics file belongs to other networks or settings.
 
@@ -67,7 +78,7 @@ class Pipeline:
         calibration_passes: the number of passes that gather statistics.
     """
 
-    def __init__(self, sources: Sources, settings: MergeSettings) -> None:
+    def __init__(self, sources: Sources, settings: MergeSettings, without_data: bool = False) -> None:
         self.sources, self.settings = sources, settings
         self.phase = Phase.PREPARE
         self._layout = Layout()
@@ -85,6 +96,12 @@ class Pipeline:
             self._traced: Traced | None = prepare_from(sources, settings, self._file.complete)
             self.graphs: Graphs = self._traced.graphs
             self._file.check_operators(sources.of_models(self.graphs))
+            self._enter_calibration(self._traced)
+            self.calibration_passes = 0
+            return
+        if without_data:
+            self._traced = prepare_without_data(sources, settings)
+            self.graphs = self._traced.graphs
             self._enter_calibration(self._traced)
             self.calibration_passes = 0
             return
@@ -199,6 +216,8 @@ class Pipeline:
         with torch.inference_mode(False), torch.no_grad():
             if self._file is not None and self._file.complete is not None:
                 self._match(self._restored(traced))
+            elif not self._calibrated:
+                self._match(self._measuring(traced, sources.networks))
             self._matchings.finish(traced.graph, list(sources.leads.values()), traced.choices)
             self._matching = self._in_step(lambda: choose(self._matchings.found, traced, sources, self.settings))
         self.graphs = self._matching.graphs

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypedDict, TypeVar, get_args
 
+from torch import nn
 from typing_extensions import Unpack
 
 from lightning_zipit._common.options import keywords_of, option, spell_out, spelled_options, unknown_names, wrong_values
@@ -187,6 +188,11 @@ class MergeSettings:
     def last_module(self) -> str | None:
         """The trunk's last module before matching: ``stop_at``, or ``None`` (the longest trunk) for ``"auto"``."""
         return None if self.stop_at == "auto" else self.stop_at
+
+    def needs_data(self, networks: Iterable[nn.Module]) -> bool:
+        """Whether a merge of these networks needs calibration data, for its matching or its refinement."""
+        how = self.refinement
+        return self.matcher.needs_data or (how is not None and how.needs_data(networks))
 
     @property
     def refinement(self) -> Refinement | None:

@@ -82,8 +82,9 @@ class ZipIt:
         if problem := unsupported_strategy(self.trainer):  # checked early, because spawned processes lose error classes
             raise ConfigurationError(problem)
         module = ZipItModule(models, backbone, dataloaders, datamodule, get_input, base)
-        statistics = callback.settings.statistics
-        if dataloaders is None and datamodule is None and not (statistics and Path(statistics).is_file()):
+        settings, statistics = callback.settings, callback.settings.statistics
+        given = dataloaders is not None or datamodule is not None or (statistics and Path(statistics).is_file())
+        if not given and settings.needs_data([model for model in module.models.values()]):
             raise ConfigurationError("No calibration data was given. Pass `dataloaders` or `datamodule`.")
         with ending_together():
             return self._run(module, callback)

@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
+
+
+def opened(loaders: Any) -> Any:
+    """Return the loaders in a :class:`CombinedLoader`, by task or in a list. Other loaders are returned unchanged.
+
+    The loaders of a training step for several tasks hold other samples for each task. A calibration reads one after
+    the other.
+    """
+    return loaders.iterables if isinstance(loaders, CombinedLoader) else loaders
 
 
 def find_loader_problems(loaders: Any, tasks: Sequence[str], why_ordered: str = "") -> list[str]:

@@ -18,7 +18,7 @@ from lightning_zipit._common.files import replacing
 from lightning_zipit._common.views import Inputs, any_view, as_inputs
 from lightning_zipit._lightning.entering import Entering, side_by_side
 from lightning_zipit._lightning.internals import count_samples, predict_loaders, spawns_processes
-from lightning_zipit._lightning.loaders import find_loader_problems, in_fixed_order, length_of, list_loaders
+from lightning_zipit._lightning.loaders import find_loader_problems, in_fixed_order, length_of, list_loaders, opened
 from lightning_zipit._lightning.multihead import MultiHeadModule, split_merged
 from lightning_zipit._lightning.sources import (
     DelegatedTransfers,
@@ -88,7 +88,7 @@ class ZipItModule(DelegatedTransfers, WithoutCheckpoint, LightningModule):
         modules, self.sources = split_merged(given)
         self._outside = _Outside(given, modules, base)
         self.backbone = backbone
-        self.dataloaders = dataloaders
+        self.dataloaders = opened(dataloaders)
         self.datamodule = datamodule
         self.get_input = get_input
         self.pipeline: Pipeline | None = None
@@ -160,7 +160,9 @@ class ZipItModule(DelegatedTransfers, WithoutCheckpoint, LightningModule):
             networks = {task: get_backbone(model, self.backbone) for task, model in self.models.items()}
             try:
                 start = None if base is None else get_backbone(base, self.backbone)
-                self.pipeline = Pipeline(make_sources(networks, settings, start, self.sources), settings)
+                self.pipeline = Pipeline(
+                    make_sources(networks, settings, start, self.sources), settings, self._does_without_data(settings)
+                )
             except ConfigurationError as error:
                 if not found:
                     raise
@@ -171,6 +173,13 @@ class ZipItModule(DelegatedTransfers, WithoutCheckpoint, LightningModule):
         self.copies = nn.ModuleDict({task: copy_module(model, shared) for task, model in self.models.items()})
         self.copies.eval().requires_grad_(False)
         self._entering = {task: Entering(self.copies[task], self.backbone, task) for task in self.models}
+
+    def _does_without_data(self, settings: MergeSettings) -> bool:
+        """Whether no data was given, and none is needed."""
+        given = self.dataloaders is not None or self.datamodule is not None or settings.statistics is not None
+        return not given and not settings.needs_data(
+            [get_backbone(model, self.backbone) for model in self.models.values()]
+        )
 
     def release(self) -> None:
         """Drop the copies of the sources."""
@@ -196,7 +205,7 @@ class ZipItModule(DelegatedTransfers, WithoutCheckpoint, LightningModule):
             self.datamodule.trainer = self.trainer
             self.datamodule.setup("fit")
             own = getattr(self.datamodule, "calibration_dataloader", None)
-            loaders = own() if own else in_fixed_order(self.datamodule.train_dataloader())
+            loaders = opened(own()) if own else in_fixed_order(opened(self.datamodule.train_dataloader()))
             if problems := self._loader_problems(loaders):
                 raise ConfigurationError.collect(problems)
         self._loaders = list_loaders(loaders, list(self.models))

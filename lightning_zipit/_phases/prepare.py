@@ -20,6 +20,7 @@ from lightning_zipit._merging.cost import FlopCounts, FlopsModel, count_flops
 from lightning_zipit._merging.widths import find_choices
 from lightning_zipit.errors import ConfigurationError, UnknownShapeError, ZipItError
 from lightning_zipit.graph import MergeGraph
+from lightning_zipit.graph.guess import guess_input
 from lightning_zipit.graph.joined import Joined
 from lightning_zipit.graph.replay import working_copy
 from lightning_zipit.graph.settle import settle, trace_all
@@ -231,6 +232,21 @@ def prepare_from(sources: Sources, settings: MergeSettings, known: CalibrationSt
     example = known.example_of(sources.tasks)
     graphs = trace_sources(sources, settings, example, settings.last_module, known.barriers_of(settings.last_module))
     return _with_choices(Traced(graphs, example, {}), sources, settings, example)
+
+
+def prepare_without_data(sources: Sources, settings: MergeSettings) -> Traced:
+    """Trace and prove the sources on noise, in the shape of an input that is guessed from their first layers.
+
+    Args:
+        sources: the source networks.
+        settings: the options of the merge.
+
+    Raises:
+        UnknownShapeError: if no guess fits.
+    """
+    x = Call.of(guess_input(sources.first)).with_noise()
+    networks = {task: working_copy(network) for task, network in sources.networks.items()}
+    return prepare(sources, settings, networks, x, {})
 
 
 def find_shorter(traced: Traced, sources: Sources, settings: MergeSettings, ends: Sequence[str]) -> list[Graphs]:

@@ -44,6 +44,7 @@ class Analysis:
         barriers: nodes that must stay in the heads, and the reasons.
         stem: the nodes of the stem.
         start_at: the module that was requested as the trunk's first.
+        merge_heads: whether the models share one output space, whose order must stay.
     """
 
     def __init__(
@@ -56,10 +57,11 @@ class Analysis:
         barriers: Mapping[str, str],
         stem: Collection[fx.Node] = (),
         start_at: str | None = None,
+        merge_heads: bool = False,
     ) -> None:
         self.backbone, self.graph, self.stop_at, self.barriers = backbone, graph, stop_at, barriers
         self.nodes = list(graph.nodes)
-        self.trunk, self.stem, self.start_at = trunk, stem, start_at
+        self.trunk, self.stem, self.start_at, self.merge_heads = trunk, stem, start_at, merge_heads
         self.ctx = Context(backbone, shapes, barriers)
         self.position = {node: index for index, node in enumerate(self.nodes)}
         self.entry_nodes = [node for node in self.nodes if node in stem and not trunk.isdisjoint(node.users)]
@@ -118,7 +120,7 @@ class Analysis:
                 "the trunk would end at a tensor with separate attention heads; end it after the whole block"
             )
         self.ctx.cross(value)
-        if any(user.op == "output" for user in node.users):
+        if self.merge_heads and any(user.op == "output" for user in node.users):
             self.ctx.pin(value, "they are the network's output")
 
     def _interpret_heads(self, values: dict[fx.Node, Any]) -> dict[fx.Node, Features]:

@@ -11,6 +11,7 @@ from types import FunctionType
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_zipit._common.calls import Call
 from lightning_zipit.graph.capture import Captured, capture, holds_for
@@ -65,8 +66,14 @@ def capture_once(network: nn.Module, example: Any) -> Captured:
     while len(_known) > KEPT:
         _known.popitem(last=False)
     captured = replace(known.captured, graph=copy.deepcopy(known.captured.graph))
-    fold(captured.graph, network, lambda module: operator_of_module(module) is not None)
+    fold(captured.graph, network, _is_whole)
     return captured
+
+
+def _is_whole(module: nn.Module) -> bool:
+    """Whether a module is one operator, with a record, of its own parameters."""
+    computes = bool(module._forward_pre_hooks) or is_parametrized(module)  # such as weight norm
+    return not computes and operator_of_module(module) is not None
 
 
 def _of_input(example: Any) -> Any:

@@ -143,7 +143,15 @@ class _Capture:
             trunk = with_constants(self.trunk - blocked, self.nodes)
             try:
                 graph = Analysis(
-                    self.backbone, self.graph, self.shapes, trunk, self.stop_at, known, self.stem, self.start_at
+                    self.backbone,
+                    self.graph,
+                    self.shapes,
+                    trunk,
+                    self.stop_at,
+                    known,
+                    self.stem,
+                    self.start_at,
+                    self.merge_heads,
                 ).result()
                 _check_mergeable(graph, self.stop_at)
                 return replace(graph, captured=self.captured)

@@ -6,6 +6,7 @@ from helpers.nets import PlainNet, SmallResNet, SplitNet
 from torch import nn
 
 from lightning_zipit import trace
+from lightning_zipit._common.calls import Call
 from lightning_zipit.errors import ArchitectureMismatchError, ConfigurationError
 from lightning_zipit.graph.settle import trace_all
 
@@ -101,11 +102,11 @@ def test_stems_may_differ_between_networks():
 def test_stems_must_output_the_same_shapes_and_features():
     pair = {"a": SplitNet(3), "b": SplitNet(3, deep=True)}
     with pytest.raises(ArchitectureMismatchError, match=r"\(8, 16, 16\) in the first and \(8, 8, 8\)"):
-        trace_all(pair, None, example=X, start_at="body")
+        trace_all(pair, None, example=Call.of(X), start_at="body")
     other = PlainNet()
     other.features = nn.Sequential(nn.Flatten(), nn.Linear(3 * 256, 432))
     with pytest.raises(ArchitectureMismatchError, match=r"different features: 12 on axis 1.* in the first and 432"):
-        trace_all({"a": PlainNet(), "b": other}, None, example=X, start_at="classifier")
+        trace_all({"a": PlainNet(), "b": other}, None, example=Call.of(X), start_at="classifier")
 
 
 def test_error_of_different_first_layers_suggests_start_at():

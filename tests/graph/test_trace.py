@@ -101,13 +101,12 @@ def test_a_network_with_tensors_of_its_own_keeps_arguments_at_their_defaults():
     assert not graph.barriers and graph.spaces["conv1"].pinned == ""
 
 
-def test_parametrization_error_says_how_to_remove_it():
+def test_parameters_of_a_computed_weight_are_in_the_table():
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 2, 3))
     nn.utils.parametrizations.weight_norm(net[2])
-    with pytest.raises(TraceError, match=r"`2` \(ParametrizedConv2d\).*remove_parametrizations"):
-        trace(net)
-    nn.utils.parametrize.remove_parametrizations(net[2], "weight")
-    trace(net, verify=torch.randn(1, 3, 9, 9))
+    graph = trace(net, verify=torch.randn(1, 3, 9, 9))
+    assert graph.axes["2.parametrizations.weight.original1"][1].spaces == ("0",)
+    assert graph.axes["2.parametrizations.weight.original0"][0].spaces == graph.axes["2.bias"][0].spaces
 
 
 def test_shared_weight_ties_the_features_of_both_layers():
