@@ -116,7 +116,7 @@ class Call:
         return self.each(_noise)
 
     def blank(self) -> Call:
-        """Return one sample on the CPU: zeros, or for other types than floats the largest value, as of a mask."""
+        """Return one sample on the CPU: zeros, and ones for masks; for other indices the smallest that occurs."""
         return self.first(1).each(_blank)
 
 
@@ -130,4 +130,5 @@ def _blank(tensor: Tensor) -> Tensor:
     found = torch.zeros_like(tensor, device="cpu", memory_format=torch.contiguous_format)
     if tensor.is_floating_point() or tensor.is_complex() or not tensor.numel():
         return found
-    return found + tensor.max().cpu() if tensor.dtype is not torch.bool else found | tensor.any().cpu()
+    smallest, largest = tensor.min().cpu(), tensor.max().cpu()
+    return found | largest if tensor.dtype is torch.bool else found + (largest if largest <= 1 else smallest)

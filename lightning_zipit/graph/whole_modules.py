@@ -9,6 +9,7 @@ from collections.abc import Callable
 from torch import fx, nn
 
 from lightning_zipit.graph.naming import call_of, name_nodes
+from lightning_zipit.graph.run import IN_PLACE
 
 
 def fold(graph: fx.Graph, network: nn.Module, whole: Callable[[nn.Module], bool]) -> None:
@@ -51,7 +52,7 @@ def _replace(graph: fx.Graph, name: str, nodes: list[fx.Node]) -> None:
         return
     with graph.inserting_after(results[0]):
         call = graph.call_module(name, (inputs[0],))
-    call.meta = dict(results[0].meta)
+    call.meta = {key: value for key, value in results[0].meta.items() if key != IN_PLACE}
     results[0].replace_all_uses_with(call)
     for node in reversed(nodes):
         if not node.users:
