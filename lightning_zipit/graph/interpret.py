@@ -18,6 +18,7 @@ from lightning_zipit.graph.constants import Constants
 from lightning_zipit.graph.events import Event, EventKind, Nesting, Projected
 from lightning_zipit.graph.explain import counts, unexplained
 from lightning_zipit.graph.naming import describe_node, symbol
+from lightning_zipit.graph.order import varying
 from lightning_zipit.graph.registry import Operator, Trait, operator_of, spelled, writes_in_place
 from lightning_zipit.graph.table import named_tensors
 from lightning_zipit.graph.values import Entries, Features, Ids, Opaque, Parameter, Plain, Value, leaves, parts_of
@@ -52,6 +53,7 @@ class Context:
         self._constants = Constants(module)
         self._explained: set[str] = set()
         self._partial: tuple[Mapping[Any, Any], dict[tuple[str, int], Ids]] = (self.events, {})
+        self._varying: set[fx.Node] = set()
         self._aligned: list[tuple[fx.Node, Parameter, int, Ids]] = []
         self._edges: list[tuple[Ids, Ids]] = []
         self._count = 0
@@ -197,7 +199,7 @@ class Context:
 
     def observe(self, value: Features) -> None:
         """Record an operator that reads features without weights, such as the product of queries and keys."""
-        if value.node is not None:  # otherwise it is an intermediate value of a fused operator
+        if value.node is not None and self._measured(value) is not None:
             name = f"{self.node.name} {value.node.name}"
             self._add(Event(name, 0, value.ids.ravel(), "reader", value, self.node))
 
@@ -256,7 +258,7 @@ class Context:
             return
         if not isinstance(parameter, Parameter):
             raise self.error("one of its parameters is computed from others and is not a parameter of the network")
-        entries, tensor = (value.ids, value) if isinstance(value, Features) else (value, None)
+        entries, tensor = (value.ids, self._measured(value)) if isinstance(value, Features) else (value, None)
         if entries.size != groups * parameter.shape[axis]:
             raise self.error(
                 f"`{parameter.name}` has {groups * parameter.shape[axis]} entries for {entries.size} features"
@@ -288,6 +290,14 @@ class Context:
             known = value if whole else None
             path = source.path or source.name
             self._add(Event(source.name, axis, features, kind, known, self.node, groups, path))
+
+    def _measured(self, value: Features) -> Features | None:
+        """Return a value if a node holds it that depends on the input; ``None`` if it cannot be measured."""
+        if value.node is None:  # an intermediate value of a fused operator, or a parameter
+            return None
+        if not self._varying:
+            self._varying = varying(value.node.graph.nodes)
+        return value if value.node in self._varying else None
 
     def _numbered(self, parameter: Parameter, axis: int, size: int) -> Ids:
         """Return the features along the whole axis of a parameter of which only some entries are used at a time."""
