@@ -148,6 +148,17 @@ def experts(self, x):
     return self.out((self.gate(x).softmax(1)[..., None] * y).sum(1))
 
 
+def selective_kernels(self, x):
+    y = torch.stack([self.a(x), self.b(x)], 1)
+    weights = self.expand(y.sum(1).mean((2, 3)).relu()).unflatten(1, (2, 4)).softmax(1)
+    return self.out((y * weights[..., None, None]).sum(1).mean((2, 3)))
+
+
+def pooled_tokens(self, x):
+    y = self.a(x).relu()
+    return self.out(torch.einsum("bl,bld->bd", self.attention(y).softmax(1)[..., 0], y))
+
+
 def relative(self, x):
     q, table = self.q(x), self.k(self.norm(self.table.weight))
     scores = q @ table.T
@@ -256,6 +267,22 @@ CASES = {
         module(experts, a=nn.Linear(5, 6), b=nn.Linear(5, 6), c=nn.Linear(5, 6), gate=nn.Linear(5, 3), out=sized(3)),
         tensor(5),
         ("gate",),
+    ),
+    "selective kernels": (
+        module(
+            selective_kernels,
+            a=nn.Conv2d(3, 4, 3, padding=1),
+            b=nn.Conv2d(3, 4, 5, padding=2),
+            expand=nn.Linear(4, 8),
+            out=sized(3),
+        ),
+        tensor(3, 6, 6),
+        (),
+    ),
+    "tokens that attention pools": (
+        module(pooled_tokens, a=nn.Linear(5, 6), attention=nn.Linear(6, 1), out=sized(3)),
+        tensor(4, 5),
+        ("attention.bias",),
     ),
     "relative positions": (
         module(
