@@ -62,6 +62,9 @@ def _multiply(
         right = _against_positions(ctx, second, others, own, [own[axis] for axis in first.axes])
         if left is not first or right is not second:
             return contract(ctx, letters, output, (left, right))
+        more = tuple(axis for axis in first.axes if own[axis] not in others and own[axis] in output)
+        if more and shared and not set(shared) & set(output):  # heads of queries that share one head of keys
+            return contract(ctx, letters, output, (as_positions(ctx, first, more), second))
         if sorted(shared) != sorted(held):
             raise ctx.error("one of its inputs has features on an axis where the other has positions")
         units = units_along(ctx, first, tuple(axis for axis in first.axes if own[axis] in others))
