@@ -143,7 +143,7 @@ def broadcast_all(ctx: Context, operands: Sequence[Any]) -> Features:
     ranks = [len(value.shape) for value in operands if isinstance(value, Parameter)]
     shape = broadcast_shape([*shapes, (1,) * max(ranks, default=0)])
     axes = tuple(axis + len(shape) - largest.rank for axis in largest.axes)
-    together = replace(largest, axes=axes, shape=shape)
+    together = replace(largest, axes=axes, shape=shape, alike=())
     fixed = tuple(axis for axis in axes if any(_has_positions(value, axis - len(shape)) for value in features))
     if fixed and fixed != axes:
         together = as_positions(ctx, together, fixed)
@@ -220,7 +220,7 @@ def _write(ctx: Context, x: Features, parameter: Parameter) -> None:
 def _size(value: Value, axis: int) -> int:
     """Return the size of an axis, counted from the back; 1 if the value does not have it, or is the same along it."""
     assert value.shape is not None
-    if -axis > len(value.shape) or (isinstance(value, Plain) and axis + len(value.shape) in value.alike):
+    if -axis > len(value.shape) or (not isinstance(value, Parameter) and axis + len(value.shape) in value.alike):
         return 1
     return value.shape[axis]
 

@@ -154,11 +154,11 @@ class Context(Ties):
         self._aligned.append((self.node, parameter, axis, ids))
 
     def _settle(self) -> None:
-        """Write the parameters that have the order of another axis, if that axis holds features."""
+        """Write parameters in the order of another axis, if that axis holds features, and drop units of one feature."""
         aligned, self._aligned = self._aligned, []
+        component = self.drop_single_units()
         if not aligned:
             return
-        component = self._connected()
         used = [component[event.entries] for events in self.events.values() for event in events]
         held = np.unique(np.concatenate(used)) if used else np.empty(0, np.int64)
         for self.node, parameter, axis, ids in aligned:

@@ -63,6 +63,16 @@ class Ties:
             self.tie(partial, event.entries)
         known.append(event)
 
+    def drop_single_units(self) -> Ids:
+        """Drop units whose members are all tied to the unit itself; return the components of all features."""
+        component = self._connected()
+        self.nestings[:] = [
+            nesting
+            for nesting in self.nestings
+            if (component[nesting.members] != component[nesting.units][:, None]).any()
+        ]
+        return component
+
     def components(self) -> Ids:
         """Return the index of the tied set that each feature belongs to. Units of one feature are tied to it."""
         while True:

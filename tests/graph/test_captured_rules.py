@@ -159,6 +159,18 @@ def pooled_tokens(self, x):
     return self.out(torch.einsum("bl,bld->bd", self.attention(y).softmax(1)[..., 0], y))
 
 
+def unit_queries(self, x):
+    q, k, v = (layer(x).unflatten(2, (2, 4)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+    y = F.normalize(q, dim=3) @ F.normalize(k, dim=3).transpose(2, 3) @ v
+    return self.out(y.transpose(1, 2).flatten(2))
+
+
+def one_key(self, x):
+    q, k, v = self.q(x).unflatten(2, (3, 4)).transpose(1, 2), self.k(x), self.v(x)
+    scores = torch.einsum("bhid,bjd->bhij", q, k).softmax(3)
+    return self.out(torch.einsum("bhij,bjd->bhid", scores, v).transpose(1, 2).flatten(2))
+
+
 def relative(self, x):
     q, table = self.q(x), self.k(self.norm(self.table.weight))
     scores = q @ table.T
@@ -256,6 +268,16 @@ CASES = {
     ),
     "grouped queries": (grouped(False), tensor(4, 5), ()),
     "grouped queries, repeated": (grouped(True), tensor(4, 5), ()),
+    "queries of unit length": (
+        module(unit_queries, q=nn.Linear(5, 8), k=nn.Linear(5, 8), v=nn.Linear(5, 8), out=nn.Linear(8, 3)),
+        tensor(4, 5),
+        (),
+    ),
+    "one key for all heads": (
+        module(one_key, q=nn.Linear(5, 12), k=nn.Linear(5, 4), v=nn.Linear(5, 4), out=nn.Linear(12, 3)),
+        tensor(4, 5),
+        (),
+    ),
     "rotary embedding": (rotating(False), tensor(4, 5), ()),
     "rotary embedding of complex numbers": (rotating(True), tensor(4, 5), ()),
     "spatial transformer": (
