@@ -63,7 +63,8 @@ def _multiply(
         if left is not first or right is not second:
             return contract(ctx, letters, output, (left, right))
         more = tuple(axis for axis in first.axes if own[axis] not in others and own[axis] in output)
-        if more and shared and not set(shared) & set(output):  # heads of queries that share one head of keys
+        places = any(name in output and name not in others for axis, name in enumerate(own) if axis not in first.axes)
+        if more and places and shared and not set(shared) & set(output):  # heads of queries that share one key
             return contract(ctx, letters, output, (as_positions(ctx, first, more), second))
         if sorted(shared) != sorted(held):
             raise ctx.error("one of its inputs has features on an axis where the other has positions")
