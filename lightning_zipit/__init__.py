@@ -9,6 +9,7 @@ from lightning_zipit._calibration.statistics import FeatureStatistics, Moments
 from lightning_zipit._calibration.statistics_file import CalibrationStatistics
 from lightning_zipit._lightning.callback import ZipItCallback
 from lightning_zipit._lightning.cli import ZipItCLI
+from lightning_zipit._lightning.distillation import Distillation
 from lightning_zipit._lightning.driver import ZipIt
 from lightning_zipit._lightning.export import export_merged
 from lightning_zipit._lightning.module import ZipItModule
@@ -28,6 +29,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CalibrationStatistics",
+    "Distillation",
     "Ensemble",
     "FeatureStatistics",
     "JointAccuracy",

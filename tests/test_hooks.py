@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.core.hooks import DataHooks, ModelHooks
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_zipit import MultiHeadModule, ZipIt
 from lightning_zipit.errors import ConfigurationError
@@ -124,6 +125,22 @@ def test_steps_take_what_they_name():
     logged = {name: value for each in found for name, value in each.items()}
     assert set(logged) == {"a/short", "b/index", "c/loader", "c/hook"}
     assert logged["b/index"] == 0.5 and logged["c/loader"] == logged["c/hook"] == 0
+
+
+def test_a_metric_object_counts_all_batches():
+    class Metered(Lit):
+        def __init__(self):
+            super().__init__()
+            self.accuracy = MulticlassAccuracy(3, average="micro")
+
+        def test_step(self, batch, batch_idx):
+            self.accuracy(self(batch[0]), batch[1])
+            self.log("acc", self.accuracy)
+
+    merged = merge({"a": Metered(), "b": Metered()})
+    (_, found) = trainer().test(merged, [DATA, DATA], verbose=False)
+    expected = (merged(X, task="b").argmax(1) == Y).float().mean().item()
+    assert found["b/acc"] == pytest.approx(expected)
 
 
 def test_callbacks_of_the_sources_monitor_their_own_metrics():

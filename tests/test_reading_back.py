@@ -79,6 +79,53 @@ def test_layers_that_only_setup_can_make_need_models(tmp_path):
     assert all(torch.equal(loaded(X)[task], merged(X)[task]) for task in "ab")
 
 
+class Centred(nn.Sequential):
+    """Computes with what no checkpoint holds."""
+
+    def __init__(self, act=nn.ReLU):
+        super().__init__(nn.Linear(6, 5), act(), nn.Linear(5, 3))
+        self.temperature = 1.0
+        self.register_buffer("mean", torch.zeros(6), persistent=False)
+
+    def forward(self, x):
+        return super().forward(x - self.mean) / self.temperature
+
+
+class Incomplete(LightningModule):
+    def __init__(self, act=nn.ReLU):
+        super().__init__()
+        self.save_hyperparameters()
+        self.net = Centred(act)
+
+
+def with_class():
+    return Incomplete(nn.Tanh)
+
+
+def with_attribute():
+    model = Incomplete()
+    model.net.temperature = 4.0
+    return model
+
+
+def with_buffer():
+    model = Incomplete()
+    model.net.mean.fill_(2.0)
+    return model
+
+
+@pytest.mark.parametrize("make", [with_class, with_attribute, with_buffer])
+def test_a_module_that_would_compute_something_else_is_not_read(make, tmp_path):
+    models, runner = {"a": make(), "b": make()}, trainer()
+    merged = ZipIt(runner).merge(models, DataLoader(X, 4), backbone="net", matcher=Average(), refine=None)
+    runner.save_checkpoint(tmp_path / "merged.ckpt")
+    with pytest.raises(CheckpointError, match=r"merged.ckpt does not compute the same.*models="):
+        MultiHeadModule.load_from_checkpoint(tmp_path / "merged.ckpt")
+    loaded = MultiHeadModule.load_from_checkpoint(tmp_path / "merged.ckpt", models=models)
+    assert all(torch.equal(loaded(X)[task], merged(X)[task]) for task in "ab")
+    assert MultiHeadModule.load_from_checkpoint(tmp_path / "merged.ckpt", strict=False).tasks == ["a", "b"]
+
+
 def test_a_module_of_the_other_package_is_told_what_to_import(monkeypatch):
     other = ModuleType("other_lightning")
     monkeypatch.setitem(sys.modules, "other_lightning", other)

@@ -174,9 +174,10 @@ def test_fine_tuning(name, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Lit, "training_step", training_step)
     scope = run(name, tmp_path, monkeypatch)
-    assert scope["tuning"].global_step == 3
+    assert scope["tuning"].global_step == scope["teaching"].global_step == 3
     found = scope["merged"].eval()(scope["images"])
-    assert all(torch.equal(output, found[task]) for task, output in scope["tuned"](scope["images"]).items())
+    assert all(torch.equal(output, found[task]) for task, output in scope["distilled"](scope["images"]).items())
+    assert not torch.equal(scope["tuned"](scope["images"])["animals"], found["animals"])
 
 
 @snippet("stems")

@@ -78,6 +78,8 @@ LOOKS = {
     "its named parameters": lambda self, x: x.new_tensor([[p.sum() for _, p in self.net.named_parameters()]] * len(x)),
     "its modules": lambda self, x: x.new_tensor([[isinstance(m, nn.Linear) for m in self.modules()].count(True)] * 24),
     "its state": lambda self, x: torch.stack([t.sum() for t in self.net.state_dict().values()]).expand(len(x), 6),
+    "a copy": lambda self, x: copy.deepcopy(self.net)(x),
+    "a function of it": lambda self, x: torch.func.functional_call(self.net, dict(self.net.named_parameters()), (x,)),
     "a weight": lambda self, x: x @ self.net.encoder[0].weight.T,
 }
 

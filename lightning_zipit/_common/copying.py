@@ -69,8 +69,8 @@ def _copied(cell: CellType, memo: dict[int, Any]) -> CellType:
         return cell
     if isinstance(content, FunctionType):
         new: Any = _closed_over_copies(content, memo)
-    elif isinstance(content, (nn.Module, dict, list, set)):
-        new = copy.deepcopy(content, memo)
+    elif isinstance(content, (nn.Module, dict, list, set)) and not any(content is copied for copied in memo.values()):
+        new = copy.deepcopy(content, memo)  # a metric closes over itself already when it is copied
     else:
         return cell
     return cell if new is content else CellType(new)

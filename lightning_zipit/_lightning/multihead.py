@@ -30,6 +30,7 @@ from lightning_zipit._lightning.files.descriptions import (
     explain_unmakeable,
     make_sources,
 )
+from lightning_zipit._lightning.files.reading_check import check_outputs, sample_outputs
 from lightning_zipit._lightning.files.trust import Trust, Trusted
 from lightning_zipit._lightning.multitask import MultiTaskModule
 from lightning_zipit._lightning.sources import get_backbone, name_tasks
@@ -229,7 +230,9 @@ class MultiHeadModule(MultiTaskModule):
         for task, description in self._record["sources"].items():
             if problem := explain_unmakeable(task, description, type(self.sources[task])):
                 rank_zero_warn(problem)
-        checkpoint[CHECKPOINT_KEY] = {**self._record, "report": self.report.to_dict() if self.report else None}
+        outputs = sample_outputs(self, self.example_input)
+        report = self.report.to_dict() if self.report else None
+        checkpoint[CHECKPOINT_KEY] = {**self._record, "report": report, "outputs": outputs}
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]
@@ -239,6 +242,7 @@ class MultiHeadModule(MultiTaskModule):
         models: Mapping[str, LightningModule] | Sequence[LightningModule] | None = None,
         trust: Trusted | None = None,
         weights_only: bool | None = None,
+        strict: bool | None = None,
         **kwargs: Any,
     ) -> MultiHeadModule:
         """Load a merged module from a checkpoint.
@@ -256,6 +260,7 @@ class MultiHeadModule(MultiTaskModule):
             trust: modules or classes, by dotted name, that the file may also refer to, such as ``["my_project"]``.
             weights_only: ``False`` unpickles the file, which runs code in it: use it only for files that you trust. The
                 classes and functions that the file names are still checked as above.
+            strict: ``False`` loads what fits, and does not check that the module computes the same as the saved one.
             kwargs: accepted for the signature of :class:`~lightning.pytorch.LightningModule`; must be empty.
 
         Returns:
@@ -263,13 +268,14 @@ class MultiHeadModule(MultiTaskModule):
 
         Raises:
             UntrustedError: if the file names anything else. The message lists all names and the ways to allow them.
-            CheckpointError: if the file is not a checkpoint of a merged module, or a source module cannot be created.
+            CheckpointError: if the file is not a checkpoint of a merged module, a source module cannot be created, or
+                the module does not compute the same as the saved one.
             ConfigurationError: if ``trust`` contains anything but names.
         """
-        if unknown := set(kwargs) - {"strict"}:
-            raise TypeError(f"load_from_checkpoint got unexpected arguments {sorted(unknown)}.")
+        if kwargs:
+            raise TypeError(f"load_from_checkpoint got unexpected arguments {sorted(kwargs)}.")
         checkpoint = read_checkpoint(checkpoint_path, map_location, weights_only is not False)
-        return cls.restore(checkpoint, str(checkpoint_path), Trust.of(trust), models)
+        return cls.restore(checkpoint, str(checkpoint_path), Trust.of(trust), models, strict is not False)
 
     @classmethod
     def restore(
@@ -278,6 +284,7 @@ class MultiHeadModule(MultiTaskModule):
         where: str,
         trust: Trust,
         models: Mapping[str, LightningModule] | Sequence[LightningModule] | None = None,
+        strict: bool = True,
     ) -> MultiHeadModule:
         """Make the merged module from the content of a checkpoint.
 
@@ -286,13 +293,14 @@ class MultiHeadModule(MultiTaskModule):
             where: the file, for error messages.
             trust: the names that the checkpoint may refer to.
             models: modules of the source classes by task.
+            strict: see :meth:`load_from_checkpoint`.
 
         Raises:
             CheckpointError: as for :meth:`load_from_checkpoint`.
         """
         with reading_record(checkpoint, where) as record:
             given = name_tasks(models) if models is not None else {}
-            return cls._from_record(record, dict(checkpoint), given, trust, where)
+            return cls._from_record(record, dict(checkpoint), given, trust, where, strict)
 
     @classmethod
     def _from_record(
@@ -302,6 +310,7 @@ class MultiHeadModule(MultiTaskModule):
         given: dict[str, LightningModule],
         trust: Trust,
         where: str,
+        strict: bool,
     ) -> MultiHeadModule:
         if unknown := set(given) - set(record["sources"]):
             raise CheckpointError(
@@ -327,7 +336,9 @@ class MultiHeadModule(MultiTaskModule):
         )
         weights: dict[str, Tensor] = dict(checkpoint["state_dict"])
         module.on_load_checkpoint({**checkpoint, "state_dict": weights})
-        module.load_state_dict(weights)
+        module.load_state_dict(weights, strict=strict)
+        if strict:
+            check_outputs(module, example, record.get("outputs") or {}, where)
         module._record["sources"] = record["sources"]
         module.report = MergeReport.from_dict(record["report"]) if record["report"] else None
         return module.to(next(iter(weights.values())).device)

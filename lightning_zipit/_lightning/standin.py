@@ -204,6 +204,18 @@ class StandIn:
             )
         return None
 
+    @property
+    def is_lent(self) -> bool:
+        """Whether the structure has its layers."""
+        return self._depth > 0
+
+    def copy_body(self, memo: dict[int, Any]) -> nn.Module:
+        """Copy the structure with the layers that are lent to it, without hooks."""
+        self._check("copies its backbone")
+        self.entered = True
+        with without_hooks(self.body):
+            return copy.deepcopy(self.body, memo)
+
     def find_twin(self, source: LightningModule) -> str | None:
         """Return the name of a module of the source whose parameters have the names and shapes of the backbone."""
         shapes = {name: tensor.shape for name, tensor in self.body.named_parameters()}
@@ -256,6 +268,15 @@ class MergedPath(nn.Module):
         """Share the submodules, tensors and hooks of a structure."""
         for name in (*REGISTRIES, "_non_persistent_buffers_set", *HOOKS):
             self.__dict__[name] = body.__dict__[name]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        """Copy the path with its owner; or, for code of the source, the backbone with the layers that are lent."""
+        stand_in: StandIn = self.__dict__[STAND_IN]
+        if stand_in.is_lent:
+            return stand_in.copy_body(memo)
+        memo[id(self)] = copied = type(self).__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -71,9 +71,14 @@ def by_channel(ctx: Context, x: Features, first: int) -> Features:
         return x
     if inner == x.axes:
         raise ctx.error("it treats an axis of features as positions")
-    fix_inner(ctx, x, inner, f"{_node_name(ctx)} reads them as positions")
-    index = tuple(0 if axis in inner else slice(None) for axis in x.axes)
-    return replace(x, ids=x.ids[index], axes=tuple(axis for axis in x.axes if axis not in inner))
+    return as_positions(ctx, x, inner)
+
+
+def as_positions(ctx: Context, x: Features, axes: tuple[int, ...]) -> Features:
+    """Fix the order of entries along some, but not all, of the feature axes, which another tensor has positions on."""
+    fix_inner(ctx, x, axes, f"{_node_name(ctx)} reads them as positions")
+    index = tuple(0 if axis in axes else slice(None) for axis in x.axes)
+    return replace(x, ids=x.ids[index], axes=tuple(axis for axis in x.axes if axis not in axes))
 
 
 def entrywise(ctx: Context, *operands: Any) -> Any:
@@ -138,11 +143,19 @@ def broadcast_all(ctx: Context, operands: Sequence[Any]) -> Features:
     ranks = [len(value.shape) for value in operands if isinstance(value, Parameter)]
     shape = broadcast_shape([*shapes, (1,) * max(ranks, default=0)])
     axes = tuple(axis + len(shape) - largest.rank for axis in largest.axes)
-    together = replace(largest, axes=axes, shape=shape)
+    together = replace(largest, axes=axes, shape=shape, alike=())
+    fixed = tuple(axis for axis in axes if any(_has_positions(value, axis - len(shape)) for value in features))
+    if fixed and fixed != axes:
+        together = as_positions(ctx, together, fixed)
     for value in operands:
         if value is not largest:
             broadcast(ctx, together, value)
     return together
+
+
+def _has_positions(value: Features, axis: int) -> bool:
+    """Whether a tensor has several positions along an axis, counted from the back."""
+    return _size(value, axis) != 1 and axis + value.rank not in value.axes
 
 
 def broadcast(ctx: Context, x: Features, other: Any) -> None:
@@ -207,7 +220,7 @@ def _write(ctx: Context, x: Features, parameter: Parameter) -> None:
 def _size(value: Value, axis: int) -> int:
     """Return the size of an axis, counted from the back; 1 if the value does not have it, or is the same along it."""
     assert value.shape is not None
-    if -axis > len(value.shape) or (isinstance(value, Plain) and axis + len(value.shape) in value.alike):
+    if -axis > len(value.shape) or (not isinstance(value, Parameter) and axis + len(value.shape) in value.alike):
         return 1
     return value.shape[axis]
 

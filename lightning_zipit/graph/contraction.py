@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_zipit.graph.align import fix_inner, mix, units_along
+from lightning_zipit.graph.align import as_positions, fix_inner, mix, units_along
 from lightning_zipit.graph.computed import computed, together
 from lightning_zipit.graph.interpret import Context
 from lightning_zipit.graph.values import Features, Parameter, Plain, Shape, Value
@@ -58,6 +58,14 @@ def _multiply(
     else:
         shared = [own[axis] for axis in first.axes if own[axis] in others]
         held = [others[axis] for axis in second.axes]
+        left = _against_positions(ctx, first, own, others, held)
+        right = _against_positions(ctx, second, others, own, [own[axis] for axis in first.axes])
+        if left is not first or right is not second:
+            return contract(ctx, letters, output, (left, right))
+        more = tuple(axis for axis in first.axes if own[axis] not in others and own[axis] in output)
+        places = any(name in output and name not in others for axis, name in enumerate(own) if axis not in first.axes)
+        if more and places and shared and not set(shared) & set(output):  # heads of queries that share one key
+            return contract(ctx, letters, output, (as_positions(ctx, first, more), second))
         if sorted(shared) != sorted(held):
             raise ctx.error("one of its inputs has features on an axis where the other has positions")
         units = units_along(ctx, first, tuple(axis for axis in first.axes if own[axis] in others))
@@ -71,6 +79,17 @@ def _multiply(
     axes = sorted(output.index(letter) for letter in kept)
     order = [kept.index(output[axis]) for axis in axes]
     return Features(ids.transpose(order), tuple(axes), _shape(output, sizes) or ())
+
+
+def _against_positions(ctx: Context, x: Features, own: str, others: str, held: list[str]) -> Value:
+    """Fix the order of features along the axes where the other tensor, with features ``held``, has positions."""
+    axes = tuple(axis for axis in x.axes if own[axis] in others and own[axis] not in held)
+    if not axes:
+        return x
+    if axes != x.axes:
+        return as_positions(ctx, x, axes)
+    ctx.pin(x, f"`{ctx.node.name}` multiplies them by positions")
+    return Plain(x.shape)
 
 
 def _read(

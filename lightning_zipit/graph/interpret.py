@@ -9,8 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 from torch import fx, nn
 
 from lightning_zipit.errors import TraceError, ZipItError
@@ -18,15 +16,17 @@ from lightning_zipit.graph.constants import Constants
 from lightning_zipit.graph.events import Event, EventKind, Nesting, Projected
 from lightning_zipit.graph.explain import counts, unexplained
 from lightning_zipit.graph.naming import describe_node, symbol
+from lightning_zipit.graph.order import varying
 from lightning_zipit.graph.registry import Operator, Trait, operator_of, spelled, writes_in_place
 from lightning_zipit.graph.table import named_tensors
+from lightning_zipit.graph.ties import Ties
 from lightning_zipit.graph.values import Entries, Features, Ids, Opaque, Parameter, Plain, Value, leaves, parts_of
 
 UNSEEN = Trait.REARRANGE | Trait.IDENTITY | Trait.SHAPE
 """Traits of operators that leave every feature unchanged."""
 
 
-class Context:
+class Context(Ties):
     """The interface for operator rules: creates features, ties them, and records the parameters that use them.
 
     Args:
@@ -36,11 +36,10 @@ class Context:
     """
 
     def __init__(self, module: nn.Module, shapes: Mapping[str, tuple[int, ...]], barriers: Container[str] = ()) -> None:
+        super().__init__()
         self.module = module
         self.barriers = barriers
         self.shapes = shapes
-        self.events: dict[tuple[str, int], list[Event]] = {}
-        self.nestings: list[Nesting] = []
         self.projected: list[Projected] = []
         self.pinned: list[tuple[Ids, str]] = []
         self.mixed: list[Ids] = []
@@ -51,10 +50,8 @@ class Context:
         self.values: Mapping[fx.Node, Any] = {}
         self._constants = Constants(module)
         self._explained: set[str] = set()
-        self._partial: tuple[Mapping[Any, Any], dict[tuple[str, int], Ids]] = (self.events, {})
+        self._varying: set[fx.Node] = set()
         self._aligned: list[tuple[fx.Node, Parameter, int, Ids]] = []
-        self._edges: list[tuple[Ids, Ids]] = []
-        self._count = 0
         self._canonical: dict[int, str] = {}
         self._buffers = {id(tensor) for tensor in module.buffers()}
         for name, tensor in named_tensors(module).items():
@@ -62,18 +59,11 @@ class Context:
 
     # Features
 
-    def fresh(self, *sizes: int) -> Ids:
-        """Create new features that are tied to no others."""
-        first = self._count
-        self._count += int(np.prod(sizes))
-        return np.arange(first, self._count).reshape(sizes)
-
     def tie(self, first: Ids, second: Ids) -> None:
         """Tie feature k of both, so that they are merged alike."""
         if first.size != second.size:
             raise self.error(f"it ties {first.size} features to {second.size} features")
-        if first is not second:
-            self._edges.append((first.ravel(), second.ravel()))
+        super().tie(first, second)
 
     def pin(self, features: Features | Ids, why: str) -> None:
         """Pin the order of features, because it means the same in all models. ``why`` gives the reason."""
@@ -155,16 +145,6 @@ class Context:
         else:
             self._note(parameter, axis, value, "producer", groups)
 
-    def follow(self, entries: Entries) -> Ids:
-        """Return the features that some entries of parameters write or read."""
-        ids = self.fresh(len(entries.which))
-        for number, (source, axis, size) in enumerate(entries.of):
-            chosen = np.flatnonzero(entries.which == number)
-            ids[chosen] = self._numbered(source, axis, size)[entries.rows[chosen]]
-        for other in entries.also:
-            self.tie(ids, self.follow(other))
-        return ids
-
     def align(self, parameter: Parameter, axis: int, ids: Ids) -> None:
         """Record a parameter that has the order of an axis of another, such as a vector of spectral norm.
 
@@ -174,11 +154,11 @@ class Context:
         self._aligned.append((self.node, parameter, axis, ids))
 
     def _settle(self) -> None:
-        """Write the parameters that have the order of another axis, if that axis holds features."""
+        """Write parameters in the order of another axis, if that axis holds features, and drop units of one feature."""
         aligned, self._aligned = self._aligned, []
+        component = self.drop_single_units()
         if not aligned:
             return
-        component = self._connected()
         used = [component[event.entries] for events in self.events.values() for event in events]
         held = np.unique(np.concatenate(used)) if used else np.empty(0, np.int64)
         for self.node, parameter, axis, ids in aligned:
@@ -197,9 +177,9 @@ class Context:
 
     def observe(self, value: Features) -> None:
         """Record an operator that reads features without weights, such as the product of queries and keys."""
-        if value.node is not None:  # otherwise it is an intermediate value of a fused operator
+        if value.node is not None and self._measured(value) is not None:
             name = f"{self.node.name} {value.node.name}"
-            self._add(Event(name, 0, value.ids.ravel(), "reader", value, self.node))
+            self._record(Event(name, 0, value.ids.ravel(), "reader", value, self.node))
 
     def project(self, ids: Ids, value: Value, weight: Parameter, start: int = 0) -> None:
         """Record how to measure features that no node holds: as rows of a weight applied to a value."""
@@ -221,16 +201,22 @@ class Context:
 
     def cross(self, value: Features) -> None:
         """Record a value that the heads read."""
-        self._add(Event(f"crossing {self.node.name}", value.axes[0], value.ids.ravel(), "crossing", value, self.node))
+        self._record(
+            Event(f"crossing {self.node.name}", value.axes[0], value.ids.ravel(), "crossing", value, self.node)
+        )
 
     def enter(self, value: Features) -> None:
         """Record a value that a stem passes to the trunk."""
-        self._add(Event(f"entry {self.node.name}", value.axes[0], value.ids.ravel(), "entry", value, self.node))
+        self._record(Event(f"entry {self.node.name}", value.axes[0], value.ids.ravel(), "entry", value, self.node))
 
     def forget(self) -> None:
         """Discard all records of rules. Tied features stay tied."""
         self.events, self.nestings, self.projected = {}, [], []
         self.pinned, self.mixed, self.opaque, self.touched = [], [], [], {}
+
+    def _record(self, event: Event) -> None:
+        self._explained.add(event.name)
+        self.add(event)
 
     def _named(self, tensor: torch.Tensor, name: str) -> Parameter:
         known = self._canonical.get(id(tensor))
@@ -256,7 +242,7 @@ class Context:
             return
         if not isinstance(parameter, Parameter):
             raise self.error("one of its parameters is computed from others and is not a parameter of the network")
-        entries, tensor = (value.ids, value) if isinstance(value, Features) else (value, None)
+        entries, tensor = (value.ids, self._measured(value)) if isinstance(value, Features) else (value, None)
         if entries.size != groups * parameter.shape[axis]:
             raise self.error(
                 f"`{parameter.name}` has {groups * parameter.shape[axis]} entries for {entries.size} features"
@@ -281,61 +267,21 @@ class Context:
             elif whole:
                 features = held[chosen[np.argsort(rows)]]
             else:
-                features = self._numbered(source, axis, size)
+                features = self.numbered(source, axis, size)
                 self.tie(features[rows], held[chosen])
                 if value is not None and kind == "consumer":
                     self.observe(value)
             known = value if whole else None
             path = source.path or source.name
-            self._add(Event(source.name, axis, features, kind, known, self.node, groups, path))
+            self._record(Event(source.name, axis, features, kind, known, self.node, groups, path))
 
-    def _numbered(self, parameter: Parameter, axis: int, size: int) -> Ids:
-        """Return the features along the whole axis of a parameter of which only some entries are used at a time."""
-        if self._partial[0] is not self.events:  # the heads have features of their own
-            self._partial = (self.events, {})
-        used, partial = self.events.get((parameter.name, axis)), self._partial[1]
-        if (parameter.name, axis) not in partial:
-            partial[parameter.name, axis] = used[0].entries if used else self.fresh(size)
-        return partial[parameter.name, axis]
-
-    def _add(self, event: Event) -> None:
-        self._explained.add(event.name)
-        known = self.events.setdefault((event.name, event.axis), [])
-        partial = self._partial[1].get((event.name, event.axis)) if self._partial[0] is self.events else None
-        if known:  # the parameter is used twice
-            self.tie(known[0].entries, event.entries)
-        elif partial is not None:
-            self.tie(partial, event.entries)
-        known.append(event)
-
-    # Connected components
-
-    def components(self) -> Ids:
-        """Return the index of the tied set that each feature belongs to. Units of one feature are tied to it."""
-        while True:
-            component = self._connected()
-            pairs = [
-                (component[nesting.members].ravel(), np.repeat(component[nesting.units], nesting.members.shape[1]))
-                for nesting in self.nestings
-            ]
-            if not pairs:
-                return component
-            members, units = (np.concatenate(side) for side in zip(*pairs, strict=True))
-            order = np.lexsort((units, members))
-            members, units = members[order], units[order]
-            several = (members[1:] == members[:-1]) & (units[1:] != units[:-1])
-            if not several.any():
-                return component
-            first = np.zeros(self._count, np.int64)
-            first[component] = np.arange(self._count)  # one feature of each component
-            self._edges.append((first[units[1:][several]], first[units[:-1][several]]))
-
-    def _connected(self) -> Ids:
-        if not self._edges:
-            return np.arange(self._count)
-        first, second = (np.concatenate(side) for side in zip(*self._edges, strict=True))
-        ties = coo_array((np.ones(len(first), np.int8), (first, second)), shape=(self._count, self._count))
-        return connected_components(ties, directed=False)[1].astype(np.int64)
+    def _measured(self, value: Features) -> Features | None:
+        """Return a value if a node holds it that depends on the input; ``None`` if it cannot be measured."""
+        if value.node is None:  # an intermediate value of a fused operator, or a parameter
+            return None
+        if not self._varying:
+            self._varying = varying(value.node.graph.nodes)
+        return value if value.node in self._varying else None
 
     # Interpretation of nodes
 

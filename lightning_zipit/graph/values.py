@@ -131,12 +131,14 @@ class Features:
         axes: the axes that hold the features, counted from the front and in order.
         shape: the shape of the tensor. A rule may omit it, because the graph knows it.
         node: the node of the traced graph that computes the tensor.
+        alike: axes of positions along which all entries are known to be the same.
     """
 
     ids: Ids
     axes: tuple[int, ...]
     shape: Shape = ()
     node: fx.Node | None = None
+    alike: tuple[int, ...] = ()
 
     @property
     def rank(self) -> int:

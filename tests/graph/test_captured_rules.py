@@ -148,6 +148,29 @@ def experts(self, x):
     return self.out((self.gate(x).softmax(1)[..., None] * y).sum(1))
 
 
+def selective_kernels(self, x):
+    y = torch.stack([self.a(x), self.b(x)], 1)
+    weights = self.expand(y.sum(1).mean((2, 3)).relu()).unflatten(1, (2, 4)).softmax(1)
+    return self.out((y * weights[..., None, None]).sum(1).mean((2, 3)))
+
+
+def pooled_tokens(self, x):
+    y = self.a(x).relu()
+    return self.out(torch.einsum("bl,bld->bd", self.attention(y).softmax(1)[..., 0], y))
+
+
+def unit_queries(self, x):
+    q, k, v = (layer(x).unflatten(2, (2, 4)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+    y = F.normalize(q, dim=3) @ F.normalize(k, dim=3).transpose(2, 3) @ v
+    return self.out(y.transpose(1, 2).flatten(2))
+
+
+def one_key(self, x):
+    q, k, v = self.q(x).unflatten(2, (3, 4)).transpose(1, 2), self.k(x), self.v(x)
+    scores = torch.einsum("bhid,bjd->bhij", q, k).softmax(3)
+    return self.out(torch.einsum("bhij,bjd->bhid", scores, v).transpose(1, 2).flatten(2))
+
+
 def relative(self, x):
     q, table = self.q(x), self.k(self.norm(self.table.weight))
     scores = q @ table.T
@@ -245,6 +268,16 @@ CASES = {
     ),
     "grouped queries": (grouped(False), tensor(4, 5), ()),
     "grouped queries, repeated": (grouped(True), tensor(4, 5), ()),
+    "queries of unit length": (
+        module(unit_queries, q=nn.Linear(5, 8), k=nn.Linear(5, 8), v=nn.Linear(5, 8), out=nn.Linear(8, 3)),
+        tensor(4, 5),
+        (),
+    ),
+    "one key for all heads": (
+        module(one_key, q=nn.Linear(5, 12), k=nn.Linear(5, 4), v=nn.Linear(5, 4), out=nn.Linear(12, 3)),
+        tensor(4, 5),
+        (),
+    ),
     "rotary embedding": (rotating(False), tensor(4, 5), ()),
     "rotary embedding of complex numbers": (rotating(True), tensor(4, 5), ()),
     "spatial transformer": (
@@ -256,6 +289,22 @@ CASES = {
         module(experts, a=nn.Linear(5, 6), b=nn.Linear(5, 6), c=nn.Linear(5, 6), gate=nn.Linear(5, 3), out=sized(3)),
         tensor(5),
         ("gate",),
+    ),
+    "selective kernels": (
+        module(
+            selective_kernels,
+            a=nn.Conv2d(3, 4, 3, padding=1),
+            b=nn.Conv2d(3, 4, 5, padding=2),
+            expand=nn.Linear(4, 8),
+            out=sized(3),
+        ),
+        tensor(3, 6, 6),
+        (),
+    ),
+    "tokens that attention pools": (
+        module(pooled_tokens, a=nn.Linear(5, 6), attention=nn.Linear(6, 1), out=sized(3)),
+        tensor(4, 5),
+        ("attention.bias",),
     ),
     "relative positions": (
         module(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ AXES = {1: "1d", 2: "2d", 3: "3d"}
 def within(ctx: Context, input: Value, first: int) -> Value:
     """Combine entries along the axes from ``first`` on, which must be positions."""
     if isinstance(input, Features):
-        return by_channel(ctx, input, first)
+        return replace(by_channel(ctx, input, first), alike=())
     if isinstance(input, Parameter) and input.counts:
         rank = len(input.shape)
         shown = [axis if axis < (first if first >= 0 else first + rank) else None for axis in range(rank)]

@@ -85,8 +85,15 @@ def _moved(ctx: Context, x: Features) -> Any:
     if _open_indices(ctx) and not torch.equal(moved, _call(ctx, features.expand(x.shape), 1)):
         raise ctx.error("it selects features by data")
     if isinstance(moved, Tensor):
-        return _features(ctx, x, moved, places)
+        found = _features(ctx, x, moved, places)
+        return replace(found, alike=_repeated(x.shape, found)) if _name(ctx) in EXPANDING else found
     return tuple(_features(ctx, x, part, own) for part, own in zip(moved, places, strict=True))
+
+
+def _repeated(before: Shape, x: Features) -> tuple[int, ...]:
+    """Return the axes of positions that had size 1 before an operator repeated them."""
+    sizes = (1,) * (x.rank - len(before)) + before
+    return tuple(axis for axis, size in enumerate(sizes) if size == 1 and axis not in x.axes)
 
 
 def _features(ctx: Context, x: Features, entries: Tensor, places: Tensor) -> Features:
