@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_zipit._common.copying import copy_module
-from lightning_zipit._common.views import Inputs, view_of
+from lightning_zipit._common.views import as_inputs, view_of
 from lightning_zipit._lightning.multihead import MultiHeadModule
 from lightning_zipit._lightning.sources import WithoutCheckpoint, find_input, find_inputs, get_backbone, name_tasks
 from lightning_zipit._lightning.states import WEIGHTS
@@ -66,7 +66,7 @@ class Distillation(WithoutCheckpoint, LightningModule):
         optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
         lr_scheduler: Callable[[Optimizer], Any] | None = None,
         loss: Callable[[Tensor, Tensor], Tensor] = relative_error,
-        get_input: Callable[[Any], Inputs] = find_input,
+        get_input: Callable[[Any], Any] = find_input,
     ) -> None:
         super().__init__()
         models = name_tasks(models)
@@ -104,13 +104,13 @@ class Distillation(WithoutCheckpoint, LightningModule):
         return [part for part in parts if part is not None]  # a loader may have ended
 
     def _distances(self, batch: Any) -> Tensor:
-        inputs = find_inputs(batch, self.merged.tasks, self.get_input)
+        inputs = as_inputs(find_inputs(batch, self.merged.tasks, self.get_input), self.merged.tasks)
         found = self.merged(inputs)
         distances = []
         for task in self.merged.tasks:
             teacher = self._teachers[0][task]
             with torch.no_grad():
-                targets = tensors_in(get_backbone(teacher, self.merged.backbone)(view_of(inputs, task)))
+                targets = tensors_in(view_of(inputs, task).run(get_backbone(teacher, self.merged.backbone)))
             pairs = zip(tensors_in(found[task]), targets, strict=True)
             distances.append(sum(self.loss(one, target) for one, target in pairs if target.is_floating_point()))
         return torch.stack([torch.as_tensor(each) for each in distances])

@@ -13,7 +13,6 @@ from lightning_zipit.graph.interpret import Context
 from lightning_zipit.graph.naming import modules_around
 from lightning_zipit.graph.notes import reached
 from lightning_zipit.graph.order import ancestors, descendants, with_constants
-from lightning_zipit.graph.registry import Trait, traits_of
 from lightning_zipit.graph.spaces import MergeGraph
 from lightning_zipit.graph.values import Features, Opaque, leaves
 
@@ -98,25 +97,22 @@ def with_items(trunk: set[fx.Node], nodes: list[fx.Node], shapes: dict[str, tupl
 
 
 def _last_layers(backbone: nn.Module, nodes: list[fx.Node], shapes: dict[str, tuple[int, ...]]) -> set[fx.Node]:
-    """Find the nodes whose parameters write the outputs that differ between tasks, such as the scores of classes.
+    """Find the nodes whose parameters write outputs that differ between tasks, such as the scores of classes.
 
-    Returned features of a trunk are not among them: if a layer that writes them comes before another layer that writes
-    returned features, as in a residual stream, heads unmerge these features.
+    Returned features that a layer reads too, as those of a residual stream, are features of the trunk: heads unmerge
+    them.
     """
     ctx = Context(backbone, shapes)
     values = ctx.run(nodes, {}, tolerant=set(nodes))
     output = [value.ids.ravel() for value in leaves(values[nodes[-1]]) if isinstance(value, (Features, Opaque))]
     component = ctx.components()
-    returned = component[np.concatenate(output)] if output else np.empty(0)
-    written: dict[fx.Node, set[int]] = {}
-    for event in (event for events in ctx.events.values() for event in events if event.kind == "producer"):
-        found = np.intersect1d(component[event.entries], returned)
-        if found.size:
-            written.setdefault(event.node, set()).update(found.tolist())
-    layers = {node for node in written if Trait.LINEAR in traits_of(node, backbone)}
-    earlier = [node for node in layers if len(descendants({node}, nodes) & layers) > 1]
-    features = set().union(*(written[node] for node in earlier))
-    return {node for node, ids in written.items() if features.isdisjoint(ids)}
+    events = [event for events in ctx.events.values() for event in events]
+    read = [event.entries for event in events if event.kind in ("consumer", "reader")]
+    returned, inside = (component[np.concatenate([np.empty(0, np.int64), *ids])] for ids in (output, read))
+    returned = np.setdiff1d(returned, inside)
+    return {
+        event.node for event in events if event.kind == "producer" and np.isin(component[event.entries], returned).any()
+    }
 
 
 def _inputs_of(body: list[fx.Node], head: set[fx.Node]) -> set[fx.Node]:

@@ -86,7 +86,7 @@ def _moved(ctx: Context, x: Features) -> Any:
         raise ctx.error("it selects features by data")
     if isinstance(moved, Tensor):
         found = _features(ctx, x, moved, places)
-        return replace(found, alike=_repeated(x.shape, found)) if _name(ctx) in EXPANDING else found
+        return replace(found, alike=_repeated(x.shape, found)) if operator_name(ctx.node) in EXPANDING else found
     return tuple(_features(ctx, x, part, own) for part, own in zip(moved, places, strict=True))
 
 
