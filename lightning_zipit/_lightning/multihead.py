@@ -230,7 +230,7 @@ class MultiHeadModule(MultiTaskModule):
         for task, description in self._record["sources"].items():
             if problem := explain_unmakeable(task, description, type(self.sources[task])):
                 rank_zero_warn(problem)
-        outputs = sample_outputs(self, self.example_input)
+        outputs = sample_outputs(self, self.example)
         report = self.report.to_dict() if self.report else None
         checkpoint[CHECKPOINT_KEY] = {**self._record, "report": report, "outputs": outputs}
 

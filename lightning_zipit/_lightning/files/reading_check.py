@@ -32,17 +32,11 @@ def sample_outputs(module: nn.Module, example: Inputs | None) -> dict[str, Tenso
         The entries by task; an empty dict if the module cannot be run in this way, such as with sharded parameters.
     """
     sharded = any(type(tensor.data) is not Tensor for tensor in module.parameters())
-    if example is None or sharded or not isinstance(example, (Tensor, Mapping)):
+    if example is None or sharded:
         return {}
-    generator = torch.Generator().manual_seed(0)
-
-    def fill(x: Tensor) -> Tensor:
-        x = x.expand(2, *x.shape[1:])
-        return torch.randn(x.shape, generator=generator).to(x.dtype) if x.is_floating_point() else x
-
     try:
         with evaluating(module), torch.no_grad(), isolate_rng():
-            outputs = module(like(each_view(example, fill), module))
+            outputs = module(like(each_view(example, lambda one: one.repeated(2).with_noise()), module))
     except Exception:  # the forward may need more than such an input
         return {}
     return {task: _select(output) for task, output in outputs.items()}
