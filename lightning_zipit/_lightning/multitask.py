@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_zipit._common.copying import copy_module
 from lightning_zipit._common.views import Inputs, like, view_of
 from lightning_zipit._lightning.finetuning import FineTuning
+from lightning_zipit._lightning.shells import make_shell
 from lightning_zipit._lightning.sources import (
     WithoutCheckpoint,
     find_input,
@@ -21,7 +22,7 @@ from lightning_zipit._lightning.sources import (
     get_backbone,
     name_tasks,
 )
-from lightning_zipit._lightning.standin import StandIn, make_shell
+from lightning_zipit._lightning.standin import StandIn
 from lightning_zipit._lightning.states import SourceStates
 from lightning_zipit.errors import CalibrationError, ConfigurationError
 from lightning_zipit.functional import fit_temperatures
