@@ -33,8 +33,8 @@ from lightning_zipit._lightning.files.descriptions import (
 from lightning_zipit._lightning.files.reading_check import check_outputs, sample_outputs
 from lightning_zipit._lightning.files.trust import Trust, Trusted
 from lightning_zipit._lightning.multitask import MultiTaskModule
+from lightning_zipit._lightning.shells import split_source
 from lightning_zipit._lightning.sources import get_backbone, name_tasks
-from lightning_zipit._lightning.standin import split_source
 from lightning_zipit._merging.rebuild import build_head, build_stem, build_trunk
 from lightning_zipit._report.report import MergeReport
 from lightning_zipit.errors import CheckpointError, ConfigurationError

@@ -15,6 +15,7 @@ from lightning_zipit._common.copying import copy_module
 from lightning_zipit._common.structure import Structure
 from lightning_zipit._common.views import as_inputs, like, view_of
 from lightning_zipit._lightning.finetuning import FineTuning
+from lightning_zipit._lightning.shells import make_shell
 from lightning_zipit._lightning.sources import (
     WithoutCheckpoint,
     find_input,
@@ -23,7 +24,7 @@ from lightning_zipit._lightning.sources import (
     get_backbone,
     name_tasks,
 )
-from lightning_zipit._lightning.standin import StandIn, make_shell
+from lightning_zipit._lightning.standin import StandIn
 from lightning_zipit._lightning.states import SourceStates
 from lightning_zipit.errors import CalibrationError, ConfigurationError
 from lightning_zipit.functional import fit_temperatures

@@ -12,14 +12,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
-import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from lightning_zipit._common.calls import Call
-from lightning_zipit._common.copying import copy_module
-from lightning_zipit._lightning.lent_hooks import HOOKS, LentHooks, copy_hooks, without_hooks
-from lightning_zipit._lightning.sources import PATH, get_backbone
+from lightning_zipit._lightning.lent_hooks import HOOKS, LentHooks, without_hooks
 from lightning_zipit.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -107,13 +104,13 @@ class StandIn:
         self.places += places
         for name in names:
             owner, _, key = name.rpartition(".")
-            if (holder := _find(body, owner)) is not None:
+            if (holder := find_in(body, owner)) is not None:
                 self.places += [(known, key, name) for known in _registries(holder) if key in known]
         for module in shell.modules():  # other references to a layer
             for known in _registries(module):
                 self.places += [(known, key, absent[id(value)]) for key, value in known.items() if id(value) in absent]
         inside = {".".join(name.split(".")[:end]) for name in names for end in range(1, name.count(".") + 1)}
-        self._inner = [found for name in sorted(inside) if isinstance(found := _find(body, name), nn.Module)]
+        self._inner = [found for name in sorted(inside) if isinstance(found := find_in(body, name), nn.Module)]
         self._fill(False)
 
     def run(self, *inputs: Any, **kwargs: Any) -> Any:
@@ -159,7 +156,7 @@ class StandIn:
                 self._fill(False)
 
     def _layer(self, name: str) -> Any:
-        found = (_find(part, name) for part in self._parts)
+        found = (find_in(part, name) for part in self._parts)
         return next((each for each in found if each is not None), None)
 
     def _fill(self, lending: bool) -> None:
@@ -319,96 +316,10 @@ def _registries(module: nn.Module) -> list[dict[str, Any]]:
     return [module.__dict__[name] for name in REGISTRIES]
 
 
-def _find(module: Any, name: str) -> Any:
+def find_in(module: Any, name: str) -> Any:
     """Return a submodule, parameter or buffer by its dotted name; ``None`` if the module does not have it."""
     for step in name.split(".") if name else ():
         if not isinstance(module, nn.Module):
             return None
         module = next((known[step] for known in _registries(module) if known.get(step) is not None), None)
     return module
-
-
-def make_shell(model: LightningModule, backbone: str, stand_in: StandIn, used: Sequence[str]) -> LightningModule:
-    """Copy a source model with its steps, metrics and losses. A merged path stands in for its backbone.
-
-    Args:
-        model: the source model.
-        backbone: dotted name of the merged part.
-        stand_in: a stand-in, which takes over the structure of the backbone.
-        used: the names of the modules and tensors that the forward of the backbone uses.
-    """
-    original = get_backbone(model, backbone)
-    earlier: StandIn | None = original.__dict__.get(STAND_IN)
-    memo, absent = _placeholders(original, used, drop_others=bool(backbone))
-    names = list(absent.values())
-    structure = original if earlier is None else earlier.body
-    path = (MergedContainer if hasattr(type(structure), "__getitem__") else MergedPath)(stand_in)
-    if backbone or earlier is not None:
-        memo[id(original)] = path
-    shell = copy_module(model, memo)
-    shell._modules.pop(PATH, None)
-    body: nn.Module = shell
-    if backbone:
-        memo.pop(id(original))
-        body = copy_module(structure, memo)
-        path.share(body)
-    else:
-        shell.__dict__["forward"] = path
-    for name in names:
-        layer = _find(original, name)
-        if isinstance(layer, nn.Module):
-            stand_in.hooks[name] = copy_hooks(layer, memo) if earlier is None else earlier.hooks[name].copied(memo)
-    places = [] if earlier is None else copy.deepcopy(earlier.places, memo)
-    stand_in.take(body, shell, names, absent, places)
-    return shell
-
-
-def split_source(source: LightningModule, backbone: str, path: MergedPath, network: nn.Module) -> LightningModule:
-    """Copy a source of a merged module, with a network in place of its merged path, so that it can be merged again.
-
-    Args:
-        source: the source with its merged path.
-        backbone: dotted name of the merged part.
-        path: the merged path.
-        network: the network. It gets the stand-in of the path.
-    """
-    memo: dict[int, Any] = {id(path): network}
-    split = copy_module(source, memo)
-    if not backbone:
-        split.add_module(PATH, network)
-    stand_in: StandIn = path.__dict__[STAND_IN]
-    memo[id(stand_in.owner)] = None
-    network.__dict__[STAND_IN] = copy.deepcopy(stand_in, memo)
-    return split
-
-
-def _placeholders(backbone: nn.Module, used: Sequence[str], drop_others: bool) -> tuple[dict[int, Any], dict[int, str]]:
-    """Make placeholders for the layers and tensors of a backbone.
-
-    Args:
-        backbone: the backbone.
-        used: the names of the modules and tensors that its forward uses.
-        drop_others: whether layers that its forward does not use get placeholders too.
-
-    Returns:
-        The placeholders by the ``id`` of what they stand for, and the used names by the ``id`` of their placeholders.
-    """
-    memo: dict[int, Any] = {}
-    names: dict[int, str] = {}
-    for name in used:
-        original = _find(backbone, name)
-        if original is None or id(original) in memo:  # a constant of the capture, or another name of a tied tensor
-            continue
-        if isinstance(original, nn.Module):
-            memo[id(original)] = Absent(name)
-        elif isinstance(original, nn.Parameter):
-            memo[id(original)] = nn.Parameter(torch.empty(0), requires_grad=False)
-        else:
-            memo[id(original)] = torch.empty(0)
-        names[id(memo[id(original)])] = name
-    if drop_others:
-        for name, module in backbone.named_modules():
-            within = any(f"{each}.".startswith(f"{name}.") or f"{name}.".startswith(f"{each}.") for each in used)
-            if name and not within and any(True for _ in module.parameters()):
-                memo.setdefault(id(module), Absent(name))
-    return memo, names

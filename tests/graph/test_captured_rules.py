@@ -1,6 +1,7 @@
 """Captured networks: permuted as their rules say, by hand, they must compute the same."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,10 +10,12 @@ from helpers.capturing import captured, module, tensor, tokens
 from helpers.equivariance import Permutations
 from torch import nn
 
+from lightning_zipit._common.calls import Call
 from lightning_zipit.errors import TraceError
 from lightning_zipit.graph import registry
 from lightning_zipit.graph.interpret import Context
 from lightning_zipit.graph.operators import aten
+from lightning_zipit.graph.replay import in_dtype
 from lightning_zipit.graph.values import Features, leaves
 
 
@@ -349,8 +352,9 @@ def test_a_network_that_is_permuted_as_its_rules_say_computes_the_same(name):
     for value in (*network.parameters(), *network.buffers()):
         if value.is_floating_point():
             value.add_(torch.rand(value.shape) / 2)
-    found = captured(network, example).in_dtype(torch.float64)
-    given = [each.double() if each.is_floating_point() else each for each in found.tensors(*args)]
+    found = captured(network, example)
+    found = replace(found, graph=in_dtype(found.graph, torch.float64))
+    given = [each.double() if each.is_floating_point() else each for each in found.tensors(Call.of_arguments(args, {}))]
     network = network.double()
     ctx, output = interpret(network, found.graph)
     permutations = Permutations(ctx, output)
