@@ -12,7 +12,6 @@ from torch import nn
 
 from lightning_zipit._common.calls import Call
 from lightning_zipit.errors import TraceError
-from lightning_zipit.graph import registry
 from lightning_zipit.graph.interpret import Context
 from lightning_zipit.graph.operators import aten
 from lightning_zipit.graph.replay import in_dtype
@@ -410,7 +409,3 @@ def test_states_of_two_layers_are_features_of_their_own():
     ctx, (state,) = interpret(net, captured(net, tensor(5, 4)).graph)
     assert isinstance(state, Features) and state.axes == (0, 2)
     assert len(set(ctx.components()[state.ids].ravel().tolist())) == 12
-
-
-def test_operators_have_records_on_request_alone():
-    assert not any(isinstance(key, torch._ops.OpOverload) for key in registry.OPERATORS)

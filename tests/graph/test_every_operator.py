@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers.equivariance import Call, Input, Weight, judge, resolve
 from torch import nn
+from torch._ops import OpOverload
 
 from lightning_zipit.graph.registry import OPERATORS, Trait
 
@@ -455,6 +456,8 @@ def calls(rule, operator, x):
 def operators():
     by_rule = {}
     for key, known in OPERATORS.items():
+        if isinstance(key, OpOverload):  # see test_aten.py: arguments of a wrong kind can crash an overload
+            continue
         name = known.rule.__name__
         if Trait.SHAPE not in known.traits and known.rule.__module__.startswith("lightning_zipit"):
             by_rule.setdefault(name, []).append(key)
