@@ -41,14 +41,15 @@ from lightning_zipit._common.quiet import quiet
 from lightning_zipit import MergeGraph, MergeSettings, merge_backbones, trace
 from lightning_zipit._calibration.calibration import Calibration, statistics_bytes
 from lightning_zipit._calibration.layout import Layout, channels_last
+from lightning_zipit._common.calls import Call
 from lightning_zipit._matching.families import Match, families, match_family
 from lightning_zipit._matching.maps import SpaceMap
 from lightning_zipit._matching.similarity import similarity_from
 from lightning_zipit._merging.cost import measure_cost
 from lightning_zipit._merging.rebuild import build_merged
 from lightning_zipit.functional import greedy_zip
-from lightning_zipit.graph.prove import SAMPLES, find_failing
-from lightning_zipit.graph.replay import check_capture
+from lightning_zipit.graph.capture import capture, holds_for
+from lightning_zipit.graph.prove import find_failing
 from lightning_zipit.matchers import GreedyZip
 from lightning_zipit.refine import BatchNorm, LeastSquares
 
@@ -168,7 +169,7 @@ def calibrate(
 ) -> Calibration:
     calibration, layout = Calibration(graph, networks, positions=positions), Layout()
     for x in batches:
-        calibration.update(layout(x, networks))
+        calibration.update(layout(Call.of(x), networks))
     assert calibration.statistics  # adds the waiting samples
     return calibration
 
@@ -196,15 +197,14 @@ def proof(repeats: int) -> Iterator[Ratio]:
     """Measure the checks of the first batch, relative to plain forward passes of the batch."""
     graph, networks, batches = resnet50s()
     sources, first = list(networks.values()), batches[:1]
-    graphs, inputs = dict.fromkeys(networks, graph), dict.fromkeys(networks, first[0])
+    graphs, inputs = dict.fromkeys(networks, graph), dict.fromkeys(networks, Call.of(first[0]))
     of_batch = f"forwards of both over {len(first[0])} images"
 
     def compare() -> None:
-        for task, network in networks.items():
-            check_capture(network, graph.fx_graph, first[0][:SAMPLES], task)
+        holds_for(capture(sources[0], first[0]), sources[1], first[0])
 
-    ratios = in_turn(compare, lambda: forwards(sources, first), repeats)
-    yield Ratio.of("comparing captures with their networks, two ResNet-50s", of_batch, ratios)
+    ratios = in_turn(compare, lambda: forwards(sources, first), max(1, repeats // 2))
+    yield Ratio.of("capture of a ResNet-50, compared with two", of_batch, ratios)
     ratios = in_turn(
         lambda: find_failing(networks, graphs, inputs), lambda: forwards(sources, first), max(1, repeats // 2)
     )

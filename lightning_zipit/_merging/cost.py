@@ -39,7 +39,7 @@ class Cost:
         return Cost(self.flops + other.flops, self.parameters + other.parameters)
 
 
-def measure_cost(module: nn.Module, x: Inputs) -> Cost:
+def measure_cost(module: nn.Module, x: Any) -> Cost:
     """Count the FLOPs of one forward and the parameters of a network.
 
     Args:
@@ -56,7 +56,8 @@ def measure_cost(module: nn.Module, x: Inputs) -> Cost:
             x.run(working) if isinstance(x, Call) else working(x)
         return Counter({"": counter.get_total_flops()})
 
-    return Cost(_of_one_sample(working, x, count)[""], sum(parameter.numel() for parameter in module.parameters()))
+    inputs = x if isinstance(x, Mapping) else Call.of(x)
+    return Cost(_of_one_sample(working, inputs, count)[""], sum(parameter.numel() for parameter in module.parameters()))
 
 
 def _of_one_sample(network: nn.Module, x: Inputs, count: Callable[[Inputs], Counter[Any]]) -> Counter[Any]:

@@ -92,8 +92,8 @@ class Captured:
     def check(self, network: nn.Module, call: Call) -> None:
         """Refuse an input for which the graph does not compute what the network does.
 
-        Inputs whose sizes meet the conditions of the capture are not run. Others are compared, as some of the
-        conditions matter to torch.export alone.
+        Inputs whose sizes meet the conditions of the capture are run only if the forward decides by its data. Others
+        are compared, as some of the conditions matter to torch.export alone.
 
         Args:
             network: the network; it is left as it is.
@@ -106,13 +106,22 @@ class Captured:
         try:
             self.sizes.check(tensors)
         except TraceError:
-            expected = _observe(network, self.inputs, tensors, type(network).__name__).tensors
-            try:
-                same = _agrees(self, network, tensors, expected)
-            except Exception:  # whatever an operator raises for sizes that do not fit
-                same = False
-            if not same:
+            if not self._agrees(network, tensors):
                 raise
+        else:
+            if self.decisions and not self._agrees(network, tensors):
+                raise TraceError(
+                    f"{type(network).__name__} decides by its data, and otherwise for this input than for the captured "
+                    f"one: {self.decisions[0]}. No one graph computes what it does. Name a submodule without that line "
+                    "as `backbone`."
+                )
+
+    def _agrees(self, network: nn.Module, tensors: list[Tensor]) -> bool:
+        expected = _observe(network, self.inputs, tensors, type(network).__name__).tensors
+        try:
+            return _agrees(self, network, tensors, expected)
+        except Exception:  # whatever an operator raises for sizes that do not fit
+            return False
 
 
 def capture(network: nn.Module, example: Any, name: str = "") -> Captured:

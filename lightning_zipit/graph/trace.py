@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -155,13 +155,20 @@ class _Capture:
                     self.merge_heads,
                 ).result()
                 _check_mergeable(graph, self.stop_at)
-                return replace(graph, captured=self.captured)
+                return replace(graph, captured=self.captured, notes=(*graph.notes, *self._decisions()))
             except ConfigurationError as error:
                 raise last or error from None
             except TraceError as error:
                 if self.merge_heads or error.node is None or error.node in known:
                     raise
                 known[error.node], last = str(error), error
+
+    def _decisions(self) -> Iterator[str]:
+        for read in self.captured.decisions:
+            yield (
+                f"The forward decides by its data: {read}. The merged network decides as for the example, whatever its "
+                "data are."
+            )
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...] | None:
