@@ -18,7 +18,7 @@ from lightning_zipit._common.sources import Sources
 from lightning_zipit._common.views import Inputs, any_view, each_view, explain_views, like, view_of
 from lightning_zipit._merging.cost import FlopCounts, FlopsModel, count_flops
 from lightning_zipit._merging.widths import find_choices
-from lightning_zipit.errors import ConfigurationError, UnknownShapeError, ZipItError
+from lightning_zipit.errors import CalibrationError, ConfigurationError, UnknownShapeError, ZipItError
 from lightning_zipit.graph import MergeGraph
 from lightning_zipit.graph.guess import guess_input
 from lightning_zipit.graph.joined import Joined
@@ -157,7 +157,7 @@ def trace_sources(
 
 def trace_without_data(sources: Sources, settings: MergeSettings) -> Graphs:
     """Trace the source networks without an input; return an empty dict if the shape of an input must be known."""
-    with suppress(UnknownShapeError):
+    with suppress(UnknownShapeError, CalibrationError):  # the meta device may take a guess that the network does not
         return trace_sources(sources, settings, stop_at=settings.last_module)
     return {}
 

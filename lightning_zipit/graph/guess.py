@@ -86,26 +86,27 @@ def _on_meta(network: nn.Module) -> nn.Module:
 
 def _guesses(network: nn.Module) -> Iterator[Tensor]:
     """Yield inputs that fit the first layer with weights."""
-    weight, embeds = _first_weight(network)
+    weight, channels, embeds = _first_weight(network)
     if weight is None:
         return
     if embeds:
         yield from (torch.zeros(BATCH, length, dtype=torch.int64, device="meta") for length in TOKENS)
     elif weight.ndim == 2:
         for sizes in ((), (16,), (7, 7)):
-            yield torch.empty(BATCH, *sizes, weight.shape[1], device="meta", dtype=weight.dtype)
+            yield torch.empty(BATCH, *sizes, channels, device="meta", dtype=weight.dtype)
     else:
         for size in (*COMMON_SIZES, *range(4, 200)):
             positions = (size,) * (weight.ndim - 2)
-            yield torch.empty(BATCH, weight.shape[1], *positions, device="meta", dtype=weight.dtype)
+            yield torch.empty(BATCH, channels, *positions, device="meta", dtype=weight.dtype)
 
 
-def _first_weight(network: nn.Module) -> tuple[Tensor | None, bool]:
-    """Return the weight of the first layer, and whether integer indices look up its rows."""
+def _first_weight(network: nn.Module) -> tuple[Tensor | None, int, bool]:
+    """Return the weight of the first layer, its input channels, and whether integer indices look up its rows."""
     for module in network.modules():
         known = operator_of_module(module)
         weight = getattr(module, "weight", None) if known is not None else None
         if isinstance(weight, Tensor) and not isinstance(weight, nn.UninitializedParameter) and weight.ndim >= 2:
-            return weight, known is not None and Trait.LOOKUP in known.traits
-    matrices = (parameter for parameter in network.parameters() if parameter.ndim >= 2)
-    return next(matrices, None), False
+            channels = getattr(module, "in_channels", weight.shape[1])
+            return weight, channels, known is not None and Trait.LOOKUP in known.traits
+    matrix = next((parameter for parameter in network.parameters() if parameter.ndim >= 2), None)
+    return matrix, 0 if matrix is None else matrix.shape[1], False
