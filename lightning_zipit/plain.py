@@ -27,7 +27,8 @@ def merge_backbones(
     Args:
         backbones: the source networks by task, on one device. They are not changed.
         batches: the inputs: a list with one iterable per task, or one iterable for all tasks. Each iterable is read
-            several times. An input is a tensor for all networks, or a dict with one tensor for each task.
+            several times. An input is a tensor, a tuple of positional arguments or a dict of keyword arguments for all
+            networks, or a dict with one of these for each task. A list of tuples is read as one iterable per task.
         settings: the options of the merge. By default, all layers but the last one are merged.
         base: the network from which all sources were trained, for ``settings.combine``.
 

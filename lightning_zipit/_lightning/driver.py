@@ -63,8 +63,9 @@ class ZipIt:
                 none, its ``train_dataloader()`` in a fixed order.
             backbone: dotted name of the part to merge, the same in each module; ``""`` for the whole ``forward``.
             base: the module from which all sources were trained, for ``combine``.
-            get_input: a function from a batch to the backbone's input. By default, the input is the batch, its first
-                item, or the item of a usual key, such as ``"image"``. If the models take different inputs, the function
+            get_input: a function from a batch to the backbone's input: a tensor, a tuple of positional arguments or a
+                dict of keyword arguments. By default, each source's own step runs on the batch, and its backbone's
+                input is what the step calls the backbone with. If the models take different inputs, the function
                 returns a dict with one view of the same samples per task, such as RGB and grayscale images. By default,
                 a batch with the tasks as keys is such a dict.
             options: every option of :class:`~lightning_zipit.MergeSettings`, as a keyword argument.

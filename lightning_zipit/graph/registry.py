@@ -79,14 +79,14 @@ def register_rule(op_or_module: Any, rule: Rule, traits: Trait = NOTHING, ignore
     """Register the rule of an operator, which describes its effect on features.
 
     Args:
-        op_or_module: a module class, a function, the dotted name of either, or the name of a tensor method. A dotted
-            name, such as ``"package.module.Block"``, needs no import. Tracing does not enter a module class with a
-            rule. A subclass inherits the rule, unless it overrides ``forward`` or a method that ``forward`` calls.
-        rule: ``rule(ctx, *args, **kwargs)`` for functions and methods, ``rule(ctx, module, *args, **kwargs)`` for
-            modules. A tensor argument is passed as :class:`Features`, or as :class:`Plain` if it holds no features. A
-            parameter is passed as :class:`Parameter`. All other arguments are passed unchanged. The rule returns the
-            value of the output. It records the axes that belong together with ``ctx.tie``, ``ctx.units``,
-            ``ctx.write`` and ``ctx.read``.
+        op_or_module: an operator of a captured graph, such as ``torch.ops.my_project.gain.default``; or a module
+            class, whose rule replaces those of the operators inside if its ``forward`` takes one tensor and returns
+            one. A dotted name of a class, such as ``"package.module.Block"``, needs no import. A subclass inherits the
+            rule, unless it overrides ``forward`` or a method that ``forward`` calls.
+        rule: ``rule(ctx, *args, **kwargs)`` for operators, ``rule(ctx, module, x)`` for modules. A tensor argument is
+            passed as :class:`Features`, or as :class:`Plain` if it holds no features. A parameter is passed as
+            :class:`Parameter`. All other arguments are passed unchanged. The rule returns the value of the output. It
+            records the axes that belong together with ``ctx.tie``, ``ctx.units``, ``ctx.write`` and ``ctx.read``.
         traits: the properties of the operator.
         ignored: arguments, or attributes of the module, that have no effect in eval mode.
 

@@ -124,7 +124,7 @@ class MergeGraph:
         trunk_nodes: names of the graph nodes of the trunk.
         stop_at: the requested last module of the trunk; ``None`` zips down to the last layer.
         module: the traced backbone.
-        fx_graph: its graph, captured by torch.fx.
+        fx_graph: its graph, captured by torch.export; modules with a rule are one node each.
         held: per node of the trunk, the spaces that its output holds.
         shapes: per node whose value is a tensor, the shape of that tensor, for a small batch.
         barriers: nodes that stay in the heads with all that depends on them, although they come before the cut, and the
