@@ -204,12 +204,22 @@ def _check_random(captured: Captured, network: nn.Module, batch: list[Tensor], r
 
 
 def _with_single(captured: Captured, network: nn.Module, sample: list[Tensor], who: str) -> Captured:
-    """The capture, which says whether it holds for a batch of one sample, too."""
+    """The capture, which says whether it holds for a batch of one sample, too.
+
+    Raises:
+        TraceError: if a second call of the network returns something else.
+    """
+    working = working_copy(network)
     try:
-        expected = _observe(network, captured.inputs, sample, who).tensors
+        expected, again = (_observe(network, captured.inputs, sample, who, working=working).tensors for _ in range(2))
         same = _agrees(captured, network, sample, expected)
     except Exception:  # whatever the network or an operator raises for one sample
         return captured
+    if not all(map(_close, expected, again)):
+        raise TraceError(
+            f"The forward of {who} keeps something from one call to the next: two calls with the same input return "
+            "different results. No one graph computes what it does. Name a submodule that does not as `backbone`."
+        )
     return replace(captured, sizes=replace(captured.sizes, single=same))
 
 
@@ -249,8 +259,15 @@ class _Flat(nn.Module):
             return torch.export.export(self, tuple(tensors), dynamic_shapes=(shapes,), strict=False)
 
 
-def _observe(network: nn.Module, inputs: Structure, tensors: Sequence[Tensor], who: str, seed: int = 0) -> _Run:
-    working = working_copy(network)
+def _observe(
+    network: nn.Module,
+    inputs: Structure,
+    tensors: Sequence[Tensor],
+    who: str,
+    seed: int = 0,
+    working: nn.Module | None = None,
+) -> _Run:
+    working = working if working is not None else working_copy(network)
     args, kwargs = inputs.unflatten([tensor.clone() for tensor in tensors])
     try:
         with _seeded(seed), Watch() as watch:
