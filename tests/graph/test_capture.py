@@ -168,7 +168,6 @@ NETWORKS = {
         module(lambda self, x: self.fc(x[x.sum(1) > 0]), fc=nn.Linear(4, 3)),
         tensor(4),
     ),
-    "noise": lambda: (module(lambda self, x: self.fc(x) + torch.randn(3), fc=nn.Linear(4, 3)), tensor(4)),
 }
 
 
