@@ -222,10 +222,8 @@ class Context(Ties):
         known = self._canonical.get(id(tensor))
         if known is None and not isinstance(tensor, nn.UninitializedParameter):
             raise self.error(
-                f"its `{name.rpartition('.')[2]}` is computed from other parameters; remove weight norm and other "
-                "parametrizations first, on a copy of the trained model, with "
-                "`torch.nn.utils.parametrize.remove_parametrizations(module, 'weight')` or "
-                "`torch.nn.utils.remove_weight_norm(module)`",
+                f"its `{name.rpartition('.')[2]}` is computed outside the forward, and is no parameter or buffer of "
+                "the network",
                 fatal=True,
             )
         if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)):

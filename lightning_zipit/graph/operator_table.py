@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from torch._ops import OpOverload
+
 from lightning_zipit.graph.registry import OPERATORS, Trait
 
 
@@ -31,6 +33,8 @@ def operators_as_markdown() -> str:
 
 def _name(key: Any) -> str:
     """Return the usual name of an operator, without torch's prefixes."""
+    if isinstance(key, OpOverload):
+        key = key._schema.name.replace("::", ".")
     name = key if isinstance(key, str) else key.__name__
     return name.rpartition(".")[2].removeprefix("special_").removeprefix("linalg_")
 

@@ -421,10 +421,6 @@ FAMILIES = {
     "outer": compared,
 }
 NOT_SWEPT = {
-    "multihead_attention_module": "its heads are seen by its inputs and outputs alone: whole networks test it",
-    "shifted_window_attention": "as above",
-    "relative_position_bias": "a table of positions for the one above",
-    "patch_merging": "takes the last axis of four: Swin tests it",
     "grid": "its tensors hold no features",
     "random": "returns random numbers",
     "affine_grid": "its features keep their order: a network with a spatial transformer tests it",
