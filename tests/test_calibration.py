@@ -7,6 +7,7 @@ from helpers.nets import SmallResNet
 from lightning_zipit import trace
 from lightning_zipit._calibration.calibration import Calibration
 from lightning_zipit._calibration.positions import choose_positions, marks
+from lightning_zipit._common.calls import Call
 
 IMAGES = torch.randn(40, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
@@ -16,7 +17,7 @@ def gathered(networks, batch_size, positions=None):
     calibration = Calibration(graph, networks, positions=positions)
     with torch.no_grad():
         for x in IMAGES.split(batch_size):
-            calibration.update(x)
+            calibration.update(Call.of(x))
     return {space: calibration.take(space) for space in graph.spaces}
 
 
@@ -64,7 +65,7 @@ def test_more_positions_than_there_are_is_all_of_them(networks):
 
 
 def test_chosen_positions_are_different_and_use_all_places():
-    chosen = choose_positions(marks(torch.randn(500, 3, 8, 8)), size=50, count=20)
+    chosen = choose_positions(marks(Call.of(torch.randn(500, 3, 8, 8))), size=50, count=20)
     assert all(len(row.unique()) == 20 for row in chosen)
     frequency = chosen.flatten().bincount(minlength=50) / 500
     assert frequency.min() > 0.25 and frequency.max() < 0.55  # 0.4 is expected

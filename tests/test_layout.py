@@ -8,6 +8,7 @@ from torch import nn
 from lightning_zipit import MergeSettings, merge_backbones, trace
 from lightning_zipit._calibration.calibration import Calibration
 from lightning_zipit._calibration.layout import Layout, channels_last, prefer_channels_last
+from lightning_zipit._common.calls import Call
 
 IMAGES = torch.randn(40, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
@@ -37,7 +38,7 @@ def test_statistics_do_not_depend_on_the_layout(positions):
         calibration = Calibration(graph, networks, positions=positions)
         with torch.no_grad():
             for x in images.split(7):
-                calibration.update(x)
+                calibration.update(Call.of(x))
         found.append({space: calibration.take(space) for space in graph.spaces})
     for name, moments in found[0].items():
         if moments is not None:
@@ -47,10 +48,11 @@ def test_statistics_do_not_depend_on_the_layout(positions):
 
 def test_channels_last_is_used_where_it_is_faster_and_equal():
     layout = Layout()
-    laid_out = layout(IMAGES, {"a": Viewing(flatten=True)})
-    assert is_last(laid_out) and torch.equal(laid_out, IMAGES)
-    views = {"a": IMAGES, "b": IMAGES.mean(1, keepdim=True).expand(-1, 3, -1, -1)}
-    assert all(map(is_last, Layout()(views, {task: Viewing(flatten=True) for task in "ab"}).values()))
+    laid_out = layout(Call.of(IMAGES), {"a": Viewing(flatten=True)})
+    assert is_last(laid_out.tensors[0]) and torch.equal(laid_out.tensors[0], IMAGES)
+    views = {"a": Call.of(IMAGES), "b": Call.of(IMAGES.mean(1, keepdim=True).expand(-1, 3, -1, -1))}
+    laid_out = Layout()(views, {task: Viewing(flatten=True) for task in "ab"}).values()
+    assert all(is_last(view.tensors[0]) for view in laid_out)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +67,8 @@ def test_channels_last_is_used_where_it_is_faster_and_equal():
     ids=["views", "groups", "double", "no convolutions", "no images"],
 )
 def test_other_inputs_keep_their_layout(network, x):
-    assert Layout()(x, {"a": network}) is x
+    call = Call.of(x)
+    assert Layout()(call, {"a": network}) is call
 
 
 @pytest.mark.parametrize("refine", [None, "batch_norm", "least_squares", "repair"])
@@ -83,5 +86,5 @@ def test_network_that_needs_contiguous_images_merges_equally(refine):
     "x", [torch.zeros_like(IMAGES), IMAGES * float("nan"), IMAGES * 1e30], ids=["0", "NaN", "large"]
 )
 def test_layout_does_not_depend_on_the_values_of_a_batch(x):
-    assert prefer_channels_last(x, {"a": Viewing(flatten=True)})
-    assert not prefer_channels_last(x, {"a": Viewing(flatten=False)})
+    assert prefer_channels_last(Call.of(x), {"a": Viewing(flatten=True)})
+    assert not prefer_channels_last(Call.of(x), {"a": Viewing(flatten=False)})

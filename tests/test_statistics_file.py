@@ -193,7 +193,7 @@ def test_statistics_file_refuses_an_earlier_format(path, small, monkeypatch):
     monkeypatch.setattr(statistics_file, "FORMAT", 2)
     known.save(path)
     monkeypatch.undo()
-    with pytest.raises(StatisticsError, match=r"has format 2, but this version reads format 3.*Delete the file"):
+    with pytest.raises(StatisticsError, match=r"has format 2, but this version reads format 4.*Delete the file"):
         CalibrationStatistics.load(path)
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_zipit import MergeSettings, MultiHeadModule, ZipIt, merge_backbones, trace
+from lightning_zipit._common.calls import Call
 from lightning_zipit._merging.cost import FlopsModel, count_flops, measure_cost
 from lightning_zipit._merging.widths import find_fixed, spend, total_loss
 from lightning_zipit.errors import ConfigurationError
@@ -166,7 +167,7 @@ def test_space_whose_size_an_operator_needs_keeps_its_size():
 
     torch.manual_seed(0)
     net, data = Reshaped(), torch.randn(64, 6)
-    assert list(find_fixed(trace(net, example_input=data), net, data)) == ["second"]
+    assert list(find_fixed(trace(net, example_input=data), net, Call.of(data))) == ["second"]
     merged = merge_backbones({"a": net, "b": Reshaped()}, [data], MergeSettings(width=1.5))
     assert {space.name: space.width for space in merged.report.spaces} == {"first": 12, "second": 12}
     assert any("`width` was not applied to these spaces: `second`" in note for note in merged.report.notes)
@@ -177,7 +178,7 @@ def test_space_whose_size_an_operator_needs_keeps_its_size():
 def test_features_that_layer_norm_looks_at_together_can_be_resized():
     net = networks(Mixer, 1)["task0"]
     x = torch.randn(4, 6, 5, 5)
-    assert not find_fixed(trace(net, example_input=x), net, x)
+    assert not find_fixed(trace(net, example_input=x), net, Call.of(x))
     merged = merge_backbones({"a": net, "b": Mixer()}, [torch.randn(64, 6, 5, 5)], MergeSettings(width=1.5))
     assert merged.trunk.get_submodule("norm").normalized_shape == (12,)
 
@@ -195,7 +196,7 @@ def test_groups_and_interleaved_features_keep_their_size():
             return self.last(torch.relu(x).mean((2, 3)))
 
     net, x = Shuffled(), batches()[0]
-    fixed = find_fixed(trace(net, example_input=x), net, x)
+    fixed = find_fixed(trace(net, example_input=x), net, Call.of(x))
     assert set(fixed.values()) == {"groups or heads", "its features are interleaved with other features"}
     assert "grouped" in fixed and "second" in fixed
 
@@ -228,7 +229,7 @@ def test_the_flops_of_widths_are_those_that_are_measured():
     nets = networks(Dense)
     graphs = [trace(net, example_input=batches()[0]) for net in nets.values()]
     pairs = zip(nets.values(), graphs, strict=True)
-    model = FlopsModel.of(graphs, [count_flops(net, graph, batches()[0][:1]) for net, graph in pairs])
+    model = FlopsModel.of(graphs, [count_flops(net, graph, Call.of(batches()[0][:1])) for net, graph in pairs])
     merged = merge_backbones(nets, batches(), MergeSettings(width=1.5, refine=None))
     assert model(merged.widths) == pytest.approx(merged.report.merged.flops)
     assert model({}) == pytest.approx(merge_backbones(nets, batches(), MergeSettings()).report.merged.flops)
@@ -274,7 +275,7 @@ def test_the_flops_of_tied_and_computed_weights_are_predicted_exactly(make, x, w
     nets = {task: make() for task in "ab"}
     graphs = [trace(net, example_input=x[:1]) for net in nets.values()]
     pairs = zip(nets.values(), graphs, strict=True)
-    model = FlopsModel.of(graphs, [count_flops(net, graph, x[:1]) for net, graph in pairs])
+    model = FlopsModel.of(graphs, [count_flops(net, graph, Call.of(x[:1])) for net, graph in pairs])
     merged = merge_backbones(nets, [x], MergeSettings(width=width, refine=None))
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         AllHeads(merged.trunk, merged.heads)(x[:1])

@@ -8,6 +8,7 @@ from torch import nn
 
 from lightning_zipit import MergeSettings, merge_backbones, trace
 from lightning_zipit._calibration.calibration import Calibration
+from lightning_zipit._common.calls import Call
 from lightning_zipit.graph.taps import before_activations
 from lightning_zipit.paths import AllHeads
 
@@ -98,7 +99,7 @@ def test_samples_of_all_taps_count_equally(positions):
     graph = trace(nets["a"], example_input=x[:1])
     calibration = Calibration(graph, nets, positions=positions)
     for batch in x.split(6):
-        calibration.update(batch)
+        calibration.update(Call.of(batch))
     found = calibration.take("conv")
     if positions is None:
         images = (x, x[:, :, ::2, ::2] * 0.5)
