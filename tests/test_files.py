@@ -92,7 +92,11 @@ def test_a_string_that_a_parameter_does_not_take_is_an_error():
 @pytest.mark.parametrize("dtype", ["load", "hub", "_dynamo", "nn.Linear", "no_such_type", ""])
 def test_a_type_of_tensors_is_nothing_else(inbox, dtype):
     before = set(sys.modules)
-    rewrite("merged.ckpt", lambda content: content["lightning_zipit"].update(input_dtype=dtype or "__dict__"))
+
+    def name_type(content):
+        content["lightning_zipit"]["inputs"]["tuple"][0]["tuple"][0]["tensor"] = dtype or "__dict__"
+
+    rewrite("merged.ckpt", name_type)
     with pytest.raises(CheckpointError, match="not a tensor type"):
         MultiHeadModule.load_from_checkpoint("merged.ckpt")
     with pytest.raises(CheckpointError, match="not a tensor type"):
@@ -106,7 +110,7 @@ def test_statistics_name_no_functions(inbox, dtype, monkeypatch):
     ZipIt(trainer()).merge(sources, images(count=16, size=8), backbone="net", refine=None, statistics="s.safetensors")
     with safe_open("s.safetensors", framework="pt") as file:
         header = json.loads(file.metadata()["lightning_zipit"])
-    header["input_dtype"] = dtype
+    header["inputs"]["tuple"][0]["tuple"][0]["tensor"] = dtype
     monkeypatch.setattr("lightning_zipit._calibration.statistics_file.digest_tensors", lambda *_: header["digest"])
     save_file(load_file("s.safetensors"), "s.safetensors", {"lightning_zipit": json.dumps(header)})
     before = set(sys.modules)

@@ -56,12 +56,15 @@ class Entering:
             CalibrationError: if no step of the source calls its backbone with tensors.
         """
         with _lent(self.source, trainer):
-            if self._run is not None:
-                return self._follow(self._run, batch, batch_idx, self._calls_once)[0]
             failures = []
-            for name, run in self._candidates():
+            if self._run is not None:
+                found, error = self._follow(self._run, batch, batch_idx, self._calls_once)
+                if found:
+                    return found
+                failures.append(f"the step {_describe(error)}")
+            for name, run in self._candidates() if self._run is None else ():
                 found, error = self._follow(run, batch, batch_idx, stop=False)
-                if found and isinstance(batch, Tensor) and found[0].samples != len(batch):
+                if found and isinstance(batch, Tensor) and batch.ndim and found[0].samples != len(batch):
                     found, error = [], ValueError(f"it takes a tensor of {len(batch)} samples for several tensors")
                 if found:
                     self._run, self._calls_once = run, len(found) == 1
@@ -75,11 +78,14 @@ class Entering:
 
     def _candidates(self) -> Iterator[tuple[str, Callable[[Any, int], Any]]]:
         for name in STEPS:
-            if is_overridden(name, self.source):
+            if self._has(name):
                 yield name, partial(call_as_trainer, getattr(self.source, name))
-        if is_overridden("forward", self.source):
+        if self._has("forward"):
             yield "forward", lambda batch, _: self.source(find_input(batch))
         yield "the backbone", lambda batch, _: self.network(find_input(batch))
+
+    def _has(self, name: str) -> bool:
+        return name in vars(self.source) or is_overridden(name, self.source)
 
     def _follow(
         self, run: Callable[[Any, int], Any], batch: Any, batch_idx: int, stop: bool

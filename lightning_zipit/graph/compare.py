@@ -97,6 +97,8 @@ def _explain(first: nn.Module, second: nn.Module, node: fx.Node) -> str | None:
     """Find the attribute of a module around a node that differs, from the innermost module to the outermost."""
     for name in reversed(modules_around(node)):
         modules = first.get_submodule(name), second.get_submodule(name)
+        if not name or nn.Module in map(type, modules):  # a container of a merged network
+            continue
         if type(modules[0]) is not type(modules[1]):
             return f"module `{name}` is {_pair(*(type(module).__name__ for module in modules))}"
         settings, others = (

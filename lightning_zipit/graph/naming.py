@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import builtins
+import keyword
 import re
 from collections.abc import Iterable
 
@@ -69,9 +71,12 @@ def name_nodes(nodes: Iterable[fx.Node]) -> set[str]:
 
 
 def free_name(base: str, taken: set[str]) -> str:
-    """Return a name that is not taken, and add it to those that are."""
+    """Return a name that is not taken, and add it to those that are.
+
+    Names of Python get a number, as torch.fx gives them one when it copies a node.
+    """
     name, number = base, 0
-    while name in taken:
+    while name in taken or hasattr(builtins, name) or keyword.iskeyword(name):
         number += 1
         name = f"{base}_{number}"
     taken.add(name)

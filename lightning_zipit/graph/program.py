@@ -60,8 +60,10 @@ def to_graph(program: ExportedProgram, network: nn.Module, who: str) -> fx.Graph
                 "follow. Write `x = …` with a new tensor."
             )
     graph.eliminate_dead_code()
+    first = _first_names(network)
     for node in graph.nodes:
-        _keep_meta(node)
+        _keep_meta(node, first)
+    _read_first(graph)
     graph.lint()
     return graph
 
@@ -101,10 +103,12 @@ def _converted(program: ExportedProgram, network: nn.Module) -> fx.Graph:
 def _sources(program: ExportedProgram, network: nn.Module) -> dict[str, str | Tensor]:
     """Per placeholder that is no input, the name of the tensor in the network, or the tensor that the forward made."""
     found: dict[str, str | Tensor] = {}
+    first = _first_names(network)
     for spec in program.graph_signature.input_specs:
         if spec.kind is InputKind.USER_INPUT:
             continue
-        name = str(spec.target).removeprefix(f"{WRAPPER}.")
+        owner, _, attribute = str(spec.target).removeprefix(f"{WRAPPER}.").rpartition(".")
+        name = f"{first.get(owner, owner)}.{attribute}".removeprefix(".")
         try:
             known = attrgetter(name)(network)
         except AttributeError:
@@ -152,9 +156,9 @@ def _is(value: Any, device: torch.device | None) -> bool:
     return isinstance(value, torch.device) and value == device
 
 
-def _keep_meta(node: fx.Node) -> None:
+def _keep_meta(node: fx.Node, first: Mapping[str, str]) -> None:
     """Keep what is plain data: the modules around a node, its line, and shape and type of its result."""
-    meta: dict[str, Any] = {"nn_module_stack": dict(_calls(node.meta.get("nn_module_stack") or {}))}
+    meta: dict[str, Any] = {"nn_module_stack": dict(_calls(node.meta.get("nn_module_stack") or {}, first))}
     value = node.meta.get("val")
     if isinstance(value, Tensor):
         meta |= {"shape": tuple(map(hint, value.shape)), "dtype": value.dtype}
@@ -166,10 +170,27 @@ def _keep_meta(node: fx.Node) -> None:
     node.meta = meta
 
 
-def _calls(stack: Mapping[str, Any]) -> Iterator[tuple[str, tuple[str, Any]]]:
+def _calls(stack: Mapping[str, Any], first: Mapping[str, str]) -> Iterator[tuple[str, tuple[str, Any]]]:
     """The calls of modules around a node: full name and number of the call, full name and type of the module."""
     for call, (path, kind) in stack.items():
         if str(path).startswith(WRAPPER):
             name = str(path).removeprefix(WRAPPER).removeprefix(".").partition("@")[0]
             number = call.rpartition("@")[2] if "@" in call else ""
+            if first.get(name, name) != name:  # a call by another of its names
+                name, number = first[name], f"{name}{number}"
             yield (f"{name}@{number}" if number else name), (name, kind)
+
+
+def _first_names(network: nn.Module) -> dict[str, str]:
+    """The first name of each module, by each of its names."""
+    first: dict[int, str] = {}
+    named = network.named_modules(remove_duplicate=False)
+    return {name: first.setdefault(id(module), name) for name, module in named}
+
+
+def _read_first(graph: fx.Graph) -> None:
+    """Move the reads of parameters before all operators."""
+    start = next((node for node in graph.nodes if node.op not in ("placeholder", "get_attr")), None)
+    for node in list(graph.nodes):
+        if node.op == "get_attr" and start is not None:
+            start.prepend(node)

@@ -148,10 +148,3 @@ def test_a_network_that_keeps_tensors_with_a_history_is_merged():
     merged = merge_backbones(nets, [x], MergeSettings(refine=None))
     assert merged.heads["a"](*merged.trunk(x)).shape == (16, 2)
     assert all(len(net.kept) == 1 and net.kept[0].grad_fn is not None for net in nets.values())
-
-
-@pytest.mark.parametrize("norm", [torch.nn.utils.weight_norm, torch.nn.utils.parametrizations.weight_norm])
-def test_weight_norm_error_says_how_to_remove_it(norm):
-    nets = {task: nn.Sequential(norm(nn.Linear(5, 6)), nn.ReLU(), nn.Linear(6, 2)) for task in "ab"}
-    with pytest.raises(TraceError, match="remove_"):
-        merge_backbones(nets, [torch.randn(16, 5)], MergeSettings(refine=None))
