@@ -16,6 +16,59 @@ collect_ignore = ["helpers/ddp_script.py", "helpers/failing_script.py"]
 """Scripts that tests start as processes."""
 
 
+NIGHTLY = (
+    "ddp/test_launchers.py::test_torchrun_starts",
+    "ddp/test_shares.py::test_processes_that_share_a_sweep",
+    "test_failures.py::test_a_process_that_is_killed",
+    "test_stops.py::test_layers_that_end_a_residual_branch_are_fitted_to_the_sum[",
+    *(
+        f"test_architectures.py::test_a_model_merged_with_a_permuted_copy_gives_the_same_function[{name}]"
+        for name in (
+            "maxvit",
+            "swin",
+            "swin v2",
+            "three dimensions",
+            "densenet",
+            "shufflenet",
+            "squeezenet1_1",
+            "regnet",
+        )
+    ),
+    *(
+        f"test_architectures.py::test_a_model_merged_with_a_permuted_copy_gives_the_same_function[{name}]"
+        for name in ("mobilenet_v2", "efficientnet", "tokens, norm last", "attention without fusing")
+    ),
+    "test_sweep.py::test_a_finished_sweep_gathers",
+    "test_refine.py::test_a_model_merged_with_a_permuted_copy_stays_the_same_function[shuffled",
+    "test_refine.py::test_a_model_merged_with_a_permuted_copy_stays_the_same_function[norm first",
+    "test_refine.py::test_activations_beyond_cache_bytes_are_recomputed[0-None]",
+    "test_weight_matching.py::test_a_permuted_copy_is_found_by_its_weights[shuffled",
+    "test_readme.py::test_a_sweep",
+    "test_readme.py::test_a_search",
+    "test_readme.py::test_serving",
+    "test_driver.py::test_compiled_models_merge_as_they_would_uncompiled[in place]",
+    "test_driver.py::test_compiled_models_merge_as_they_would_uncompiled[a part of it]",
+    "test_driver.py::test_compiled_models_merge_as_they_would_uncompiled[the model]",
+    *(
+        "test_driver.py::test_whatever_the_precision_the_matching_is_much_the_same_and_the_weights_keep_their_type"
+        f"[{precision}]"
+        for precision in ("16-true", "16-mixed", "64-true", "bf16-true")
+    ),
+    "test_driver.py::test_more_than_two_models[4]",
+    "test_widths.py::test_a_sweep_over_ends_of_the_trunk",
+    "test_widths.py::test_the_more_may_be_spent",
+    "test_merging_again.py::test_with_all_the_weight",
+)
+"""What takes long, and has a shorter test of its kind beside it."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if any(name in item.nodeid for name in NIGHTLY):
+            item.add_marker(pytest.mark.nightly)
+
+
 @pytest.fixture(autouse=True)
 def _quiet_and_repeatable(monkeypatch):
     torch.set_num_threads(1)
