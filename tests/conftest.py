@@ -24,19 +24,9 @@ NIGHTLY = (
     *(
         f"test_architectures.py::test_a_model_merged_with_a_permuted_copy_gives_the_same_function[{name}]"
         for name in (
-            "maxvit",
-            "swin",
-            "swin v2",
-            "three dimensions",
-            "densenet",
-            "shufflenet",
-            "squeezenet1_1",
-            "regnet",
+            *("maxvit", "swin", "swin v2", "three dimensions", "densenet", "shufflenet", "squeezenet1_1", "regnet"),
+            *("mobilenet_v2", "efficientnet", "tokens, norm last", "attention without fusing"),
         )
-    ),
-    *(
-        f"test_architectures.py::test_a_model_merged_with_a_permuted_copy_gives_the_same_function[{name}]"
-        for name in ("mobilenet_v2", "efficientnet", "tokens, norm last", "attention without fusing")
     ),
     "test_sweep.py::test_a_finished_sweep_gathers",
     "test_refine.py::test_a_model_merged_with_a_permuted_copy_stays_the_same_function[shuffled",
