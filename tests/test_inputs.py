@@ -111,6 +111,14 @@ def test_a_merge_of_several_inputs_is_saved_and_exported(merged, tmp_path):
     assert [tuple(each.shape) for each in args] == [(1, 6), (1, 6)] and list(kwargs) == ["numbers"]
 
 
+def test_other_arguments_than_captured_are_refused(merged):
+    ids, mask, numbers = batch(4)
+    with pytest.raises(ConfigurationError, match="captured for other arguments"):
+        merged(ids, task="a", mask=mask, numbers=numbers)
+    with pytest.raises(ConfigurationError, match="captured for other arguments"):
+        merged(ids, mask, numbers=numbers, scale=2.0)
+
+
 def test_keywords_alone_are_a_dict(lit):
     ids, mask, numbers = batch(4)
     graph = trace(lit.net, example_input={"ids": ids, "mask": mask, "numbers": numbers})

@@ -85,6 +85,15 @@ class Call:
             return self
         return kwargs if kwargs else args[0] if len(args) == 1 else args
 
+    def fits(self, structure: Structure) -> bool:
+        """Whether a graph that was captured for arguments of a structure can run on these arguments.
+
+        A single tensor may be given by position or by keyword, and beside arguments that are ``None``.
+        """
+        if self.structure == structure:
+            return True
+        return self.structure.count == structure.count == 1 and _constants(self.structure) == _constants(structure)
+
     def run(self, network: Callable[..., Any]) -> Any:
         """Call a network with copies of the tensors, because a forward may change its input in place."""
         args, kwargs = self.each(torch.Tensor.clone).arguments
@@ -118,6 +127,12 @@ class Call:
     def blank(self) -> Call:
         """Return one sample on the CPU: zeros, and ones for masks; for other indices the smallest that occurs."""
         return self.first(1).each(_blank)
+
+
+def _constants(structure: Structure) -> list[Any]:
+    if structure.parts:
+        return [value for part in structure.parts for value in _constants(part)]
+    return [structure.context] if structure.kind not in (Tensor, type(None), tuple, list, dict) else []
 
 
 def _noise(tensor: Tensor) -> Tensor:

@@ -107,7 +107,17 @@ class MultiTaskModule(WithoutCheckpoint, SourceStates, FineTuning):
         x = given(args, kwargs, self.tasks, self.takes)
         if task is not None:
             return self.run_task(view_of(x, task), task)
+        for view in [x] if isinstance(x, Call) else x.values():
+            self._check_arguments(view)
         return run_all(self.stems, self.trunk, self.heads, x, self.norms_per_task)
+
+    def _check_arguments(self, x: Call) -> None:
+        if self.takes is not None and not x.fits(self.takes):
+            raise ConfigurationError(
+                f"The backbone was captured for other arguments than it is called with. Captured: {self.takes}. "
+                f"Given: {x.structure}. Give the same positional and keyword arguments as in calibration, with the "
+                "same values other than tensors."
+            )
 
     def parts_of(self, task: str) -> list[nn.Module]:
         """Return the parts of a task's network: its head, the trunk, and its stem, if it has one."""
@@ -122,6 +132,7 @@ class MultiTaskModule(WithoutCheckpoint, SourceStates, FineTuning):
 
     def run_task(self, x: Call, task: str) -> Any:
         """Compute the output of one task from its input."""
+        self._check_arguments(x)
         stem = self.stems[task] if len(self.stems) else None
         return run_one(stem, self.trunk, self.heads[task], x, task if self.norms_per_task else None)
 
