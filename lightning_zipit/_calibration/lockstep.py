@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lightning_zipit._calibration.folding import Folds
 from lightning_zipit._common.calls import Call
 from lightning_zipit.graph import MergeGraph
-from lightning_zipit.graph.run import Run, Values
+from lightning_zipit.graph.run import Run, Values, enter_inputs
 
 
 class Lockstep:
@@ -35,7 +35,6 @@ class Lockstep:
         self.nodes = list(graph.trunk_graph())
         by_name = {node.name: node for node in graph.fx_graph.nodes}
         self.entries = [by_name[entry.node] for entry in graph.entries]
-        self.inputs = [node for node in self.nodes if node.op == "placeholder"]
         pairs = zip(graphs or [graph] * len(networks), networks, strict=True)
         self.stems = [run_of_stem(own, network) for own, network in pairs] if graph.stem_nodes else []
         self.runs = [Run(network, graph.fx_graph, self.nodes, kept=(), in_place=True) for network in networks]
@@ -69,8 +68,7 @@ class Lockstep:
         """Compute the values at which the trunk of a network starts."""
         if self.stems:
             return dict(zip(self.entries, run_stem(self.stems[index], x), strict=True))
-        copies = (tensor.clone() for tensor in x.tensors)  # operators in place must not change another network's input
-        return dict(zip(self.inputs, copies, strict=True))
+        return enter_inputs(self.nodes, x.copies)  # operators in place must not change another network's input
 
 
 def run_of_stem(graph: MergeGraph, network: nn.Module) -> Run:
@@ -87,5 +85,4 @@ def run_of_stem(graph: MergeGraph, network: nn.Module) -> Run:
 
 def run_stem(run: Run, x: Call) -> list[Tensor]:
     """Compute the values that a stem passes to the trunk, in the order of the graph's entries."""
-    inputs = [node for node in run.nodes if node.op == "placeholder"]
-    return list(run.results(dict(zip(inputs, x.tensors, strict=True))).values())
+    return list(run.results(enter_inputs(run.nodes, x.tensors)).values())

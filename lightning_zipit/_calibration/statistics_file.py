@@ -20,7 +20,7 @@ from lightning_zipit._common.collectives import exchange, rank_and_size
 from lightning_zipit._common.files import find_output_problem, replacing
 from lightning_zipit._common.messages import inform_on_rank_zero
 from lightning_zipit._common.samples import Description, inputs_of
-from lightning_zipit._common.views import Inputs
+from lightning_zipit._common.views import Inputs, all_views
 from lightning_zipit.errors import ConfigurationError, StatisticsError
 from lightning_zipit.graph import MergeGraph
 from lightning_zipit.graph.notes import read_barriers
@@ -215,10 +215,8 @@ class CalibrationStatistics:
 
 
 def _check_sample(inputs: Description) -> None:
-    example = inputs_of(inputs)
-    for view in [example] if isinstance(example, Call) else example.values():
-        if not all(tensor.numel() for tensor in view.tensors):
-            raise ValueError("a sample is empty")
+    if not all(tensor.numel() for view in all_views(inputs_of(inputs)) for tensor in view.tensors):
+        raise ValueError("a sample is empty")
 
 
 def _restore(tensors: Mapping[str, Tensor], num_models: int) -> dict[str, FeatureStatistics]:

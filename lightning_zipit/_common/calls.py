@@ -72,6 +72,11 @@ class Call:
         return self.tensors[0].device if self.tensors else torch.device("cpu")
 
     @property
+    def copies(self) -> tuple[Tensor, ...]:
+        """Copies of the tensors, which a network may change in place."""
+        return tuple(tensor.clone() for tensor in self.tensors)
+
+    @property
     def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Positional and keyword arguments."""
         args, kwargs = self.structure.unflatten(self.tensors)
@@ -96,7 +101,7 @@ class Call:
 
     def run(self, network: Callable[..., Any]) -> Any:
         """Call a network with copies of the tensors, because a forward may change its input in place."""
-        args, kwargs = self.each(torch.Tensor.clone).arguments
+        args, kwargs = self.structure.unflatten(self.copies)
         return network(*args, **kwargs)
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Call:

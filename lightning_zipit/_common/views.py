@@ -20,9 +20,14 @@ def view_of(inputs: Inputs, task: str) -> Call:
     return inputs if isinstance(inputs, Call) else inputs[task]
 
 
+def all_views(inputs: Inputs) -> list[Call]:
+    """List the different inputs: one if all models have the same, else one per task."""
+    return [inputs] if isinstance(inputs, Call) else list(inputs.values())
+
+
 def any_view(inputs: Inputs) -> Call:
     """Return any one of the inputs, for properties that all share: the number of samples and the device."""
-    return inputs if isinstance(inputs, Call) else next(iter(inputs.values()))
+    return all_views(inputs)[0]
 
 
 def each_view(inputs: Inputs, change: Callable[[Call], Call]) -> Inputs:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_zipit._common.copying import copy_module
-from lightning_zipit._common.views import as_inputs, view_of
+from lightning_zipit._common.views import view_of
 from lightning_zipit._lightning.multihead import MultiHeadModule
 from lightning_zipit._lightning.sources import WithoutCheckpoint, find_input, find_inputs, get_backbone, name_tasks
 from lightning_zipit._lightning.states import WEIGHTS
@@ -104,7 +104,7 @@ class Distillation(WithoutCheckpoint, LightningModule):
         return [part for part in parts if part is not None]  # a loader may have ended
 
     def _distances(self, batch: Any) -> Tensor:
-        inputs = as_inputs(find_inputs(batch, self.merged.tasks, self.get_input), self.merged.tasks)
+        inputs = find_inputs(batch, self.merged.tasks, self.get_input)
         found = self.merged(inputs)
         distances = []
         for task in self.merged.tasks:

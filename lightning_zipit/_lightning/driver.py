@@ -83,9 +83,9 @@ class ZipIt:
         if problem := unsupported_strategy(self.trainer):  # checked early, because spawned processes lose error classes
             raise ConfigurationError(problem)
         module = ZipItModule(models, backbone, dataloaders, datamodule, get_input, base)
-        settings, statistics = callback.settings, callback.settings.statistics
+        statistics = callback.settings.statistics
         given = dataloaders is not None or datamodule is not None or (statistics and Path(statistics).is_file())
-        if not given and settings.needs_data([model for model in module.models.values()]):
+        if not given and module.needs_data(callback.settings):
             raise ConfigurationError("No calibration data was given. Pass `dataloaders` or `datamodule`.")
         with ending_together():
             return self._run(module, callback)

@@ -174,12 +174,14 @@ class ZipItModule(DelegatedTransfers, WithoutCheckpoint, LightningModule):
         self.copies.eval().requires_grad_(False)
         self._entering = {task: Entering(self.copies[task], self.backbone, task) for task in self.models}
 
+    def needs_data(self, settings: MergeSettings) -> bool:
+        """Whether a merge with these settings needs calibration data."""
+        return settings.needs_data(get_backbone(model, self.backbone) for model in self.models.values())
+
     def _does_without_data(self, settings: MergeSettings) -> bool:
         """Whether no data was given, and none is needed."""
         given = self.dataloaders is not None or self.datamodule is not None or settings.statistics is not None
-        return not given and not settings.needs_data(
-            [get_backbone(model, self.backbone) for model in self.models.values()]
-        )
+        return not given and not self.needs_data(settings)
 
     def release(self) -> None:
         """Drop the copies of the sources."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_zipit._common.calls import Call
 from lightning_zipit._common.copying import copy_module
 from lightning_zipit._common.structure import Structure
-from lightning_zipit._common.views import as_inputs, like, view_of
+from lightning_zipit._common.views import all_views, like, view_of
 from lightning_zipit._lightning.finetuning import FineTuning
 from lightning_zipit._lightning.shells import make_shell
 from lightning_zipit._lightning.sources import (
@@ -107,7 +107,7 @@ class MultiTaskModule(WithoutCheckpoint, SourceStates, FineTuning):
         x = given(args, kwargs, self.tasks, self.takes)
         if task is not None:
             return self.run_task(view_of(x, task), task)
-        for view in [x] if isinstance(x, Call) else x.values():
+        for view in all_views(x):
             self._check_arguments(view)
         return run_all(self.stems, self.trunk, self.heads, x, self.norms_per_task)
 
@@ -159,7 +159,7 @@ class MultiTaskModule(WithoutCheckpoint, SourceStates, FineTuning):
         loaders = list(dataloaders.values()) if isinstance(dataloaders, Mapping) else dataloaders
         with evaluating(self):
             seen = [
-                [self(like(as_inputs(find_inputs(batch, self.tasks, get_input), self.tasks), self)) for batch in loader]
+                [self(like(find_inputs(batch, self.tasks, get_input), self)) for batch in loader]
                 for loader in (loaders if isinstance(loaders, (list, tuple)) else [loaders])
             ]
         outputs = list(itertools.chain(*seen))

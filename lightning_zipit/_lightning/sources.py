@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 
 from lightning_zipit._common.copying import copy_module
+from lightning_zipit._common.views import Inputs, as_inputs
 from lightning_zipit._lightning.internals import forget_compilation
 from lightning_zipit.errors import CalibrationError, CheckpointError, ConfigurationError
 
@@ -140,15 +141,14 @@ def find_input(batch: Any) -> Tensor:
     )
 
 
-def find_inputs(batch: Any, tasks: Collection[str], get_input: Callable[[Any], Any] = find_input) -> Any:
+def find_inputs(batch: Any, tasks: Collection[str], get_input: Callable[[Any], Any] = find_input) -> Inputs:
     """Return the inputs of all models in a batch, with ``get_input``, or by default by task if the tasks are its keys.
 
     Raises:
         CalibrationError: if no input is found.
     """
-    if get_input is find_input and isinstance(batch, Mapping) and all(task in batch for task in tasks):
-        return {task: find_input(batch[task]) for task in tasks}
-    return get_input(batch)
+    by_task = get_input is find_input and isinstance(batch, Mapping) and all(task in batch for task in tasks)
+    return as_inputs({task: find_input(batch[task]) for task in tasks} if by_task else get_input(batch), tasks)
 
 
 class DelegatedTransfers(ABC):

@@ -160,8 +160,7 @@ def _agrees(graph: MergeGraph, network: nn.Module, x: Call, extra: Mapping[str, 
         stems: Sequence[fx.GraphModule | None] = build_stems([graph, graph], maps) or [None, None]
         found = []
         for stem, head in zip(stems, heads, strict=True):
-            copies = x.each(torch.Tensor.clone).tensors
-            entering = copies if stem is None else fx.Interpreter(stem).run(*copies)
+            entering = x.copies if stem is None else fx.Interpreter(stem).run(*x.copies)
             found.append(_tensors_in(fx.Interpreter(head).run(*fx.Interpreter(trunk).run(*entering))))
     except Exception:  # see _fits
         return False

@@ -116,15 +116,24 @@ class Captured:
                     "as `backbone`."
                 )
 
-    def _agrees(self, network: nn.Module, tensors: list[Tensor]) -> bool:
-        expected = _observe(network, self.inputs, tensors, type(network).__name__).tensors
+    def gives(self, expected: list[Tensor], network: nn.Module, tensors: list[Tensor]) -> bool:
+        """Whether the graph computes the tensors that a network returned.
+
+        Args:
+            expected: the tensors that the network returned.
+            network: the network.
+            tensors: the tensors of its input.
+        """
         try:
             return _agrees(self, network, tensors, expected)
         except Exception:  # whatever an operator raises for sizes that do not fit
             return False
 
+    def _agrees(self, network: nn.Module, tensors: list[Tensor]) -> bool:
+        return self.gives(_observe(network, self.inputs, tensors, type(network).__name__).tensors, network, tensors)
 
-def capture(network: nn.Module, example: Any, name: str = "") -> Captured:
+
+def capture(network: nn.Module, example: Any) -> Captured:
     """Capture what a network computes in eval mode; the network is left as it was.
 
     The network is run twice, on a batch of 3 samples and on one of 5, with the samples of the example; torch.export
@@ -135,13 +144,12 @@ def capture(network: nn.Module, example: Any, name: str = "") -> Captured:
             dicts and dataclasses.
         example: an input: a tensor, a tuple of positional arguments, a dict of keyword arguments, or a
             :class:`~lightning_zipit._common.calls.Call`.
-        name: what errors call the network.
 
     Raises:
         CalibrationError: if the network cannot take the input.
         TraceError: if the network cannot be captured, or the graph does not compute what the network does.
     """
-    who = f"{type(network).__name__}{f' of task {name!r}' if name else ''}"
+    who = type(network).__name__
     try:
         call = Call.of(example).each(Tensor.detach)
     except UnknownContainerError as error:
@@ -175,19 +183,20 @@ def holds_for(captured: Captured, network: nn.Module, example: Any) -> bool:
         captured: the capture.
         network: a network of the same modules; it is not changed.
         example: an input; see :func:`capture`.
+
+    Raises:
+        CalibrationError: if the network cannot take the input.
+        TraceError: if the network returns a value that may hold tensors and does not say where.
     """
     call = Call.of(example).each(Tensor.detach)
     structure = call.structure
     if structure != captured.inputs:
         return False
-    try:
-        for samples in BATCHES:
-            batch = _batch(call, samples)
-            run = _observe(network, structure, batch, type(network).__name__)
-            if run.structure != captured.outputs or not _agrees(captured, network, batch, run.tensors):
-                return False
-    except Exception:  # whatever an operator raises for sizes that do not fit
-        return False
+    for samples in BATCHES:
+        batch = _batch(call, samples)
+        run = _observe(network, structure, batch, type(network).__name__)
+        if run.structure != captured.outputs or not captured.gives(run.tensors, network, batch):
+            return False
     return True
 
 

@@ -13,7 +13,7 @@ from lightning_zipit._common.calls import Call
 from lightning_zipit._common.copying import copy_module
 from lightning_zipit.errors import ConfigurationError, VerificationError
 from lightning_zipit.graph.replay import agree, in_dtype, swapped, tensors_in
-from lightning_zipit.graph.run import Run, Values
+from lightning_zipit.graph.run import Run, Values, enter_inputs
 from lightning_zipit.graph.spaces import Crossing, MergeGraph, unit_members, units_around, units_first
 from lightning_zipit.graph.table import AxisRef, Row, Table, bind, named_tensors, row_of
 
@@ -247,8 +247,7 @@ class _Proof:
         self.crossings = [nodes[crossing.node] for crossing in graph.crossings]
         self.entries = [nodes[entry.node] for entry in graph.entries]
         self.output = next(node for node in nodes.values() if node.op == "output")
-        placeholders = [node for node in nodes.values() if node.op == "placeholder"]
-        self.inputs = {node: _cast(value, dtype) for node, value in zip(placeholders, x.tensors, strict=True)}
+        self.inputs = enter_inputs(nodes.values(), [_cast(tensor, dtype) for tensor in x.tensors])
         passing = [node for node in self.crossings if node.name in graph.stem_nodes]
         self.seen: set[torch.dtype] = set()
         made = [node for node in self.crossings if node not in passing]

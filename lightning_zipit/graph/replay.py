@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_zipit._common.calls import Call
 from lightning_zipit._common.copying import copy_module
-from lightning_zipit.graph.run import Run
+from lightning_zipit.graph.run import Run, enter_inputs
 
 CAPTURE_TOLERANCE = 1e-3
 """Tolerance of a capture, relative to the largest output. Both run the same kernels, which may round differently."""
@@ -62,8 +62,7 @@ def swapped(network: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]
 
 def returned(run: Run, x: Call) -> list[Tensor]:
     """Run a whole graph on an input and return its output tensors."""
-    placeholders = [node for node in run.nodes if node.op == "placeholder"]
-    return tensors_in(list(run.results(dict(zip(placeholders, x.tensors, strict=True))).values()))
+    return tensors_in(list(run.results(enter_inputs(run.nodes, x.tensors)).values()))
 
 
 def tensors_in(value: Any) -> list[Tensor]:

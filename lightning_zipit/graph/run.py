@@ -113,6 +113,16 @@ class Run(fx.Interpreter):
         return {node: found[node] for node in self.kept}
 
 
+def enter_inputs(nodes: Iterable[fx.Node], tensors: Iterable[Tensor]) -> Values:
+    """Return the values of the inputs among some nodes, which a run starts from.
+
+    Args:
+        nodes: nodes of a graph, in order.
+        tensors: the tensors of an input, in the order of the graph's placeholders.
+    """
+    return dict(zip((node for node in nodes if node.op == "placeholder"), tensors, strict=True))
+
+
 def cloned(value: Any) -> Any:
     """Return a copy of a tensor, and any other value unchanged."""
     return value.clone() if isinstance(value, Tensor) else value

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from lightning_zipit.graph.run import Run
+from lightning_zipit.graph.run import Run, enter_inputs
 
 
 @contextmanager
@@ -38,8 +38,7 @@ def note_shapes(network: nn.Module, graph: fx.Graph, inputs: list[Tensor]) -> No
         if isinstance(value, Tensor):
             node.meta |= {"shape": tuple(value.shape), "dtype": value.dtype}
 
-    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    known = dict(zip(placeholders, inputs, strict=True))
+    known = enter_inputs(graph.nodes, inputs)
     for node, value in known.items():
         note(node, value)
     with evaluating(network), torch.no_grad():

@@ -45,9 +45,9 @@ def trace(
             everything down to the last layer with weights.
         example_input: an input: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
         merge_heads: include the last layer in the trunk; the models then share one output space.
-        verify: an input for the proof. Every space is
-            permuted in a copy, by two permutations without fixed points, and the copy must return the same. This takes
-            three forwards of 2 samples, in float64 if the network supports it. A space that fails becomes a barrier.
+        verify: an input for the proof. Every space is permuted in a copy, by two permutations without fixed points, and
+            the copy must return the same. This takes three forwards of 2 samples, in float64 if the network supports
+            it. A space that fails becomes a barrier.
         barriers: nodes of the traced graph that must be barriers, and the reasons.
         start_at: dotted name of the trunk's first module; everything that does not depend on it stays a stem per task.
             ``None`` zips from the input on.

@@ -55,7 +55,7 @@ class ReEstimation(Refining):
 
     def add(self, inputs: Inputs, tasks: Iterable[str]) -> None:
         if isinstance(inputs, Call) and not self.merged.runs_per_task:
-            crossing = self._collect(self.merged.trunk, *inputs.each(Tensor.clone).tensors)
+            crossing = self._collect(self.merged.trunk, *inputs.copies)
             for task in tasks:
                 self._collect_head(task, crossing)
             return

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from torch import Tensor, fx
+from torch import fx
 
 from lightning_zipit._calibration.lockstep import run_of_stem, run_stem
 from lightning_zipit._calibration.positions import marks
@@ -21,7 +21,7 @@ from lightning_zipit._matching.maps import model_shares
 from lightning_zipit.graph import MergeGraph
 from lightning_zipit.graph.joined import UNMERGE, Joined
 from lightning_zipit.graph.layers import Fitted, Layer, Norm, Stops, find_stops, layer_of
-from lightning_zipit.graph.run import Run, Values, cloned
+from lightning_zipit.graph.run import Run, Values, cloned, enter_inputs
 from lightning_zipit.refine.finite import source_of
 from lightning_zipit.refine.frontier import Frontier
 from lightning_zipit.refine.part import Part
@@ -212,10 +212,9 @@ class Walk:
         """Compute the start values of the merged trunk for each path, followed by those of each source."""
         x, stems = self.batches[batch], self.merged.stems
         if not stems:
-            inputs = [node for node in self.trunk.runs[0].nodes if node.op == "placeholder"]
-            given = [_copies(x, task) for task in (*self.paths, *self.leads)]
-            return [dict(zip(inputs, tensors, strict=True)) for tensors in given]
-        merged = [stems[task](*_copies(x, task)) for task in self.paths]
+            nodes = self.trunk.runs[0].nodes
+            return [enter_inputs(nodes, view_of(x, task).copies) for task in (*self.paths, *self.leads)]
+        merged = [stems[task](*view_of(x, task).copies) for task in self.paths]
         own = [run_stem(self._stem_of(task), view_of(x, task)) for task in self.leads]
         return [dict(zip(self.entries, values, strict=False)) for values in (*merged, *own)]
 
@@ -247,13 +246,9 @@ class Walk:
         ]
         if passed:
             stem = self.merged.stems[task]
-            made = stem(*_copies(self.batches[batch], task))[len(self.entries) :]
+            made = stem(*view_of(self.batches[batch], task).copies)[len(self.entries) :]
             for known in values:
                 known |= {node: cloned(value) for node, value in zip(passed, made, strict=True)}
-
-
-def _copies(x: Inputs, task: str) -> tuple[Tensor, ...]:
-    return view_of(x, task).each(Tensor.clone).tensors
 
 
 @contextmanager

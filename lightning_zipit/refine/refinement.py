@@ -60,7 +60,7 @@ class MergedNetworks:
             inputs: a batch, as in :meth:`Refining.add`.
             task: the name of the task.
         """
-        view = view_of(inputs, task).each(torch.Tensor.clone).tensors  # the first layer may change its input in place
+        view = view_of(inputs, task).copies  # the first layer may change its input in place
         entering = tuple(self.stems[task](*view)) if self.stems else view
         return (*entering, task) if has_task_norms(self.trunk) else entering
 
