@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from lightning_zipit._common.calls import Call
 from lightning_zipit._common.copying import copy_module
+from lightning_zipit._common.randomness import seeded
 from lightning_zipit.errors import ConfigurationError, VerificationError
 from lightning_zipit.graph.replay import agree, in_dtype, swapped, tensors_in
 from lightning_zipit.graph.run import Run, Values, enter_inputs
@@ -340,8 +341,7 @@ class _Proof:
         return self._run(self.head, {**self.inputs, **crossing}, tensors)
 
     def _run(self, part: Run, known: Values, tensors: Mapping[str, Tensor]) -> Values:
-        with swapped(self.network, tensors), torch.random.fork_rng():
-            torch.manual_seed(0)  # a forward may draw random numbers that hardly matter
+        with swapped(self.network, tensors), seeded():  # a forward may draw random numbers that hardly matter
             return part.results(known)
 
     def _note_type(self, node: fx.Node, value: Any) -> None:

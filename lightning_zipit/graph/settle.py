@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 from torch import nn
 
 from lightning_zipit._common.calls import Call
 from lightning_zipit._common.views import Inputs, view_of
-from lightning_zipit.errors import ArchitectureMismatchError, ZipItError
+from lightning_zipit.errors import ArchitectureMismatchError, CalibrationError, ZipItError
 from lightning_zipit.graph.compare import first_difference, first_difference_of_entries
+from lightning_zipit.graph.guess import guess_input
 from lightning_zipit.graph.prove import SAMPLES, find_failing
 from lightning_zipit.graph.spaces import MergeGraph
 from lightning_zipit.graph.trace import analyse_again, trace
@@ -45,16 +47,24 @@ def trace_all(
     """
     graphs: dict[str, MergeGraph] = {}
     problems: list[str] = []
+    guess: Call | None = None
     for task, backbone in backbones.items():
+        own = partial(
+            trace,
+            backbone,
+            stop_at,
+            merge_heads=merge_heads,
+            barriers=next(iter(graphs.values())).barriers if graphs else barriers,
+            start_at=start_at,
+        )
         try:
-            graphs[task] = trace(
-                backbone,
-                stop_at,
-                example_input=None if example is None else view_of(example, task),
-                merge_heads=merge_heads,
-                barriers=next(iter(graphs.values())).barriers if graphs else barriers,
-                start_at=start_at,
-            )
+            if example is not None:
+                graphs[task] = own(example_input=view_of(example, task))
+            elif guess is None:
+                guess = Call.of(guess_input(backbone))
+                graphs[task] = own(example_input=guess)
+            else:
+                graphs[task] = _trace_on_guess(own, guess)
         except ZipItError as error:
             if not graphs:
                 raise
@@ -70,6 +80,14 @@ def trace_all(
     if problems:
         raise ArchitectureMismatchError.collect(problems)
     return graphs
+
+
+def _trace_on_guess(trace_on: Callable[..., MergeGraph], guess: Call) -> MergeGraph:
+    """Trace a network on the input that was guessed for another network, or on a guess of its own."""
+    try:
+        return trace_on(example_input=guess)
+    except CalibrationError:
+        return trace_on()
 
 
 STEMS = " If only their first layers differ, start the trunk after those layers with `start_at`."
