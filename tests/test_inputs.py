@@ -176,7 +176,8 @@ def test_a_submodule_with_a_name_that_graph_modules_use_is_refused():
         trace(net, example_input=torch.randn(2, 3))
 
 
-def test_several_inputs_are_exported(merged, tmp_path):
+@pytest.mark.parametrize("named", [(), ("y",), ("x", "y")])
+def test_several_inputs_are_exported(named, tmp_path):
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
@@ -191,7 +192,9 @@ def test_several_inputs_are_exported(merged, tmp_path):
             self.net = Net()
 
         def test_step(self, batch, batch_idx):
-            return self.net(*batch)
+            given = dict(zip("xy", batch, strict=True))
+            keywords = {name: given.pop(name) for name in named}
+            return self.net(*given.values(), **keywords)
 
     data = [(torch.randn(8, 4), torch.randn(8, 5))]
     found = ZipIt(trainer()).merge({"a": Both(), "b": Both()}, Batches(data), backbone="net", refine=None)

@@ -110,7 +110,7 @@ def _open_axes(x: Inputs) -> Any:
         return {"args": ({task: {0: torch.export.Dim(f"batch_{number}")} for number, task in enumerate(x)},)}
     batch = torch.export.Dim("batch")
     args, kwargs = x.structure.unflatten([{0: batch} if chosen else None for chosen in x.batched])
-    return {"args": tuple(args), **kwargs}
+    return {**({"args": tuple(args)} if args else {}), **({"kwargs": kwargs} if kwargs else {})}
 
 
 def _input_names(x: Inputs) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,10 +13,11 @@ from lightning_zipit._common.sources import Sources
 from lightning_zipit._common.views import Inputs, like, view_of
 from lightning_zipit._matching.maps import FeatureMap
 from lightning_zipit._matching.weights import common_start
-from lightning_zipit._merging.cost import measure_cost
+from lightning_zipit._merging.cost import Cost, measure_cost
 from lightning_zipit._merging.rebuild import build_merged, build_stems
 from lightning_zipit._phases.match import Matching
 from lightning_zipit._report.report import MergeReport
+from lightning_zipit.graph.remember import signature
 from lightning_zipit.graph.rigid import rigid_note
 from lightning_zipit.graph.spaces import handed_over
 from lightning_zipit.merged import MergedBackbone
@@ -90,13 +92,26 @@ def with_report(
     with torch.inference_mode(False), torch.no_grad():
         report = MergeReport(
             tuple(matching.spaces[name].report for name in graph.spaces),
-            {task: measure_cost(network, view_of(x, task)) for task, network in sources.networks.items()},
+            _costs(sources, x),
             measure_cost(AllHeads(merged.trunk, merged.heads, merged.stems), x),
             graph.notes + notes + _notes(merged, matching, sources, settings),
             models=sources.models,
         )
     widths = {name: one.width for name, one in merged.maps.items() if one.width != graph.spaces[name].size}
     return MergedBackbone(merged.trunk, merged.heads, report, example, matching.graphs, widths, merged.stems)
+
+
+def _costs(sources: Sources, x: Inputs) -> dict[str, Cost]:
+    """Measure the cost of each source. Networks of one architecture are measured once."""
+    measured: dict[Any, Cost] = {}
+    costs = {}
+    for task, network in sources.networks.items():
+        view = view_of(x, task)
+        kind = signature(network, view)
+        if kind not in measured:
+            measured[kind] = measure_cost(network, view)
+        costs[task] = measured[kind]
+    return costs
 
 
 def _notes(merged: Merged, matching: Matching, sources: Sources, settings: MergeSettings) -> tuple[str, ...]:

@@ -193,9 +193,10 @@ def holds_for(captured: Captured, network: nn.Module, example: Any) -> bool:
     structure = call.structure
     if structure != captured.inputs:
         return False
+    working = working_copy(network)
     for samples in BATCHES:
         batch = _batch(call, samples)
-        run = _observe(network, structure, batch, type(network).__name__)
+        run = _observe(network, structure, batch, type(network).__name__, working=working)
         if run.structure != captured.outputs or not captured.gives(run.tensors, network, batch):
             return False
     return True

@@ -79,7 +79,8 @@ class Constants:
             return self._known[source]
         value = values.get(source)
         shape = getattr(value, "shape", None)
-        if shape is not None and Trait.SHAPE in traits_of(node, self.module) and "dtype" in source.meta:
+        known = shape is not None and None not in shape  # a size that depends on data is not
+        if known and Trait.SHAPE in traits_of(node, self.module) and "dtype" in source.meta:
             return torch.empty(shape, dtype=source.meta["dtype"])
         return value
 

@@ -75,8 +75,15 @@ def _twin(operator: Any) -> OpOverload | None:
     if not name.endswith("_") or name.endswith("__") or any(arg.is_out for arg in operator._schema.arguments):
         return None
     packet = getattr(getattr(torch.ops, namespace), name[:-1], None)
-    twin = getattr(packet, operator._overloadname, None)
-    return twin if twin is not None and not twin._schema.is_mutable else None
+    if packet is None:
+        return None
+    wanted = [(argument.name, str(argument.type)) for argument in operator._schema.arguments]
+    for overload in sorted(packet.overloads(), key=lambda each: each != operator._overloadname):
+        twin = getattr(packet, overload)
+        taken = [(argument.name, str(argument.type)) for argument in twin._schema.arguments]
+        if taken == wanted and not twin._schema.is_mutable:  # pow_.Scalar is pow.Tensor_Scalar
+            return twin
+    return None
 
 
 def _family(node: fx.Node) -> dict[fx.Node, None]:

@@ -16,6 +16,7 @@ from lightning_zipit.errors import TraceError
 from lightning_zipit.graph.functional_form import make_functional
 from lightning_zipit.graph.naming import location
 from lightning_zipit.graph.recurrent import ORIGINALS
+from lightning_zipit.graph.regions import write_out_regions
 from lightning_zipit.graph.run import IN_PLACE
 from lightning_zipit.graph.sizes import hint
 
@@ -51,6 +52,7 @@ def to_graph(program: ExportedProgram, network: nn.Module, who: str) -> fx.Graph
     Raises:
         TraceError: if an operator writes in place, in a way that cannot be undone.
     """
+    write_out_regions(program.graph_module)
     graph = _converted(program, network)
     if make_functional(graph):
         graph = _converted(program.run_decompositions({}), network)

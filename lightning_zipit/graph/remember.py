@@ -57,7 +57,7 @@ def capture_once(network: nn.Module, example: Any) -> Captured:
     """
     if isinstance(network, Joined):
         return network.captured(example)
-    key = (_of_input(example), tuple(_of_network(network)))
+    key = signature(network, example)
     known = _known.get(key)
     if known is None or not (network in known.networks or holds_for(known.captured, network, example)):
         known = _known[key] = _Known(capture(network, example))
@@ -68,6 +68,16 @@ def capture_once(network: nn.Module, example: Any) -> Captured:
     captured = replace(known.captured, graph=copy.deepcopy(known.captured.graph))
     fold(captured.graph, network, _is_whole)
     return captured
+
+
+def signature(network: nn.Module, example: Any) -> Any:
+    """Return what is equal for networks of one architecture, with inputs of equal sizes, as far as it can be told.
+
+    Args:
+        network: the network.
+        example: an input; see :func:`~lightning_zipit.graph.capture.capture`.
+    """
+    return _of_input(example), tuple(_of_network(network))
 
 
 def _is_whole(module: nn.Module) -> bool:

@@ -48,13 +48,9 @@ AWKWARD = {  # on the rank that has the error, and on the other
 
 ALWAYS = {
     "prepare",
-    "first_batch",
     "later_batch_of_rank_0",
     "matching",
-    "merging",
-    "later_refinement_batch",
     "end_of_refinement",
-    "sweep_merge",
     "sweep_validation_step",
     "exchange_errors",
 }

@@ -18,7 +18,6 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one(folder):
-    merge(trainer(precision="64-true"), 1, folder / "one-64.safetensors")
     return merge(trainer(), 1, folder / "one.safetensors")
 
 
@@ -26,6 +25,11 @@ def one(folder):
 def two(folder):
     messages = start("ddp_script.py", folder).stderr
     return *(torch.load(folder / f"2-{rank}.pt", weights_only=True) for rank in (0, 1)), messages
+
+
+@pytest.fixture(scope="module")
+def two_more(folder):
+    return start("ddp_script.py", folder, "more").stderr
 
 
 def test_both_ranks_have_the_same_network(two):
@@ -42,12 +46,18 @@ def test_two_processes_merge_as_one_does(one, two):
             assert torch.allclose(tensor, first["state"][name], atol=1e-6), name
 
 
-# Single precision rounds products of that many samples by up to 2e-6.
-@pytest.mark.parametrize(("name", "tolerance"), [("{}-64", 1e-12), ("{}", 5e-6)])
-def test_two_processes_gather_the_statistics_of_one(folder, one, two, name, tolerance):
-    first, second = (
-        CalibrationStatistics.load(folder / f"{name.format(count)}.safetensors").statistics for count in ("one", "two")
-    )
+def test_two_processes_gather_the_statistics_of_one(folder, one, two):
+    same_statistics(folder, "one", "two", 5e-6)  # single precision rounds products of that many samples by up to 2e-6
+
+
+@pytest.mark.nightly
+def test_two_processes_gather_the_statistics_of_one_in_double_precision(folder, two_more):
+    merge(trainer(precision="64-true"), 1, folder / "one-64.safetensors")
+    same_statistics(folder, "one-64", "two-64", 1e-12)
+
+
+def same_statistics(folder, one, two, tolerance):
+    first, second = (CalibrationStatistics.load(folder / f"{name}.safetensors").statistics for name in (one, two))
     assert first.keys() == second.keys()
     for tap in first:
         mine, other = first[tap].moments(), second[tap].moments()
@@ -66,7 +76,8 @@ def test_statistics_of_batch_norm_are_those_of_all_samples_of_both(one, two):
             assert torch.allclose(tensor, first["state"][name], atol=tolerance), name
 
 
-def test_two_processes_merge_behind_stems_as_one_does(folder, two):
+@pytest.mark.nightly
+def test_two_processes_merge_behind_stems_as_one_does(folder, two_more):
     alone = merge(trainer(), 1, start_at="bn1").state_dict()
     first, second = (torch.load(folder / f"stems-{rank}.pt", weights_only=True) for rank in (0, 1))
     assert any(name.startswith("stems.b.") for name in alone) and alone.keys() == first.keys()
@@ -109,7 +120,8 @@ def test_the_joint_accuracy_of_two_processes_is_that_of_all_samples(folder, two)
     assert first == second == alone.compute()
 
 
-def test_two_processes_search_as_one(folder, two):
+@pytest.mark.nightly
+def test_two_processes_search_as_one(folder, two_more):
     first, second = (torch.load(folder / f"searched-{rank}.pt", weights_only=True) for rank in (0, 1))
     with open(folder / "searched.csv", newline="") as file:
         written = [row["matcher"] for row in csv.DictReader(file)]
@@ -137,10 +149,10 @@ def test_data_that_turns_bad_on_one_rank_is_an_error_on_every_rank(two):
         assert f"rank {rank}: NaN or Inf at `trunk.conv1` in the values of the source of task 'a'" in messages
 
 
-def test_sharding_strategies_test_a_merged_module_but_do_not_merge(two):
-    *_, messages = two
-    assert "ModelParallelStrategy shards parameters" in messages
-    assert "DTensor" in messages
+@pytest.mark.nightly
+def test_sharding_strategies_test_a_merged_module_but_do_not_merge(two_more):
+    assert "ModelParallelStrategy shards parameters" in two_more
+    assert "DTensor" in two_more
 
 
 @pytest.mark.nightly

@@ -103,7 +103,25 @@ def encoder(**options):
     return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
 
 
+def frozen_and_exact(self, x):
+    with torch.no_grad():
+        y = self.a(x).relu()
+        with torch.autocast("cpu", enabled=False):
+            y, z = y.float() * 2, y.softmax(1)
+    return self.fc(y + z)
+
+
+def powers_in_place(self, x):
+    degrees = x.abs().sum(1)
+    scale = degrees.pow_(-0.5)
+    return self.fc(x * scale[:, None])
+
+
 NETWORKS = {
+    "blocks without gradients and autocast": (
+        lambda: (module(frozen_and_exact, a=nn.Linear(4, 6), fc=nn.Linear(6, 3)), tensor(4))
+    ),
+    "powers in place": lambda: (module(powers_in_place, fc=nn.Linear(4, 3)), tensor(4)),
     "decisions on sizes": lambda: (
         module(decides_on_sizes, conv=nn.Conv2d(3, 4, 3), fc=nn.Linear(64, 5)),
         tensor(3, 6, 6),

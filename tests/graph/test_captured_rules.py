@@ -118,6 +118,23 @@ def grouped(repeats):
     return net
 
 
+def registers(self, x):
+    tokens = (self.first, self.registers.expand(x.shape[0], -1, -1), self.a(x))
+    y = torch.cat([tokens[0].expand(x.shape[0], -1, -1), *tokens[1:]], 1)
+    return self.out((y @ y.transpose(1, 2)).softmax(2) @ y)
+
+
+def one_pair_turns(self, x):
+    angles = torch.arange(x.shape[1])[:, None] * torch.tensor([1.0, 1.0])
+    q, k = (layer(x).unflatten(2, (2, 4)).transpose(1, 2) for layer in (self.q, self.k))
+    q, k = (torch.cat([turned(z[..., :2], angles), z[..., 2:]], 3) for z in (q, k))
+    return self.out((q @ k.transpose(2, 3)).softmax(3).to(x.dtype).mean(1) @ self.v(x))
+
+
+def turned(z, angles):
+    return z * angles.cos() + torch.cat([-z[..., 1:], z[..., :1]], 3) * angles.sin()
+
+
 def rotary(self, x):
     angles = torch.arange(x.shape[1])[:, None] * torch.tensor([1.0, 0.1])
     q, k = (layer(x).unflatten(2, (2, 4)).transpose(1, 2) for layer in (self.q, self.k))
@@ -277,6 +294,22 @@ CASES = {
     ),
     "one key for all heads": (
         module(one_key, q=nn.Linear(5, 12), k=nn.Linear(5, 4), v=nn.Linear(5, 4), out=nn.Linear(12, 3)),
+        tensor(4, 5),
+        (),
+    ),
+    "registers": (
+        module(
+            registers,
+            first=nn.Parameter(torch.randn(1, 1, 6)),
+            registers=nn.Parameter(torch.randn(1, 3, 6)),
+            a=nn.Linear(5, 6),
+            out=nn.Linear(6, 3),
+        ),
+        tensor(4, 5),
+        (),
+    ),
+    "rotary embedding of one pair of each head": (
+        module(one_pair_turns, q=nn.Linear(5, 8), k=nn.Linear(5, 8), v=nn.Linear(5, 6), out=nn.Linear(6, 3)),
         tensor(4, 5),
         (),
     ),

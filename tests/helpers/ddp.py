@@ -40,9 +40,9 @@ def merge(run, devices, statistics=None, refine="batch_norm", **how):
     return ZipIt(run).merge(models(), loaders(devices), **how)
 
 
-def start(script, folder):
+def start(script, folder, *arguments):
     """Run a script of this folder with a working folder as its argument, as a user starts it."""
-    command = [sys.executable, str(TESTS / "helpers" / script), str(folder)]
+    command = [sys.executable, str(TESTS / "helpers" / script), str(folder), *arguments]
     result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     return result

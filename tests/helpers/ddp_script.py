@@ -1,4 +1,7 @@
-"""Started by Lightning on two ranks: merges, sweeps and tests, whose results each rank saves in a folder."""
+"""Started by Lightning on two ranks: merges, sweeps and tests, whose results each rank saves in a folder.
+
+The arguments are the folder, and ``more`` for what nightly tests look at.
+"""
 
 import os
 import sys
@@ -33,8 +36,12 @@ def save_merges():
     merged = merge(run(), 2, f"{OUT}/two.safetensors")
     save({"state": merged.state_dict(), "spaces": [vars(space) for space in merged.report.spaces]}, "2")
     save(merge(run(), 2, refine=LeastSquares(positions=9)).state_dict(), "fitted")
+
+
+def save_more_merges():
     save(merge(run(), 2, start_at="bn1").state_dict(), "stems")
     merge(run(precision="64-true"), 2, f"{OUT}/two-64.safetensors")
+    merged = merge(run(), 2, f"{OUT}/two.safetensors")
     again = merge(run(), 2, f"{OUT}/two.safetensors")
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in merged.state_dict().items())
     return merged
@@ -47,17 +54,20 @@ def sweep(**settings):
     )
 
 
-def save_sweeps():
+def save_sweep():
     classes = {"a": range(5), "b": range(5, 12)}
     swept = sweep(classes=classes, refine=[None, "batch_norm"], results=f"{OUT}/swept.csv")
     save([(row.metrics, row.flops) for row in (swept.ensemble, *swept.rows)], "swept")
+
+
+def save_search():
     searched = sweep(
         refine=None,
         alpha=Range(0, 1),
         trials=3,
         study=optuna.create_study(directions=["maximize", "minimize"]),
         results=f"{OUT}/searched.csv",
-        statistics=f"{OUT}/swept.safetensors",
+        statistics=f"{OUT}/searched.safetensors",
     )
     save([(repr(row.settings.matcher), row.metrics) for row in searched.rows], "searched")
 
@@ -128,8 +138,11 @@ def run_sharding_strategies(merged):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    merged = save_merges()
-    save_sweeps()
-    save_joint_accuracy()
-    print_errors_of_data()
-    run_sharding_strategies(merged)
+    if sys.argv[2:] == ["more"]:
+        run_sharding_strategies(save_more_merges())
+        save_search()
+    else:
+        save_merges()
+        save_sweep()
+        save_joint_accuracy()
+        print_errors_of_data()

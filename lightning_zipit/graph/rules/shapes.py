@@ -211,15 +211,35 @@ def cat(ctx: Context, tensors: Sequence[Any], dim: int = 0) -> Any:
     if features and dim == 0 and len(features) == len(tensors) and _are_states(features):
         return Features(np.stack([value.ids for value in features]), (0, *features[0].axes))
     if any(value.axes != features[0].axes for value in features):
+        tensors = [_along(value, dim % value.rank) if isinstance(value, Features) else value for value in tensors]
+        features = [value for value in tensors if isinstance(value, Features)]
+    if any(value.axes != features[0].axes for value in features):
         raise ctx.error("it concatenates tensors with features on different axes")
     if features and dim % features[0].rank in features[0].axes:
         return _side_by_side(ctx, tensors, features[0].axes, dim % features[0].rank)
     if not features and (len(parameters) == len(tensors) or not _varies(ctx, tensors)):
         return _joined(ctx, tensors, parameters, dim % parameters[0].rank)
-    for parameter in parameters:
-        if parameter.shape[dim] > 1:
-            raise ctx.error(f"`{parameter.name}` has several entries along the concatenated axis")
-    return entrywise(ctx, *tensors)
+    return entrywise(
+        ctx,
+        *(
+            _without_axis(value, dim % value.rank) if any(value is each for each in parameters) else value
+            for value in tensors
+        ),
+    )
+
+
+def _along(x: Features, dim: int) -> Features:
+    """The same with features along one more axis: there, all entries are of one feature."""
+    if dim in x.axes:
+        return x
+    axes = tuple(sorted((*x.axes, dim)))
+    at = axes.index(dim)
+    return Features(np.repeat(np.expand_dims(x.ids, at), x.shape[dim], at), axes, x.shape)
+
+
+def _without_axis(parameter: Parameter, dim: int) -> Parameter:
+    """One entry of a parameter along an axis that holds positions, such as learned tokens before those of the data."""
+    return with_axes(parameter, _without(parameter.shape, dim), _but(parameter.rank, dim))
 
 
 def _are_states(tensors: Sequence[Features]) -> bool:

@@ -1,0 +1,1 @@
+"""Networks of public packages, and what a merge makes of each."""
