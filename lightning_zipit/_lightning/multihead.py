@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from lightning_zipit._common.calls import Call
 from lightning_zipit._common.views import Inputs, as_inputs, like, view_of
@@ -41,6 +41,7 @@ from lightning_zipit.errors import CheckpointError, ConfigurationError
 from lightning_zipit.graph import MergeGraph
 from lightning_zipit.graph.joined import UNMERGE, Joined
 from lightning_zipit.graph.notes import read_barriers
+from lightning_zipit.graph.part import Part, graph_of
 from lightning_zipit.graph.replay import CAPTURE_TOLERANCE, agree, tensors_in
 from lightning_zipit.graph.settle import trace_all
 from lightning_zipit.graph.shapes import evaluating
@@ -169,7 +170,7 @@ class MultiHeadModule(MultiTaskModule):
         for task, source in self.sources.items():
             trunk, head = self.trunk, self.heads[task]
             assert isinstance(source, LightningModule)
-            if not (isinstance(trunk, fx.GraphModule) and isinstance(head, fx.GraphModule)):
+            if not (isinstance(trunk, Part) and isinstance(head, Part)):
                 raise ConfigurationError(
                     f"The merged module cannot be merged again, because its trunk or the head of task {task!r} was "
                     "replaced by another module. Merge the sources."
@@ -185,13 +186,13 @@ class MultiHeadModule(MultiTaskModule):
             return "each task has a stem, whose features are merged behind it"
         if self.norms_per_task:
             return "its batch norm is per task"
-        if not (isinstance(trunk, fx.GraphModule) and isinstance(head, fx.GraphModule)):
+        if not (isinstance(trunk, Part) and isinstance(head, Part)):
             return "its trunk or head was replaced by another module"
         unmerged = [name for name, _ in head.named_modules() if name.startswith(f"{UNMERGE}.")]
         if unmerged:
             where = unmerged[0].removeprefix(f"{UNMERGE}.")
             return f"its features are unmerged between the layers of the source, at `{where}`"
-        used = [{str(node.target) for node in part.graph.nodes if node.op in LAYERS} for part in (trunk, head)]
+        used = [{str(node.target) for node in graph_of(part).nodes if node.op in LAYERS} for part in (trunk, head)]
         if both := used[0] & used[1]:
             return f"`{min(both)}` is in the trunk and in the head, with different weights"
         return self._compare_with_source(task)

@@ -17,6 +17,7 @@ from lightning_zipit._merging.dense import fold_norms
 from lightning_zipit._merging.parameters import merge_into, unmerge_into
 from lightning_zipit.graph import MergeGraph
 from lightning_zipit.graph.joined import UNMERGE, Joined
+from lightning_zipit.graph.part import Part, make_part
 from lightning_zipit.graph.registry import Trait, traits_of, writes_in_place
 from lightning_zipit.graph.returned import return_as
 from lightning_zipit.graph.table import Table, bind, named_tensors, untie
@@ -114,7 +115,7 @@ def build_merged(
     maps: Maps,
     weights: Sequence[float] | None = None,
     models: Sequence[int] | None = None,
-) -> tuple[fx.GraphModule, list[fx.GraphModule]]:
+) -> tuple[Part, list[Part]]:
     """Merge networks: build the trunk and the heads, and fill in their weights.
 
     Args:
@@ -142,7 +143,7 @@ def build_merged(
     return trunk, heads
 
 
-def build_stems(graphs: Sequence[MergeGraph], maps: Maps) -> list[fx.GraphModule]:
+def build_stems(graphs: Sequence[MergeGraph], maps: Maps) -> list[Part]:
     """Build the stems of a merge: the part of each network before the trunk, and the merge of its features.
 
     Args:
@@ -159,7 +160,7 @@ def build_stems(graphs: Sequence[MergeGraph], maps: Maps) -> list[fx.GraphModule
     return stems
 
 
-def build_stem(graph: MergeGraph, widths: Mapping[str, int] | None = None) -> fx.GraphModule:
+def build_stem(graph: MergeGraph, widths: Mapping[str, int] | None = None) -> Part:
     """Build the stem of one task: the part of its network before the trunk, with copies of its weights.
 
     Args:
@@ -221,7 +222,7 @@ def set_merges(stem: nn.Module, graph: MergeGraph, maps: Maps, source: int) -> N
             merge.get_buffer("shares").copy_(shares_along(entry.ref, own_maps, source))
 
 
-def build_trunk(graph: MergeGraph, widths: Mapping[str, int] | None = None) -> fx.GraphModule:
+def build_trunk(graph: MergeGraph, widths: Mapping[str, int] | None = None) -> Part:
     """Build the trunk: the part of the network that all tasks share, with copies of the traced network's weights.
 
     Args:
@@ -242,7 +243,7 @@ def build_trunk(graph: MergeGraph, widths: Mapping[str, int] | None = None) -> f
     return _module(graph.module, trunk, "Trunk", graph.axes, widths)
 
 
-def build_head(graph: MergeGraph, widths: Mapping[str, int] | None = None) -> fx.GraphModule:
+def build_head(graph: MergeGraph, widths: Mapping[str, int] | None = None) -> Part:
     """Build the head of one task: the part of its network after the trunk, with copies of its weights.
 
     Args:
@@ -315,11 +316,9 @@ def _module(
     name: str,
     table: Table,
     widths: Mapping[str, int] | None,
-) -> fx.GraphModule:
+) -> Part:
     graph.lint()
-    module = fx.GraphModule(root, graph, class_name=name)
-    module = copy_module(module)  # copies the weights, so that the traced network stays unchanged
-    module.meta.clear()
+    module = copy_module(make_part(root, graph, name))  # copies the weights: the traced network stays unchanged
     untie(module, table)
     if widths:
         _resize(module, table, widths)

@@ -21,7 +21,7 @@ from lightning_zipit._merging.widths import find_choices
 from lightning_zipit.errors import CalibrationError, ConfigurationError, UnknownShapeError, ZipItError
 from lightning_zipit.graph import MergeGraph
 from lightning_zipit.graph.guess import guess_input
-from lightning_zipit.graph.joined import Joined
+from lightning_zipit.graph.joined import Joined, barriers_of
 from lightning_zipit.graph.replay import working_copy
 from lightning_zipit.graph.settle import settle, trace_all
 from lightning_zipit.refine.task_norms import find_norms
@@ -137,7 +137,7 @@ def trace_sources(
     """
     if barriers is None:
         merged_before = [network for network in sources.networks.values() if isinstance(network, Joined)]
-        barriers = {node: why for network in merged_before for node, why in network.barriers.items()}
+        barriers = {node: why for network in merged_before for node, why in barriers_of(network).items()}
     graphs = trace_all(
         sources.networks,
         stop_at,

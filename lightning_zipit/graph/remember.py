@@ -15,7 +15,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_zipit._common.calls import Call
 from lightning_zipit.graph.capture import Captured, capture, holds_for
-from lightning_zipit.graph.joined import Joined
+from lightning_zipit.graph.joined import Joined, capture_joined
 from lightning_zipit.graph.registry import operator_of_module
 from lightning_zipit.graph.whole_modules import fold
 
@@ -56,7 +56,7 @@ def capture_once(network: nn.Module, example: Any) -> Captured:
         TraceError: if the network cannot be captured.
     """
     if isinstance(network, Joined):
-        return network.captured(example)
+        return capture_joined(network, example)
     key = (_of_input(example), tuple(_of_network(network)))
     known = _known.get(key)
     if known is None or not (network in known.networks or holds_for(known.captured, network, example)):

@@ -116,7 +116,6 @@ class _Capture:
         self, backbone: nn.Module, stop_at: str | None, start_at: str | None, merge_heads: bool, example: Any
     ) -> None:
         self.backbone, self.stop_at, self.start_at, self.merge_heads = backbone, stop_at, start_at, merge_heads
-        _check_names(backbone)
         self.captured = capture_once(backbone, guess_input(backbone) if example is None else example)
         self.graph = graph = self.captured.graph
         if start_at is not None:
@@ -175,17 +174,6 @@ def shape_of(node: fx.Node) -> tuple[int, ...] | None:
     """Return the shape of a node's value for the captured batch; ``None`` if the value is not a tensor."""
     shape = node.meta.get("shape")
     return None if shape is None or any(isinstance(size, tuple) for size in shape) else shape
-
-
-def _check_names(backbone: nn.Module) -> None:
-    """Check that trunk and heads, which are graph modules, can have the submodules of the network by their names."""
-    taken = [name for name in backbone._modules if hasattr(fx.GraphModule, name) or name == "meta"]
-    if taken:
-        raise ConfigurationError(
-            f"The backbone ({type(backbone).__name__}) has a submodule named `{taken[0]}`, which is an attribute of "
-            f"`torch.fx.GraphModule`. Rename the attribute in its class, such as to `{taken[0]}_`, and the keys of its "
-            f"checkpoint with it."
-        )
 
 
 def _check_mergeable(graph: MergeGraph, stop_at: str | None) -> None:
