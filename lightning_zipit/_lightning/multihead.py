@@ -39,9 +39,9 @@ from lightning_zipit._merging.rebuild import build_head, build_stem, build_trunk
 from lightning_zipit._report.report import MergeReport
 from lightning_zipit.errors import CheckpointError, ConfigurationError
 from lightning_zipit.graph import MergeGraph
-from lightning_zipit.graph.joined import UNMERGE, Joined
+from lightning_zipit.graph.joined import Joined
 from lightning_zipit.graph.notes import read_barriers
-from lightning_zipit.graph.part import Part, graph_of
+from lightning_zipit.graph.part import Added, Part, graph_of
 from lightning_zipit.graph.replay import CAPTURE_TOLERANCE, agree, tensors_in
 from lightning_zipit.graph.settle import trace_all
 from lightning_zipit.graph.shapes import evaluating
@@ -188,10 +188,9 @@ class MultiHeadModule(MultiTaskModule):
             return "its batch norm is per task"
         if not (isinstance(trunk, Part) and isinstance(head, Part)):
             return "its trunk or head was replaced by another module"
-        unmerged = [name for name, _ in head.named_modules() if name.startswith(f"{UNMERGE}.")]
-        if unmerged:
-            where = unmerged[0].removeprefix(f"{UNMERGE}.")
-            return f"its features are unmerged between the layers of the source, at `{where}`"
+        for module in head.children():
+            if isinstance(module, Added):
+                return f"its features are unmerged between the layers of the source, at `{next(iter(module))}`"
         used = [{str(node.target) for node in graph_of(part).nodes if node.op in LAYERS} for part in (trunk, head)]
         if both := used[0] & used[1]:
             return f"`{min(both)}` is in the trunk and in the head, with different weights"

@@ -14,13 +14,13 @@ from lightning_zipit._common.calls import Call
 from lightning_zipit._common.structure import flatten
 from lightning_zipit.errors import ConfigurationError
 from lightning_zipit.graph.capture import BATCHES, Captured, names_of
-from lightning_zipit.graph.part import Part, graph_of
+from lightning_zipit.graph.part import Added, Part, graph_of
 from lightning_zipit.graph.returned import RETURNED, tensors_returned
 from lightning_zipit.graph.shapes import evaluating, note_shapes
 from lightning_zipit.graph.sizes import Sizes
 
 UNMERGE = "unmerge"
-"""Name of the submodule of a head that holds its explicit unmerge operators."""
+"""Usual name of the submodule of a head that holds its explicit unmerge operators; see ``name_of_added``."""
 
 
 class Joined(nn.Module):
@@ -43,6 +43,7 @@ class Joined(nn.Module):
 
     def __init__(self, trunk: Part, head: Part, barriers: Mapping[str, str]) -> None:
         super().__init__()
+        unmerge = next((name for name, module in head._modules.items() if isinstance(module, Added)), UNMERGE)
         self._barriers = dict(barriers)  # modules of the network may have names without an underscore
         self._graph = fx.Graph()
         built: dict[fx.Node, fx.Node] = {}
@@ -53,18 +54,18 @@ class Joined(nn.Module):
         for node in graph_of(head).nodes:
             if node.op == "placeholder":
                 built[node] = built[next(crossing)]
-            elif node.op == "call_module" and str(node.target).startswith(f"{UNMERGE}."):
+            elif node.op == "call_module" and str(node.target).startswith(f"{unmerge}."):
                 built[node] = built[node.all_input_nodes[0]]
             else:
                 built[node] = self._graph.node_copy(node, built.__getitem__)
-        self._take(trunk, graph_of(trunk))
-        self._take(head, graph_of(head))
-        self.add_module(UNMERGE, head._modules.get(UNMERGE) or nn.ModuleDict())
+        self._take(trunk, unmerge)
+        self._take(head, unmerge)
+        self.add_module(unmerge, head._modules.get(unmerge) or Added())
 
-    def _take(self, part: nn.Module, graph: fx.Graph) -> None:
-        """Add the modules and tensors that a graph uses, under the same names."""
-        names = {str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")}
-        for name in sorted(name for name in names if not name.startswith(f"{UNMERGE}.")):
+    def _take(self, part: Part, unmerge: str) -> None:
+        """Add the modules and tensors that a part uses, under the same names, without its unmerge operators."""
+        names = {str(node.target) for node in graph_of(part).nodes if node.op in ("call_module", "get_attr")}
+        for name in sorted(name for name in names if not name.startswith(f"{unmerge}.")):
             *path, attribute = name.split(".")
             owner: nn.Module = self
             for step in path:

@@ -14,8 +14,15 @@ import torch
 from torch import Tensor, fx, nn
 from torch._ops import OpOverload
 
+map_arg: Any = fx.node.map_arg  # their types allow for results of a graph alone
+map_aggregate: Any = fx.node.map_aggregate
+
 GRAPH = "_graph_of_part"
 """Attribute of a part that holds its graph."""
+
+
+class Added(nn.ModuleDict):
+    """Modules that a part has beside those of the network."""
 
 
 class Part(nn.Module):
@@ -77,6 +84,13 @@ def set_graph(part: Part, graph: fx.Graph, name: str | None = None) -> Part:
     return part
 
 
+def name_of_added(network: nn.Module, name: str) -> str:
+    """Return the name of modules that parts of a network get: the usual one, unless a module of the network has it."""
+    while not isinstance(network._modules.get(name, Added()), Added):
+        name += "_"
+    return name
+
+
 def _share(root: nn.Module, part: nn.Module, target: str) -> None:
     """Let a part have a module or tensor of a network, in plain modules of the names around it."""
     *around, name = target.split(".")
@@ -86,7 +100,7 @@ def _share(root: nn.Module, part: nn.Module, target: str) -> None:
         if inside is root:  # the part has the whole module
             return
         if inside is None:
-            inside = part._modules[step] = nn.Module()
+            inside = part._modules[step] = Added() if isinstance(root, Added) else nn.Module()
         part = inside
     value = attrgetter(name)(root)
     if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
@@ -138,7 +152,7 @@ def _packed(graph: fx.Graph) -> list[_Packed]:
     packed = []
     for node in graph.nodes:
         target = _Operator.of(node.target) if isinstance(node.target, OpOverload) else node.target
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda source: _Of(source.name))
+        args, kwargs = map_arg((node.args, node.kwargs), lambda source: _Of(source.name))
         meta = {key: node.meta[key] for key in KEPT_META if key in node.meta}
         meta["nn_module_stack"] = dict.fromkeys(node.meta.get("nn_module_stack") or ())
         packed.append(_Packed(node.op, node.name, target, args, kwargs, meta))
@@ -146,7 +160,8 @@ def _packed(graph: fx.Graph) -> list[_Packed]:
 
 
 def _unpickle(name: str, state: dict[str, Any], packed: list[_Packed]) -> Part:
-    part, graph, built = Part(), fx.Graph(), {}
+    part, graph = Part(), fx.Graph()
+    built: dict[str, fx.Node] = {}
     vars(part).update(state)
 
     def unpacked(value: Any) -> Any:
@@ -154,7 +169,7 @@ def _unpickle(name: str, state: dict[str, Any], packed: list[_Packed]) -> Part:
 
     for node in packed:
         target = node.target.find() if isinstance(node.target, _Operator) else node.target
-        args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), unpacked)
+        args, kwargs = map_aggregate((node.args, node.kwargs), unpacked)
         built[node.name] = graph.create_node(node.op, target, args, kwargs, node.name)
         built[node.name].meta = dict(node.meta)
     return set_graph(part, graph, name)

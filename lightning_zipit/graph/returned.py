@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 
 from lightning_zipit._common.structure import Structure
 
-RETURNED = "returned"
+RETURNED = "_returned"
 """Name of the submodule of a head that makes the output of its tensors."""
 WRITTEN_OUT = (tuple, list, dict)
 """Types that generated code writes out."""

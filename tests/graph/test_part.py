@@ -3,6 +3,7 @@
 import copy
 import inspect
 import pickle
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -57,9 +58,11 @@ def test_parts_compute_the_network_with_its_modules_under_their_names(parts):
     assert list(inspect.signature(trunk.forward).parameters) == ["x"]
 
 
-@pytest.mark.parametrize(
-    "copied", [copy.deepcopy, copy.copy, lambda part: pickle.loads(pickle.dumps(part))], ids=["deep", "shallow", "pickle"]
-)
+def pickled(part):
+    return pickle.loads(pickle.dumps(part))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy, pickled])
 @torch.no_grad()
 def test_copies_compute_the_same_and_can_be_changed(parts, copied):
     _, trunk, _ = parts
@@ -124,3 +127,37 @@ def test_a_traceback_shows_the_line_of_a_part(parts):
         parts[1](torch.zeros(4, 5))
     except RuntimeError as error:
         assert "self.code" in "".join(traceback.format_exception(error))
+
+
+@dataclass
+class Output:
+    logits: torch.Tensor
+
+
+class OwnNames(nn.Module):
+    """Modules that have the names of those that parts of a merged network get."""
+
+    def __init__(self):
+        super().__init__()
+        self.merge, self.unmerge, self.returned = (nn.Linear(6, 6) for _ in range(3))
+        self.last = nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = self.merge(x).relu()
+        x = x + self.unmerge(x).relu()
+        return Output(self.last(x + self.returned(x).relu()))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("start_at", "stop_at"), [(None, "merge"), (None, "unmerge"), ("unmerge", None)])
+def test_modules_may_have_the_names_of_merges_and_unmerges(start_at, stop_at):
+    torch.manual_seed(0)
+    models = [Wrap(network := OwnNames()), Wrap(copy.deepcopy(network))]
+    options = {"backbone": "net", "start_at": start_at, "stop_at": stop_at, "refine": None}
+    merged = ZipIt(trainer()).merge(models, DataLoader(X, 4), **options)
+    expected = network.eval()(X).logits
+    torch.testing.assert_close(merged(X, task="task_1").logits, expected)
+    if start_at is None:
+        torch.testing.assert_close(merged.split()["task_1"].net(X).logits, expected)
+        again = ZipIt(trainer()).merge({"one": merged, "two": models[0]}, DataLoader(X, 4), **options)
+        torch.testing.assert_close(again(X, task="task_1").logits, expected)
