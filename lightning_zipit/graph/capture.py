@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import io
 import re
 import warnings
@@ -15,11 +14,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
-from lightning_zipit._common.calls import Call
+from lightning_zipit._common.calls import Call, names_of
 from lightning_zipit._common.randomness import seeded
 from lightning_zipit._common.structure import Structure, UnknownContainerError, flatten
 from lightning_zipit.errors import CalibrationError, TraceError
 from lightning_zipit.graph.decisions import Answer, Read, Watch
+from lightning_zipit.graph.dtypes import NoteTypes, note_followers
 from lightning_zipit.graph.explain_capture import cannot_capture, unknown_container
 from lightning_zipit.graph.program import to_graph
 from lightning_zipit.graph.recurrent import KeepRecurrent
@@ -251,12 +251,13 @@ class _Flat(nn.Module):
 
     def __init__(self, network: nn.Module, inputs: Structure, reads: Sequence[Read]) -> None:
         super().__init__()
-        self.network, self.inputs, self.answer = network, inputs, Answer(reads)
+        self.network, self.inputs, self.answer, self.types = network, inputs, Answer(reads), NoteTypes()
 
     def forward(self, *tensors: Tensor) -> list[Tensor]:
         args, kwargs = self.inputs.unflatten(tensors)
         self.answer.start(tensors)
-        with KeepRecurrent(), ShortExpressions(), self.answer:
+        self.types.start()
+        with KeepRecurrent(), ShortExpressions(), self.answer, self.types:
             returned = self.network(*args, **kwargs)
         return flatten(returned, "output")[0]
 
@@ -311,6 +312,7 @@ def _follow(
         ) from error
     except Exception as error:  # whatever a forward or torch.export raises
         raise cannot_capture(flat.network, who, error) from error
+    note_followers(graph, network, inputs, batches[0])
     return graph, sizes, flat.answer.decisions
 
 
@@ -373,26 +375,3 @@ def _seeded(seed: int = 0) -> Iterator[None]:
     with torch.inference_mode(False), torch.no_grad(), seeded(seed), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-
-
-def names_of(inputs: Structure, network: nn.Module) -> list[str]:
-    """What the tensors of an input are called: the names of the forward's arguments, and where they are inside.
-
-    Args:
-        inputs: the structure of positional and keyword arguments.
-        network: the network.
-    """
-    positional, keywords = inputs.parts
-    known = inspect.signature(network.forward).parameters.values()
-    names = [each.name for each in known if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
-    names += [f"argument_{number}" for number in range(len(names), len(positional.parts))]
-    parts = (*zip(names, positional.parts, strict=False), *zip(keywords.context, keywords.parts, strict=True))
-    return [name for argument, part in parts for name in _names_inside(part, argument)]
-
-
-def _names_inside(structure: Structure, path: str) -> list[str]:
-    if structure.kind is Tensor:
-        return [path]
-    keys = structure.context if isinstance(structure.context, list) else range(len(structure.parts))
-    pairs = zip(keys, structure.parts, strict=True)
-    return [name for key, part in pairs for name in _names_inside(part, f"{path}[{key!r}]")]

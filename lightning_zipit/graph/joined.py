@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from lightning_zipit._common.calls import Call
+from lightning_zipit._common.calls import Call, names_of
 from lightning_zipit._common.structure import flatten
 from lightning_zipit.errors import ConfigurationError
-from lightning_zipit.graph.capture import BATCHES, Captured, names_of
+from lightning_zipit.graph.capture import BATCHES, Captured
 from lightning_zipit.graph.part import Added, Part, graph_of
 from lightning_zipit.graph.returned import RETURNED, tensors_returned
 from lightning_zipit.graph.shapes import evaluating, note_shapes

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch._ops import OpOverload
 
+from lightning_zipit.graph.dtypes import FOLLOWS, following
+
 map_arg: Any = fx.node.map_arg  # their types allow for results of a graph alone
 map_aggregate: Any = fx.node.map_aggregate
 
@@ -74,7 +76,7 @@ def set_graph(part: Part, graph: fx.Graph, name: str | None = None) -> Part:
         name: the name of the part's class; by default, the class keeps its name.
     """
     vars(part)[GRAPH] = graph
-    code = graph.python_code("self")
+    code = following(graph, part).python_code("self")
     file = f"<part {hashlib.blake2b(code.src.encode(), digest_size=8).hexdigest()}>"
     linecache.cache[file] = (len(code.src), None, code.src.splitlines(keepends=True), file)  # for tracebacks
     members = dict(code.globals)
@@ -145,7 +147,7 @@ class _Packed(NamedTuple):
     meta: Mapping[str, Any]
 
 
-KEPT_META = ("shape", "dtype", "value", "stack_trace")
+KEPT_META = ("shape", "dtype", "value", "stack_trace", FOLLOWS)
 
 
 def _packed(graph: fx.Graph) -> list[_Packed]:
