@@ -25,6 +25,7 @@ from lightning_zipit.graph.program import to_graph
 from lightning_zipit.graph.recurrent import KeepRecurrent
 from lightning_zipit.graph.replay import CAPTURE_TOLERANCE, agree, working_copy
 from lightning_zipit.graph.sizes import ShortExpressions, Sizes, sizes_of
+from lightning_zipit.graph.training import NoteModes, note_training
 from lightning_zipit.graph.two_batches import DifferentGraphsError, join
 
 BATCHES = (3, 5)
@@ -45,6 +46,7 @@ class Captured:
         sizes: the sizes of inputs that the graph holds for.
         decisions: what the forward read from tensors that depend on the inputs, and decided by: the graph is what it
             computes where it decides the same.
+        training_alone: what the forward calls in training mode alone, so that the graph does not have it.
     """
 
     graph: fx.Graph = field(repr=False)
@@ -52,6 +54,7 @@ class Captured:
     outputs: Structure
     sizes: Sizes
     decisions: tuple[Read, ...] = ()
+    training_alone: tuple[str, ...] = ()
 
     def tensors(self, call: Call) -> tuple[Tensor, ...]:
         """The tensors of an input, in the order of the graph's placeholders.
@@ -164,8 +167,7 @@ def capture(network: nn.Module, example: Any) -> Captured:
             f"What {who} returns depends on the number of samples in more than the sizes of tensors: "
             f"{first.structure} for {BATCHES[0]} samples, {second.structure} for {BATCHES[1]}. Return tensors."
         )
-    graph, sizes, decisions = _follow(network, inputs, batches, runs, who)
-    captured = Captured(graph, inputs, first.structure, sizes, tuple(decisions))
+    captured = _follow(network, inputs, batches, runs, who)
     for batch, run in zip(batches, runs, strict=True):
         if not _agrees(captured, network, batch, run.tensors):
             raise TraceError(
@@ -251,13 +253,15 @@ class _Flat(nn.Module):
 
     def __init__(self, network: nn.Module, inputs: Structure, reads: Sequence[Read]) -> None:
         super().__init__()
-        self.network, self.inputs, self.answer, self.types = network, inputs, Answer(reads), NoteTypes()
+        self.network, self.inputs = network, inputs
+        self.answer, self.types, self.modes = Answer(reads), NoteTypes(), NoteModes()
 
     def forward(self, *tensors: Tensor) -> list[Tensor]:
         args, kwargs = self.inputs.unflatten(tensors)
         self.answer.start(tensors)
         self.types.start()
-        with KeepRecurrent(), ShortExpressions(), self.answer, self.types:
+        self.modes.start()
+        with KeepRecurrent(), ShortExpressions(), self.answer, self.types, self.modes:
             returned = self.network(*args, **kwargs)
         return flatten(returned, "output")[0]
 
@@ -295,8 +299,7 @@ def _observe(
 
 def _follow(
     network: nn.Module, inputs: Structure, batches: Sequence[list[Tensor]], runs: Sequence[_Run], who: str
-) -> tuple[fx.Graph, Sizes, list[Read]]:
-    """The graph of a network, the sizes that it holds for, and what decided it."""
+) -> Captured:
     flat = _Flat(_untied(working_copy(network)), inputs, runs[0].reads).eval()
     try:
         graph, sizes = _export(flat, batches[0], network, who)
@@ -313,7 +316,8 @@ def _follow(
     except Exception as error:  # whatever a forward or torch.export raises
         raise cannot_capture(flat.network, who, error) from error
     note_followers(graph, network, inputs, batches[0])
-    return graph, sizes, flat.answer.decisions
+    lost = note_training(graph, flat.modes.calls, network, inputs, batches[0])
+    return Captured(graph, inputs, runs[0].structure, sizes, tuple(flat.answer.decisions), lost)
 
 
 def _untied(network: nn.Module) -> nn.Module:

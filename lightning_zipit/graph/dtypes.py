@@ -83,7 +83,7 @@ def _types_in(dtype: torch.dtype, network: nn.Module, inputs: Structure, tensors
     try:
         with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings(), NoteTypes() as noting:
             warnings.simplefilter("ignore")
-            copy.deepcopy(working_copy(network)).to(dtype)(*args, **kwargs)
+            working_copy(network).to(dtype)(*args, **kwargs)
     except Exception:  # whatever a forward raises for another type
         return {}
     return noting.types

@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from torch._ops import OpOverload
 
 from lightning_zipit.graph.dtypes import FOLLOWS, following
+from lightning_zipit.graph.training import IN_TRAINING, switching
 
 map_arg: Any = fx.node.map_arg  # their types allow for results of a graph alone
 map_aggregate: Any = fx.node.map_aggregate
@@ -76,7 +77,7 @@ def set_graph(part: Part, graph: fx.Graph, name: str | None = None) -> Part:
         name: the name of the part's class; by default, the class keeps its name.
     """
     vars(part)[GRAPH] = graph
-    code = following(graph, part).python_code("self")
+    code = switching(following(graph, part), part).python_code("self")
     file = f"<part {hashlib.blake2b(code.src.encode(), digest_size=8).hexdigest()}>"
     linecache.cache[file] = (len(code.src), None, code.src.splitlines(keepends=True), file)  # for tracebacks
     members = dict(code.globals)
@@ -147,7 +148,7 @@ class _Packed(NamedTuple):
     meta: Mapping[str, Any]
 
 
-KEPT_META = ("shape", "dtype", "value", "stack_trace", FOLLOWS)
+KEPT_META = ("shape", "dtype", "value", "stack_trace", FOLLOWS, IN_TRAINING)
 
 
 def _packed(graph: fx.Graph) -> list[_Packed]:

@@ -13,7 +13,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from lightning_zipit.errors import TraceError
-from lightning_zipit.graph.dtypes import CALL, DEFAULT, FOLLOWS
+from lightning_zipit.graph import dtypes, training
 from lightning_zipit.graph.functional_form import make_functional
 from lightning_zipit.graph.naming import location
 from lightning_zipit.graph.recurrent import ORIGINALS
@@ -27,6 +27,7 @@ SAME = {**ORIGINALS, aten.view.default: aten.reshape.default, aten._unsafe_view.
 
 WRAPPER = "network"
 """Name of the network in the module that is exported."""
+KEPT = ("stack_trace", IN_PLACE, dtypes.CALL, dtypes.FOLLOWS, training.CALL)
 CHECKS = frozenset(
     {
         aten._assert_tensor_metadata.default,
@@ -92,7 +93,7 @@ def _converted(program: ExportedProgram, network: nn.Module) -> fx.Graph:
             graph.output(tuple(convert(each) for each in node.args[0] if each.name in wanted))
         elif node.target in COPIES:
             built[node] = convert(node.args[0])
-            built[node].meta |= {CALL: node.meta[CALL]} if CALL in node.meta else {}
+            built[node].meta |= {key: node.meta[key] for key in (dtypes.CALL,) if key in node.meta}
         elif node.target not in CHECKS:
             built[node] = copied = graph.node_copy(node, convert)
             copied.target = SAME.get(node.target, node.target)
@@ -153,7 +154,7 @@ def _write_out_dtype(node: fx.Node) -> None:
     if not given and any(argument.name == "dtype" and argument.kwarg_only for argument in operator._schema.arguments):
         node.kwargs = {**node.kwargs, "dtype": made.dtype}
         if made.dtype is torch.get_default_dtype():
-            node.meta[FOLLOWS] = DEFAULT
+            node.meta[dtypes.FOLLOWS] = dtypes.DEFAULT
 
 
 def _is(value: Any, device: torch.device | None) -> bool:
@@ -170,7 +171,7 @@ def _keep_meta(node: fx.Node, first: Mapping[str, str]) -> None:
         meta |= {"shape": tuple(tuple(map(hint, part.shape)) for part in value)}
     elif isinstance(value, (int, torch.SymInt)):
         meta |= {"value": hint(value)}
-    meta |= {key: node.meta[key] for key in ("stack_trace", IN_PLACE, CALL, FOLLOWS) if key in node.meta}
+    meta |= {key: node.meta[key] for key in KEPT if key in node.meta}
     node.meta = meta
 
 

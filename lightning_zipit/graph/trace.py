@@ -168,6 +168,8 @@ class _Capture:
                 f"The forward decides by its data: {read}. The merged network decides as for the example, whatever its "
                 "data are."
             )
+        for call in self.captured.training_alone:
+            yield f"The forward calls {call} in training mode alone. The merged network leaves it out."
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...] | None:

@@ -8,8 +8,13 @@ from collections.abc import Callable
 
 from torch import fx, nn
 
+from lightning_zipit.graph.dtypes import FOLLOWS
 from lightning_zipit.graph.naming import call_of, name_nodes
 from lightning_zipit.graph.run import IN_PLACE
+from lightning_zipit.graph.training import IN_TRAINING
+
+OF_OPERATORS = (IN_PLACE, FOLLOWS, IN_TRAINING)
+"""What is noted of the arguments of operators."""
 
 
 def fold(graph: fx.Graph, network: nn.Module, whole: Callable[[nn.Module], bool]) -> None:
@@ -52,7 +57,7 @@ def _replace(graph: fx.Graph, name: str, nodes: list[fx.Node]) -> None:
         return
     with graph.inserting_after(results[0]):
         call = graph.call_module(name, (inputs[0],))
-    call.meta = {key: value for key, value in results[0].meta.items() if key != IN_PLACE}
+    call.meta = {key: value for key, value in results[0].meta.items() if key not in OF_OPERATORS}
     results[0].replace_all_uses_with(call)
     for node in reversed(nodes):
         if not node.users:
