@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_zipit._common.structure import Structure, flatten
 
@@ -153,26 +152,3 @@ def _blank(tensor: Tensor) -> Tensor:
         return found
     smallest, largest = tensor.min().cpu(), tensor.max().cpu()
     return found | largest if tensor.dtype is torch.bool else found + (largest if largest <= 1 else smallest)
-
-
-def names_of(inputs: Structure, network: nn.Module) -> list[str]:
-    """What the tensors of an input are called: the names of the forward's arguments, and where they are inside.
-
-    Args:
-        inputs: the structure of positional and keyword arguments.
-        network: the network.
-    """
-    positional, keywords = inputs.parts
-    known = inspect.signature(network.forward).parameters.values()
-    names = [each.name for each in known if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
-    names += [f"argument_{number}" for number in range(len(names), len(positional.parts))]
-    parts = (*zip(names, positional.parts, strict=False), *zip(keywords.context, keywords.parts, strict=True))
-    return [name for argument, part in parts for name in _names_inside(part, argument)]
-
-
-def _names_inside(structure: Structure, path: str) -> list[str]:
-    if structure.kind is Tensor:
-        return [path]
-    keys = structure.context if isinstance(structure.context, list) else range(len(structure.parts))
-    pairs = zip(keys, structure.parts, strict=True)
-    return [name for key, part in pairs for name in _names_inside(part, f"{path}[{key!r}]")]

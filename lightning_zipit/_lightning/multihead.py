@@ -13,8 +13,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
+from lightning_zipit._common.arguments import Arguments
 from lightning_zipit._common.calls import Call
-from lightning_zipit._common.views import Inputs, as_inputs, like, view_of
+from lightning_zipit._common.views import Inputs, as_inputs, bound, like, view_of
 from lightning_zipit._lightning.files.checkpoint import (
     CHECKPOINT_KEY,
     FORMAT,
@@ -97,6 +98,8 @@ class MultiHeadModule(MultiTaskModule):
         models = name_tasks(models)
         settings = settings or MergeSettings()
         example = None if example_input is None else as_inputs(example_input, models)
+        if example is not None:
+            example = bound(example, {task: get_backbone(model, backbone) for task, model in models.items()})
         example = merged.example if merged is not None else example
         graphs = merged.graphs if merged is not None else _trace_models(models, backbone, settings, example, barriers)
         if merged is None:
@@ -118,6 +121,7 @@ class MultiHeadModule(MultiTaskModule):
         self.report = merged.report if merged is not None else None
         captured = next(iter(graphs.values())).captured
         self.takes = captured.inputs if captured is not None else None
+        self.arguments = captured.arguments if captured is not None else Arguments()
         self._record: dict[str, Any] = {
             "format": FORMAT,
             "sources": {task: describe_source(model) for task, model in models.items()},
@@ -175,7 +179,7 @@ class MultiHeadModule(MultiTaskModule):
                     f"The merged module cannot be merged again, because its trunk or the head of task {task!r} was "
                     "replaced by another module. Merge the sources."
                 )
-            joined = Joined(trunk, head, self._record["barriers"])
+            joined = Joined(trunk, head, self._record["barriers"], self.arguments)
             split[task] = split_source(source, self.backbone, self.path_of(task), joined)
             split[task].__dict__[DESCRIPTION] = self._record["sources"][task]
         return split

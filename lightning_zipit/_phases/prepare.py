@@ -15,7 +15,7 @@ from lightning_zipit._calibration.statistics_file import CalibrationStatistics, 
 from lightning_zipit._common.calls import Call
 from lightning_zipit._common.collectives import decide
 from lightning_zipit._common.sources import Sources
-from lightning_zipit._common.views import Inputs, any_view, each_view, explain_views, like, view_of
+from lightning_zipit._common.views import Inputs, any_view, bound, each_view, explain_views, like, view_of
 from lightning_zipit._merging.cost import FlopCounts, FlopsModel, count_flops
 from lightning_zipit._merging.widths import find_choices
 from lightning_zipit.errors import CalibrationError, ConfigurationError, UnknownShapeError, ZipItError
@@ -229,7 +229,7 @@ def prepare_from(sources: Sources, settings: MergeSettings, known: CalibrationSt
         settings: the options of the merge.
         known: the statistics of these networks.
     """
-    example = known.example_of(sources.tasks)
+    example = bound(known.example_of(sources.tasks), sources.networks)
     graphs = trace_sources(sources, settings, example, settings.last_module, known.barriers_of(settings.last_module))
     return _with_choices(Traced(graphs, example, {}), sources, settings, example)
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
-from lightning_zipit._common.calls import Call, names_of
+from lightning_zipit._common.arguments import Arguments, names_of
+from lightning_zipit._common.calls import Call
 from lightning_zipit._common.randomness import seeded
 from lightning_zipit._common.structure import Structure, UnknownContainerError, flatten
 from lightning_zipit.errors import CalibrationError, TraceError
@@ -47,6 +48,7 @@ class Captured:
         decisions: what the forward read from tensors that depend on the inputs, and decided by: the graph is what it
             computes where it decides the same.
         training_alone: what the forward calls in training mode alone, so that the graph does not have it.
+        arguments: the arguments of the forward.
     """
 
     graph: fx.Graph = field(repr=False)
@@ -55,6 +57,7 @@ class Captured:
     sizes: Sizes
     decisions: tuple[Read, ...] = ()
     training_alone: tuple[str, ...] = ()
+    arguments: Arguments = field(default_factory=Arguments)
 
     def tensors(self, call: Call) -> tuple[Tensor, ...]:
         """The tensors of an input, in the order of the graph's placeholders.
@@ -62,6 +65,7 @@ class Captured:
         Raises:
             TraceError: if the input has another structure than the captured one.
         """
+        call = self.arguments.bind(call)
         if call.structure != self.inputs:
             raise TraceError(
                 f"The network was captured for other arguments. Captured: {self.inputs}. Given: {call.structure}. Give "
@@ -71,6 +75,7 @@ class Captured:
 
     def is_of(self, call: Call) -> bool:
         """Whether an input has the structure and the sizes of the captured one, except for the number of samples."""
+        call = self.arguments.bind(call)
         placeholders = [node for node in self.graph.nodes if node.op == "placeholder"]
         return call.structure == self.inputs and all(
             node.meta["shape"][1:] == tuple(tensor.shape[1:])
@@ -155,7 +160,7 @@ def capture(network: nn.Module, example: Any) -> Captured:
     """
     who = type(network).__name__
     try:
-        call = Call.of(example).each(Tensor.detach)
+        call = Arguments.of(network).bind(Call.of(example)).each(Tensor.detach)
     except UnknownContainerError as error:
         raise unknown_container(who, error, "takes") from error
     inputs, batches = call.structure, [_batch(call, samples) for samples in BATCHES]
@@ -191,7 +196,7 @@ def holds_for(captured: Captured, network: nn.Module, example: Any) -> bool:
         CalibrationError: if the network cannot take the input.
         TraceError: if the network returns a value that may hold tensors and does not say where.
     """
-    call = Call.of(example).each(Tensor.detach)
+    call = Arguments.of(network).bind(Call.of(example)).each(Tensor.detach)
     structure = call.structure
     if structure != captured.inputs:
         return False
@@ -317,7 +322,7 @@ def _follow(
         raise cannot_capture(flat.network, who, error) from error
     note_followers(graph, network, inputs, batches[0])
     lost = note_training(graph, flat.modes.calls, network, inputs, batches[0])
-    return Captured(graph, inputs, runs[0].structure, sizes, tuple(flat.answer.decisions), lost)
+    return Captured(graph, inputs, runs[0].structure, sizes, tuple(flat.answer.decisions), lost, Arguments.of(network))
 
 
 def _untied(network: nn.Module) -> nn.Module:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from lightning_zipit._common.calls import Call, names_of
+from lightning_zipit._common.arguments import ARGUMENTS, Arguments, names_of
+from lightning_zipit._common.calls import Call
 from lightning_zipit._common.structure import flatten
 from lightning_zipit.errors import ConfigurationError
 from lightning_zipit.graph.capture import BATCHES, Captured
@@ -33,6 +34,7 @@ class Joined(nn.Module):
         trunk: the trunk.
         head: the head of one task.
         barriers: nodes that were kept out of the trunk, and the reasons.
+        arguments: the arguments of the forward of the sources.
 
     Raises:
         ConfigurationError: if both the trunk and the head call the same module.
@@ -41,8 +43,9 @@ class Joined(nn.Module):
         unmerge: the explicit unmerge operators of values that pass from trunk to head. Weights unmerge other values.
     """
 
-    def __init__(self, trunk: Part, head: Part, barriers: Mapping[str, str]) -> None:
+    def __init__(self, trunk: Part, head: Part, barriers: Mapping[str, str], arguments: Arguments) -> None:
         super().__init__()
+        vars(self)[ARGUMENTS] = arguments
         unmerge = next((name for name, module in head._modules.items() if isinstance(module, Added)), UNMERGE)
         self._barriers = dict(barriers)  # modules of the network may have names without an underscore
         self._graph = fx.Graph()
@@ -84,7 +87,9 @@ class Joined(nn.Module):
                 setattr(owner, attribute, found)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return fx.Interpreter(self, graph=self._graph).run(*Call.of_arguments(args, kwargs).tensors)
+        return fx.Interpreter(self, graph=self._graph).run(
+            *Arguments.of(self).bind(Call.of_arguments(args, kwargs)).tensors
+        )
 
 
 def barriers_of(network: Joined) -> dict[str, str]:
@@ -99,7 +104,7 @@ def capture_joined(network: Joined, example: Any) -> Captured:
         network: the network.
         example: an input; see :func:`~lightning_zipit.graph.capture.capture`.
     """
-    call = Call.of(example)
+    call = Arguments.of(network).bind(Call.of(example))
     inputs, batches = call.structure, [list(call.repeated(samples).tensors) for samples in BATCHES]
     graph = copy.deepcopy(network._graph)
     output = next(iter(reversed(graph.nodes)))
@@ -109,4 +114,4 @@ def capture_joined(network: Joined, example: Any) -> Captured:
     with torch.no_grad(), evaluating(network):
         _, outputs = flatten(network(*batches[0]), "output")
     sizes = Sizes(tuple(names_of(inputs, network)), tuple(tuple(tensor.shape) for tensor in batches[0]))
-    return Captured(graph, inputs, outputs, sizes.with_free_batch(batches))
+    return Captured(graph, inputs, outputs, sizes.with_free_batch(batches), arguments=Arguments.of(network))

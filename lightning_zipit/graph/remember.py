@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from lightning_zipit._common.arguments import Arguments
 from lightning_zipit._common.calls import Call
 from lightning_zipit.graph.capture import Captured, capture, holds_for
 from lightning_zipit.graph.joined import Joined, capture_joined
@@ -57,6 +58,7 @@ def capture_once(network: nn.Module, example: Any) -> Captured:
     """
     if isinstance(network, Joined):
         return capture_joined(network, example)
+    example = Arguments.of(network).bind(Call.of(example))
     key = (_of_input(example), tuple(_of_network(network)))
     known = _known.get(key)
     if known is None or not (network in known.networks or holds_for(known.captured, network, example)):
@@ -76,8 +78,7 @@ def _is_whole(module: nn.Module) -> bool:
     return not computes and operator_of_module(module) is not None
 
 
-def _of_input(example: Any) -> Any:
-    call = Call.of(example)
+def _of_input(call: Call) -> Any:
     shapes = tuple(
         (tensor.dtype, tensor.device, tuple(tensor.shape)[chosen:])
         for tensor, chosen in zip(call.tensors, call.batched, strict=True)

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, fx, nn
 
+from lightning_zipit._common.arguments import Arguments
 from lightning_zipit._common.calls import Call
 from lightning_zipit.errors import ConfigurationError, TraceError, VerificationError
 from lightning_zipit.graph.analyse import Analysis
@@ -73,7 +74,8 @@ def trace(
     merge_graph = capture.analyse(barriers or {})
     if verify is None:
         return merge_graph
-    working, x = working_copy(backbone), Call.of(verify).first(SAMPLES).each(Tensor.detach)
+    x = Arguments.of(backbone).bind(Call.of(verify)).first(SAMPLES).each(Tensor.detach)
+    working = working_copy(backbone)
     capture.captured.check(working, x)
     while failing := find_failing({"": working}, {"": merge_graph}, {"": x}):
         merge_graph = analyse_again(merge_graph, failing, merge_heads, capture.analyse)
