@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -28,6 +28,7 @@ from lightning_zipit.graph.replay import CAPTURE_TOLERANCE, agree, working_copy
 from lightning_zipit.graph.sizes import ShortExpressions, Sizes, sizes_of
 from lightning_zipit.graph.training import NoteModes, note_training
 from lightning_zipit.graph.two_batches import DifferentGraphsError, join
+from lightning_zipit.graph.whole_modules import NoteCalls
 
 BATCHES = (3, 5)
 """Samples of the captured batch and of the one that the graph is compared on: numbers that are seldom other sizes."""
@@ -49,6 +50,8 @@ class Captured:
             computes where it decides the same.
         training_alone: what the forward calls in training mode alone, so that the graph does not have it.
         arguments: the arguments of the forward.
+        calls: what modules of several arguments are called with; see
+            :class:`~lightning_zipit.graph.whole_modules.NoteCalls`.
     """
 
     graph: fx.Graph = field(repr=False)
@@ -58,6 +61,7 @@ class Captured:
     decisions: tuple[Read, ...] = ()
     training_alone: tuple[str, ...] = ()
     arguments: Arguments = field(default_factory=Arguments)
+    calls: Mapping[str, Structure] = field(default_factory=dict, repr=False)
 
     def tensors(self, call: Call) -> tuple[Tensor, ...]:
         """The tensors of an input, in the order of the graph's placeholders.
@@ -260,12 +264,14 @@ class _Flat(nn.Module):
         super().__init__()
         self.network, self.inputs = network, inputs
         self.answer, self.types, self.modes = Answer(reads), NoteTypes(), NoteModes()
+        self.calls = NoteCalls(network)
 
     def forward(self, *tensors: Tensor) -> list[Tensor]:
         args, kwargs = self.inputs.unflatten(tensors)
         self.answer.start(tensors)
         self.types.start()
         self.modes.start()
+        self.calls.start()
         with KeepRecurrent(), ShortExpressions(), self.answer, self.types, self.modes:
             returned = self.network(*args, **kwargs)
         return flatten(returned, "output")[0]
@@ -322,7 +328,16 @@ def _follow(
         raise cannot_capture(flat.network, who, error) from error
     note_followers(graph, network, inputs, batches[0])
     lost = note_training(graph, flat.modes.calls, network, inputs, batches[0])
-    return Captured(graph, inputs, runs[0].structure, sizes, tuple(flat.answer.decisions), lost, Arguments.of(network))
+    return Captured(
+        graph,
+        inputs,
+        runs[0].structure,
+        sizes,
+        tuple(flat.answer.decisions),
+        lost,
+        Arguments.of(network),
+        dict(flat.calls.calls),
+    )
 
 
 def _untied(network: nn.Module) -> nn.Module:

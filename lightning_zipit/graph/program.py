@@ -13,7 +13,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from lightning_zipit.errors import TraceError
-from lightning_zipit.graph import dtypes, training
+from lightning_zipit.graph import dtypes, training, whole_modules
 from lightning_zipit.graph.functional_form import make_functional
 from lightning_zipit.graph.naming import location
 from lightning_zipit.graph.recurrent import ORIGINALS
@@ -27,7 +27,7 @@ SAME = {**ORIGINALS, aten.view.default: aten.reshape.default, aten._unsafe_view.
 
 WRAPPER = "network"
 """Name of the network in the module that is exported."""
-KEPT = ("stack_trace", IN_PLACE, dtypes.CALL, dtypes.FOLLOWS, training.CALL)
+KEPT = ("stack_trace", IN_PLACE, dtypes.CALL, dtypes.FOLLOWS, training.CALL, whole_modules.GIVEN)
 CHECKS = frozenset(
     {
         aten._assert_tensor_metadata.default,
@@ -93,7 +93,7 @@ def _converted(program: ExportedProgram, network: nn.Module) -> fx.Graph:
             graph.output(tuple(convert(each) for each in node.args[0] if each.name in wanted))
         elif node.target in COPIES:
             built[node] = convert(node.args[0])
-            built[node].meta |= {key: node.meta[key] for key in (dtypes.CALL,) if key in node.meta}
+            _keep_notes(node, built[node])
         elif node.target not in CHECKS:
             built[node] = copied = graph.node_copy(node, convert)
             copied.target = SAME.get(node.target, node.target)
@@ -101,6 +101,17 @@ def _converted(program: ExportedProgram, network: nn.Module) -> fx.Graph:
             _write_out_dtype(copied)
             _follow_device(graph, copied, device, anchor)
     return graph
+
+
+def _keep_notes(copy: fx.Node, original: fx.Node) -> None:
+    """Keep what is noted of the result of an operator that is left out."""
+    if dtypes.CALL in copy.meta:
+        original.meta[dtypes.CALL] = copy.meta[dtypes.CALL]
+    if whole_modules.GIVEN in copy.meta:
+        original.meta[whole_modules.GIVEN] = [
+            *original.meta.get(whole_modules.GIVEN, ()),
+            *copy.meta[whole_modules.GIVEN],
+        ]
 
 
 def _sources(program: ExportedProgram, network: nn.Module) -> dict[str, str | Tensor]:

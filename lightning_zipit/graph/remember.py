@@ -68,7 +68,7 @@ def capture_once(network: nn.Module, example: Any) -> Captured:
     while len(_known) > KEPT:
         _known.popitem(last=False)
     captured = replace(known.captured, graph=copy.deepcopy(known.captured.graph))
-    fold(captured.graph, network, _is_whole)
+    fold(captured.graph, network, _is_whole, captured.calls)
     return captured
 
 
