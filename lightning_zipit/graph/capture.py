@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -16,15 +17,16 @@ from torch.export import Dim, ExportedProgram
 
 from lightning_zipit._common.arguments import Arguments, names_of
 from lightning_zipit._common.calls import Call
-from lightning_zipit._common.randomness import seeded
 from lightning_zipit._common.structure import Structure, UnknownContainerError, flatten
-from lightning_zipit.errors import CalibrationError, TraceError
-from lightning_zipit.graph.decisions import Answer, Read, Watch
+from lightning_zipit.errors import TraceError
+from lightning_zipit.graph.decisions import Answer, Read
 from lightning_zipit.graph.dtypes import NoteTypes, note_followers
 from lightning_zipit.graph.explain_capture import cannot_capture, unknown_container
+from lightning_zipit.graph.observe import Observed, observe, observing
 from lightning_zipit.graph.program import to_graph
 from lightning_zipit.graph.recurrent import KeepRecurrent
 from lightning_zipit.graph.replay import CAPTURE_TOLERANCE, agree, working_copy
+from lightning_zipit.graph.shapes import note_shapes
 from lightning_zipit.graph.sizes import ShortExpressions, Sizes, sizes_of
 from lightning_zipit.graph.training import NoteModes, note_training
 from lightning_zipit.graph.two_batches import DifferentGraphsError, join
@@ -143,7 +145,7 @@ class Captured:
             return False
 
     def _agrees(self, network: nn.Module, tensors: list[Tensor]) -> bool:
-        return self.gives(_observe(network, self.inputs, tensors, type(network).__name__).tensors, network, tensors)
+        return self.gives(observe(network, self.inputs, tensors, type(network).__name__).tensors, network, tensors)
 
 
 def capture(network: nn.Module, example: Any) -> Captured:
@@ -168,7 +170,7 @@ def capture(network: nn.Module, example: Any) -> Captured:
     except UnknownContainerError as error:
         raise unknown_container(who, error, "takes") from error
     inputs, batches = call.structure, [_batch(call, samples) for samples in BATCHES]
-    runs = [_observe(network, inputs, batch, who) for batch in batches]
+    runs = [observe(network, inputs, batch, who) for batch in batches]
     first, second = runs
     _check_decisions(who, first.reads, second.reads)
     if first.structure != second.structure:
@@ -206,17 +208,45 @@ def holds_for(captured: Captured, network: nn.Module, example: Any) -> bool:
         return False
     for samples in BATCHES:
         batch = _batch(call, samples)
-        run = _observe(network, structure, batch, type(network).__name__)
+        run = observe(network, structure, batch, type(network).__name__)
         if run.structure != captured.outputs or not captured.gives(run.tensors, network, batch):
             return False
     return True
 
 
-def _check_random(captured: Captured, network: nn.Module, batch: list[Tensor], run: _Run, who: str) -> None:
+def at_other_sizes(captured: Captured, network: nn.Module, example: Any) -> Captured | None:
+    """A capture for inputs of other sizes, with their shapes; ``None`` if its graph may not hold for them.
+
+    Args:
+        captured: the capture.
+        network: a network of the same modules; it is not changed.
+        example: an input of other sizes; see :func:`capture`.
+
+    Raises:
+        CalibrationError: if the network cannot take the input.
+        TraceError: if the network returns a value that may hold tensors and does not say where, or a second call of it
+            returns something else.
+    """
+    call = Arguments.of(network).bind(Call.of(example)).each(Tensor.detach)
+    batch = _batch(call, BATCHES[0])
+    try:
+        captured.sizes.check(captured.tensors(call.repeated(BATCHES[0])))
+    except TraceError:
+        return None
+    if captured.decisions or not holds_for(captured, network, call):
+        return None
+    graph = copy.deepcopy(captured.graph)
+    with observing():
+        note_shapes(working_copy(network), graph, batch)
+    found = replace(captured, graph=graph, sizes=replace(captured.sizes, single=False))
+    return _with_single(found, network, _batch(call, 1), type(network).__name__)
+
+
+def _check_random(captured: Captured, network: nn.Module, batch: list[Tensor], run: Observed, who: str) -> None:
     """Refuse a network that draws random numbers that matter."""
     drawing = (torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) for node in captured.graph.nodes)
     if any(drawing):
-        again = _observe(network, captured.inputs, batch, who, seed=1).tensors
+        again = observe(network, captured.inputs, batch, who, seed=1).tensors
         if not all(map(_close, run.tensors, again)):
             raise TraceError(
                 f"The forward of {who} is random in eval mode: two runs on the same input give different results. A "
@@ -232,7 +262,7 @@ def _with_single(captured: Captured, network: nn.Module, sample: list[Tensor], w
     """
     working = working_copy(network)
     try:
-        expected, again = (_observe(network, captured.inputs, sample, who, working=working).tensors for _ in range(2))
+        expected, again = (observe(network, captured.inputs, sample, who, working=working).tensors for _ in range(2))
         same = _agrees(captured, network, sample, expected)
     except Exception:  # whatever the network or an operator raises for one sample
         return captured
@@ -247,14 +277,6 @@ def _with_single(captured: Captured, network: nn.Module, sample: list[Tensor], w
 def _batch(call: Call, samples: int) -> list[Tensor]:
     """The tensors of an input with another number of samples."""
     return [tensor.clone() for tensor in call.repeated(samples).tensors]
-
-
-class _Run(NamedTuple):
-    """One run of a network: the tensors that it returned, their structure, and what it read from tensors."""
-
-    tensors: list[Tensor]
-    structure: Structure
-    reads: list[Read]
 
 
 class _Flat(nn.Module):
@@ -285,31 +307,8 @@ class _Flat(nn.Module):
             return torch.export.export(self, tuple(tensors), dynamic_shapes=(shapes,), strict=False)
 
 
-def _observe(
-    network: nn.Module,
-    inputs: Structure,
-    tensors: Sequence[Tensor],
-    who: str,
-    seed: int = 0,
-    working: nn.Module | None = None,
-) -> _Run:
-    working = working if working is not None else working_copy(network)
-    args, kwargs = inputs.unflatten([tensor.clone() for tensor in tensors])
-    try:
-        with _seeded(seed), Watch() as watch:
-            returned = working(*args, **kwargs)
-    except Exception as error:
-        shapes = ", ".join(f"{tuple(tensor.shape)} ({tensor.dtype})" for tensor in tensors)
-        raise CalibrationError(f"The backbone {who} cannot take an input of shape {shapes}: {error}") from error
-    try:
-        found, structure = flatten(returned, "output")
-    except UnknownContainerError as error:
-        raise unknown_container(who, error, "returns") from error
-    return _Run(found, structure, watch.reads)
-
-
 def _follow(
-    network: nn.Module, inputs: Structure, batches: Sequence[list[Tensor]], runs: Sequence[_Run], who: str
+    network: nn.Module, inputs: Structure, batches: Sequence[list[Tensor]], runs: Sequence[Observed], who: str
 ) -> Captured:
     flat = _Flat(_untied(working_copy(network)), inputs, runs[0].reads).eval()
     try:
@@ -383,7 +382,7 @@ def _check_decisions(who: str, reads: Sequence[Read], again: Sequence[Read]) -> 
 
 def _agrees(captured: Captured, network: nn.Module, tensors: list[Tensor], expected: list[Tensor]) -> bool:
     calls_modules = any(node.op == "call_module" for node in captured.graph.nodes)  # which may have hooks
-    with _seeded():
+    with observing():
         running = working_copy(network) if calls_modules else network
         found = list(fx.Interpreter(running, graph=captured.graph).run(*tensors))
     return len(found) == len(expected) and all(map(_close, expected, found))
@@ -391,11 +390,3 @@ def _agrees(captured: Captured, network: nn.Module, tensors: list[Tensor], expec
 
 def _close(expected: Tensor, found: Tensor) -> bool:
     return agree(expected, found, CAPTURE_TOLERANCE)
-
-
-@contextmanager
-def _seeded(seed: int = 0) -> Iterator[None]:
-    """Run a forward: without gradients, and with random numbers that are the same each time."""
-    with torch.inference_mode(False), torch.no_grad(), seeded(seed), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
