@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from lightning_zipit._common.arguments import Arguments
 from lightning_zipit._common.calls import Call
 from lightning_zipit._common.structure import Structure
 from lightning_zipit._common.views import Inputs
@@ -23,6 +24,7 @@ class AllHeads(nn.Module):
         heads: the last part of each task's network.
         stems: the first part of each task's network, which returns a tuple of the inputs of the trunk; empty if the
             trunk starts at the input.
+        arguments: the arguments of the source networks, so that they can be given by position or by keyword.
     """
 
     def __init__(
@@ -30,12 +32,14 @@ class AllHeads(nn.Module):
         trunk: nn.Module,
         heads: Mapping[str, nn.Module] | nn.ModuleDict,
         stems: Mapping[str, nn.Module] | nn.ModuleDict | None = None,
+        arguments: Arguments | None = None,
     ) -> None:
         super().__init__()
         self.trunk = trunk
         self.heads = heads if isinstance(heads, nn.ModuleDict) else nn.ModuleDict(heads)
         self.stems = stems if isinstance(stems, nn.ModuleDict) else nn.ModuleDict(stems)
         self.per_task = has_task_norms(trunk)
+        self.arguments = arguments or Arguments()
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Return the outputs by task.
@@ -45,11 +49,16 @@ class AllHeads(nn.Module):
                 :func:`~lightning_zipit._common.views.as_inputs`.
             kwargs: keyword arguments of the networks.
         """
-        return run_all(self.stems, self.trunk, self.heads, given(args, kwargs, list(self.heads)), self.per_task)
+        x = given(args, kwargs, list(self.heads), arguments=self.arguments)
+        return run_all(self.stems, self.trunk, self.heads, x, self.per_task)
 
 
 def given(
-    args: tuple[Any, ...], kwargs: Mapping[str, Any], tasks: Collection[str], takes: Structure | None = None
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    tasks: Collection[str],
+    takes: Structure | None = None,
+    arguments: Arguments | None = None,
 ) -> Inputs:
     """Return the inputs of a network of several tasks from the arguments of its forward.
 
@@ -58,17 +67,19 @@ def given(
         kwargs: keyword arguments.
         tasks: the tasks.
         takes: the structure of the arguments of a source network, if it is known.
+        arguments: the arguments of a source network.
     """
+    bind = (arguments or Arguments()).bind
     if len(args) != 1 or kwargs:
-        return Call.of_arguments(args, kwargs)
+        return bind(Call.of_arguments(args, kwargs))
     x = args[0]
     if not isinstance(x, Mapping):
-        return Call.of(x)
+        return bind(Call.of(x))
     if any(isinstance(value, Call) for value in x.values()):
-        return dict(x)
-    whole = Call.of_arguments(args, kwargs)
+        return {task: bind(value) for task, value in x.items()}
+    whole = bind(Call.of_arguments(args, kwargs))
     by_task = any(task in tasks for task in x) if takes is None else whole.structure != takes
-    return {task: Call.of(value) for task, value in x.items()} if by_task else whole
+    return {task: bind(Call.of(value)) for task, value in x.items()} if by_task else whole
 
 
 def run_one(stem: nn.Module | None, trunk: nn.Module, head: nn.Module, x: Call, norms_of: str | None = None) -> Any:
@@ -109,13 +120,27 @@ def run_all(
     if isinstance(inputs, Call) and not per_task and not len(stems):
         crossing = trunk(*inputs.tensors)
         return {task: head(*crossing) for task, head in heads.items()}
-    views = dict.fromkeys(heads, inputs) if isinstance(inputs, Call) else inputs
-    if unknown := [task for task in views if task not in heads]:
-        raise ConfigurationError(
-            f"The inputs contain the unknown tasks {', '.join(map(repr, unknown))}: the tasks of this network are "
-            f"{list(heads)}."
-        )
+    views = each_task(inputs, list(heads))
     return {
         task: run_one(stems[task] if len(stems) else None, trunk, heads[task], x, task if per_task else None)
         for task, x in views.items()
     }
+
+
+def each_task(inputs: Inputs, tasks: Collection[str]) -> dict[str, Call]:
+    """Return the inputs by task.
+
+    Args:
+        inputs: one input for all tasks, or the inputs of some tasks.
+        tasks: the tasks.
+
+    Raises:
+        ConfigurationError: if an input belongs to an unknown task.
+    """
+    views = dict.fromkeys(tasks, inputs) if isinstance(inputs, Call) else dict(inputs)
+    if unknown := [task for task in views if task not in tasks]:
+        raise ConfigurationError(
+            f"The inputs contain the unknown tasks {', '.join(map(repr, unknown))}: the tasks of this network are "
+            f"{list(tasks)}."
+        )
+    return views

@@ -19,7 +19,7 @@ from lightning_zipit._calibration.layout import Layout
 from lightning_zipit._common.collectives import exchange
 from lightning_zipit._common.messages import warn_on_rank_zero
 from lightning_zipit._common.sources import Sources
-from lightning_zipit._common.views import Inputs, as_inputs
+from lightning_zipit._common.views import Inputs, as_inputs, bound
 from lightning_zipit._matching.families import split_families
 from lightning_zipit._matching.matchings import Matchings
 from lightning_zipit._phases.calibrate import Gathering, measuring
@@ -160,7 +160,7 @@ class Pipeline:
             StatisticsError: if the batches differ from the batches of the calibration that is resumed.
             VerificationError: if no feature space passes the proof.
         """
-        inputs = as_inputs(x, self.sources.networks)
+        inputs = bound(as_inputs(x, self.sources.networks), self.sources.networks)
         if self.phase is Phase.PREPARE:
             self._prepare(inputs)
         if self.phase is Phase.REFINE:

@@ -1,6 +1,7 @@
 """Backbones of any number of inputs, nested in any way, and of outputs of any type."""
 
 import copy
+import pickle
 from dataclasses import dataclass
 
 import pytest
@@ -9,7 +10,8 @@ from helpers.nets import trainer
 from lightning.pytorch import LightningModule
 from torch import nn
 
-from lightning_zipit import MergeSettings, MultiHeadModule, ZipIt, merge_backbones, trace
+from lightning_zipit import Ensemble, MergeSettings, MultiHeadModule, ZipIt, merge_backbones, trace
+from lightning_zipit._common.arguments import Arguments
 from lightning_zipit._common.calls import Call
 from lightning_zipit._common.samples import describe_inputs, inputs_of
 from lightning_zipit._lightning.export import export_merged
@@ -114,9 +116,75 @@ def test_a_merge_of_several_inputs_is_saved_and_exported(merged, tmp_path):
 def test_other_arguments_than_captured_are_refused(merged):
     ids, mask, numbers = batch(4)
     with pytest.raises(ConfigurationError, match="captured for other arguments"):
-        merged(ids, task="a", mask=mask, numbers=numbers)
-    with pytest.raises(ConfigurationError, match="captured for other arguments"):
         merged(ids, mask, numbers=numbers, scale=2.0)
+
+
+@torch.no_grad()
+def test_calls_that_mean_the_same_are_the_same(lit, merged):
+    ids, mask, numbers = batch(4)
+    wanted = lit.net(ids, mask, numbers=numbers).logits
+    given = {"numbers": numbers, "mask": mask, "ids": ids}
+    split = merged.split()["a"].net
+    for network in (merged, copy.deepcopy(merged), pickle.loads(pickle.dumps(merged))):
+        for found in (
+            network(ids, task="a", mask=mask, numbers=numbers),
+            network(**given, task="a"),
+            network(ids, mask, numbers=numbers, scale=1.0)["b"],
+            network({"a": {**given, "scale": 1.0}})["a"],
+        ):
+            torch.testing.assert_close(found.logits, wanted)
+    torch.testing.assert_close(split(**given).logits, wanted)
+    ones = torch.ones_like(ids)
+    own = Ensemble({"a": lit}, backbone="net")
+    torch.testing.assert_close(own(mask=ones, ids=ids, scale=2.0)["a"].logits, lit.net(ids, scale=2.0).logits)
+
+
+class OtherOrder(Lit):
+    def validation_step(self, batch, batch_idx):
+        found = self.net(scale=1.0, numbers=batch["numbers"] / 2, mask=batch["mask"], ids=batch["ids"])
+        self.log("size", found.features.abs().mean())
+
+
+@torch.no_grad()
+def test_sources_may_call_their_backbones_in_other_ways(lit):
+    other = OtherOrder().eval()
+    other.net = reordered(lit.net)
+    data = Batches([dict(zip(("ids", "mask", "numbers"), batch(seed=seed), strict=True)) for seed in range(2)])
+    merged = ZipIt(trainer()).merge({"a": lit, "b": other}, data, backbone="net", refine=None)
+    ids, mask, numbers = batch(5, seed=9)
+    assert isinstance(merged.example, Call)
+    for found in merged(numbers=numbers, ids=ids, mask=mask).values():
+        torch.testing.assert_close(found.logits, lit.net(ids, mask, numbers=numbers).logits)
+    results = trainer().validate(merged, [data, data], verbose=False)
+    assert results[0]["a/size"] == pytest.approx(results[1]["b/size"], rel=1e-4)
+
+
+def takes_all(self, x, /, y, z=None, *more, scale=1.0, **other):
+    return None
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "positional", "keywords"),
+    [
+        ((1, 2), {"z": None, "scale": 1.0}, (1, 2), {}),
+        ((1,), {"scale": 2.0, "y": 2}, (1, 2), {"scale": 2.0}),
+        ((1, 2, None, 4), {}, (1, 2, None, 4), {}),
+        ((1, 2, 3), {"last": 5, "scale": 1, "own": 6}, (1, 2, 3), {"scale": 1, "last": 5, "own": 6}),
+        ((1, 2), {"y": 3}, (1, 2), {"y": 3}),
+    ],
+)
+def test_calls_are_written_in_one_way(args, kwargs, positional, keywords):
+    def with_tensors(value):
+        return torch.full((2,), float(value)) if type(value) is int and value > 1 else value
+
+    arguments = Arguments.of(type("Network", (nn.Module,), {"forward": takes_all})())
+    given = Call.of_arguments(tuple(map(with_tensors, args)), {key: with_tensors(x) for key, x in kwargs.items()})
+    wanted = Call.of_arguments(
+        tuple(map(with_tensors, positional)), {key: with_tensors(x) for key, x in keywords.items()}
+    )
+    bound = arguments.bind(given)
+    assert bound.structure == wanted.structure and arguments.bind(bound).structure == bound.structure
+    assert all(map(torch.equal, bound.tensors, wanted.tensors))
 
 
 def test_keywords_alone_are_a_dict(lit):
@@ -167,13 +235,6 @@ def test_a_backbone_without_a_classifier_is_shared_whole():
         assert list(found) == ["fine", "coarse"]
         torch.testing.assert_close(found["fine"], wanted["fine"])
         torch.testing.assert_close(found["coarse"], wanted["coarse"])
-
-
-def test_a_submodule_with_a_name_that_graph_modules_use_is_refused():
-    net = nn.Module()
-    net.code, net.forward = nn.Linear(3, 4), lambda x: x
-    with pytest.raises(ConfigurationError, match=r"submodule named `code`.*Rename"):
-        trace(net, example_input=torch.randn(2, 3))
 
 
 @pytest.mark.parametrize("named", [(), ("y",), ("x", "y")])

@@ -7,6 +7,7 @@ from typing import Any, TypeAlias, overload
 
 from torch import nn
 
+from lightning_zipit._common.arguments import Arguments
 from lightning_zipit._common.calls import Call
 from lightning_zipit._common.structure import UnknownContainerError
 from lightning_zipit.errors import CalibrationError
@@ -43,6 +44,13 @@ def like(x: Inputs, module: nn.Module) -> Inputs:
     """Convert inputs for a network: to its device, and if they are floating-point, to its type."""
     parameter = next(module.parameters())
     return each_view(x, lambda one: one.to(parameter.device, parameter.dtype))
+
+
+def bound(inputs: Inputs, networks: Mapping[str, nn.Module]) -> Inputs:
+    """Write the inputs of networks in one way; see :meth:`~lightning_zipit._common.arguments.Arguments.bind`."""
+    if isinstance(inputs, Call):
+        return Arguments.of(next(iter(networks.values()))).bind(inputs)
+    return {task: Arguments.of(networks[task]).bind(x) for task, x in inputs.items()}
 
 
 def as_inputs(given: Any, tasks: Iterable[str]) -> Inputs:

@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
+from lightning_zipit._common.arguments import Arguments
 from lightning_zipit._common.calls import Call
 from lightning_zipit._common.structure import UnknownContainerError
 from lightning_zipit._common.views import Inputs
@@ -41,6 +42,7 @@ class Entering:
 
     def __init__(self, source: Any, backbone: str, task: str) -> None:
         self.source, self.network, self.task = source, get_backbone(source, backbone), task
+        self._arguments = Arguments.of(self.network)
         self._run: Callable[[Any, int], Any] | None = None
         self._calls_once = False
 
@@ -95,7 +97,7 @@ class Entering:
 
         def enter(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             try:
-                found.append(Call.of_arguments(args, kwargs).each(_kept))
+                found.append(self._arguments.bind(Call.of_arguments(args, kwargs)).each(_kept))
             except UnknownContainerError as error:
                 raise CalibrationError(
                     f"The backbone of task {self.task!r} is called with {error}, which may hold tensors and does not "

@@ -28,7 +28,7 @@ class Network(AllHeads):
     """
 
     def __init__(self, merged: MultiHeadModule) -> None:
-        super().__init__(merged.trunk, merged.heads, merged.stems)
+        super().__init__(merged.trunk, merged.heads, merged.stems, merged.arguments)
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Return the outputs by name: the task, or ``task.key`` if a head has several outputs."""

@@ -11,10 +11,11 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
+from lightning_zipit._common.arguments import Arguments
 from lightning_zipit._common.calls import Call
-from lightning_zipit._common.views import Inputs, as_inputs, like, view_of
+from lightning_zipit._common.views import Inputs, as_inputs, bound, like, view_of
 from lightning_zipit._lightning.files.checkpoint import (
     CHECKPOINT_KEY,
     FORMAT,
@@ -39,8 +40,9 @@ from lightning_zipit._merging.rebuild import build_head, build_stem, build_trunk
 from lightning_zipit._report.report import MergeReport
 from lightning_zipit.errors import CheckpointError, ConfigurationError
 from lightning_zipit.graph import MergeGraph
-from lightning_zipit.graph.joined import UNMERGE, Joined
+from lightning_zipit.graph.joined import Joined
 from lightning_zipit.graph.notes import read_barriers
+from lightning_zipit.graph.part import Added, Part, graph_of
 from lightning_zipit.graph.replay import CAPTURE_TOLERANCE, agree, tensors_in
 from lightning_zipit.graph.settle import trace_all
 from lightning_zipit.graph.shapes import evaluating
@@ -96,6 +98,8 @@ class MultiHeadModule(MultiTaskModule):
         models = name_tasks(models)
         settings = settings or MergeSettings()
         example = None if example_input is None else as_inputs(example_input, models)
+        if example is not None:
+            example = bound(example, {task: get_backbone(model, backbone) for task, model in models.items()})
         example = merged.example if merged is not None else example
         graphs = merged.graphs if merged is not None else _trace_models(models, backbone, settings, example, barriers)
         if merged is None:
@@ -117,6 +121,7 @@ class MultiHeadModule(MultiTaskModule):
         self.report = merged.report if merged is not None else None
         captured = next(iter(graphs.values())).captured
         self.takes = captured.inputs if captured is not None else None
+        self.arguments = captured.arguments if captured is not None else Arguments()
         self._record: dict[str, Any] = {
             "format": FORMAT,
             "sources": {task: describe_source(model) for task, model in models.items()},
@@ -169,12 +174,12 @@ class MultiHeadModule(MultiTaskModule):
         for task, source in self.sources.items():
             trunk, head = self.trunk, self.heads[task]
             assert isinstance(source, LightningModule)
-            if not (isinstance(trunk, fx.GraphModule) and isinstance(head, fx.GraphModule)):
+            if not (isinstance(trunk, Part) and isinstance(head, Part)):
                 raise ConfigurationError(
                     f"The merged module cannot be merged again, because its trunk or the head of task {task!r} was "
                     "replaced by another module. Merge the sources."
                 )
-            joined = Joined(trunk, head, self._record["barriers"])
+            joined = Joined(trunk, head, self._record["barriers"], self.arguments)
             split[task] = split_source(source, self.backbone, self.path_of(task), joined)
             split[task].__dict__[DESCRIPTION] = self._record["sources"][task]
         return split
@@ -185,13 +190,12 @@ class MultiHeadModule(MultiTaskModule):
             return "each task has a stem, whose features are merged behind it"
         if self.norms_per_task:
             return "its batch norm is per task"
-        if not (isinstance(trunk, fx.GraphModule) and isinstance(head, fx.GraphModule)):
+        if not (isinstance(trunk, Part) and isinstance(head, Part)):
             return "its trunk or head was replaced by another module"
-        unmerged = [name for name, _ in head.named_modules() if name.startswith(f"{UNMERGE}.")]
-        if unmerged:
-            where = unmerged[0].removeprefix(f"{UNMERGE}.")
-            return f"its features are unmerged between the layers of the source, at `{where}`"
-        used = [{str(node.target) for node in part.graph.nodes if node.op in LAYERS} for part in (trunk, head)]
+        for module in head.children():
+            if isinstance(module, Added):
+                return f"its features are unmerged between the layers of the source, at `{next(iter(module))}`"
+        used = [{str(node.target) for node in graph_of(part).nodes if node.op in LAYERS} for part in (trunk, head)]
         if both := used[0] & used[1]:
             return f"`{min(both)}` is in the trunk and in the head, with different weights"
         return self._compare_with_source(task)

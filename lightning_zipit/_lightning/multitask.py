@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from lightning_zipit._common.arguments import Arguments
 from lightning_zipit._common.calls import Call
 from lightning_zipit._common.copying import copy_module
 from lightning_zipit._common.structure import Structure
@@ -29,7 +30,7 @@ from lightning_zipit._lightning.states import SourceStates
 from lightning_zipit.errors import CalibrationError, ConfigurationError
 from lightning_zipit.functional import fit_temperatures
 from lightning_zipit.graph.shapes import evaluating
-from lightning_zipit.paths import given, run_all, run_one
+from lightning_zipit.paths import each_task, given, run_all, run_one
 from lightning_zipit.refine.task_norms import has_task_norms
 
 
@@ -81,6 +82,7 @@ class MultiTaskModule(WithoutCheckpoint, SourceStates, FineTuning):
             {task: make_shell(model, backbone, StandIn(self, task), used[task]) for task, model in models.items()}
         )
         self.takes: Structure | None = None
+        self.arguments = Arguments()
         self.eval()
 
     @property
@@ -104,7 +106,7 @@ class MultiTaskModule(WithoutCheckpoint, SourceStates, FineTuning):
         Raises:
             ConfigurationError: if an input belongs to an unknown task.
         """
-        x = given(args, kwargs, self.tasks, self.takes)
+        x = given(args, kwargs, self.tasks, self.takes, self.arguments)
         if task is not None:
             return self.run_task(view_of(x, task), task)
         for view in all_views(x):
@@ -132,6 +134,7 @@ class MultiTaskModule(WithoutCheckpoint, SourceStates, FineTuning):
 
     def run_task(self, x: Call, task: str) -> Any:
         """Compute the output of one task from its input."""
+        x = self.arguments.bind(x)
         self._check_arguments(x)
         stem = self.stems[task] if len(self.stems) else None
         return run_one(stem, self.trunk, self.heads[task], x, task if self.norms_per_task else None)
@@ -222,6 +225,16 @@ class Ensemble(MultiTaskModule):
         heads = {task: copy_module(get_backbone(model, backbone)) for task, model in models.items()}
         used = {task: _layers_of(get_backbone(model, backbone)) for task, model in models.items()}
         super().__init__(PassOn(), heads, models, backbone, used)
+
+    def forward(self, *args: Any, task: str | None = None, **kwargs: Any) -> Any:
+        x = given(args, kwargs, self.tasks)
+        if task is not None:
+            return self.run_task(view_of(x, task), task)
+        return {each: self.run_task(view, each) for each, view in each_task(x, self.tasks).items()}
+
+    def run_task(self, x: Call, task: str) -> Any:
+        args, kwargs = x.arguments
+        return self.heads[task](*args, **kwargs)
 
 
 def _layers_of(network: nn.Module) -> list[str]:

@@ -17,12 +17,13 @@ from lightning_zipit._merging.dense import fold_norms
 from lightning_zipit._merging.parameters import merge_into, unmerge_into
 from lightning_zipit.graph import MergeGraph
 from lightning_zipit.graph.joined import UNMERGE, Joined
+from lightning_zipit.graph.part import Added, Part, make_part, name_of_added
 from lightning_zipit.graph.registry import Trait, traits_of, writes_in_place
 from lightning_zipit.graph.returned import return_as
 from lightning_zipit.graph.table import Table, bind, named_tensors, untie
 
 MERGE = "merge"
-"""Name of the submodule of a stem that holds its merges."""
+"""Usual name of the submodule of a stem that holds its merges; see ``name_of_added``."""
 
 
 class Unmerge(nn.Module):
@@ -114,7 +115,7 @@ def build_merged(
     maps: Maps,
     weights: Sequence[float] | None = None,
     models: Sequence[int] | None = None,
-) -> tuple[fx.GraphModule, list[fx.GraphModule]]:
+) -> tuple[Part, list[Part]]:
     """Merge networks: build the trunk and the heads, and fill in their weights.
 
     Args:
@@ -142,7 +143,7 @@ def build_merged(
     return trunk, heads
 
 
-def build_stems(graphs: Sequence[MergeGraph], maps: Maps) -> list[fx.GraphModule]:
+def build_stems(graphs: Sequence[MergeGraph], maps: Maps) -> list[Part]:
     """Build the stems of a merge: the part of each network before the trunk, and the merge of its features.
 
     Args:
@@ -159,7 +160,7 @@ def build_stems(graphs: Sequence[MergeGraph], maps: Maps) -> list[fx.GraphModule
     return stems
 
 
-def build_stem(graph: MergeGraph, widths: Mapping[str, int] | None = None) -> fx.GraphModule:
+def build_stem(graph: MergeGraph, widths: Mapping[str, int] | None = None) -> Part:
     """Build the stem of one task: the part of its network before the trunk, with copies of its weights.
 
     Args:
@@ -170,7 +171,8 @@ def build_stem(graph: MergeGraph, widths: Mapping[str, int] | None = None) -> fx
         A module that maps the input to a tuple: the inputs of the trunk, whose features a :class:`Merge` has merged,
         and the values that bypass the trunk and go directly to the head.
     """
-    root, merges = _with_submodule(graph.module, MERGE)
+    name = name_of_added(graph.module, MERGE)
+    root, merges = _with_submodule(graph.module, name)
     stem = fx.Graph()
     built: dict[str, fx.Node] = {}
     for node in graph.stem_graph():
@@ -181,7 +183,7 @@ def build_stem(graph: MergeGraph, widths: Mapping[str, int] | None = None) -> fx
         value = built[entry.node]
         if entry.ref is not None and entry.axis is not None:
             merges[entry.node] = Merge(entry.ref.size, entry.ref.resized(widths or {}).size, entry.axis)
-            value = stem.call_module(f"{MERGE}.{entry.node}", (value,))
+            value = stem.call_module(f"{name}.{entry.node}", (value,))
         elif entry.node in passed and entry.shape:
             value = stem.call_method("clone", (value,))  # the trunk may change it in place
         entering.append(value)
@@ -196,11 +198,11 @@ def _passed(graph: MergeGraph) -> list[str]:
     return [crossing.node for crossing in graph.crossings if crossing.node in graph.stem_nodes]
 
 
-def _with_submodule(module: nn.Module, name: str) -> tuple[nn.Module, nn.ModuleDict]:
+def _with_submodule(module: nn.Module, name: str) -> tuple[nn.Module, Added]:
     """Return a shallow copy of a module with an additional empty submodule, and this submodule."""
     root = copy.copy(module)
     root._modules = dict(module._modules)
-    added = root._modules[name] = nn.ModuleDict()
+    added = root._modules[name] = Added()
     return root, added
 
 
@@ -213,15 +215,15 @@ def set_merges(stem: nn.Module, graph: MergeGraph, maps: Maps, source: int) -> N
         maps: the map of each space.
         source: the index of the source model.
     """
-    own_maps = of_one_model(maps, source)
+    own_maps, name = of_one_model(maps, source), name_of_added(graph.module, MERGE)
     for entry in graph.entries:
         if entry.ref is not None:
-            merge = stem.get_submodule(f"{MERGE}.{entry.node}")
+            merge = stem.get_submodule(f"{name}.{entry.node}")
             merge.get_buffer("index").copy_(unmerge_along(entry.ref, maps, source))
             merge.get_buffer("shares").copy_(shares_along(entry.ref, own_maps, source))
 
 
-def build_trunk(graph: MergeGraph, widths: Mapping[str, int] | None = None) -> fx.GraphModule:
+def build_trunk(graph: MergeGraph, widths: Mapping[str, int] | None = None) -> Part:
     """Build the trunk: the part of the network that all tasks share, with copies of the traced network's weights.
 
     Args:
@@ -242,7 +244,7 @@ def build_trunk(graph: MergeGraph, widths: Mapping[str, int] | None = None) -> f
     return _module(graph.module, trunk, "Trunk", graph.axes, widths)
 
 
-def build_head(graph: MergeGraph, widths: Mapping[str, int] | None = None) -> fx.GraphModule:
+def build_head(graph: MergeGraph, widths: Mapping[str, int] | None = None) -> Part:
     """Build the head of one task: the part of its network after the trunk, with copies of its weights.
 
     Args:
@@ -254,7 +256,8 @@ def build_head(graph: MergeGraph, widths: Mapping[str, int] | None = None) -> fx
         A module that maps the outputs of the trunk to the output of the network. If all readers of a value are layers,
         U_i is absorbed into their weights. All other values first go through an :class:`Unmerge`.
     """
-    root, unmerges = _with_submodule(graph.module, UNMERGE)
+    name = name_of_added(graph.module, UNMERGE)
+    root, unmerges = _with_submodule(graph.module, name)
     head = fx.Graph()
     built: dict[fx.Node, fx.Node] = {}
     by_name = {node.name: node for node in graph.fx_graph.nodes}
@@ -263,7 +266,7 @@ def build_head(graph: MergeGraph, widths: Mapping[str, int] | None = None) -> fx
         value = inputs[crossing.node]
         if crossing.ref is not None and crossing.axis is not None and not crossing.absorbed:
             unmerges[crossing.node] = Unmerge(crossing.ref.size, crossing.axis)
-            value = head.call_module(f"{UNMERGE}.{crossing.node}", (value,))
+            value = head.call_module(f"{name}.{crossing.node}", (value,))
         elif _changed_in_place(by_name[crossing.node], graph):
             value = head.call_method("clone", (value,))  # the other heads also read it
         built[by_name[crossing.node]] = value
@@ -302,7 +305,7 @@ def set_unmerges(head: nn.Module, graph: MergeGraph, network: nn.Module, maps: M
     """
     for crossing in graph.crossings:
         if crossing.ref is not None and not crossing.absorbed:
-            name = f"{UNMERGE}.{crossing.node}"
+            name = f"{name_of_added(graph.module, UNMERGE)}.{crossing.node}"
             unmerge, found = head.get_submodule(name), unmerge_along(crossing.ref, maps, source)
             if isinstance(network, Joined):
                 found = network.get_submodule(name).composed_with(found)  # type: ignore[operator]
@@ -315,11 +318,9 @@ def _module(
     name: str,
     table: Table,
     widths: Mapping[str, int] | None,
-) -> fx.GraphModule:
+) -> Part:
     graph.lint()
-    module = fx.GraphModule(root, graph, class_name=name)
-    module = copy_module(module)  # copies the weights, so that the traced network stays unchanged
-    module.meta.clear()
+    module = copy_module(make_part(root, graph, name))  # copies the weights: the traced network stays unchanged
     untie(module, table)
     if widths:
         _resize(module, table, widths)

@@ -15,6 +15,7 @@ from lightning_zipit._merging.cost import FlopsModel
 from lightning_zipit._merging.rebuild import build_head, build_merged, build_stem, build_stems, build_trunk
 from lightning_zipit.errors import ConfigurationError
 from lightning_zipit.graph import MergeGraph, evaluating
+from lightning_zipit.graph.part import Part
 from lightning_zipit.graph.spaces import handed_over
 
 Width: TypeAlias = float | Mapping[str, float] | Literal["auto"]
@@ -141,7 +142,7 @@ def _fits(graph: MergeGraph, x: Call, extra: Mapping[str, int]) -> bool:
         parts = [build_stem] * bool(graph.stem_nodes) + [build_trunk, build_head]
         values: Any = x.each(lambda one: one.to("meta")).tensors
         for part in parts:
-            values = fx.Interpreter(part(graph, widths).to("meta")).run(*values)
+            values = part(graph, widths).to("meta")(*values)
     except Exception:  # the user's operators may raise any error for an unexpected size
         return False
     return True
@@ -157,11 +158,11 @@ def _agrees(graph: MergeGraph, network: nn.Module, x: Call, extra: Mapping[str, 
     expected = _tensors_in(x.run(network))
     try:
         trunk, heads = build_merged([graph, graph], [network, network], maps)
-        stems: Sequence[fx.GraphModule | None] = build_stems([graph, graph], maps) or [None, None]
+        stems: Sequence[Part | None] = build_stems([graph, graph], maps) or [None, None]
         found = []
         for stem, head in zip(stems, heads, strict=True):
-            entering = x.copies if stem is None else fx.Interpreter(stem).run(*x.copies)
-            found.append(_tensors_in(fx.Interpreter(head).run(*fx.Interpreter(trunk).run(*entering))))
+            entering = x.copies if stem is None else stem(*x.copies)
+            found.append(_tensors_in(head(*trunk(*entering))))
     except Exception:  # see _fits
         return False
     return all(

@@ -15,13 +15,13 @@ from lightning_zipit._calibration.statistics_file import CalibrationStatistics, 
 from lightning_zipit._common.calls import Call
 from lightning_zipit._common.collectives import decide
 from lightning_zipit._common.sources import Sources
-from lightning_zipit._common.views import Inputs, any_view, each_view, explain_views, like, view_of
+from lightning_zipit._common.views import Inputs, any_view, bound, each_view, explain_views, like, view_of
 from lightning_zipit._merging.cost import FlopCounts, FlopsModel, count_flops
 from lightning_zipit._merging.widths import find_choices
 from lightning_zipit.errors import CalibrationError, ConfigurationError, UnknownShapeError, ZipItError
 from lightning_zipit.graph import MergeGraph
 from lightning_zipit.graph.guess import guess_input
-from lightning_zipit.graph.joined import Joined
+from lightning_zipit.graph.joined import Joined, barriers_of
 from lightning_zipit.graph.replay import working_copy
 from lightning_zipit.graph.settle import settle, trace_all
 from lightning_zipit.refine.task_norms import find_norms
@@ -137,7 +137,7 @@ def trace_sources(
     """
     if barriers is None:
         merged_before = [network for network in sources.networks.values() if isinstance(network, Joined)]
-        barriers = {node: why for network in merged_before for node, why in network.barriers.items()}
+        barriers = {node: why for network in merged_before for node, why in barriers_of(network).items()}
     graphs = trace_all(
         sources.networks,
         stop_at,
@@ -229,7 +229,7 @@ def prepare_from(sources: Sources, settings: MergeSettings, known: CalibrationSt
         settings: the options of the merge.
         known: the statistics of these networks.
     """
-    example = known.example_of(sources.tasks)
+    example = bound(known.example_of(sources.tasks), sources.networks)
     graphs = trace_sources(sources, settings, example, settings.last_module, known.barriers_of(settings.last_module))
     return _with_choices(Traced(graphs, example, {}), sources, settings, example)
 

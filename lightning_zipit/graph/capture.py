@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
-import inspect
+import copy
 import io
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
+from lightning_zipit._common.arguments import Arguments, names_of
 from lightning_zipit._common.calls import Call
-from lightning_zipit._common.randomness import seeded
 from lightning_zipit._common.structure import Structure, UnknownContainerError, flatten
-from lightning_zipit.errors import CalibrationError, TraceError
-from lightning_zipit.graph.decisions import Answer, Read, Watch
+from lightning_zipit.errors import TraceError
+from lightning_zipit.graph.decisions import Answer, Read
+from lightning_zipit.graph.dtypes import NoteTypes, note_followers
 from lightning_zipit.graph.explain_capture import cannot_capture, unknown_container
+from lightning_zipit.graph.observe import Observed, observe, observing
 from lightning_zipit.graph.program import to_graph
 from lightning_zipit.graph.recurrent import KeepRecurrent
 from lightning_zipit.graph.replay import CAPTURE_TOLERANCE, agree, working_copy
+from lightning_zipit.graph.shapes import note_shapes
 from lightning_zipit.graph.sizes import ShortExpressions, Sizes, sizes_of
+from lightning_zipit.graph.training import NoteModes, note_training
 from lightning_zipit.graph.two_batches import DifferentGraphsError, join
+from lightning_zipit.graph.whole_modules import NoteCalls
 
 BATCHES = (3, 5)
 """Samples of the captured batch and of the one that the graph is compared on: numbers that are seldom other sizes."""
@@ -45,6 +50,10 @@ class Captured:
         sizes: the sizes of inputs that the graph holds for.
         decisions: what the forward read from tensors that depend on the inputs, and decided by: the graph is what it
             computes where it decides the same.
+        training_alone: what the forward calls in training mode alone, so that the graph does not have it.
+        arguments: the arguments of the forward.
+        calls: what modules of several arguments are called with; see
+            :class:`~lightning_zipit.graph.whole_modules.NoteCalls`.
     """
 
     graph: fx.Graph = field(repr=False)
@@ -52,6 +61,9 @@ class Captured:
     outputs: Structure
     sizes: Sizes
     decisions: tuple[Read, ...] = ()
+    training_alone: tuple[str, ...] = ()
+    arguments: Arguments = field(default_factory=Arguments)
+    calls: Mapping[str, Structure] = field(default_factory=dict, repr=False)
 
     def tensors(self, call: Call) -> tuple[Tensor, ...]:
         """The tensors of an input, in the order of the graph's placeholders.
@@ -59,6 +71,7 @@ class Captured:
         Raises:
             TraceError: if the input has another structure than the captured one.
         """
+        call = self.arguments.bind(call)
         if call.structure != self.inputs:
             raise TraceError(
                 f"The network was captured for other arguments. Captured: {self.inputs}. Given: {call.structure}. Give "
@@ -68,6 +81,7 @@ class Captured:
 
     def is_of(self, call: Call) -> bool:
         """Whether an input has the structure and the sizes of the captured one, except for the number of samples."""
+        call = self.arguments.bind(call)
         placeholders = [node for node in self.graph.nodes if node.op == "placeholder"]
         return call.structure == self.inputs and all(
             node.meta["shape"][1:] == tuple(tensor.shape[1:])
@@ -131,7 +145,7 @@ class Captured:
             return False
 
     def _agrees(self, network: nn.Module, tensors: list[Tensor]) -> bool:
-        return self.gives(_observe(network, self.inputs, tensors, type(network).__name__).tensors, network, tensors)
+        return self.gives(observe(network, self.inputs, tensors, type(network).__name__).tensors, network, tensors)
 
 
 def capture(network: nn.Module, example: Any) -> Captured:
@@ -152,11 +166,11 @@ def capture(network: nn.Module, example: Any) -> Captured:
     """
     who = type(network).__name__
     try:
-        call = Call.of(example).each(Tensor.detach)
+        call = Arguments.of(network).bind(Call.of(example)).each(Tensor.detach)
     except UnknownContainerError as error:
         raise unknown_container(who, error, "takes") from error
     inputs, batches = call.structure, [_batch(call, samples) for samples in BATCHES]
-    runs = [_observe(network, inputs, batch, who) for batch in batches]
+    runs = [observe(network, inputs, batch, who) for batch in batches]
     first, second = runs
     _check_decisions(who, first.reads, second.reads)
     if first.structure != second.structure:
@@ -164,8 +178,7 @@ def capture(network: nn.Module, example: Any) -> Captured:
             f"What {who} returns depends on the number of samples in more than the sizes of tensors: "
             f"{first.structure} for {BATCHES[0]} samples, {second.structure} for {BATCHES[1]}. Return tensors."
         )
-    graph, sizes, decisions = _follow(network, inputs, batches, runs, who)
-    captured = Captured(graph, inputs, first.structure, sizes, tuple(decisions))
+    captured = _follow(network, inputs, batches, runs, who)
     for batch, run in zip(batches, runs, strict=True):
         if not _agrees(captured, network, batch, run.tensors):
             raise TraceError(
@@ -189,24 +202,52 @@ def holds_for(captured: Captured, network: nn.Module, example: Any) -> bool:
         CalibrationError: if the network cannot take the input.
         TraceError: if the network returns a value that may hold tensors and does not say where.
     """
-    call = Call.of(example).each(Tensor.detach)
+    call = Arguments.of(network).bind(Call.of(example)).each(Tensor.detach)
     structure = call.structure
     if structure != captured.inputs:
         return False
     working = working_copy(network)
     for samples in BATCHES:
         batch = _batch(call, samples)
-        run = _observe(network, structure, batch, type(network).__name__, working=working)
+        run = observe(network, structure, batch, type(network).__name__, working=working)
         if run.structure != captured.outputs or not captured.gives(run.tensors, network, batch):
             return False
     return True
 
 
-def _check_random(captured: Captured, network: nn.Module, batch: list[Tensor], run: _Run, who: str) -> None:
+def at_other_sizes(captured: Captured, network: nn.Module, example: Any) -> Captured | None:
+    """A capture for inputs of other sizes, with their shapes; ``None`` if its graph may not hold for them.
+
+    Args:
+        captured: the capture.
+        network: a network of the same modules; it is not changed.
+        example: an input of other sizes; see :func:`capture`.
+
+    Raises:
+        CalibrationError: if the network cannot take the input.
+        TraceError: if the network returns a value that may hold tensors and does not say where, or a second call of it
+            returns something else.
+    """
+    call = Arguments.of(network).bind(Call.of(example)).each(Tensor.detach)
+    batch = _batch(call, BATCHES[0])
+    try:
+        captured.sizes.check(captured.tensors(call.repeated(BATCHES[0])))
+    except TraceError:
+        return None
+    if captured.decisions or not holds_for(captured, network, call):
+        return None
+    graph = copy.deepcopy(captured.graph)
+    with observing():
+        note_shapes(working_copy(network), graph, batch)
+    found = replace(captured, graph=graph, sizes=replace(captured.sizes, single=False))
+    return _with_single(found, network, _batch(call, 1), type(network).__name__)
+
+
+def _check_random(captured: Captured, network: nn.Module, batch: list[Tensor], run: Observed, who: str) -> None:
     """Refuse a network that draws random numbers that matter."""
     drawing = (torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) for node in captured.graph.nodes)
     if any(drawing):
-        again = _observe(network, captured.inputs, batch, who, seed=1).tensors
+        again = observe(network, captured.inputs, batch, who, seed=1).tensors
         if not all(map(_close, run.tensors, again)):
             raise TraceError(
                 f"The forward of {who} is random in eval mode: two runs on the same input give different results. A "
@@ -222,7 +263,7 @@ def _with_single(captured: Captured, network: nn.Module, sample: list[Tensor], w
     """
     working = working_copy(network)
     try:
-        expected, again = (_observe(network, captured.inputs, sample, who, working=working).tensors for _ in range(2))
+        expected, again = (observe(network, captured.inputs, sample, who, working=working).tensors for _ in range(2))
         same = _agrees(captured, network, sample, expected)
     except Exception:  # whatever the network or an operator raises for one sample
         return captured
@@ -239,25 +280,22 @@ def _batch(call: Call, samples: int) -> list[Tensor]:
     return [tensor.clone() for tensor in call.repeated(samples).tensors]
 
 
-class _Run(NamedTuple):
-    """One run of a network: the tensors that it returned, their structure, and what it read from tensors."""
-
-    tensors: list[Tensor]
-    structure: Structure
-    reads: list[Read]
-
-
 class _Flat(nn.Module):
     """A network from tensors to tensors, as torch.export wants it."""
 
     def __init__(self, network: nn.Module, inputs: Structure, reads: Sequence[Read]) -> None:
         super().__init__()
-        self.network, self.inputs, self.answer = network, inputs, Answer(reads)
+        self.network, self.inputs = network, inputs
+        self.answer, self.types, self.modes = Answer(reads), NoteTypes(), NoteModes()
+        self.calls = NoteCalls(network)
 
     def forward(self, *tensors: Tensor) -> list[Tensor]:
         args, kwargs = self.inputs.unflatten(tensors)
         self.answer.start(tensors)
-        with KeepRecurrent(), ShortExpressions(), self.answer:
+        self.types.start()
+        self.modes.start()
+        self.calls.start()
+        with KeepRecurrent(), ShortExpressions(), self.answer, self.types, self.modes:
             returned = self.network(*args, **kwargs)
         return flatten(returned, "output")[0]
 
@@ -270,33 +308,9 @@ class _Flat(nn.Module):
             return torch.export.export(self, tuple(tensors), dynamic_shapes=(shapes,), strict=False)
 
 
-def _observe(
-    network: nn.Module,
-    inputs: Structure,
-    tensors: Sequence[Tensor],
-    who: str,
-    seed: int = 0,
-    working: nn.Module | None = None,
-) -> _Run:
-    working = working if working is not None else working_copy(network)
-    args, kwargs = inputs.unflatten([tensor.clone() for tensor in tensors])
-    try:
-        with _seeded(seed), Watch() as watch:
-            returned = working(*args, **kwargs)
-    except Exception as error:
-        shapes = ", ".join(f"{tuple(tensor.shape)} ({tensor.dtype})" for tensor in tensors)
-        raise CalibrationError(f"The backbone {who} cannot take an input of shape {shapes}: {error}") from error
-    try:
-        found, structure = flatten(returned, "output")
-    except UnknownContainerError as error:
-        raise unknown_container(who, error, "returns") from error
-    return _Run(found, structure, watch.reads)
-
-
 def _follow(
-    network: nn.Module, inputs: Structure, batches: Sequence[list[Tensor]], runs: Sequence[_Run], who: str
-) -> tuple[fx.Graph, Sizes, list[Read]]:
-    """The graph of a network, the sizes that it holds for, and what decided it."""
+    network: nn.Module, inputs: Structure, batches: Sequence[list[Tensor]], runs: Sequence[Observed], who: str
+) -> Captured:
     flat = _Flat(_untied(working_copy(network)), inputs, runs[0].reads).eval()
     try:
         graph, sizes = _export(flat, batches[0], network, who)
@@ -312,7 +326,18 @@ def _follow(
         ) from error
     except Exception as error:  # whatever a forward or torch.export raises
         raise cannot_capture(flat.network, who, error) from error
-    return graph, sizes, flat.answer.decisions
+    note_followers(graph, network, inputs, batches[0])
+    lost = note_training(graph, flat.modes.calls, network, inputs, batches[0])
+    return Captured(
+        graph,
+        inputs,
+        runs[0].structure,
+        sizes,
+        tuple(flat.answer.decisions),
+        lost,
+        Arguments.of(network),
+        dict(flat.calls.calls),
+    )
 
 
 def _untied(network: nn.Module) -> nn.Module:
@@ -358,7 +383,7 @@ def _check_decisions(who: str, reads: Sequence[Read], again: Sequence[Read]) -> 
 
 def _agrees(captured: Captured, network: nn.Module, tensors: list[Tensor], expected: list[Tensor]) -> bool:
     calls_modules = any(node.op == "call_module" for node in captured.graph.nodes)  # which may have hooks
-    with _seeded():
+    with observing():
         running = working_copy(network) if calls_modules else network
         found = list(fx.Interpreter(running, graph=captured.graph).run(*tensors))
     return len(found) == len(expected) and all(map(_close, expected, found))
@@ -366,34 +391,3 @@ def _agrees(captured: Captured, network: nn.Module, tensors: list[Tensor], expec
 
 def _close(expected: Tensor, found: Tensor) -> bool:
     return agree(expected, found, CAPTURE_TOLERANCE)
-
-
-@contextmanager
-def _seeded(seed: int = 0) -> Iterator[None]:
-    """Run a forward: without gradients, and with random numbers that are the same each time."""
-    with torch.inference_mode(False), torch.no_grad(), seeded(seed), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-def names_of(inputs: Structure, network: nn.Module) -> list[str]:
-    """What the tensors of an input are called: the names of the forward's arguments, and where they are inside.
-
-    Args:
-        inputs: the structure of positional and keyword arguments.
-        network: the network.
-    """
-    positional, keywords = inputs.parts
-    known = inspect.signature(network.forward).parameters.values()
-    names = [each.name for each in known if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
-    names += [f"argument_{number}" for number in range(len(names), len(positional.parts))]
-    parts = (*zip(names, positional.parts, strict=False), *zip(keywords.context, keywords.parts, strict=True))
-    return [name for argument, part in parts for name in _names_inside(part, argument)]
-
-
-def _names_inside(structure: Structure, path: str) -> list[str]:
-    if structure.kind is Tensor:
-        return [path]
-    keys = structure.context if isinstance(structure.context, list) else range(len(structure.parts))
-    pairs = zip(keys, structure.parts, strict=True)
-    return [name for key, part in pairs for name in _names_inside(part, f"{path}[{key!r}]")]

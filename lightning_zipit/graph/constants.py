@@ -79,8 +79,9 @@ class Constants:
             return self._known[source]
         value = values.get(source)
         shape = getattr(value, "shape", None)
-        known = shape is not None and None not in shape  # a size that depends on data is not
-        if known and Trait.SHAPE in traits_of(node, self.module) and "dtype" in source.meta:
+        if shape is None or None in shape:  # None is a size that depends on data
+            return value
+        if Trait.SHAPE in traits_of(node, self.module) and "dtype" in source.meta:
             return torch.empty(shape, dtype=source.meta["dtype"])
         return value
 

@@ -107,7 +107,7 @@ class Answer(TorchFunctionMode):
         self._answers = defaultdict(deque)
         for read in self._reads:
             self._answers[read.line, read.function].append(read)
-        self._inputs = {node for tensor in inputs if (node := _node_of(tensor)) is not None}
+        self._inputs = {node for tensor in inputs if (node := node_of(tensor)) is not None}
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -119,7 +119,7 @@ class Answer(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def _answer(self, read: Read, args: tuple[Any, ...]) -> Any:
-        nodes = [node for tensor in args if isinstance(tensor, Tensor) and (node := _node_of(tensor)) is not None]
+        nodes = [node for tensor in args if isinstance(tensor, Tensor) and (node := node_of(tensor)) is not None]
         if not self._inputs.isdisjoint(_ancestors(nodes)):
             self.decisions.append(read)
         return read.value
@@ -140,7 +140,7 @@ def user_line() -> str:
     return first or "unknown"
 
 
-def _node_of(tensor: Tensor) -> fx.Node | None:
+def node_of(tensor: Tensor) -> fx.Node | None:
     """The node of the graph that is being captured that makes a tensor."""
     mode = get_proxy_mode()
     slot: Any = get_proxy_slot(tensor, mode.tracer, None) if mode is not None else None

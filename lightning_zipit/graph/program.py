@@ -13,6 +13,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from lightning_zipit.errors import TraceError
+from lightning_zipit.graph import dtypes, training, whole_modules
 from lightning_zipit.graph.functional_form import make_functional
 from lightning_zipit.graph.naming import location
 from lightning_zipit.graph.recurrent import ORIGINALS
@@ -27,6 +28,7 @@ SAME = {**ORIGINALS, aten.view.default: aten.reshape.default, aten._unsafe_view.
 
 WRAPPER = "network"
 """Name of the network in the module that is exported."""
+KEPT = ("stack_trace", IN_PLACE, dtypes.CALL, dtypes.FOLLOWS, training.CALL, whole_modules.GIVEN)
 CHECKS = frozenset(
     {
         aten._assert_tensor_metadata.default,
@@ -93,6 +95,7 @@ def _converted(program: ExportedProgram, network: nn.Module) -> fx.Graph:
             graph.output(tuple(convert(each) for each in node.args[0] if each.name in wanted))
         elif node.target in COPIES:
             built[node] = convert(node.args[0])
+            _keep_notes(node, built[node])
         elif node.target not in CHECKS:
             built[node] = copied = graph.node_copy(node, convert)
             copied.target = SAME.get(node.target, node.target)
@@ -100,6 +103,17 @@ def _converted(program: ExportedProgram, network: nn.Module) -> fx.Graph:
             _write_out_dtype(copied)
             _follow_device(graph, copied, device, anchor)
     return graph
+
+
+def _keep_notes(copy: fx.Node, original: fx.Node) -> None:
+    """Keep what is noted of the result of an operator that is left out."""
+    if dtypes.CALL in copy.meta:
+        original.meta[dtypes.CALL] = copy.meta[dtypes.CALL]
+    if whole_modules.GIVEN in copy.meta:
+        original.meta[whole_modules.GIVEN] = [
+            *original.meta.get(whole_modules.GIVEN, ()),
+            *copy.meta[whole_modules.GIVEN],
+        ]
 
 
 def _sources(program: ExportedProgram, network: nn.Module) -> dict[str, str | Tensor]:
@@ -152,6 +166,8 @@ def _write_out_dtype(node: fx.Node) -> None:
     given = any(isinstance(each.meta.get("val"), Tensor) for each in node.all_input_nodes)
     if not given and any(argument.name == "dtype" and argument.kwarg_only for argument in operator._schema.arguments):
         node.kwargs = {**node.kwargs, "dtype": made.dtype}
+        if made.dtype is torch.get_default_dtype():
+            node.meta[dtypes.FOLLOWS] = dtypes.DEFAULT
 
 
 def _is(value: Any, device: torch.device | None) -> bool:
@@ -168,7 +184,7 @@ def _keep_meta(node: fx.Node, first: Mapping[str, str]) -> None:
         meta |= {"shape": tuple(tuple(map(hint, part.shape)) for part in value)}
     elif isinstance(value, (int, torch.SymInt)):
         meta |= {"value": hint(value)}
-    meta |= {key: node.meta[key] for key in ("stack_trace", IN_PLACE) if key in node.meta}
+    meta |= {key: node.meta[key] for key in KEPT if key in node.meta}
     node.meta = meta
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from lightning_zipit._common.arguments import Arguments
 from lightning_zipit._common.calls import Call
 from lightning_zipit._common.copying import copy_module
 from lightning_zipit._common.randomness import seeded
@@ -150,7 +151,7 @@ def verify_graph(backbone: nn.Module, graph: MergeGraph, batch: Any) -> None:
     Raises:
         VerificationError: if a permutation changes the outputs; the message names every failing space.
     """
-    if failing := find_failing({"": backbone}, {"": graph}, {"": Call.of(batch)}):
+    if failing := find_failing({"": backbone}, {"": graph}, {"": Arguments.of(backbone).bind(Call.of(batch))}):
         raise VerificationError(explain(graph, failing))
 
 

@@ -72,6 +72,8 @@ def _layer_by_layer(
     for layer in range(num_layers):
         given = [state.narrow(0, layer * directions, directions) for state in states]
         own = params[layer * each : (layer + 1) * each]
+        if layer and dropout:
+            x = torch.dropout(x, dropout, train)
         start = given if isinstance(hx, (tuple, list)) else given[0]
         x, *reached = operator(x, start, own, has_biases, 1, dropout, train, bidirectional, batch_first)
         last.append(tuple(reached))

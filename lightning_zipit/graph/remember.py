@@ -13,9 +13,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from lightning_zipit._common.arguments import Arguments
 from lightning_zipit._common.calls import Call
-from lightning_zipit.graph.capture import Captured, capture, holds_for
-from lightning_zipit.graph.joined import Joined
+from lightning_zipit.graph.capture import Captured, at_other_sizes, capture, holds_for
+from lightning_zipit.graph.joined import Joined, capture_joined
 from lightning_zipit.graph.registry import operator_of_module
 from lightning_zipit.graph.whole_modules import fold
 
@@ -29,9 +30,10 @@ OF_EVERY_MODULE = frozenset({*vars(nn.Module()), "__orig_class__"}) - {"_forward
 
 @dataclass
 class _Known:
-    """A capture, and the networks for which it was seen to hold."""
+    """A capture, the kind of its input and network whatever their sizes, and the networks for which it holds."""
 
     captured: Captured
+    kind: Any
     networks: weakref.WeakSet[nn.Module] = field(default_factory=weakref.WeakSet)
 
 
@@ -56,28 +58,29 @@ def capture_once(network: nn.Module, example: Any) -> Captured:
         TraceError: if the network cannot be captured.
     """
     if isinstance(network, Joined):
-        return network.captured(example)
-    key = signature(network, example)
+        return capture_joined(network, example)
+    example = Arguments.of(network).bind(Call.of(example))
+    kind, _ = key = signature(network, example)
     known = _known.get(key)
     if known is None or not (network in known.networks or holds_for(known.captured, network, example)):
-        known = _known[key] = _Known(capture(network, example))
+        known = _known[key] = _Known(_of_other_sizes(kind, network, example) or capture(network, example), kind)
     known.networks.add(network)
     _known.move_to_end(key)
     while len(_known) > KEPT:
         _known.popitem(last=False)
     captured = replace(known.captured, graph=copy.deepcopy(known.captured.graph))
-    fold(captured.graph, network, _is_whole)
+    fold(captured.graph, network, _is_whole, captured.calls)
     return captured
 
 
-def signature(network: nn.Module, example: Any) -> Any:
-    """Return what is equal for networks of one architecture, with inputs of equal sizes, as far as it can be told.
+def signature(network: nn.Module, call: Call) -> tuple[Any, Any]:
+    """Return what is equal for networks of one architecture, and what for inputs of equal sizes, as far as can be told.
 
     Args:
         network: the network.
-        example: an input; see :func:`~lightning_zipit.graph.capture.capture`.
+        call: an input.
     """
-    return _of_input(example), tuple(_of_network(network))
+    return (_kind_of_input(call), tuple(_of_network(network))), _sizes_of_input(call)
 
 
 def _is_whole(module: nn.Module) -> bool:
@@ -86,13 +89,19 @@ def _is_whole(module: nn.Module) -> bool:
     return not computes and operator_of_module(module) is not None
 
 
-def _of_input(example: Any) -> Any:
-    call = Call.of(example)
-    shapes = tuple(
-        (tensor.dtype, tensor.device, tuple(tensor.shape)[chosen:])
-        for tensor, chosen in zip(call.tensors, call.batched, strict=True)
-    )
-    return str(call.structure), call.batched, shapes
+def _of_other_sizes(kind: Any, network: nn.Module, example: Call) -> Captured | None:
+    """A capture for other sizes of the input that holds for these; ``None`` if there is none."""
+    found = (at_other_sizes(each.captured, network, example) for each in _known.values() if each.kind == kind)
+    return next((captured for captured in found if captured is not None), None)
+
+
+def _kind_of_input(call: Call) -> Any:
+    kinds = tuple((tensor.dtype, tensor.device, tensor.ndim) for tensor in call.tensors)
+    return str(call.structure), call.batched, kinds
+
+
+def _sizes_of_input(call: Call) -> Any:
+    return tuple(tuple(tensor.shape)[chosen:] for tensor, chosen in zip(call.tensors, call.batched, strict=True))
 
 
 def _of_network(network: nn.Module) -> Iterator[Any]:

@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 
 from lightning_zipit._common.structure import Structure
 
-RETURNED = "returned"
+RETURNED = "_returned"
 """Name of the submodule of a head that makes the output of its tensors."""
 WRITTEN_OUT = (tuple, list, dict)
 """Types that generated code writes out."""
@@ -45,7 +45,7 @@ def return_as(structure: Structure | None, root: nn.Module, graph: fx.Graph, ten
     """
     if structure is None:
         graph.output(tuple(tensors))
-    elif _is_written_out(structure):
+    elif is_written_out(structure):
         graph.output(structure.unflatten(tensors))
     else:
         root._modules[RETURNED] = Returned(structure)
@@ -62,9 +62,10 @@ def tensors_returned(graph: fx.Graph) -> list[fx.Node]:
     return found
 
 
-def _is_written_out(structure: Structure) -> bool:
+def is_written_out(structure: Structure) -> bool:
+    """Whether generated code can write out a nested value."""
     if structure.kind is Tensor:
         return True
     if structure.kind in WRITTEN_OUT:
-        return all(map(_is_written_out, structure.parts))
+        return all(map(is_written_out, structure.parts))
     return structure.kind in (type(None), bool, int, float, str)

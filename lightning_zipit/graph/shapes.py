@@ -26,7 +26,10 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def note_shapes(network: nn.Module, graph: fx.Graph, inputs: list[Tensor]) -> None:
-    """Run a graph, and note shape and type of each tensor (``node.meta["shape"]``, ``node.meta["dtype"]``).
+    """Run a graph, and note what depends on the sizes of the input: shapes and types of tensors, and numbers.
+
+    These are ``node.meta["shape"]`` (of a tuple of tensors, a tuple), ``node.meta["dtype"]`` and
+    ``node.meta["value"]``.
 
     Args:
         network: the network; it is not changed.
@@ -37,6 +40,10 @@ def note_shapes(network: nn.Module, graph: fx.Graph, inputs: list[Tensor]) -> No
     def note(node: fx.Node, value: Any) -> None:
         if isinstance(value, Tensor):
             node.meta |= {"shape": tuple(value.shape), "dtype": value.dtype}
+        elif node.op != "output" and isinstance(value, (tuple, list)) and all(isinstance(x, Tensor) for x in value):
+            node.meta["shape"] = tuple(tuple(part.shape) for part in value)
+        elif type(value) is int:
+            node.meta["value"] = value
 
     known = enter_inputs(graph.nodes, inputs)
     for node, value in known.items():

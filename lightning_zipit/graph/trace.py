@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, fx, nn
 
+from lightning_zipit._common.arguments import Arguments
 from lightning_zipit._common.calls import Call
 from lightning_zipit.errors import ConfigurationError, TraceError, VerificationError
 from lightning_zipit.graph.analyse import Analysis
@@ -73,7 +74,8 @@ def trace(
     merge_graph = capture.analyse(barriers or {})
     if verify is None:
         return merge_graph
-    working, x = working_copy(backbone), Call.of(verify).first(SAMPLES).each(Tensor.detach)
+    x = Arguments.of(backbone).bind(Call.of(verify)).first(SAMPLES).each(Tensor.detach)
+    working = working_copy(backbone)
     capture.captured.check(working, x)
     while failing := find_failing({"": working}, {"": merge_graph}, {"": x}):
         merge_graph = analyse_again(merge_graph, failing, merge_heads, capture.analyse)
@@ -116,7 +118,6 @@ class _Capture:
         self, backbone: nn.Module, stop_at: str | None, start_at: str | None, merge_heads: bool, example: Any
     ) -> None:
         self.backbone, self.stop_at, self.start_at, self.merge_heads = backbone, stop_at, start_at, merge_heads
-        _check_names(backbone)
         self.captured = capture_once(backbone, guess_input(backbone) if example is None else example)
         self.graph = graph = self.captured.graph
         if start_at is not None:
@@ -169,23 +170,14 @@ class _Capture:
                 f"The forward decides by its data: {read}. The merged network decides as for the example, whatever its "
                 "data are."
             )
+        for call in self.captured.training_alone:
+            yield f"The forward calls {call} in training mode alone. The merged network leaves it out."
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...] | None:
     """Return the shape of a node's value for the captured batch; ``None`` if the value is not a tensor."""
     shape = node.meta.get("shape")
     return None if shape is None or any(isinstance(size, tuple) for size in shape) else shape
-
-
-def _check_names(backbone: nn.Module) -> None:
-    """Check that trunk and heads, which are graph modules, can have the submodules of the network by their names."""
-    taken = [name for name in backbone._modules if hasattr(fx.GraphModule, name) or name == "meta"]
-    if taken:
-        raise ConfigurationError(
-            f"The backbone ({type(backbone).__name__}) has a submodule named `{taken[0]}`, which is an attribute of "
-            f"`torch.fx.GraphModule`. Rename the attribute in its class, such as to `{taken[0]}_`, and the keys of its "
-            f"checkpoint with it."
-        )
 
 
 def _check_mergeable(graph: MergeGraph, stop_at: str | None) -> None:

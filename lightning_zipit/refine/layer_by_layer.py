@@ -21,6 +21,7 @@ from lightning_zipit._matching.maps import model_shares
 from lightning_zipit.graph import MergeGraph
 from lightning_zipit.graph.joined import UNMERGE, Joined
 from lightning_zipit.graph.layers import Fitted, Layer, Norm, Stops, find_stops, layer_of
+from lightning_zipit.graph.part import name_of_added
 from lightning_zipit.graph.run import Run, Values, cloned, enter_inputs
 from lightning_zipit.refine.finite import source_of
 from lightning_zipit.refine.frontier import Frontier
@@ -229,12 +230,13 @@ class Walk:
         by_name = {node.name: node for node in graph.fx_graph.nodes}
         values: list[Values] = [{by_name[node.name]: known[node] for node in self.crossings} for known in (merged, own)]
         head, source = self.merged.heads[task], self.merged.sources[task]
+        unmerge = name_of_added(graph.module, UNMERGE)
         for crossing in graph.crossings:
             if crossing.ref is not None and not crossing.absorbed:
                 node = by_name[crossing.node]
                 for known, network in zip(values, (head, source), strict=True):
                     if network is head or isinstance(network, Joined):
-                        known[node] = network.get_submodule(f"{UNMERGE}.{crossing.node}")(known[node])
+                        known[node] = network.get_submodule(f"{unmerge}.{crossing.node}")(known[node])
         self._add_bypassing(graph, task, batch, values)
         return values
 

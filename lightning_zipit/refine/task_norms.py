@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_zipit._matching.maps import Maps, apply_maps, of_one_model
 from lightning_zipit._merging.dense import moments_under, set_moments
+from lightning_zipit.graph.part import Part, graph_of, set_graph
 from lightning_zipit.graph.table import Row, Table, bind
 
 TASK = "task"
@@ -50,14 +51,14 @@ def find_norms(module: nn.Module, nodes: Collection[fx.Node]) -> list[fx.Node]:
     ]
 
 
-def give_norms(trunk: fx.GraphModule, tasks: Collection[str]) -> None:
+def give_norms(trunk: Part, tasks: Collection[str]) -> None:
     """Replace the batch norms of a trunk by one batch norm per task. The task name becomes the trunk's last input.
 
     Args:
         trunk: a trunk without batch norm per task, which is changed in place.
         tasks: the names of the tasks.
     """
-    graph = trunk.graph
+    graph = graph_of(trunk)
     calls = find_norms(trunk, list(graph.nodes))
     *_, last = (node for node in graph.nodes if node.op == "placeholder")
     with graph.inserting_after(last):
@@ -68,7 +69,7 @@ def give_norms(trunk: fx.GraphModule, tasks: Collection[str]) -> None:
     for call in calls:
         call.kwargs = {**call.kwargs, TASK: task}
     graph.lint()
-    trunk.recompile()
+    set_graph(trunk, graph)
 
 
 def set_affine(

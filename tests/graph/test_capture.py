@@ -300,6 +300,35 @@ def test_calls_of_modules_are_put_back():
     torch.testing.assert_close(found.run(network.eval(), x), network(x))
 
 
+class Gate(nn.Module):
+    """Several tensors and a number, some of which it does not use."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.rand(4))
+
+    def forward(self, x, gate, power=1.0, *, mask=None, more=()):
+        y = x * torch.sigmoid(gate) ** power * self.scale
+        return y if mask is None else y * mask.unsqueeze(-1)
+
+
+def test_calls_of_modules_of_several_arguments_are_put_back():
+    def forward(self, x, mask):
+        y = self.gate(self.fc(x), x, 2.0, mask=mask)
+        y = self.gate(gate=y.detach(), x=x, more=[mask, {"x": y}])
+        return self.gate(y, self.table)
+
+    network = module(forward, fc=nn.Linear(4, 4), gate=Gate(), table=nn.Parameter(torch.rand(4)))
+    found = captured(network, lambda n: ((torch.randn(n, 4), torch.rand(n)), {}))
+    assert set(found.calls) == {"gate", "gate@1", "gate@2"}
+    fold(found.graph, network, lambda each: not list(each.children()), found.calls)
+    calls = [node for node in found.graph.nodes if node.op == "call_module" and node.target == "gate"]
+    assert [len(call.args) for call in calls] == [3, 0, 2] and "aten" not in str(found.graph)
+    x, mask = torch.randn(UNSEEN, 4), torch.rand(UNSEEN)
+    with torch.no_grad():
+        torch.testing.assert_close(found.run(network.eval(), x, mask), network(x, mask))
+
+
 def test_modules_that_return_tuples_stay_open():
     network = module(lambda self, x: self.rnn(x)[0], rnn=nn.LSTM(4, 5, batch_first=True))
     found = captured(network, tensor(3, 4))
