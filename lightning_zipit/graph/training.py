@@ -16,6 +16,7 @@ from torch._ops import OpOverload
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.overrides import TorchFunctionMode
 
+from lightning_zipit._common.copying import copy_module
 from lightning_zipit._common.randomness import seeded
 from lightning_zipit._common.structure import Structure
 from lightning_zipit.graph.decisions import TORCH, user_line
@@ -134,7 +135,9 @@ def _reads_mode(module: nn.Module) -> bool:
 
 
 def _calls_in_training(network: nn.Module, inputs: Structure, tensors: Sequence[Tensor]) -> Calls:
-    working = working_copy(network).train()
+    working = copy_module(working_copy(network))  # in training mode, a forward may write into its parameters
+    for module in working.modules():
+        module.training = not isinstance(module, nn.SyncBatchNorm)  # which waits for other processes
     args, kwargs = inputs.unflatten([each.clone() for each in tensors])
     try:
         with torch.inference_mode(False), torch.no_grad(), seeded(0), warnings.catch_warnings(), NoteModes() as noting:

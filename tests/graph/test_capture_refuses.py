@@ -43,9 +43,11 @@ def test_a_fixed_size_is_refused_by_name():
 
 
 def test_other_arguments_are_refused():
-    network = nn.Linear(4, 3)
+    network, x = nn.Linear(4, 3).eval(), torch.randn(2, 4)
+    found = captured(network, tensor(4))
+    assert torch.equal(found.run(network, input=x), network(x))  # the same call
     with pytest.raises(TraceError, match="other arguments"):
-        captured(network, tensor(4)).run(network, input=torch.randn(2, 4))
+        found.run(network, [x])
 
 
 def decides_by_data(self, x):

@@ -144,3 +144,22 @@ def test_what_the_graph_does_not_have_is_noted():
     assert "`dropout`" in note and "test_training_mode.py" in note
     plain = with_parts(drops, inner=nn.Linear(6, 6))
     assert not any("training mode" in note for note in trace(plain, example_input=X).notes)
+
+
+def writes(self, x):
+    if self.training:
+        self.table.data.add_(1)
+        self.seen = getattr(self, "seen", 0) + 1
+    y = F.dropout(self.stem(x) + self.table, 0.5, self.training)
+    return self.head(y + torch.zeros(6, dtype=y.dtype))
+
+
+def test_runs_in_training_mode_leave_the_network_and_random_numbers_as_they_were():
+    network = module(writes, stem=nn.Linear(4, 6), table=nn.Parameter(torch.zeros(6)), head=nn.Linear(6, 3)).eval()
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    graph = trace(network, example_input=X)
+    assert torch.equal(torch.rand(1), expected)
+    assert not network.table.any() and not hasattr(network, "seen") and not network.training
+    assert any("in_training" in node.meta for node in graph.fx_graph.nodes)
