@@ -12,9 +12,9 @@ from torch.optim import Optimizer
 
 from lightning_zipit._common.copying import copy_module
 from lightning_zipit._common.views import view_of
+from lightning_zipit._lightning.files.weights import WEIGHTS
 from lightning_zipit._lightning.multihead import MultiHeadModule
 from lightning_zipit._lightning.sources import WithoutCheckpoint, find_input, find_inputs, get_backbone, name_tasks
-from lightning_zipit._lightning.states import WEIGHTS
 from lightning_zipit.errors import ConfigurationError
 from lightning_zipit.graph.replay import tensors_in
 

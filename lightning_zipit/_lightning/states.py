@@ -12,12 +12,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_zipit._lightning.delegation import DelegatedHooks
+from lightning_zipit._lightning.files.weights import WEIGHTS
 
 PARTS = "lightning_zipit_sources"
 """The key of a checkpoint for what the ``on_save_checkpoint`` of each source module adds, by task."""
-
-WEIGHTS = "state_dict"
-"""The key of a checkpoint for the state dict."""
 
 
 class SourceStates(DelegatedHooks):
