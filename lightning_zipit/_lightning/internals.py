@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from argparse import SUPPRESS
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,12 +13,16 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters_context
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset
 
 SHARDING = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
 
 INSTANTIATORS = ("lightning.pytorch.cli.instantiate_module", "pytorch_lightning.cli.instantiate_module")
 """The functions that Lightning names in checkpoints to recreate a module from the hyperparameters of a command line."""
+
+OTHER_NAME = "pytorch_lightning"
+"""The package that has all classes of ``lightning.pytorch`` once more, under another name."""
 
 MARKUP = re.compile(r"(?::\w+:`~?([\w.]+)`)|``([^`]*)``")
 
@@ -30,6 +35,22 @@ def recorded(hyperparameters: Mapping[str, Any]) -> Iterator[None]:
     """
     with _given_hyperparameters_context(dict(hyperparameters), INSTANTIATORS[0]):
         yield
+
+
+def lightning_modules() -> tuple[type[LightningModule], ...]:
+    """Return the LightningModule classes of ``lightning.pytorch`` and, if it is imported, of ``pytorch_lightning``."""
+    other = getattr(sys.modules.get(OTHER_NAME), "LightningModule", None)
+    return (LightningModule,) if other is None else (LightningModule, other)
+
+
+def overrides(name: str, module: Any) -> bool:
+    """Whether a LightningModule has its own version of a method."""
+    return any(is_overridden(name, module, base) for base in lightning_modules() if isinstance(module, base))
+
+
+def tell_device(module: Any, parent: LightningModule) -> None:
+    """Set the device and dtype that a LightningModule reports. Its parent may be of the other package."""
+    module._device, module._dtype = parent.device, parent.dtype
 
 
 def unsupported_strategy(trainer: Trainer) -> str | None:

@@ -15,7 +15,7 @@ from torch import nn
 
 from lightning_zipit._common.copying import copy_module
 from lightning_zipit._common.files import replacing
-from lightning_zipit._common.views import Inputs, any_view, as_inputs
+from lightning_zipit._common.views import Inputs, any_view, as_inputs, each_view
 from lightning_zipit._lightning.entering import Entering, side_by_side
 from lightning_zipit._lightning.internals import count_samples, predict_loaders, spawns_processes
 from lightning_zipit._lightning.loaders import find_loader_problems, in_fixed_order, length_of, list_loaders, opened
@@ -289,7 +289,8 @@ class ZipItModule(DelegatedTransfers, WithoutCheckpoint, LightningModule):
     def _inputs_of(self, batch: Any, batch_idx: int) -> list[Inputs]:
         """Return the inputs of the backbones for every call of a backbone in a step."""
         if self.get_input is not find_input:
-            return [as_inputs(self.get_input(batch), self.models)]
+            convert = next(iter(self._entering.values())).converted
+            return [each_view(as_inputs(self.get_input(batch), self.models), convert)]
         by_task = isinstance(batch, Mapping) and all(task in batch for task in self.models)
         found = {
             task: entering.calls(batch[task] if by_task else batch, batch_idx, self._trainer)

@@ -166,9 +166,9 @@ class MultiHeadModule(MultiTaskModule):
             ConfigurationError: if trunk or heads were replaced by other modules.
         """
         split = {}
+        source: Any
         for task, source in self.sources.items():
             trunk, head = self.trunk, self.heads[task]
-            assert isinstance(source, LightningModule)
             if not (isinstance(trunk, fx.GraphModule) and isinstance(head, fx.GraphModule)):
                 raise ConfigurationError(
                     f"The merged module cannot be merged again, because its trunk or the head of task {task!r} was "
@@ -336,6 +336,9 @@ class MultiHeadModule(MultiTaskModule):
         )
         weights: dict[str, Tensor] = dict(checkpoint["state_dict"])
         module.on_load_checkpoint({**checkpoint, "state_dict": weights})
+        for name, tensor in module.state_dict(keep_vars=True).items():
+            if isinstance(weights.get(name), Tensor):
+                tensor.data = tensor.data.to(weights[name].dtype)
         module.load_state_dict(weights, strict=strict)
         if strict:
             check_outputs(module, example, record.get("outputs") or {}, where)
