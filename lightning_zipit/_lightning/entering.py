@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_zipit._common.calls import Call
 from lightning_zipit._common.structure import UnknownContainerError
-from lightning_zipit._common.views import Inputs
+from lightning_zipit._common.views import Inputs, as_inputs, each_view
 from lightning_zipit._lightning.delegation import call_as_trainer
 from lightning_zipit._lightning.internals import overrides
 from lightning_zipit._lightning.sources import find_input, get_backbone
@@ -40,9 +40,13 @@ class Entering:
         source: the source module, or a copy. It must be in eval mode.
         backbone: dotted name of the part that is merged.
         task: the name of the task, for errors.
+        around: a context manager in which the source runs.
     """
 
-    def __init__(self, source: Any, backbone: str, task: str) -> None:
+    def __init__(
+        self, source: Any, backbone: str, task: str, around: Callable[[], AbstractContextManager[Any]] = nullcontext
+    ) -> None:
+        self.around = around
         self.source, self.network, self.task = source, get_backbone(source, backbone), task
         self._run: Callable[[Any, int], Any] | None = None
         self._calls_once = False
@@ -60,7 +64,7 @@ class Entering:
         Raises:
             CalibrationError: if no step of the source calls its backbone with tensors.
         """
-        with _lent(self.source, trainer):
+        with self.around(), torch.no_grad(), _lent(self.source, trainer):
             failures = []
             if self._run is not None:
                 found, error = self._follow(self._run, batch, batch_idx, self._calls_once)
@@ -130,6 +134,36 @@ class Entering:
         except Exception as error:  # a step after its call of the backbone may need labels, loggers or optimizers
             return found, error
         return found, None
+
+
+class StepInputs:
+    """Find the inputs of the backbones of all tasks in a batch.
+
+    Args:
+        entering: finds what a source's own step gives its backbone, by task.
+        get_input: the user's function from a batch to the backbone's input; by default, the steps are used.
+    """
+
+    def __init__(self, entering: Mapping[str, Entering], get_input: Callable[[Any], Any] = find_input) -> None:
+        self.entering, self.get_input = entering, get_input
+
+    def __call__(self, batch: Any, batch_idx: int, trainer: Any = None) -> list[Inputs]:
+        """Return the inputs of the backbones for every call of a backbone in a step.
+
+        Args:
+            batch: the batch, or the batches by task.
+            batch_idx: the index of the batch.
+            trainer: the Trainer, for steps that use it.
+        """
+        if self.get_input is not find_input:
+            convert = next(iter(self.entering.values())).converted
+            return [each_view(as_inputs(self.get_input(batch), self.entering), convert)]
+        by_task = isinstance(batch, Mapping) and all(task in batch for task in self.entering)
+        found = {
+            task: entering.calls(batch[task] if by_task else batch, batch_idx, trainer)
+            for task, entering in self.entering.items()
+        }
+        return side_by_side(found)
 
 
 def side_by_side(calls: Mapping[str, list[Call]]) -> list[Inputs]:

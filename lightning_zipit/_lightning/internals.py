@@ -49,8 +49,9 @@ def overrides(name: str, module: Any) -> bool:
 
 
 def tell_device(module: Any, parent: LightningModule) -> None:
-    """Set the device and dtype that a LightningModule reports. Its parent may be of the other package."""
-    module._device, module._dtype = parent.device, parent.dtype
+    """Set the device and dtype that a LightningModule of the other package reports: its parent cannot do so."""
+    if not isinstance(module, LightningModule):
+        module._device, module._dtype = parent.device, parent.dtype
 
 
 def unsupported_strategy(trainer: Trainer) -> str | None:

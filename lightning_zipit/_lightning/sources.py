@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,6 @@ from torch._dynamo import OptimizedModule
 
 from lightning_zipit._common.copying import copy_module
 from lightning_zipit._common.unmergeable import find_unmergeable
-from lightning_zipit._common.views import Inputs, as_inputs
 from lightning_zipit._lightning.internals import forget_compilation, lightning_modules
 from lightning_zipit.errors import CalibrationError, CheckpointError, ConfigurationError
 
@@ -169,16 +168,6 @@ def find_input(batch: Any) -> Tensor:
         "The network's input was not found in a calibration batch. The batch is a "
         f"{type(batch).__name__}{content}. Pass `get_input`, for example get_input=lambda batch: batch['pixels']."
     )
-
-
-def find_inputs(batch: Any, tasks: Collection[str], get_input: Callable[[Any], Any] = find_input) -> Inputs:
-    """Return the inputs of all models in a batch, with ``get_input``, or by default by task if the tasks are its keys.
-
-    Raises:
-        CalibrationError: if no input is found.
-    """
-    by_task = get_input is find_input and isinstance(batch, Mapping) and all(task in batch for task in tasks)
-    return as_inputs({task: find_input(batch[task]) for task in tasks} if by_task else get_input(batch), tasks)
 
 
 class DelegatedTransfers(ABC):
