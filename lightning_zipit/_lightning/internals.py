@@ -165,12 +165,22 @@ def strip_markup(parser: LightningArgumentParser) -> None:
 
 
 def add_trust(parser: LightningArgumentParser) -> None:
-    """Add ``--trust`` to a command that reads a checkpoint, and set the default of ``--weights_only`` to true."""
+    """Add ``--trust`` and ``--models`` to a command that reads a checkpoint.
+
+    The default of ``--weights_only`` becomes true.
+    """
     parser.add_argument(
         "--trust",
         type=list[str] | str | None,
         default=None,
         help="Modules or classes, by dotted name, that the checkpoint may refer to, such as my_project.",
+    )
+    parser.add_argument(
+        "--models",
+        type=dict[str, Any] | None,
+        default=None,
+        help="The class path of the source module of a task, or a dict with class_path and init_args, if a merged "
+        "checkpoint does not describe it (--models.TASK=CLASS_PATH).",
     )
     if any(action.dest == "weights_only" for action in parser._actions):
         parser.set_defaults({"weights_only": True})

@@ -232,7 +232,8 @@ class MultiHeadModule(MultiTaskModule):
                 rank_zero_warn(problem)
         outputs = sample_outputs(self, self.example)
         report = self.report.to_dict() if self.report else None
-        checkpoint[CHECKPOINT_KEY] = {**self._record, "report": report, "outputs": outputs}
+        training = {} if (known := self.describe_training()) is None else {"training": known}
+        checkpoint[CHECKPOINT_KEY] = {**self._record, **training, "report": report, "outputs": outputs}
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]
@@ -336,13 +337,11 @@ class MultiHeadModule(MultiTaskModule):
         )
         weights: dict[str, Tensor] = dict(checkpoint["state_dict"])
         module.on_load_checkpoint({**checkpoint, "state_dict": weights})
-        for name, tensor in module.state_dict(keep_vars=True).items():
-            if isinstance(weights.get(name), Tensor):
-                tensor.data = tensor.data.to(weights[name].dtype)
-        module.load_state_dict(weights, strict=strict)
+        module.read_weights(weights, strict, where)
         if strict:
             check_outputs(module, example, record.get("outputs") or {}, where)
         module._record["sources"] = record["sources"]
+        module.restore_training(record.get("training"), trust, where)
         module.report = MergeReport.from_dict(record["report"]) if record["report"] else None
         return module.to(next(iter(weights.values())).device)
 

@@ -66,6 +66,14 @@ def reading_record(checkpoint: Mapping[str, Any], where: str) -> Iterator[dict[s
         yield record
 
 
+def ask_for_module(task: str, what: str = "a module of that class") -> str:
+    """Explain how to give a source module that a file does not describe, in Python and on the command line."""
+    return (
+        f"Pass models={{{task!r}: <{what}>, …}} to `MultiHeadModule.load_from_checkpoint`. On the command line, give "
+        f"--models.{task}=CLASS_PATH, or --models.{task}='{{class_path: CLASS_PATH, init_args: {{NAME: VALUE}}}}'."
+    )
+
+
 def write_example(example: Inputs | None) -> dict[str, Any]:
     """Describe a sample, or each task's sample, by lists, dicts, numbers and strings."""
     return {"inputs": None if example is None else describe_inputs(example)}
