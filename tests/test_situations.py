@@ -125,7 +125,7 @@ class Anomaly(LightningModule):
 
 
 class Hydra(LightningModule):
-    """lightning-hydra-template: the network and optimizers as arguments, compiled in `setup`, metrics reset at the start."""
+    """lightning-hydra-template: network and optimizers as arguments, compiled in `setup`, best metrics in a hook."""
 
     data = loaded(ROWS, LABELS)
     backbone = "net"
@@ -254,7 +254,7 @@ class Forecast(LightningModule):
         return namedtuple("Output", ["prediction"])(prediction=prediction)
 
     def validation_step(self, batch, batch_idx):
-        x, (y, weight) = batch
+        x, (y, _) = batch
         self.log("val_loss", self.loss(self(x).prediction[:, 0], y), batch_size=len(y))
 
 
@@ -362,7 +362,7 @@ class Detector(LightningModule):
         self.model = self.Model()
 
     def validation_step(self, batch, batch_idx):
-        images, targets, shapes = batch
+        images, targets, _ = batch
         boxes, (raw,) = self.model(images / 255)
         self.log("found", boxes.amax(2).mean() + len(targets) + raw.mean(), batch_size=len(images))
 
@@ -444,9 +444,96 @@ class Ensembled(LightningModule):
         self.log("mean", out.mean())
 
 
+class Dense(LightningModule):
+    """What the following change."""
+
+    data = loaded(ROWS, LABELS)
+    backbone = "net"
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.accuracy = dense(), MulticlassAccuracy(3)
+
+    def validation_step(self, batch, batch_idx):
+        out = self.net(batch[0])
+        self.log("loss", nn.functional.cross_entropy(out, batch[1]))
+        return out
+
+
+class Mixup(Dense):
+    """Has random numbers in its step, with a seed for each batch, and restores the state in a hook."""
+
+    def on_validation_batch_start(self, batch, batch_idx, dataloader_idx=0):
+        self.state = torch.get_rng_state()
+        torch.manual_seed(batch_idx)
+
+    def validation_step(self, batch, batch_idx):
+        return super().validation_step((batch[0] + torch.rand(()), batch[1]), batch_idx)
+
+    def on_validation_batch_end(self, outputs, batch, batch_idx, dataloader_idx=0):
+        torch.set_rng_state(self.state)
+
+
+class Delegating(Dense):
+    """Has its steps in a helper object that refers back to the module."""
+
+    class Helper:
+        def __init__(self, owner):
+            self.owner = owner
+
+        def run(self, batch):
+            return Dense.validation_step(self.owner, batch, 0)
+
+    def __init__(self):
+        super().__init__()
+        self.helper = self.Helper(self)
+
+    def validation_step(self, batch, batch_idx):
+        return self.helper.run(batch)
+
+
+class Listed(Dense):
+    """Keeps a second reference to its network in a plain list, as COMET and EMA teachers do."""
+
+    def __init__(self):
+        super().__init__()
+        self.nets = [self.net]
+
+    def validation_step(self, batch, batch_idx):
+        self.log("loss", nn.functional.cross_entropy(self.nets[0](batch[0]), batch[1]))
+
+
+class Property(Dense):
+    """Reaches its network through a property of another name, and reports its size."""
+
+    @property
+    def encoder(self):
+        return self.net
+
+    def validation_step(self, batch, batch_idx):
+        out = self.encoder(batch[0]) * len(list(self.encoder))
+        self.log("loss", nn.functional.cross_entropy(out, batch[1]))
+
+
+class Wrapped(Dense):
+    """Calls its network by `torch.utils.checkpoint`, with hooks that look at features."""
+
+    def validation_step(self, batch, batch_idx):
+        out = torch.utils.checkpoint.checkpoint(self.net, batch[0], use_reentrant=False)
+        self.log("loss", nn.functional.cross_entropy(out, batch[1]))
+
+
+class Iterating(Dense):
+    """Takes the iterator of its loader."""
+
+    def validation_step(self, dataloader_iter):
+        batch, *_ = next(dataloader_iter)
+        self.log("loss", nn.functional.cross_entropy(self.net(batch[0]), batch[1]), batch_size=4)
+
+
 SITUATIONS = [
     *(Segmentation, Anomaly, Hydra, Regression, Molecules, Forecast, MRI, Pose, Detector, Speech, Binary),
-    *(Contrastive, Ensembled),
+    *(Contrastive, Ensembled, Mixup, Delegating, Listed, Property, Wrapped, Iterating),
 ]
 
 
