@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, nargs="+", default=[1, 3, 10], help="test after these numbers of epochs")
     parser.add_argument("--images", type=int, default=1500)
     parser.add_argument("--test-images", type=int, default=5000)
-    parser.add_argument("--rate", type=float, default=1e-3, help="learning rate of AdamW")
+    parser.add_argument("--rate", type=float, default=1e-4, help="learning rate of AdamW")
     arguments = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     seed_everything(0, verbose=False)

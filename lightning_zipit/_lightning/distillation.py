@@ -53,7 +53,7 @@ class Distillation(DelegatedTransfers, WithoutCheckpoint, LightningModule):
     Args:
         merged: the merged module. It is trained in place.
         models: its source modules by task, or a sequence. They are copied, and not changed.
-        optimizer: a function from parameters to an optimizer; by default AdamW with a learning rate of 1e-3.
+        optimizer: a function from parameters to an optimizer; by default AdamW with a learning rate of 1e-4.
         lr_scheduler: a function from the optimizer to a learning rate scheduler.
         loss: a function of an output of the merged network and of its source network; by default
             ``relative_error``: the squared error, divided by the variance of the source's output.
@@ -143,7 +143,7 @@ class Distillation(DelegatedTransfers, WithoutCheckpoint, LightningModule):
 
     def configure_optimizers(self) -> Any:
         parameters = [parameter for parameter in self.merged.parameters() if parameter.requires_grad]
-        optimizer = self._make_optimizer(parameters) if self._make_optimizer else torch.optim.AdamW(parameters, 1e-3)
+        optimizer = self._make_optimizer(parameters) if self._make_optimizer else torch.optim.AdamW(parameters, 1e-4)
         return [optimizer], ([] if self._make_scheduler is None else [self._make_scheduler(optimizer)])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

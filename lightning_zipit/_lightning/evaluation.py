@@ -13,7 +13,7 @@ from lightning_zipit._common.collectives import exchange
 from lightning_zipit._lightning.entering import StepInputs
 from lightning_zipit._lightning.multitask import MultiTaskModule
 from lightning_zipit.errors import ConfigurationError
-from lightning_zipit.metrics import JointAccuracy
+from lightning_zipit.metrics import JointAccuracy, check_labels
 
 TARGET_KEYS = ("label", "labels", "target", "targets", "y")
 
@@ -69,6 +69,10 @@ class JointEvaluation(Callback):
         assert isinstance(pl_module, MultiTaskModule)
         task, target = pl_module.task_of(dataloader_idx), find_target(batch)
         own = self.metric.classes[task].to(target.device)
+        try:
+            check_labels(target)
+        except ValueError as error:
+            raise ConfigurationError(f"Task {task!r}, in a validation batch: {error}") from error
         if len(target) and not 0 <= int(target.min()) <= int(target.max()) < len(own):
             raise ConfigurationError(
                 f"`classes` gives task {task!r} {len(own)} classes, but its validation data has labels from "
