@@ -17,6 +17,12 @@ ONE_LOGIT = (
 )
 """The way out for binary heads: the softmax over (0, z) is the sigmoid of z."""
 
+NO_CLASSES = (
+    "Heads for several labels at once, regression or embeddings have no joint accuracy. Compare merges by a metric of "
+    "your own, such as `metric` of a sweep, a name that the validation_step logs."
+)
+"""The way out for heads that are no classifiers."""
+
 
 class JointAccuracy(Metric):
     """Accuracy over the classes of all tasks together. The task of a sample is not known.
@@ -82,14 +88,23 @@ class JointAccuracy(Metric):
             target: global labels ``(samples,)``.
 
         Raises:
-            ValueError: if the logits of a task are missing, have a wrong shape, or are single logits.
+            ValueError: if the logits of a task are missing, have a wrong shape, or are single logits; or if the target
+                has no labels of classes.
         """
+        check_labels(target)
         for task, labels in self.classes.items():
-            shape = tuple(outputs[task].shape) if task in outputs else None
+            output = outputs.get(task)
+            if output is not None and not isinstance(output, Tensor):
+                raise ValueError(
+                    f"Task {task!r} needs logits in a tensor, got a {type(output).__name__}. Give the logits in it."
+                )
+            shape = None if output is None else tuple(output.shape)
             if shape in ((len(target),), (len(target), 1)):
                 raise ValueError(f"Task {task!r} has a single logit. {ONE_LOGIT}")
             if shape != (len(target), len(labels)):
-                raise ValueError(f"Task {task!r} needs logits of shape {(len(target), len(labels))}, got {shape}.")
+                raise ValueError(
+                    f"Task {task!r} needs logits of shape {(len(target), len(labels))}, got {shape}. {NO_CLASSES}"
+                )
         tasks = list(self.classes)
         global_labels = torch.cat([self.classes[task] for task in tasks]).to(target.device)
         logits = {task: outputs[task].float() / self.temperatures[task] for task in tasks}
@@ -126,3 +141,16 @@ class JointAccuracy(Metric):
             The figure and its axes.
         """
         return self._plot(val, ax)
+
+
+def check_labels(target: Tensor) -> None:
+    """Check that a target has one label of a class for each sample.
+
+    Raises:
+        ValueError: if it does not.
+    """
+    if target.ndim != 1 or target.is_floating_point() or target.is_complex():
+        raise ValueError(
+            f"The joint accuracy needs one integer label per sample, of shape (samples,), got {target.dtype} of shape "
+            f"{(*target.shape,)}. {NO_CLASSES}"
+        )

@@ -219,3 +219,40 @@ def test_what_cannot_be_trained_is_said(kind, loaders, message):
 def test_arguments_of_training_are_checked(options, message):
     with pytest.raises(ConfigurationError, match=message):
         merge().for_training(**options)
+
+
+class Custom(torch.optim.SGD):
+    """An optimizer of the user's own."""
+
+
+def test_what_for_training_sets_is_in_the_file_and_a_training_resumes(tmp_path):
+    decay, data = partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.5), {"a": FIRST, "b": SECOND}
+    merged = merge().for_training(partial(torch.optim.Adam, lr=1e-3, betas=(0.8, 0.9)), decay, {"b": 2.0}, "heads")
+    fit(merged, data).save_checkpoint(tmp_path / "tuned.ckpt")
+    loaded = MultiHeadModule.load_from_checkpoint(tmp_path / "tuned.ckpt")
+    assert loaded._loss_weights == {"b": 2.0} and not any(each.requires_grad for each in loaded.heads.parameters())
+    resumed = trainer(max_epochs=2)
+    resumed.fit(loaded, data, ckpt_path=tmp_path / "tuned.ckpt", weights_only=True)
+    (optimizer,) = resumed.optimizers
+    assert type(optimizer) is torch.optim.Adam and optimizer.param_groups[0]["lr"] == 1e-3 * 0.25
+    assert resumed.current_epoch == 2
+
+
+@pytest.mark.parametrize("optimizer", [lambda parameters: torch.optim.SGD(parameters, 0.1), partial(Custom, lr=0.1)])
+def test_an_optimizer_that_a_file_cannot_give_is_asked_for(optimizer, tmp_path):
+    run = trainer()
+    run.strategy.connect(merge().for_training(optimizer, freeze=["trunk"]))
+    run.save_checkpoint(tmp_path / "own.ckpt")
+    with pytest.warns(UserWarning, match="does not give `optimizer` of `for_training`.*Call `for_training` again"):
+        loaded = MultiHeadModule.load_from_checkpoint(tmp_path / "own.ckpt")
+    assert not any(each.requires_grad for each in loaded.trunk.parameters())
+    if isinstance(optimizer, partial):
+        loaded = MultiHeadModule.load_from_checkpoint(tmp_path / "own.ckpt", trust=f"{__name__}.Custom")
+        assert type(loaded.configure_optimizers()) is Custom
+
+
+def test_manual_optimization_says_what_to_do():
+    merged = merge()
+    merged.sources["b"].automatic_optimization = False
+    with pytest.raises(ConfigurationError, match=r"task 'b' optimizes manually. Train in a LightningModule"):
+        fit(merged, {"a": FIRST, "b": SECOND})

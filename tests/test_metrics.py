@@ -253,3 +253,19 @@ def test_a_head_with_one_logit_says_what_the_joint_accuracy_needs():
     metric.update({"kind": kind, "defect": torch.cat([torch.zeros_like(z), z], dim=1)}, target)
     probabilities = torch.cat([kind.softmax(1), 1 - z.sigmoid(), z.sigmoid()], 1)
     assert metric.compute()["joint"] == (probabilities.argmax(1) == target).float().mean()
+
+
+@pytest.mark.parametrize(
+    ("output", "target", "message"),
+    [
+        (torch.zeros(4, 3), torch.zeros(4, 3), r"one integer label per sample.*float32 of shape \(4, 3\).*metric"),
+        (torch.zeros(4, 4), torch.eye(4, dtype=torch.int64), r"one integer label per sample.*several labels at once"),
+        (torch.zeros(4, 3), torch.zeros(4), r"one integer label per sample.*regression"),
+        (torch.zeros(4, 8), torch.zeros(4, dtype=torch.int64), r"shape \(4, 3\), got \(4, 8\).*embeddings"),
+        ((torch.zeros(4, 3),), torch.zeros(4, dtype=torch.int64), r"needs logits in a tensor, got a tuple"),
+    ],
+)
+def test_heads_that_are_no_classifiers_are_told_what_the_joint_accuracy_needs(output, target, message):
+    metric = JointAccuracy({"a": [0, 1, 2], "b": [3, 4, 5]})
+    with pytest.raises(ValueError, match=message):
+        metric.update({"a": output, "b": output}, target)

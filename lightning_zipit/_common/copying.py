@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from types import CellType, FunctionType, MethodType
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 Copied = TypeVar("Copied", bound=nn.Module)
@@ -29,11 +30,31 @@ def copy_module(module: Copied, memo: dict[int, Any] | None = None) -> Copied:
     memo = {} if memo is None else memo
     for empty in _empty_registries(module):  # most of the objects of a network; deepcopy would spend half its time here
         memo.setdefault(id(empty), type(empty)())
+    for scripted in _scripted(module):
+        memo.setdefault(id(scripted), _copy_scripted(scripted))
     for tensor in _tensors_with_history(module):
         memo.setdefault(id(tensor), tensor.detach().clone())
     copied = copy.deepcopy(module, memo)
     for each in copied.modules() if isinstance(copied, nn.Module) else ():
         close_over_copies(vars(each), memo)
+    return copied
+
+
+def _scripted(module: nn.Module) -> Iterator[torch.jit.ScriptModule]:
+    """Find the modules of torch.jit that are not inside another one."""
+    for child in module.children():
+        if isinstance(child, torch.jit.ScriptModule):
+            yield child
+        else:
+            yield from _scripted(child)
+
+
+def _copy_scripted(module: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
+    """Copy a module of torch.jit. Outside ``no_grad``, its parameters would have a gradient history."""
+    with torch.no_grad():
+        copied = copy.deepcopy(module)
+    for new, old in zip(copied.parameters(), module.parameters(), strict=True):
+        new.requires_grad_(old.requires_grad)
     return copied
 
 

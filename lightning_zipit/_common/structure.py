@@ -42,10 +42,16 @@ class Structure:
         template: a copy of the value without its parts, for types whose other attributes are kept.
     """
 
-    kind: type
-    context: Any = None
+    kind: type = field(compare=False)
+    context: Any = field(default=None, compare=False)
     parts: tuple[Structure, ...] = ()
     template: Any = field(default=None, compare=False, repr=False)
+    identity: Any = field(init=False, repr=False)  # type and context; a forward may make a named tuple anew each time
+
+    def __post_init__(self) -> None:
+        named = pytree.is_namedtuple_class(self.kind)
+        identity = (self.kind.__qualname__, getattr(self.kind, "_fields")) if named else (self.kind, self.context)
+        object.__setattr__(self, "identity", identity)
 
     @property
     def count(self) -> int:

@@ -14,7 +14,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 
 from lightning_zipit._lightning.commands import export, inspect
 from lightning_zipit._lightning.files.checkpoint import find_record, naming_file, read_checkpoint
-from lightning_zipit._lightning.files.descriptions import build_module, describe_checkpoint
+from lightning_zipit._lightning.files.descriptions import build_module, describe_checkpoint, make_given
 from lightning_zipit._lightning.files.hyperparameters import find_given
 from lightning_zipit._lightning.files.loading import find_model_class
 from lightning_zipit._lightning.files.names import find_object
@@ -204,7 +204,8 @@ class ZipItCLI(LightningCLI):
     def _find_model(self) -> LightningModule | type[LightningModule] | None:
         """Find the model without LightningCLI: from a checkpoint, or as a class; ``None`` if LightningCLI makes it."""
         if find_record(self._checkpoint) is not None:
-            return MultiHeadModule.restore(self._checkpoint, str(self._ckpt_path), self._trust())
+            models = make_given(self.config[self.subcommand].get("models"))
+            return MultiHeadModule.restore(self._checkpoint, str(self._ckpt_path), self._trust(), models)
         description = describe_checkpoint(self._checkpoint)
         described = {"model"} if description["class_path"] else set()
         described |= {f"model.{name}" for name in description["hyperparameters"]}

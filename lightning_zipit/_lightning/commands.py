@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import LightningModule
 from torch import nn
 
 from lightning_zipit._common.files import find_output_problem, replacing
@@ -18,7 +19,7 @@ from lightning_zipit._lightning.files.checkpoint import (
     read_example,
     reading_record,
 )
-from lightning_zipit._lightning.files.descriptions import make_sources
+from lightning_zipit._lightning.files.descriptions import make_given, make_sources
 from lightning_zipit._lightning.files.loading import load_source
 from lightning_zipit._lightning.files.names import find_class, find_object
 from lightning_zipit._lightning.files.trust import Trust, Trusted
@@ -40,6 +41,7 @@ def inspect(
     weights_only: bool = True,
     start_at: str | None = None,
     trust: list[str] | str | None = None,
+    models: dict[str, Any] | None = None,
 ) -> None:
     """Print which parameter axes of a network must be merged together: for each axis, its feature space.
 
@@ -56,6 +58,8 @@ def inspect(
             code in it: use it only for files that you trust.
         start_at: dotted name, inside the backbone, of the first module that the tasks would share.
         trust: modules or classes, by dotted name, that the checkpoint may refer to, such as my_project.
+        models: the class path of the source module of a task, or a dict with class_path and init_args, if a merged
+            checkpoint does not describe it (--models.TASK=CLASS_PATH).
 
     Raises:
         ConfigurationError: if no model is given, or the model has no such backbone.
@@ -64,7 +68,8 @@ def inspect(
     """
     if svg and (problem := find_output_problem(svg)):
         raise ConfigurationError(problem.replace("`output`", "`svg`"))
-    graph = _trace_merged(ckpt_path, weights_only, Trust.of(trust, _named(model))) if ckpt_path else None
+    allowed = Trust.of(trust, _named(model))
+    graph = _trace_merged(ckpt_path, weights_only, allowed, make_given(models)) if ckpt_path else None
     if graph is None:
         network = _find_model(model, arguments or {}, ckpt_path, weights_only, trust)
         example = torch.zeros(1, *input_shape) if input_shape else None
@@ -101,13 +106,15 @@ def _find_model(
     return network
 
 
-def _trace_merged(ckpt_path: str, weights_only: bool, trust: Trust) -> MergeGraph | None:
+def _trace_merged(
+    ckpt_path: str, weights_only: bool, trust: Trust, given: Mapping[str, LightningModule]
+) -> MergeGraph | None:
     """Trace the first source of a merged checkpoint; return ``None`` if the checkpoint is not merged."""
     checkpoint = read_checkpoint(ckpt_path, "cpu", weights_only)
     if find_record(checkpoint) is None:
         return None
     with reading_record(checkpoint, ckpt_path) as record:
-        task, source = next(iter(make_sources(record["sources"], trust, ckpt_path).items()))
+        task, source = next(iter(make_sources(record["sources"], trust, ckpt_path, given).items()))
         example = read_example(record)
         return trace(
             get_backbone(source, record["backbone"]),
@@ -125,6 +132,7 @@ def export(
     batch_size: int | None = None,
     model: str | None = None,
     trust: list[str] | str | None = None,
+    models: dict[str, Any] | None = None,
 ) -> None:
     """Export a merged checkpoint to a file that runs without this package: ONNX, or torch.export's .pt2.
 
@@ -139,12 +147,14 @@ def export(
         model: the class of the source models, by dotted name. It is needed for classes of your own, because a
             checkpoint cannot import them.
         trust: modules or classes, by dotted name, that the checkpoint may refer to, such as my_project.
+        models: the class path of the source module of a task, or a dict with class_path and init_args, if a merged
+            checkpoint does not describe it (--models.TASK=CLASS_PATH).
 
     Raises:
         ConfigurationError: if the format is unknown, packages are missing, or the network cannot be exported.
         CheckpointError: if the checkpoint cannot be read, is not merged, or refers to something that is not allowed.
     """
     checkpoint = read_checkpoint(ckpt_path, "cpu")
-    merged = MultiHeadModule.restore(checkpoint, ckpt_path, Trust.of(trust, _named(model)))
+    merged = MultiHeadModule.restore(checkpoint, ckpt_path, Trust.of(trust, _named(model)), make_given(models))
     names = export_merged(merged, output, batch_size)
     print(f"Saved {output} with the outputs {', '.join(names)}")

@@ -11,9 +11,9 @@ from typing import Any
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core.hooks import DataHooks, ModelHooks
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
+from lightning_zipit._lightning.internals import overrides, tell_device
 from lightning_zipit._lightning.sources import DelegatedTransfers, get_backbone
 from lightning_zipit._lightning.standin import STAND_IN, MergedPath, StandIn
 from lightning_zipit.errors import ConfigurationError
@@ -108,7 +108,7 @@ class DelegatedHooks(DelegatedTransfers, LightningModule):
     def sources_with(self, name: str) -> list[str]:
         """Return the tasks whose source modules override a method of LightningModule."""
         sources = self._modules.get("sources") or nn.ModuleDict()
-        return [task for task, source in sources._modules.items() if is_overridden(name, source)]
+        return [task for task, source in sources._modules.items() if overrides(name, source)]
 
     # Loaders and tasks
 
@@ -174,8 +174,8 @@ class DelegatedHooks(DelegatedTransfers, LightningModule):
     @contextmanager
     def _speaking(self, task: str) -> Iterator[LightningModule]:
         """Context manager in which a source module uses this module's Trainer, and logs with its task as prefix."""
-        source = self.sources[task]
-        assert isinstance(source, LightningModule)
+        source: Any = self.sources[task]
+        tell_device(source, self)
         trainer, own_log = source._trainer, source.__dict__.get("log")
 
         def log(name: str, value: Any, *args: Any, **kwargs: Any) -> None:

@@ -32,9 +32,18 @@ class ZipIt:
 
     Args:
         trainer: the Trainer. Its callbacks are the same before and after a merge.
+
+    Raises:
+        ConfigurationError: if ``trainer`` is no Trainer of ``lightning.pytorch``.
     """
 
     def __init__(self, trainer: Trainer) -> None:
+        if not isinstance(trainer, Trainer):
+            raise ConfigurationError(
+                f"`trainer` must be a Trainer of `lightning.pytorch`, got a {type(trainer).__name__} of "
+                f"`{type(trainer).__module__.partition('.')[0]}`. Import Trainer from `lightning.pytorch`. The models "
+                "may be modules of `pytorch_lightning`."
+            )
         self.trainer = trainer
 
     @with_options

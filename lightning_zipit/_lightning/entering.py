@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
 from lightning_zipit._common.arguments import Arguments
 from lightning_zipit._common.calls import Call
 from lightning_zipit._common.structure import UnknownContainerError
-from lightning_zipit._common.views import Inputs
+from lightning_zipit._common.views import Inputs, as_inputs, each_view
 from lightning_zipit._lightning.delegation import call_as_trainer
+from lightning_zipit._lightning.internals import overrides
 from lightning_zipit._lightning.sources import find_input, get_backbone
 from lightning_zipit.errors import CalibrationError
+
+Given: TypeAlias = "tuple[tuple[Any, ...], Mapping[str, Any]]"
+"""Positional and keyword arguments."""
 
 STEPS = ("validation_step", "test_step", "predict_step", "training_step")
 """The steps of a source in which its backbone is looked for, in order."""
@@ -38,13 +41,19 @@ class Entering:
         source: the source module, or a copy. It must be in eval mode.
         backbone: dotted name of the part that is merged.
         task: the name of the task, for errors.
+        around: a context manager in which the source runs.
     """
 
-    def __init__(self, source: Any, backbone: str, task: str) -> None:
+    def __init__(
+        self, source: Any, backbone: str, task: str, around: Callable[[], AbstractContextManager[Any]] = nullcontext
+    ) -> None:
+        self.around = around
         self.source, self.network, self.task = source, get_backbone(source, backbone), task
         self._arguments = Arguments.of(self.network)
         self._run: Callable[[Any, int], Any] | None = None
         self._calls_once = False
+        self._dtype: torch.dtype | None = None  # what inputs are converted to, if the backbone takes no others
+        self._checked = False
 
     def calls(self, batch: Any, batch_idx: int, trainer: Any) -> list[Call]:
         """Return the arguments of every call of the backbone.
@@ -57,7 +66,7 @@ class Entering:
         Raises:
             CalibrationError: if no step of the source calls its backbone with tensors.
         """
-        with _lent(self.source, trainer):
+        with self.around(), torch.no_grad(), _lent(self.source, trainer):
             failures = []
             if self._run is not None:
                 found, error = self._follow(self._run, batch, batch_idx, self._calls_once)
@@ -78,6 +87,18 @@ class Entering:
             "backbone's input, for example get_input=lambda batch: batch['pixels']."
         )
 
+    def converted(self, call: Call, forward: Callable[..., Any] | None = None) -> Call:
+        """Convert an input to the dtype of the backbone, if that is lower than 32 bits and the backbone takes no other.
+
+        Args:
+            call: the arguments of a call of the backbone.
+            forward: the forward of the backbone.
+        """
+        if not self._checked:
+            self._checked = True
+            self._dtype = _find_dtype(self.network, call, forward or self.network.forward)
+        return call if self._dtype is None else call.to(call.device, self._dtype)
+
     def _candidates(self) -> Iterator[tuple[str, Callable[[Any, int], Any]]]:
         for name in STEPS:
             if self._has(name):
@@ -87,7 +108,7 @@ class Entering:
         yield "the backbone", lambda batch, _: self.network(find_input(batch))
 
     def _has(self, name: str) -> bool:
-        return name in vars(self.source) or is_overridden(name, self.source)
+        return name in vars(self.source) or overrides(name, self.source)
 
     def _follow(
         self, run: Callable[[Any, int], Any], batch: Any, batch_idx: int, stop: bool
@@ -95,9 +116,10 @@ class Entering:
         """Run a step, and return the calls of the backbone, and the error that ended the step."""
         found: list[Call] = []
 
-        def enter(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        def enter(args: tuple[Any, ...], kwargs: Mapping[str, Any], forward: Callable[..., Any]) -> Given:
             try:
-                found.append(self._arguments.bind(Call.of_arguments(args, kwargs)).each(_kept))
+                call = self._arguments.bind(Call.of_arguments(args, kwargs)).each(_kept)
+                found.append(self.converted(call, forward))
             except UnknownContainerError as error:
                 raise CalibrationError(
                     f"The backbone of task {self.task!r} is called with {error}, which may hold tensors and does not "
@@ -105,6 +127,7 @@ class Entering:
                 ) from error
             if stop:
                 raise _Entered
+            return (args, kwargs) if self._dtype is None else found[-1].arguments
 
         try:
             with _watched(self.network, enter), torch.random.fork_rng():
@@ -114,6 +137,36 @@ class Entering:
         except Exception as error:  # a step after its call of the backbone may need labels, loggers or optimizers
             return found, error
         return found, None
+
+
+class StepInputs:
+    """Find the inputs of the backbones of all tasks in a batch.
+
+    Args:
+        entering: finds what a source's own step gives its backbone, by task.
+        get_input: the user's function from a batch to the backbone's input; by default, the steps are used.
+    """
+
+    def __init__(self, entering: Mapping[str, Entering], get_input: Callable[[Any], Any] = find_input) -> None:
+        self.entering, self.get_input = entering, get_input
+
+    def __call__(self, batch: Any, batch_idx: int, trainer: Any = None) -> list[Inputs]:
+        """Return the inputs of the backbones for every call of a backbone in a step.
+
+        Args:
+            batch: the batch, or the batches by task.
+            batch_idx: the index of the batch.
+            trainer: the Trainer, for steps that use it.
+        """
+        if self.get_input is not find_input:
+            convert = next(iter(self.entering.values())).converted
+            return [each_view(as_inputs(self.get_input(batch), self.entering), convert)]
+        by_task = isinstance(batch, Mapping) and all(task in batch for task in self.entering)
+        found = {
+            task: entering.calls(batch[task] if by_task else batch, batch_idx, trainer)
+            for task, entering in self.entering.items()
+        }
+        return side_by_side(found)
 
 
 def side_by_side(calls: Mapping[str, list[Call]]) -> list[Inputs]:
@@ -151,13 +204,33 @@ def _same_tensor(first: Tensor, second: Tensor) -> bool:
     return first.data_ptr() == second.data_ptr() or torch.equal(first, second)
 
 
+def _find_dtype(network: nn.Module, call: Call, forward: Callable[..., Any]) -> torch.dtype | None:
+    """Find the dtype without which a network of 16 bits does not run; ``None`` if it runs on what it is given."""
+    types = {tensor.dtype for tensor in network.parameters() if tensor.is_floating_point()}
+    given = {tensor.dtype for tensor in call.tensors if tensor.is_floating_point()}
+    if len(types) != 1 or given <= types or next(iter(types)).itemsize != 2:
+        return None
+    try:
+        with torch.random.fork_rng():
+            call.run(forward)
+    except RuntimeError:
+        return next(iter(types))
+    return None
+
+
 def _kept(tensor: Tensor) -> Tensor:
     return tensor.detach().clone() if tensor._is_view() else tensor.detach()
 
 
 @contextmanager
-def _watched(network: nn.Module, enter: Callable[[tuple[Any, ...], Mapping[str, Any]], None]) -> Iterator[None]:
-    """Call a function with the arguments of each call of a network. A call inside another call does not count."""
+def _watched(network: nn.Module, enter: Callable[..., Given]) -> Iterator[None]:
+    """Call a function with the arguments of each call of a network. A call inside another call does not count.
+
+    Args:
+        network: the network.
+        enter: a function of positional arguments, keyword arguments and the forward of the network. It returns the
+            arguments for the network.
+    """
     own = network.__dict__.get("forward")
     forward, inside = network.forward, False
 
@@ -165,10 +238,10 @@ def _watched(network: nn.Module, enter: Callable[[tuple[Any, ...], Mapping[str, 
         nonlocal inside
         if inside:
             return forward(*args, **kwargs)
-        enter(args, kwargs)
         inside = True
         try:
-            return forward(*args, **kwargs)
+            taken, named = enter(args, kwargs, forward)
+            return forward(*taken, **named)
         finally:
             inside = False
 

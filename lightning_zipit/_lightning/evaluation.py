@@ -10,9 +10,10 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from torch import Tensor
 
 from lightning_zipit._common.collectives import exchange
+from lightning_zipit._lightning.entering import StepInputs
 from lightning_zipit._lightning.multitask import MultiTaskModule
 from lightning_zipit.errors import ConfigurationError
-from lightning_zipit.metrics import JointAccuracy
+from lightning_zipit.metrics import JointAccuracy, check_labels
 
 TARGET_KEYS = ("label", "labels", "target", "targets", "y")
 
@@ -41,12 +42,20 @@ class JointEvaluation(Callback):
 
     Args:
         classes: the global label of each output of a task's head, by task. Batches hold the labels of their own task.
-        get_input: a function from a batch to the backbone's input.
+        get_input: a function from a batch to the backbone's input; by default, the sources' own steps run.
     """
 
     def __init__(self, classes: Mapping[str, Sequence[int]], get_input: Callable[[Any], Any]) -> None:
         self.metric = JointAccuracy(classes)
         self.get_input = get_input
+        self.inputs_of: StepInputs | None = None
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, MultiTaskModule)
+        self.inputs_of = pl_module.step_inputs(self.get_input)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.inputs_of = None
 
     def on_validation_batch_end(
         self,
@@ -60,13 +69,24 @@ class JointEvaluation(Callback):
         assert isinstance(pl_module, MultiTaskModule)
         task, target = pl_module.task_of(dataloader_idx), find_target(batch)
         own = self.metric.classes[task].to(target.device)
+        try:
+            check_labels(target)
+        except ValueError as error:
+            raise ConfigurationError(f"Task {task!r}, in a validation batch: {error}") from error
         if len(target) and not 0 <= int(target.min()) <= int(target.max()) < len(own):
             raise ConfigurationError(
                 f"`classes` gives task {task!r} {len(own)} classes, but its validation data has labels from "
                 f"{int(target.min())} to {int(target.max())}. A label must be the index of an output of the task's "
                 "head, from 0."
             )
-        self.metric.to(target.device).update(pl_module(self.get_input(batch)), own[target])
+        assert self.inputs_of is not None
+        inputs = self.inputs_of(batch, batch_idx, trainer)
+        if len(inputs) > 1:
+            raise ConfigurationError(
+                f"`classes` needs one output per sample, but the step of task {task!r} calls its backbone "
+                f"{len(inputs)} times for a batch. Pass `get_input`, a function from a batch to the backbone's input."
+            )
+        self.metric.to(target.device).update(pl_module(inputs[0]), own[target])
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         pl_module.log_dict(self.metric.compute(), sync_dist=True)

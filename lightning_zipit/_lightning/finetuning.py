@@ -13,6 +13,8 @@ from torch.optim import Optimizer
 from typing_extensions import Self
 
 from lightning_zipit._lightning.delegation import DelegatedHooks, call_as_trainer, monitor_task
+from lightning_zipit._lightning.files.functions import describe_function, make_function
+from lightning_zipit._lightning.files.trust import Trust
 from lightning_zipit._lightning.internals import logging_batch
 from lightning_zipit._lightning.optimizers import add_groups, list_optimizers, list_schedulers
 from lightning_zipit.errors import ConfigurationError
@@ -75,6 +77,39 @@ class FineTuning(DelegatedHooks):
         for name in get_args(Part):
             getattr(self, name).requires_grad_(name not in frozen)
         return self
+
+    def describe_training(self) -> dict[str, Any] | None:
+        """Describe the arguments of :meth:`for_training` for a file; ``None`` if there are none."""
+        if not (self._make_optimizer or self._loss_weights or self._frozen):
+            return None
+        functions = {"optimizer": self._make_optimizer, "lr_scheduler": self._make_scheduler}
+        return {
+            "loss_weights": self._loss_weights,
+            "freeze": list(self._frozen),
+            **{name: describe_function(function) for name, function in functions.items() if function is not None},
+        }
+
+    def restore_training(self, description: Mapping[str, Any] | None, trust: Trust, where: str) -> None:
+        """Apply the arguments of :meth:`for_training` in a file. A class that is not allowed is left out, and said so.
+
+        Args:
+            description: what :meth:`describe_training` returned.
+            trust: the names that the file may refer to.
+            where: the file, for the warning.
+        """
+        if description is None:
+            return
+        made = {name: make_function(description.get(name), trust) for name in ("optimizer", "lr_scheduler")}
+        if lost := [name for name, function in made.items() if name in description and function is None]:
+            named = [known["class_path"] for name in lost if (known := description[name]) is not None]
+            how = f" or read the file with trust={named}" if named else ""
+            rank_zero_warn(
+                f"{where} does not give {' and '.join(f'`{name}`' for name in lost)} of `for_training`, which is no "
+                f"class of torch.optim, and no functools.partial of one. Call `for_training` again before "
+                f"`trainer.fit`{how}."
+            )
+        scheduler = made["lr_scheduler"] if made["optimizer"] else None
+        self.for_training(made["optimizer"], scheduler, description["loss_weights"], description["freeze"])
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from argparse import SUPPRESS
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,12 +13,16 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters_context
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset
 
 SHARDING = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
 
 INSTANTIATORS = ("lightning.pytorch.cli.instantiate_module", "pytorch_lightning.cli.instantiate_module")
 """The functions that Lightning names in checkpoints to recreate a module from the hyperparameters of a command line."""
+
+OTHER_NAME = "pytorch_lightning"
+"""The package that has all classes of ``lightning.pytorch`` once more, under another name."""
 
 MARKUP = re.compile(r"(?::\w+:`~?([\w.]+)`)|``([^`]*)``")
 
@@ -30,6 +35,23 @@ def recorded(hyperparameters: Mapping[str, Any]) -> Iterator[None]:
     """
     with _given_hyperparameters_context(dict(hyperparameters), INSTANTIATORS[0]):
         yield
+
+
+def lightning_modules() -> tuple[type[LightningModule], ...]:
+    """Return the LightningModule classes of ``lightning.pytorch`` and, if it is imported, of ``pytorch_lightning``."""
+    other = getattr(sys.modules.get(OTHER_NAME), "LightningModule", None)
+    return (LightningModule,) if other is None else (LightningModule, other)
+
+
+def overrides(name: str, module: Any) -> bool:
+    """Whether a LightningModule has its own version of a method."""
+    return any(is_overridden(name, module, base) for base in lightning_modules() if isinstance(module, base))
+
+
+def tell_device(module: Any, parent: LightningModule) -> None:
+    """Set the device and dtype that a LightningModule of the other package reports: its parent cannot do so."""
+    if not isinstance(module, LightningModule):
+        module._device, module._dtype = parent.device, parent.dtype
 
 
 def unsupported_strategy(trainer: Trainer) -> str | None:
@@ -143,12 +165,22 @@ def strip_markup(parser: LightningArgumentParser) -> None:
 
 
 def add_trust(parser: LightningArgumentParser) -> None:
-    """Add ``--trust`` to a command that reads a checkpoint, and set the default of ``--weights_only`` to true."""
+    """Add ``--trust`` and ``--models`` to a command that reads a checkpoint.
+
+    The default of ``--weights_only`` becomes true.
+    """
     parser.add_argument(
         "--trust",
         type=list[str] | str | None,
         default=None,
         help="Modules or classes, by dotted name, that the checkpoint may refer to, such as my_project.",
+    )
+    parser.add_argument(
+        "--models",
+        type=dict[str, Any] | None,
+        default=None,
+        help="The class path of the source module of a task, or a dict with class_path and init_args, if a merged "
+        "checkpoint does not describe it (--models.TASK=CLASS_PATH).",
     )
     if any(action.dest == "weights_only" for action in parser._actions):
         parser.set_defaults({"weights_only": True})

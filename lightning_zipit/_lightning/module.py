@@ -15,8 +15,8 @@ from torch import nn
 
 from lightning_zipit._common.copying import copy_module
 from lightning_zipit._common.files import replacing
-from lightning_zipit._common.views import Inputs, any_view, as_inputs
-from lightning_zipit._lightning.entering import Entering, side_by_side
+from lightning_zipit._common.views import any_view
+from lightning_zipit._lightning.entering import Entering, StepInputs
 from lightning_zipit._lightning.internals import count_samples, predict_loaders, spawns_processes
 from lightning_zipit._lightning.loaders import find_loader_problems, in_fixed_order, length_of, list_loaders, opened
 from lightning_zipit._lightning.multihead import MultiHeadModule, split_merged
@@ -94,7 +94,7 @@ class ZipItModule(DelegatedTransfers, WithoutCheckpoint, LightningModule):
         self.pipeline: Pipeline | None = None
         self._settings = MergeSettings()
         self.copies = nn.ModuleDict()
-        self._entering: dict[str, Entering] = {}
+        self._inputs_of: StepInputs | None = None
         self._loaders: list[Any] = []
         self._datamodule_trainer: Any = None
         # Spawned workers write the merged module here; the main process loads it.
@@ -172,7 +172,8 @@ class ZipItModule(DelegatedTransfers, WithoutCheckpoint, LightningModule):
         shared: dict[int, Any] = {}  # so that the copies share the modules that the models share
         self.copies = nn.ModuleDict({task: copy_module(model, shared) for task, model in self.models.items()})
         self.copies.eval().requires_grad_(False)
-        self._entering = {task: Entering(self.copies[task], self.backbone, task) for task in self.models}
+        entering = {task: Entering(self.copies[task], self.backbone, task) for task in self.models}
+        self._inputs_of = StepInputs(entering, self.get_input)
 
     def needs_data(self, settings: MergeSettings) -> bool:
         """Whether a merge with these settings needs calibration data."""
@@ -186,7 +187,7 @@ class ZipItModule(DelegatedTransfers, WithoutCheckpoint, LightningModule):
     def release(self) -> None:
         """Drop the copies of the sources."""
         self.copies = nn.ModuleDict()
-        self._entering = {}
+        self._inputs_of = None
         self.pipeline = None
         if self.datamodule is not None:
             self.datamodule.trainer = self._datamodule_trainer
@@ -281,21 +282,11 @@ class ZipItModule(DelegatedTransfers, WithoutCheckpoint, LightningModule):
         if batch is None:  # a collate function may leave out every sample
             return 0
         loader = dataloader_idx % self._loaders_per_pass()
-        calls = self._inputs_of(batch, batch_idx)
+        assert self._inputs_of is not None
+        calls = self._inputs_of(batch, batch_idx, self._trainer)
         for x in calls:
             self.pipeline.add(x, self._tasks_of(dataloader_idx), loader)
         return any_view(calls[0]).samples
-
-    def _inputs_of(self, batch: Any, batch_idx: int) -> list[Inputs]:
-        """Return the inputs of the backbones for every call of a backbone in a step."""
-        if self.get_input is not find_input:
-            return [as_inputs(self.get_input(batch), self.models)]
-        by_task = isinstance(batch, Mapping) and all(task in batch for task in self.models)
-        found = {
-            task: entering.calls(batch[task] if by_task else batch, batch_idx, self._trainer)
-            for task, entering in self._entering.items()
-        }
-        return side_by_side(found)
 
     def finish(self) -> None:
         """Complete the merge, and build the merged module."""

@@ -171,9 +171,9 @@ class MultiHeadModule(MultiTaskModule):
             ConfigurationError: if trunk or heads were replaced by other modules.
         """
         split = {}
+        source: Any
         for task, source in self.sources.items():
             trunk, head = self.trunk, self.heads[task]
-            assert isinstance(source, LightningModule)
             if not (isinstance(trunk, Part) and isinstance(head, Part)):
                 raise ConfigurationError(
                     f"The merged module cannot be merged again, because its trunk or the head of task {task!r} was "
@@ -236,7 +236,8 @@ class MultiHeadModule(MultiTaskModule):
                 rank_zero_warn(problem)
         outputs = sample_outputs(self, self.example)
         report = self.report.to_dict() if self.report else None
-        checkpoint[CHECKPOINT_KEY] = {**self._record, "report": report, "outputs": outputs}
+        training = {} if (known := self.describe_training()) is None else {"training": known}
+        checkpoint[CHECKPOINT_KEY] = {**self._record, **training, "report": report, "outputs": outputs}
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]
@@ -340,10 +341,11 @@ class MultiHeadModule(MultiTaskModule):
         )
         weights: dict[str, Tensor] = dict(checkpoint["state_dict"])
         module.on_load_checkpoint({**checkpoint, "state_dict": weights})
-        module.load_state_dict(weights, strict=strict)
+        module.read_weights(weights, strict, where)
         if strict:
             check_outputs(module, example, record.get("outputs") or {}, where)
         module._record["sources"] = record["sources"]
+        module.restore_training(record.get("training"), trust, where)
         module.report = MergeReport.from_dict(record["report"]) if record["report"] else None
         return module.to(next(iter(weights.values())).device)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,12 +16,12 @@ from lightning_zipit._common.calls import Call
 from lightning_zipit._common.copying import copy_module
 from lightning_zipit._common.structure import Structure
 from lightning_zipit._common.views import all_views, like, view_of
+from lightning_zipit._lightning.entering import Entering, StepInputs
 from lightning_zipit._lightning.finetuning import FineTuning
 from lightning_zipit._lightning.shells import make_shell
 from lightning_zipit._lightning.sources import (
     WithoutCheckpoint,
     find_input,
-    find_inputs,
     find_problems,
     get_backbone,
     name_tasks,
@@ -148,9 +149,8 @@ class MultiTaskModule(WithoutCheckpoint, SourceStates, FineTuning):
         Args:
             dataloaders: for example the calibration data: one loader per task in a sequence or dict, with equal weight
                 for each loader; or a single loader with about equally many samples of each task.
-            get_input: a function from a batch to the backbone's input, or to a dict of inputs by task. By default, the
-                input is the batch, its first item, the item of a usual key, such as ``"image"``, or a batch with the
-                tasks as keys.
+            get_input: a function from a batch to the backbone's input, or to a dict of inputs by task. By default, each
+                source's own step runs on the batch, up to its backbone.
 
         Returns:
             The temperature of each task.
@@ -159,12 +159,17 @@ class MultiTaskModule(WithoutCheckpoint, SourceStates, FineTuning):
             ConfigurationError: if the outputs of a head are not finite logits ``(samples, classes)``.
             CalibrationError: if the dataloaders are empty.
         """
-        loaders = list(dataloaders.values()) if isinstance(dataloaders, Mapping) else dataloaders
+        by_task = dataloaders if isinstance(dataloaders, Mapping) else {}
+        loaders = list(dataloaders.values()) if by_task else dataloaders
+        loaders = loaders if isinstance(loaders, (list, tuple)) else [loaders]
+        owners = [task for task, _ in zip(by_task or self.tasks, loaders, strict=False)]
         with evaluating(self):
-            seen = [
-                [self(like(find_inputs(batch, self.tasks, get_input), self)) for batch in loader]
-                for loader in (loaders if isinstance(loaders, (list, tuple)) else [loaders])
-            ]
+            inputs_of = self.step_inputs(get_input)
+            seen = []
+            for owner, loader in zip(owners, loaders, strict=True):
+                source = inputs_of.entering[owner].source
+                batches = (_moved(batch, source, self.device) for batch in loader)
+                seen.append([self(like(x, self)) for batch in batches for x in inputs_of(batch, 0)])
         outputs = list(itertools.chain(*seen))
         if not outputs:
             raise CalibrationError(
@@ -178,6 +183,19 @@ class MultiTaskModule(WithoutCheckpoint, SourceStates, FineTuning):
             )
         except ValueError as error:
             raise ConfigurationError(str(error)) from error
+
+    def step_inputs(self, get_input: Callable[[Any], Any] = find_input) -> StepInputs:
+        """Return what finds the inputs of the networks in a batch. It runs the steps of copies of the sources.
+
+        Args:
+            get_input: a function from a batch to the backbone's input; by default, the steps of the sources are used.
+        """
+        twin = copy.deepcopy(self).eval()
+        entering = {
+            task: Entering(source, self.backbone, task, twin.stand_in_of(task).lent)
+            for task, source in twin.sources.items()
+        }
+        return StepInputs(entering, get_input)
 
     # The sources' own steps
 
@@ -202,6 +220,12 @@ class MultiTaskModule(WithoutCheckpoint, SourceStates, FineTuning):
             for part in (*self.stems.values(), self.trunk, *self.heads.values()):
                 if not isinstance(part, FSDPModule) and any(True for _ in part.parameters()):
                     fully_shard(part, mesh=self.device_mesh["data_parallel"])
+
+
+def _moved(batch: Any, source: LightningModule, device: torch.device) -> Any:
+    """Move a batch to a device with the hooks of its source module, as the source's Trainer does."""
+    batch = source.transfer_batch_to_device(source.on_before_batch_transfer(batch, 0), device, 0)
+    return source.on_after_batch_transfer(batch, 0)
 
 
 class Ensemble(MultiTaskModule):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 
 from lightning_zipit._common.copying import copy_module
-from lightning_zipit._common.views import Inputs, as_inputs
-from lightning_zipit._lightning.internals import forget_compilation
+from lightning_zipit._common.unmergeable import find_unmergeable
+from lightning_zipit._lightning.internals import forget_compilation, lightning_modules
 from lightning_zipit.errors import CalibrationError, CheckpointError, ConfigurationError
 
 INPUT_KEYS = ("x", "image", "images", "img", "input", "inputs", "pixel_values", "data", "features")
@@ -26,14 +26,14 @@ RESERVED = frozenset(dir(nn.ModuleDict()))
 
 
 def name_tasks(models: Mapping[str, LightningModule] | Sequence[LightningModule]) -> dict[str, LightningModule]:
-    """Return the models by task, without `torch.compile`. Models of a sequence become ``task_0``, ``task_1``, …"""
+    """Return the models by task, without `torch.compile` and adapters. Those of a sequence become ``task_0``, …"""
     if isinstance(models, Mapping):
-        return {task: uncompiled(model) for task, model in models.items()}
+        return {task: without_adapters(uncompiled(model)) for task, model in models.items()}
     if not isinstance(models, Sequence):
         raise ConfigurationError(
             f"`models` must be a mapping from task to model, or a sequence of models, got {models!r}."
         )
-    return {f"task_{index}": uncompiled(model) for index, model in enumerate(models)}
+    return {f"task_{index}": without_adapters(uncompiled(model)) for index, model in enumerate(models)}
 
 
 def uncompiled(model: Any) -> Any:
@@ -53,6 +53,36 @@ def uncompiled(model: Any) -> Any:
     return model
 
 
+def without_adapters(model: Any) -> Any:
+    """Return a copy of a model whose adapters, such as LoRA, are merged into the layers; the model if it has none.
+
+    An adapter says how: PEFT's models have ``merge_and_unload``, and its layers ``merge`` and ``get_base_layer``.
+    """
+    if not isinstance(model, nn.Module) or not any(_has_adapter(each) for each in model.modules()):
+        return model
+    model = copy_module(model)
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if _has_adapter(child):
+                setattr(module, name, _merged_into_layer(child))
+    return model
+
+
+def _has_adapter(module: Any) -> bool:
+    return _can(module, "merge_and_unload") or (_can(module, "merge") and _can(module, "get_base_layer"))
+
+
+def _can(module: Any, name: str) -> bool:
+    return callable(getattr(module, name, None))
+
+
+def _merged_into_layer(module: Any) -> nn.Module:
+    if _can(module, "merge_and_unload"):
+        return module.merge_and_unload()
+    module.merge()
+    return module.get_base_layer()
+
+
 def _is_compiled(module: nn.Module) -> bool:
     return (
         isinstance(module, OptimizedModule)
@@ -70,7 +100,7 @@ def find_problems(models: Mapping[str, Any], backbone: str) -> list[str]:
     for task, model in models.items():
         if not isinstance(task, str) or not task or "." in task or "/" in task or task in RESERVED:
             problems.append(f"Task name {task!r} cannot name a head. Use a plain word without '.' or '/'.")
-        if not isinstance(model, LightningModule):
+        if not isinstance(model, lightning_modules()):
             problems.append(f"Task {task!r}: {_foreign(model)}")
             continue
         try:
@@ -85,9 +115,8 @@ def find_problems(models: Mapping[str, Any], backbone: str) -> list[str]:
             )
         seen.setdefault(id(part), task)
         if not any(True for _ in part.parameters()):
-            problems.append(
-                f"Task {task!r}: the backbone {backbone!r} has no parameters. Give the name of a part with layers."
-            )
+            why = find_unmergeable(part) or "it has no parameters. Give the name of a part with layers."
+            problems.append(f"Task {task!r}: the backbone {backbone!r} cannot be merged: {why}")
     return problems
 
 
@@ -139,16 +168,6 @@ def find_input(batch: Any) -> Tensor:
         "The network's input was not found in a calibration batch. The batch is a "
         f"{type(batch).__name__}{content}. Pass `get_input`, for example get_input=lambda batch: batch['pixels']."
     )
-
-
-def find_inputs(batch: Any, tasks: Collection[str], get_input: Callable[[Any], Any] = find_input) -> Inputs:
-    """Return the inputs of all models in a batch, with ``get_input``, or by default by task if the tasks are its keys.
-
-    Raises:
-        CalibrationError: if no input is found.
-    """
-    by_task = get_input is find_input and isinstance(batch, Mapping) and all(task in batch for task in tasks)
-    return as_inputs({task: find_input(batch[task]) for task in tasks} if by_task else get_input(batch), tasks)
 
 
 class DelegatedTransfers(ABC):

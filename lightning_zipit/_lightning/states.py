@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_zipit._lightning.delegation import DelegatedHooks
+from lightning_zipit._lightning.files.checkpoint import ask_for_module
+from lightning_zipit._lightning.files.weights import WEIGHTS
+from lightning_zipit.errors import CheckpointError
 
 PARTS = "lightning_zipit_sources"
 """The key of a checkpoint for what the ``on_save_checkpoint`` of each source module adds, by task."""
-
-WEIGHTS = "state_dict"
-"""The key of a checkpoint for the state dict."""
 
 
 class SourceStates(DelegatedHooks):
@@ -60,6 +60,28 @@ class SourceStates(DelegatedHooks):
                 f"Unexpected names: {unexpected or 'none'}."
             )
         return result
+
+    def read_weights(self, weights: Mapping[str, Tensor], strict: bool, where: str) -> None:
+        """Load the weights of a file, in their types.
+
+        Args:
+            weights: the state dict.
+            strict: see :meth:`load_state_dict`.
+            where: the file, for error messages.
+
+        Raises:
+            CheckpointError: if they do not fit.
+        """
+        for name, tensor in self.state_dict(keep_vars=True).items():
+            if isinstance(weights.get(name), Tensor):
+                tensor.data = tensor.data.to(weights[name].dtype)
+        try:
+            self.load_state_dict(weights, strict=strict)
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"{where} does not fit its source modules, which were made from their classes and hyperparameters. "
+                f"These may have changed, or lack arguments. {ask_for_module(self.tasks[0])} {error}"
+            ) from error
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Let the source modules add to the checkpoint, each in a part for its task."""

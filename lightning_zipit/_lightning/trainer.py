@@ -42,6 +42,7 @@ class ZipItTrainer(Trainer):
         classes: dict[str, str] | None = None,
         weights_only: bool | None = True,
         trust: list[str] | str | None = None,
+        weights_key: str | None = None,
         **options: Unpack[MergeOptions],
     ) -> MultiHeadModule:
         """Merge trained checkpoints of one architecture into one checkpoint with a head per task, without training.
@@ -64,6 +65,8 @@ class ZipItTrainer(Trainer):
             trust: modules or classes, by dotted name, that checkpoints may refer to, such as my_project. Layers,
                 losses, optimizers, schedulers and metrics of torch are always allowed. A checkpoint that refers to
                 anything else is refused.
+            weights_key: the entry of the checkpoints that holds the weights, or the prefix of their names, such as
+                state_dict_ema. By default, it is found.
             options: every option of :class:`~lightning_zipit.MergeSettings`, as a keyword argument.
 
         Returns:
@@ -76,7 +79,7 @@ class ZipItTrainer(Trainer):
             TraceError: if the backbone cannot be traced, or the proof of its table of axes fails.
             CalibrationError: if the calibration data cannot be used.
         """
-        given = Checkpoints(checkpoints, model, base, classes or {}, weights_only is not False, trust)
+        given = Checkpoints(checkpoints, model, base, classes or {}, weights_only is not False, trust, weights_key)
         problems = given.problems(output)
         try:
             settings = MergeSettings.of(**options)
@@ -120,6 +123,7 @@ class ZipItTrainer(Trainer):
         classes: dict[str, str] | None = None,
         weights_only: bool | None = True,
         trust: list[str] | str | None = None,
+        weights_key: str | None = None,
         **choices: Any,
     ) -> SweepResult:
         """Merge checkpoints with many combinations of options and validate each merged module, from one calibration.
@@ -155,6 +159,8 @@ class ZipItTrainer(Trainer):
             trust: modules or classes, by dotted name, that checkpoints may refer to, such as my_project. Layers,
                 losses, optimizers, schedulers and metrics of torch are always allowed. A checkpoint that refers to
                 anything else is refused.
+            weights_key: the entry of the checkpoints that holds the weights, or the prefix of their names, such as
+                state_dict_ema. By default, it is found.
             choices: every option of :class:`~lightning_zipit.MergeSettings`, as a value or a list of values.
 
         Returns:
@@ -167,7 +173,7 @@ class ZipItTrainer(Trainer):
             CalibrationError: if the calibration data cannot be used.
             StatisticsError: if the statistics file belongs to other models.
         """
-        given = Checkpoints(checkpoints, model, base, classes or {}, weights_only is not False, trust)
+        given = Checkpoints(checkpoints, model, base, classes or {}, weights_only is not False, trust, weights_key)
         file = statistics or str(Path(results).with_suffix(".safetensors"))
         problems = [*given.problems(output), *_data_problems(datamodule, file)]
         if plot and (problem := find_output_problem(plot, "plot")):
@@ -206,13 +212,15 @@ class Checkpoints:
     classes: Mapping[str, str]
     weights_only: bool
     trust: Trusted | None
+    weights_key: str | None = None
 
     def load(self) -> tuple[dict[str, LightningModule], LightningModule | None]:
         """Load the source modules and the base from which they were trained; ``None`` without a base."""
-        sources = load_sources(self.files, self.model, self.classes, self.weights_only, self.trust)
+        sources = load_sources(self.files, self.model, self.classes, self.weights_only, self.trust, self.weights_key)
         if self.base is None:
             return sources, None
-        return sources, load_source(self.base, self.model, None, self.weights_only, "base", self.trust)
+        start = load_source(self.base, self.model, None, self.weights_only, "base", self.trust, self.weights_key)
+        return sources, start
 
     def problems(self, output: str | None) -> list[str]:
         """Find problems before any file is read.
@@ -222,7 +230,12 @@ class Checkpoints:
         """
         problems = []
         for task, path in self.files.items():
-            if not Path(path).is_file():
+            if Path(path).is_dir():
+                problems.append(
+                    f"The checkpoint {path} of task {task!r} is a folder, as of a sharded strategy. Convert it to one "
+                    "file with `python -m lightning.pytorch.utilities.consolidate_checkpoint`."
+                )
+            elif not Path(path).is_file():
                 problems.append(f"The checkpoint file {path} of task {task!r} does not exist.")
             elif output and Path(path).resolve() == Path(output).resolve():
                 problems.append(

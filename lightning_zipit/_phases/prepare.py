@@ -15,6 +15,7 @@ from lightning_zipit._calibration.statistics_file import CalibrationStatistics, 
 from lightning_zipit._common.calls import Call
 from lightning_zipit._common.collectives import decide
 from lightning_zipit._common.sources import Sources
+from lightning_zipit._common.unmergeable import find_unmergeable
 from lightning_zipit._common.views import Inputs, any_view, bound, each_view, explain_views, like, view_of
 from lightning_zipit._merging.cost import FlopCounts, FlopsModel, count_flops
 from lightning_zipit._merging.widths import find_choices
@@ -81,8 +82,13 @@ def make_sources(
             such a model is its number of tasks, unless the settings have weights.
 
     Raises:
-        ConfigurationError: if only one of ``combine`` and ``base`` is given, or the weights do not fit the models.
+        ConfigurationError: if a network has layers that cannot be merged, only one of ``combine`` and ``base`` is
+            given, or the weights do not fit the models.
     """
+    named = {f"Task {task!r}": network for task, network in networks.items()}
+    named |= {} if base is None else {"`base`": base}
+    if problems := [f"{who}: {problem}" for who, each in named.items() if (problem := find_unmergeable(each))]:
+        raise ConfigurationError.collect(problems)
     if (base is None) != (settings.combine is None):
         raise ConfigurationError(
             "`combine` adds the changes of the sources since `base`, the module from which all sources were trained, "

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 import lightning_zipit
 from lightning_zipit import Ensemble, MultiHeadModule, ZipIt, ZipItModule
@@ -137,7 +138,7 @@ def contents(module: nn.Module) -> Iterator[tuple[str, Any]]:
     seen: set[int] = set()
 
     def walk(path: str, value: Any) -> Iterator[tuple[str, Any]]:
-        if isinstance(value, Tensor):
+        if isinstance(value, Tensor) and not is_lazy(value):
             yield path, Kept(value, value.detach().clone(), value.requires_grad, value.grad)
             return
         yield path, value

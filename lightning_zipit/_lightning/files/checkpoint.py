@@ -9,7 +9,7 @@ from typing import IO, Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import nn
 
 from lightning_zipit._common.calls import Call
 from lightning_zipit._common.samples import describe_inputs, inputs_of, sample_of
@@ -66,20 +66,12 @@ def reading_record(checkpoint: Mapping[str, Any], where: str) -> Iterator[dict[s
         yield record
 
 
-def find_weights(checkpoint: Mapping[str, Any], where: str) -> Mapping[str, Tensor]:
-    """Return the state_dict of a checkpoint. A file that holds only tensors is a state_dict itself.
-
-    Raises:
-        CheckpointError: if the file is neither.
-    """
-    if "state_dict" in checkpoint:
-        return checkpoint["state_dict"]
-    if not checkpoint or not all(isinstance(value, Tensor) for value in checkpoint.values()):
-        raise CheckpointError(
-            f"{where} is neither a Lightning checkpoint from trainer.save_checkpoint nor a state_dict. Its keys are "
-            f"{', '.join(map(repr, list(checkpoint)[:5])) or 'none'}."
-        )
-    return checkpoint
+def ask_for_module(task: str, what: str = "a module of that class") -> str:
+    """Explain how to give a source module that a file does not describe, in Python and on the command line."""
+    return (
+        f"Pass models={{{task!r}: <{what}>, …}} to `MultiHeadModule.load_from_checkpoint`. On the command line, give "
+        f"--models.{task}=CLASS_PATH, or --models.{task}='{{class_path: CLASS_PATH, init_args: {{NAME: VALUE}}}}'."
+    )
 
 
 def write_example(example: Inputs | None) -> dict[str, Any]:
@@ -128,6 +120,8 @@ def read_checkpoint(
         # torch's message starts with long instructions for unpickling the file
         reason = str(error).rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0] or repr(error)
         raise CheckpointError(f"{path} cannot be read as a checkpoint of tensors and primitives: {reason}") from error
+    if isinstance(content, nn.Module):
+        content = content.state_dict()
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} is not a checkpoint: it holds a {type(content).__name__} instead of a dict.")
     return content

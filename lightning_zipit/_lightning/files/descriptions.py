@@ -20,8 +20,9 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from lightning_zipit._common.views import like
-from lightning_zipit._lightning.files.hyperparameters import find_requests, make_arguments, takes_any
-from lightning_zipit._lightning.files.names import import_path, look_up, portable
+from lightning_zipit._lightning.files.checkpoint import ask_for_module
+from lightning_zipit._lightning.files.hyperparameters import find_given, find_requests, make_arguments, takes_any
+from lightning_zipit._lightning.files.names import find_class, import_path, look_up, portable
 from lightning_zipit._lightning.files.trust import Request, Trust, check_requests, find_source_class
 from lightning_zipit._lightning.internals import INSTANTIATORS, recorded
 from lightning_zipit._lightning.sources import get_backbone
@@ -126,8 +127,8 @@ def make_sources(
     ways_out = [
         f"pass modules of the classes, models={{{next(iter(others), '')!r}: <a module of that class>, …}}, to "
         "`MultiHeadModule.load_from_checkpoint`",
-        "give the class on the command line: --model=CLASS_PATH for inspect, export, validate, test and predict, "
-        "--classes.TASK=CLASS_PATH for merge and sweep",
+        "give the class on the command line: --model=CLASS_PATH or --models.TASK=CLASS_PATH for inspect, export, "
+        "validate, test and predict, --classes.TASK=CLASS_PATH for merge and sweep",
     ]
 
     def check(classes: Mapping[str, type]) -> None:
@@ -148,16 +149,12 @@ def _find_class(task: str, description: Mapping[str, Any], trust: Trust) -> type
     if not path:
         raise CheckpointError(
             f"The class of task {task!r} cannot be imported, because it was not defined at the top level of a module. "
-            f"{_way_out(task)}"
+            f"{ask_for_module(task)}"
         )
     try:
         return find_source_class(path, trust)
     except CheckpointError as error:
-        raise type(error)(f"Task {task!r}: {error} {_way_out(task)}") from error
-
-
-def _way_out(task: str) -> str:
-    return f"Pass models={{{task!r}: <a module of that class>, …}} to `MultiHeadModule.load_from_checkpoint`."
+        raise type(error)(f"Task {task!r}: {error} {ask_for_module(task)}") from error
 
 
 def make_source(
@@ -180,7 +177,8 @@ def make_source(
     )
     if left_out:
         rank_zero_warn(
-            f"The module of task {task!r} is created with defaults of {found.__name__}.{left_out} {_way_out(task)}"
+            f"The module of task {task!r} is created with defaults of {found.__name__}.{left_out} "
+            f"{ask_for_module(task)}"
         )
     try:
         return build_module(found, description, trust)
@@ -190,7 +188,7 @@ def make_source(
         raise CheckpointError(
             f"{description['class_path']!r} of task {task!r} cannot be created from its saved hyperparameters "
             f"{dict(description['hyperparameters'])}: {error}.{left_out} Call `self.save_hyperparameters()` in its "
-            f"__init__ before training. {_way_out(task)}"
+            f"__init__ before training. {ask_for_module(task)}"
         ) from error
 
 
@@ -216,7 +214,7 @@ def explain_unmakeable(task: str, description: Mapping[str, Any], found: type) -
         return None
     return (
         f"The source module of task {task!r} cannot be made from the saved file alone, because {why.rstrip('.')}. "
-        f"{_way_out(task)} On the command line, give the class with its arguments."
+        f"{ask_for_module(task)}"
     )
 
 
@@ -235,7 +233,7 @@ def configured(module: LightningModule, task: str) -> LightningModule:
     except Exception as error:
         raise CheckpointError(
             f"`configure_model` of task {task!r} failed without a Trainer: {type(error).__name__}: {error}. "
-            f"{_way_out(task)}"
+            f"{ask_for_module(task)}"
         ) from error
     return module
 
@@ -257,14 +255,14 @@ def complete(task: str, module: LightningModule, backbone: str, example: Any) ->
     except ConfigurationError as error:
         raise CheckpointError(
             f"Task {task!r}: {error} A file cannot hold code, so that layers which are made in `setup` cannot be made "
-            f"again. {_way_out(task)} The module must have its layers."
+            f"again. {ask_for_module(task)} The module must have its layers."
         ) from error
     if not any(map(is_lazy, network.parameters())):
         return
     if example is None:
         raise CheckpointError(
-            f"The backbone of task {task!r} has lazy layers, and the shape of its input is not known. {_way_out(task)} "
-            "The module must have run once."
+            f"The backbone of task {task!r} has lazy layers, and the shape of its input is not known. "
+            f"{ask_for_module(task)} The module must have run once."
         )
     with evaluating(network), torch.no_grad():
         like(example, network).run(network)
@@ -289,6 +287,29 @@ def build_module(
     # `save_hyperparameters` must keep the hyperparameters in a form that a file can hold.
     with recorded({**(defaults or {}), **known}) if parsed else nullcontext():
         return found(**arguments)
+
+
+def make_given(models: Mapping[str, Any] | None) -> dict[str, LightningModule]:
+    """Make the modules that a user gives on the command line.
+
+    Args:
+        models: by task, a class path, or a dict with ``class_path`` and ``init_args``.
+
+    Raises:
+        ConfigurationError: if a class cannot be imported, or called with its arguments.
+    """
+    made = {}
+    for task, given in (models or {}).items():
+        path, arguments = (given, {}) if isinstance(given, str) else (given["class_path"], given.get("init_args") or {})
+        found = find_class(path)
+        description = {"hyperparameters": dict(arguments), "parsed": True}
+        try:
+            if unknown := arguments.keys() - select_arguments(found, arguments).keys():
+                raise TypeError(f"it has no arguments {sorted(unknown)}")
+            made[task] = build_module(found, description, Trust.of(None, path, *find_given(arguments)))
+        except Exception as error:
+            raise ConfigurationError(f"--models.{task}: {path} cannot be made with {arguments}: {error}") from error
+    return made
 
 
 def select_arguments(found: Any, hyperparameters: Mapping[str, Any], hparams_name: str | None = None) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch import LightningModule
 
 from lightning_zipit._common.copying import copy_module
-from lightning_zipit._lightning.files.checkpoint import find_record, find_weights, naming_file, read_checkpoint
+from lightning_zipit._lightning.files.checkpoint import find_record, naming_file, read_checkpoint
 from lightning_zipit._lightning.files.descriptions import (
     build_module,
     describe_checkpoint,
@@ -18,6 +18,7 @@ from lightning_zipit._lightning.files.descriptions import (
 )
 from lightning_zipit._lightning.files.names import find_class
 from lightning_zipit._lightning.files.trust import Trust, Trusted, check_requests, find_source_class
+from lightning_zipit._lightning.files.weights import load_weights
 from lightning_zipit._lightning.multihead import MultiHeadModule
 from lightning_zipit.errors import CheckpointError
 
@@ -28,10 +29,11 @@ def load_sources(
     classes: Mapping[str, str],
     weights_only: bool,
     trust: Trusted | Trust | None = None,
+    weights_key: str | None = None,
 ) -> dict[str, LightningModule]:
     """Load the trained module of each task; see :func:`load_source`."""
     return {
-        task: load_source(path, model, classes.get(task), weights_only, task, trust)
+        task: load_source(path, model, classes.get(task), weights_only, task, trust, weights_key)
         for task, path in checkpoints.items()
     }
 
@@ -43,6 +45,7 @@ def load_source(
     weights_only: bool = True,
     task: str | None = None,
     trust: Trusted | Trust | None = None,
+    weights_key: str | None = None,
 ) -> LightningModule:
     """Load a trained module from a checkpoint.
 
@@ -56,6 +59,7 @@ def load_source(
         weights_only: read only tensors and primitives.
         task: the task of the checkpoint, for error messages.
         trust: modules or classes, by dotted name, that the checkpoint may refer to.
+        weights_key: the entry of the checkpoint that holds the weights, or the prefix of their names.
 
     Raises:
         CheckpointError: if the checkpoint cannot be read, does not fit the class, or names something that is not
@@ -78,8 +82,7 @@ def load_source(
         else:
             source = build_module(model_class, description, allowed)
         source.configure_model()
-        source.on_load_checkpoint(checkpoint)
-        source.load_state_dict(find_weights(checkpoint, where), strict=source.strict_loading)
+        load_weights(source, checkpoint, where, weights_key)
     return source
 
 

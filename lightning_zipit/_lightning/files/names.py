@@ -14,6 +14,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule
 
+from lightning_zipit._lightning.internals import lightning_modules
 from lightning_zipit.errors import ConfigurationError
 
 MAIN = ("__main__", "__mp_main__")
@@ -102,7 +103,7 @@ def find_class(name: str) -> type[LightningModule]:
         ConfigurationError: if the name cannot be imported, or is not a LightningModule class.
     """
     found = find_object(name)
-    if not (isinstance(found, type) and issubclass(found, LightningModule)):
+    if not (isinstance(found, type) and issubclass(found, lightning_modules())):
         raise ConfigurationError(f"{name!r} is not a LightningModule class.")
     return found
 

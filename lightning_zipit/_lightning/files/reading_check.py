@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from lightning_zipit._common.views import Inputs, each_view, like
+from lightning_zipit._lightning.files.checkpoint import ask_for_module
 from lightning_zipit.errors import CheckpointError
 from lightning_zipit.graph.replay import agree, tensors_in
 from lightning_zipit.graph.shapes import evaluating
@@ -68,8 +69,8 @@ def check_outputs(module: nn.Module, example: Inputs | None, saved: Mapping[str,
             f"The module that was read from {where} does not compute the same as the module that was saved, for task "
             f"{wrong[0]!r}. Its source modules were made from their classes and hyperparameters, which lack something: "
             "a class as argument, an attribute that was set later, a buffer with persistent=False, or a changed class. "
-            f"Pass models={{{wrong[0]!r}: <a module like the one that was merged>, …}} to "
-            "`MultiHeadModule.load_from_checkpoint`. If the weights in the file were changed, pass strict=False."
+            f"{ask_for_module(wrong[0], 'a module like the one that was merged')} "
+            "If the weights in the file were changed, pass strict=False."
         )
 
 

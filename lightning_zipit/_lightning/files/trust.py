@@ -29,6 +29,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torchmetrics import Metric
 
 from lightning_zipit._lightning.files.names import dotted, find_object, homes_of, is_import_path, is_name, look_up
+from lightning_zipit._lightning.internals import lightning_modules
 from lightning_zipit.errors import CheckpointError, ConfigurationError, UntrustedError
 
 Trusted: TypeAlias = Sequence[str] | str
@@ -171,7 +172,7 @@ def package_of(cls: type) -> str:
 
 def is_own_source(found: type) -> bool:
     """Whether an imported class is a LightningModule class of the user."""
-    return issubclass(found, LightningModule) and package_of(found) not in FRAMEWORKS | {OURS}
+    return issubclass(found, lightning_modules()) and package_of(found) not in FRAMEWORKS | {OURS}
 
 
 def is_building_block(found: type) -> bool:
@@ -188,7 +189,7 @@ def find_source_class(name: str, trust: Trust) -> type[LightningModule]:
         CheckpointError: if the name does not exist, is not allowed, or is not a class of source models.
     """
     found = trust.find(name, as_source=True)
-    if not (isinstance(found, type) and issubclass(found, LightningModule)):
+    if not (isinstance(found, type) and issubclass(found, lightning_modules())):
         raise CheckpointError(f"{name!r} is not a LightningModule class.")
     if any(package_of(base) == OURS for base in found.__mro__):
         raise CheckpointError(f"{name!r} is a class of {OURS}, and cannot be a source model.")
