@@ -316,3 +316,30 @@ def test_a_backbone_that_is_a_container_is_used_as_one():
 
     module = Stacked()
     assert all(torch.allclose(one, predict(module), atol=1e-5) for one in predict(merge_with_copy(module)))
+
+
+class OwnState(nn.Linear):
+    """A layer that writes its state itself, and has to have it."""
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight, self.bias)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        destination[f"{prefix}weight"] = self.weight.detach()
+        destination[f"{prefix}bias"] = self.bias.detach()
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        self.weight.data.copy_(state_dict[f"{prefix}weight"])
+        self.bias.data.copy_(state_dict[f"{prefix}bias"])
+
+
+def test_layers_that_write_their_state_themselves_have_none_once_merged(tmp_path):
+    models = {task: Lit() for task in "ab"}
+    for model in models.values():
+        model.net.encoder[2] = OwnState(10, 8)
+    run = trainer()
+    merged = ZipIt(run).merge(models, DATA, backbone="net", refine=None)
+    run.save_checkpoint(tmp_path / "merged.ckpt")
+    loaded = type(merged).load_from_checkpoint(tmp_path / "merged.ckpt", models=models)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(X), merged(X))

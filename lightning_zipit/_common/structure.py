@@ -50,7 +50,7 @@ class Structure:
 
     def __post_init__(self) -> None:
         named = pytree.is_namedtuple_class(self.kind)
-        identity = (self.kind.__qualname__, getattr(self.kind, "_fields")) if named else (self.kind, self.context)
+        identity = (self.kind.__qualname__, getattr(self.kind, "_fields", ())) if named else (self.kind, self.context)
         object.__setattr__(self, "identity", identity)
 
     @property

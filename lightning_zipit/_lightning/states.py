@@ -20,12 +20,16 @@ PARTS = "lightning_zipit_sources"
 """The key of a checkpoint for what the ``on_save_checkpoint`` of each source module adds, by task."""
 
 
+OWN_STATE = ("_save_to_state_dict", "_load_from_state_dict")
+"""The methods by which a layer writes and reads its own tensors."""
+
+
 class SourceStates(DelegatedHooks):
     """A module whose state dict and checkpoint have the parts of its source modules as these write and read them."""
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         own = {task: self.sources[task] for task in self.sources_with("state_dict")}
-        with _without(self.sources, own):
+        with _without(self.sources, own), _emptied(self.sources):
             state = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
         for task, source in own.items():
             state.update({f"{prefix}sources.{task}.{name}": value for name, value in source.state_dict().items()})
@@ -46,7 +50,7 @@ class SourceStates(DelegatedHooks):
         reading = self.sources_with("load_state_dict")
         loose = {task for task, source in self.sources.items() if not source.strict_loading}
         loose |= {*self.sources_with("state_dict"), *reading}
-        with _without(self.sources, reading):
+        with _without(self.sources, reading), _emptied(self.sources):
             result = super().load_state_dict(state_dict, strict=False, assign=assign)
         for task in reading:
             self.sources[task].load_state_dict(_part(state_dict, task))
@@ -140,6 +144,29 @@ def _is_readable(value: Any) -> bool:
     except Exception:  # any code can run in pickling
         return False
     return True
+
+
+@contextmanager
+def _emptied(sources: nn.Module) -> Iterator[None]:
+    """Context manager in which layers whose tensors were merged away have no state, whatever their own methods do."""
+    own = [module for module in sources.modules() if _is_empty(module)]
+    for module in own:
+        vars(module).update(dict.fromkeys(OWN_STATE, _nothing))
+    try:
+        yield
+    finally:
+        for module in own:
+            for name in OWN_STATE:
+                del vars(module)[name]
+
+
+def _is_empty(module: nn.Module) -> bool:
+    """Whether a module has names of parameters, and none of the parameters."""
+    return bool(module._parameters) and not any(value is not None for value in module._parameters.values())
+
+
+def _nothing(*args: Any) -> None:
+    """Do nothing."""
 
 
 @contextmanager
