@@ -49,8 +49,8 @@ class Structure:
     identity: Any = field(init=False, repr=False)  # type and context; a forward may make a named tuple anew each time
 
     def __post_init__(self) -> None:
-        named = pytree.is_namedtuple_class(self.kind)
-        identity = (self.kind.__qualname__, getattr(self.kind, "_fields", ())) if named else (self.kind, self.context)
+        fields = getattr(self.kind, "_fields", ()) if pytree.is_namedtuple_class(self.kind) else None
+        identity = (self.kind, self.context) if fields is None else (self.kind.__qualname__, fields)
         object.__setattr__(self, "identity", identity)
 
     @property
