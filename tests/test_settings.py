@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import get_type_hints
 
 import pytest
+from helpers.nets import trainer
 
 from lightning_zipit import MergeSettings, ZipIt, ZipItCallback, ZipItCLI, ZipItTrainer
 from lightning_zipit._common.options import entries, keywords_of, options_of, spelled_options
@@ -130,8 +131,8 @@ def test_every_option_that_changes_a_merge_is_a_column_of_a_sweep(tmp_path):
     "take",
     [
         ZipItCallback,
-        lambda **options: ZipIt(None).merge([], [], **options),
-        lambda **options: ZipIt(None).sweep([], [], **options),
+        lambda **options: ZipIt(trainer()).merge([], [], **options),
+        lambda **options: ZipIt(trainer()).sweep([], [], **options),
         lambda **options: ZipItTrainer(logger=False).merge(None, checkpoints={}, **options),
     ],
 )

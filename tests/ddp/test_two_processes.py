@@ -94,7 +94,8 @@ def test_two_processes_fit_layers_as_one_does(folder, two):
     assert all(torch.allclose(tensor, first[name], rtol=1e-5, atol=1e-6) for name, tensor in fitted.items())
 
 
-def test_two_processes_sweep_as_one_does(folder, two):
+@pytest.mark.nightly
+def test_two_processes_sweep_as_one_does(folder, two_more):
     first, second = (torch.load(folder / f"swept-{rank}.pt", weights_only=True) for rank in (0, 1))
     with open(folder / "swept.csv", newline="") as file:
         written = [(int(row["total_flops"]), float(row["joint"])) for row in csv.DictReader(file)]

@@ -118,12 +118,6 @@ def grouped(repeats):
     return net
 
 
-def registers(self, x):
-    tokens = (self.first, self.registers.expand(x.shape[0], -1, -1), self.a(x))
-    y = torch.cat([tokens[0].expand(x.shape[0], -1, -1), *tokens[1:]], 1)
-    return self.out((y @ y.transpose(1, 2)).softmax(2) @ y)
-
-
 def one_pair_turns(self, x):
     angles = torch.arange(x.shape[1])[:, None] * torch.tensor([1.0, 1.0])
     q, k = (layer(x).unflatten(2, (2, 4)).transpose(1, 2) for layer in (self.q, self.k))
@@ -294,17 +288,6 @@ CASES = {
     ),
     "one key for all heads": (
         module(one_key, q=nn.Linear(5, 12), k=nn.Linear(5, 4), v=nn.Linear(5, 4), out=nn.Linear(12, 3)),
-        tensor(4, 5),
-        (),
-    ),
-    "registers": (
-        module(
-            registers,
-            first=nn.Parameter(torch.randn(1, 1, 6)),
-            registers=nn.Parameter(torch.randn(1, 3, 6)),
-            a=nn.Linear(5, 6),
-            out=nn.Linear(6, 3),
-        ),
         tensor(4, 5),
         (),
     ),

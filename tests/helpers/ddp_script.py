@@ -140,9 +140,9 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     if sys.argv[2:] == ["more"]:
         run_sharding_strategies(save_more_merges())
+        save_sweep()
         save_search()
     else:
         save_merges()
-        save_sweep()
         save_joint_accuracy()
         print_errors_of_data()

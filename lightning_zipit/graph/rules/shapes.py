@@ -219,13 +219,10 @@ def cat(ctx: Context, tensors: Sequence[Any], dim: int = 0) -> Any:
         return _side_by_side(ctx, tensors, features[0].axes, dim % features[0].rank)
     if not features and (len(parameters) == len(tensors) or not _varies(ctx, tensors)):
         return _joined(ctx, tensors, parameters, dim % parameters[0].rank)
-    return entrywise(
-        ctx,
-        *(
-            _without_axis(value, dim % value.rank) if any(value is each for each in parameters) else value
-            for value in tensors
-        ),
-    )
+    for parameter in parameters:
+        if parameter.shape[dim] > 1:
+            raise ctx.error(f"`{parameter.name}` has several entries along the concatenated axis")
+    return entrywise(ctx, *tensors)
 
 
 def _along(x: Features, dim: int) -> Features:
@@ -235,11 +232,6 @@ def _along(x: Features, dim: int) -> Features:
     axes = tuple(sorted((*x.axes, dim)))
     at = axes.index(dim)
     return Features(np.repeat(np.expand_dims(x.ids, at), x.shape[dim], at), axes, x.shape)
-
-
-def _without_axis(parameter: Parameter, dim: int) -> Parameter:
-    """One entry of a parameter along an axis that holds positions, such as learned tokens before those of the data."""
-    return with_axes(parameter, _without(parameter.shape, dim), _but(parameter.rank, dim))
 
 
 def _are_states(tensors: Sequence[Features]) -> bool:
