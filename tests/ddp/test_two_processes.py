@@ -143,8 +143,9 @@ def test_samples_that_are_counted_twice_or_not_at_all_are_an_error_on_every_rank
         assert f"rank {rank}: A process received no calibration batch" in messages
 
 
-def test_data_that_turns_bad_on_one_rank_is_an_error_on_every_rank(two):
-    *_, messages = two
+@pytest.mark.nightly
+def test_data_that_turns_bad_on_one_rank_is_an_error_on_every_rank(two_more):
+    messages = two_more
     for rank in (0, 1):
         assert f"rank {rank}: NaN or Inf in the inputs of batch norm `trunk.bn1`" in messages
         assert f"rank {rank}: NaN or Inf at `trunk.conv1` in the values of the source of task 'a'" in messages

@@ -475,7 +475,7 @@ def test_the_operator_permutes_its_output_as_the_rule_says(rule):
     for key in found:
         operator = resolve(key)
         given = list(inputs(sizes=WIDE if "huffle" in base(operator) else SHAPES))
-        some = rng.sample(given, min(len(given), max(2, 120 // len(found))))
+        some = rng.sample(given, min(len(given), max(2, 80 // len(found))))
         if base(operator) not in HERE:
             moved = any([moves(outcome) for outcome in judged(rule, operator, rng, some, 1)])
             # a rule that rejects every call would be right, but useless

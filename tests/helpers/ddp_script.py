@@ -103,17 +103,24 @@ def pad(loader):
 
 
 def print_errors_of_data():
+    """Samples that are counted twice, and processes without a batch, are errors on every rank."""
     data = loaders(2)
     unsharded = run(use_distributed_sampler=False)
-    merges = [(unsharded, data, "least_squares"), (unsharded, list(map(pad, data)), "least_squares")]
-    merges += [(run(), Stream(), "least_squares")]
-    merges += [(run(), list(map(TurnsBad, data)), refine) for refine in ("batch_norm", "least_squares")]
+    print_errors((unsharded, data, None), (unsharded, list(map(pad, data)), None), (run(), Stream(), None))
+
+
+def print_errors_of_later_data():
+    data = loaders(2)
+    print_errors(*((run(), list(map(TurnsBad, data)), refine) for refine in ("batch_norm", "least_squares")))
+    ZipIt(run(limit_predict_batches=2)).merge(models(), data, backbone="net")
+
+
+def print_errors(*merges):
     for chosen, given, refine in merges:
         try:
             ZipIt(chosen).merge(models(), given, backbone="net", refine=refine)
         except CalibrationError as error:
             print_error(error)
-    ZipIt(run(limit_predict_batches=2)).merge(models(), data, backbone="net")
 
 
 def run_sharding_strategies(merged):
@@ -142,6 +149,7 @@ if __name__ == "__main__":
         run_sharding_strategies(save_more_merges())
         save_sweep()
         save_search()
+        print_errors_of_later_data()
     else:
         save_merges()
         save_joint_accuracy()
