@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from cifar10 import ResNet20
-from lightning_zipit._common.quiet import quiet
+from lightning_zipit._common.messages import quiet
 
 from lightning_zipit import MergeGraph, MergeSettings, merge_backbones, trace
 from lightning_zipit._calibration.calibration import Calibration, statistics_bytes
