@@ -36,12 +36,12 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from cifar10 import ResNet20
-from lightning_zipit._common.messages import quiet
 
 from lightning_zipit import MergeGraph, MergeSettings, merge_backbones, trace
 from lightning_zipit._calibration.calibration import Calibration, statistics_bytes
 from lightning_zipit._calibration.layout import Layout, channels_last
 from lightning_zipit._common.calls import Call
+from lightning_zipit._common.messages import quiet
 from lightning_zipit._matching.families import Match, families, match_family
 from lightning_zipit._matching.maps import SpaceMap
 from lightning_zipit._matching.similarity import similarity_from
