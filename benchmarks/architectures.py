@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torchvision
@@ -80,18 +81,18 @@ def timm_model(name: str) -> tuple[nn.Module, int]:
 
 
 @torch.no_grad()
-def unsettle(net: nn.Module, x: Tensor) -> nn.Module:
-    """Randomise parameters with constant initialisation, and re-estimate batch norm statistics."""
+def unsettle(net: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+    """Randomise parameters with constant initialisation, and re-estimate batch norm statistics on an input."""
     for name, parameter in net.named_parameters():
-        if parameter.ndim == 2 and not parameter.any():
-            parameter.normal_(std=parameter.shape[1] ** -0.5)
+        if parameter.ndim > 1 and not parameter.any():
+            parameter.normal_(std=parameter[0].numel() ** -0.5)
         if parameter.ndim == 1 or "scale" in name or "relative_position" in name or "pos_embed" in name:
             parameter.add_(torch.randn_like(parameter) * 0.1 + 0.2)
     norms = [module for module in net.eval().modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum, norm.training = None, True
-    net(x)
+    net(*args, **kwargs)
     return net.eval()
 
 

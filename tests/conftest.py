@@ -132,8 +132,7 @@ NIGHTLY = (
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     for item in items:
-        seldom = item.nodeid.endswith(("-two cut]", "-three cut]")) and "test_oracles" in item.nodeid
-        if seldom or any(name in item.nodeid for name in NIGHTLY):
+        if any(name in item.nodeid for name in NIGHTLY):
             item.add_marker(pytest.mark.nightly)
 
 

@@ -92,7 +92,10 @@ def merge(sources, x, **settings):
     )
 
 
-@pytest.mark.parametrize("num_models, middle", [(2, False), (3, True)], ids=["two whole", "three cut"])
+@pytest.mark.parametrize(
+    "num_models, middle",
+    [pytest.param(2, False, id="two whole"), pytest.param(3, True, id="three cut", marks=pytest.mark.nightly)],
+)
 @pytest.mark.parametrize("name", CASES)
 def test_a_given_matching_is_merged_as_in_the_paper(name, num_models, middle):
     case, x = CASES[name], CASES[name].example()
@@ -104,8 +107,11 @@ def test_a_given_matching_is_merged_as_in_the_paper(name, num_models, middle):
 
 @pytest.mark.parametrize(
     "num_models, alpha, beta, middle",
-    [(2, 0.1, 1.0, False), (2, 1.0, 0.0, True), (3, 0.5, 0.5, False)],
-    ids=["two whole", "two cut", "three whole"],
+    [
+        pytest.param(2, 0.1, 1.0, False, id="two whole"),
+        pytest.param(2, 1.0, 0.0, True, id="two cut", marks=pytest.mark.nightly),
+        pytest.param(3, 0.5, 0.5, False, id="three whole"),
+    ],
 )
 @pytest.mark.parametrize("name", CASES)
 def test_features_are_matched_as_in_the_paper(name, num_models, alpha, beta, middle):

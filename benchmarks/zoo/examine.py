@@ -5,19 +5,21 @@ from __future__ import annotations
 import copy
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from architectures import zipped_share
+from architectures import unsettle, zipped_share
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_zipit import MergeGraph, MultiHeadModule, ZipIt, export_merged, trace
+from lightning_zipit._common.calls import Call
+from lightning_zipit._common.structure import flatten
+from lightning_zipit._lightning.loaders import Batches
 from lightning_zipit.errors import ZipItError
 from lightning_zipit.graph import permute_spaces
 from lightning_zipit.graph.prove import random_permutations
@@ -69,19 +71,6 @@ class Wrapped(LightningModule):
         return self(*batch["args"], **batch["kwargs"])
 
 
-class _Batches:
-    """A loader of given batches."""
-
-    def __init__(self, batches: Sequence[Any]) -> None:
-        self.batches = batches
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.batches)
-
-
 def examine(entry: Entry) -> Result:
     """Merge a network with a permuted copy and with a network of other weights.
 
@@ -98,7 +87,7 @@ def _examined(entry: Entry) -> Result:
     torch.manual_seed(0)
     try:
         given = [entry.inputs(SAMPLES) for _ in range(2)]
-        net = unsettle(entry.make(), *given[0])
+        net = unsettle(entry.make(), *given[0][0], **given[0][1])
         with torch.no_grad():
             net(*given[0][0], **given[0][1])
     except Exception as error:  # whatever a package raises for a version that it does not fit
@@ -132,13 +121,13 @@ def _permuted(net: nn.Module, graph: MergeGraph) -> nn.Module:
 def _try_unlike(entry: Entry, net: nn.Module, batches: Sequence[Any]) -> str:
     """Merge with another network; run, save, load and export the result. Return what failed."""
     torch.manual_seed(1)
-    other = unsettle(entry.make(), batches[0]["args"], batches[0]["kwargs"])
+    other = unsettle(entry.make(), *batches[0]["args"], **batches[0]["kwargs"])
     stage = "merge"
     try:
         merged = _merge({"a": net, "b": other}, batches)
         stage = "run"
         expected = _outputs(merged, batches[0])
-        if not all(leaf.isfinite().all() for leaf in leaves(expected) if leaf.is_floating_point()):
+        if not all(leaf.isfinite().all() for leaf in tensors_of(expected) if leaf.is_floating_point()):
             return "run: not finite"
         with TemporaryDirectory() as folder:
             stage = "save"
@@ -156,7 +145,7 @@ def _try_unlike(entry: Entry, net: nn.Module, batches: Sequence[Any]) -> str:
             call = _call(batches[0])
             program = torch.export.load(f"{folder}/merged.pt2").module()
             returned = program(*call.tensors)
-            if not names or deviation(list(leaves(returned)), list(leaves(expected))) > 1e-3:
+            if not names or deviation(tensors_of(returned), tensors_of(expected)) > 1e-3:
                 return "export: other outputs"
     except Exception as problem:
         return f"{stage}: {type(problem).__name__}: {problem}"
@@ -164,8 +153,6 @@ def _try_unlike(entry: Entry, net: nn.Module, batches: Sequence[Any]) -> str:
 
 
 def _call(batch: Mapping[str, Any]) -> Any:
-    from lightning_zipit._common.calls import Call
-
     return Call.of_arguments(batch["args"], batch["kwargs"])
 
 
@@ -176,7 +163,7 @@ def _trainer() -> Trainer:
 
 def _merge(networks: Mapping[str, nn.Module], batches: Sequence[Any], **options: Any) -> MultiHeadModule:
     models = {task: Wrapped(network) for task, network in networks.items()}
-    return ZipIt(_trainer()).merge(models, _Batches(batches), backbone="net", **options).eval()
+    return ZipIt(_trainer()).merge(models, Batches(batches), backbone="net", **options).eval()
 
 
 @torch.no_grad()
@@ -184,35 +171,9 @@ def _outputs(merged: MultiHeadModule, batch: Mapping[str, Any]) -> dict[str, Any
     return dict(merged(*batch["args"], **batch["kwargs"]))
 
 
-@torch.no_grad()
-def unsettle(net: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> nn.Module:
-    """Give every feature statistics and scales of its own, as training does.
-
-    Args:
-        net: the network; it is changed.
-        args: the positional arguments of an input, from which batch norms take their statistics.
-        kwargs: the keyword arguments.
-    """
-    for parameter in net.parameters():
-        if not parameter.is_floating_point():
-            continue
-        if parameter.ndim <= 1:
-            parameter.add_(torch.randn_like(parameter) * 0.1 + 0.05)
-        elif not parameter.any():  # such as the last layers of residual branches
-            parameter.normal_(std=0.1)
-    norms = [module for module in net.eval().modules() if isinstance(module, _BatchNorm)]
-    for norm in norms:
-        if norm.running_mean is not None:
-            norm.reset_running_stats()
-            norm.momentum, norm.training = None, True
-    if norms:
-        net(*args, **(kwargs or {}))
-    return net.eval()
-
-
 def deviation(found: Any, expected: Any) -> float:
     """The largest error of all tensors, relative to how far the outputs of different samples lie apart."""
-    pairs = list(zip(leaves(found), leaves(expected), strict=True))
+    pairs = zip(tensors_of(found), tensors_of(expected), strict=True)
     largest = 0.0
     for one, other in pairs:
         if other.is_floating_point() and other.numel():
@@ -223,16 +184,6 @@ def deviation(found: Any, expected: Any) -> float:
     return largest
 
 
-def leaves(value: Any) -> Iterator[Tensor]:
+def tensors_of(value: Any) -> list[Tensor]:
     """All tensors in nested values, those of dataclasses among them."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for part in value.values():
-            yield from leaves(part)
-    elif isinstance(value, (tuple, list)):
-        for part in value:
-            yield from leaves(part)
-    elif is_dataclass(value):
-        for field in fields(value):
-            yield from leaves(getattr(value, field.name))
+    return flatten(value)[0]

@@ -92,7 +92,7 @@ def of_vit_pytorch(module: str, kind: str, size: int = 32, inputs: Inputs | None
 
         return getattr(importlib.import_module(f"vit_pytorch.{module}"), kind)(**arguments)
 
-    network("vit-pytorch", kind, inputs or images(size=size))(make)
+    network("vit-pytorch", module, inputs or images(size=size))(make)
 
 
 PLAIN = {"image_size": 32, "patch_size": 8, "num_classes": 5, "dim": 32, "depth": 2, "heads": 4, "mlp_dim": 64}

@@ -19,7 +19,6 @@ from lightning_zipit.errors import CheckpointError
 PARTS = "lightning_zipit_sources"
 """The key of a checkpoint for what the ``on_save_checkpoint`` of each source module adds, by task."""
 
-
 OWN_STATE = ("_save_to_state_dict", "_load_from_state_dict")
 """The methods by which a layer writes and reads its own tensors."""
 

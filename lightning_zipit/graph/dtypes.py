@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
@@ -12,9 +11,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_zipit._common.randomness import seeded
 from lightning_zipit._common.structure import Structure
 from lightning_zipit.graph.decisions import node_of, user_line
+from lightning_zipit.graph.observe import observing
 from lightning_zipit.graph.replay import working_copy
 
 FOLLOWS = "follows"
@@ -82,8 +81,7 @@ def note_followers(graph: fx.Graph, network: nn.Module, inputs: Structure, tenso
 def _types_in(dtype: torch.dtype, network: nn.Module, inputs: Structure, tensors: Sequence[Tensor]) -> Types:
     args, kwargs = inputs.unflatten([each.to(dtype) if each.is_floating_point() else each.clone() for each in tensors])
     try:
-        with torch.inference_mode(False), torch.no_grad(), seeded(0), warnings.catch_warnings(), NoteTypes() as noting:
-            warnings.simplefilter("ignore")
+        with observing(), NoteTypes() as noting:
             working_copy(network).to(dtype)(*args, **kwargs)
     except Exception:  # whatever a forward raises for another type
         return {}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -17,10 +16,10 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.overrides import TorchFunctionMode
 
 from lightning_zipit._common.copying import copy_module
-from lightning_zipit._common.randomness import seeded
 from lightning_zipit._common.structure import Structure
 from lightning_zipit.graph.decisions import TORCH, user_line
 from lightning_zipit.graph.naming import modules_around
+from lightning_zipit.graph.observe import observing
 from lightning_zipit.graph.recurrent import WHOLE
 from lightning_zipit.graph.replay import working_copy
 
@@ -140,8 +139,7 @@ def _calls_in_training(network: nn.Module, inputs: Structure, tensors: Sequence[
         module.training = not isinstance(module, nn.SyncBatchNorm)  # which waits for other processes
     args, kwargs = inputs.unflatten([each.clone() for each in tensors])
     try:
-        with torch.inference_mode(False), torch.no_grad(), seeded(0), warnings.catch_warnings(), NoteModes() as noting:
-            warnings.simplefilter("ignore")
+        with observing(), NoteModes() as noting:
             working(*args, **kwargs)
     except Exception:  # whatever a forward raises in training mode
         return {}
